@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine:  make finetune   and   make test
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The newest PyTorch that fastvit is tested with. Set TORCH= to keep or choose another build.
+TORCH ?= torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup finetune test lint format typecheck benchmark kernels-report clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## make the virtual environment with everything in it
+
+$(VENV)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+finetune: setup  ## fine-tune: ViT on pictures of leaves (ARGS="--dataset beans ..." for others)
+	$(BIN)/fastvit finetune $(if $(ARGS),$(ARGS),--dataset generated --output-dir runs/leaves --overwrite)
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## let ruff rewrite the code's layout
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: setup  ## time the model beside transformers' on this machine
+	$(BIN)/python benchmarks/bench_model.py $(ARGS)
+
+kernels-report: setup  ## compile every kernel for real GPUs (none needed) and write registers, spills, instructions
+	$(BIN)/python tests/compile/compile_kernels.py $(ARGS)
+
+clean:  ## remove the virtual environment, caches and runs
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""fastvit: a Vision Transformer that is a drop-in for the `transformers` ViT classes.
+
+Names are imported when first used, so that `import fastvit` costs next to nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from transformers import ViTConfig
+
+    from fastvit.errors import InputError
+    from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
+    from fastvit.weights import convert
+
+_MODULE_OF = {
+    "InputError": "fastvit.errors",
+    "ViTConfig": "transformers",
+    "ViTForImageClassification": "fastvit.modeling",
+    "ViTForMaskedImageModeling": "fastvit.modeling",
+    "ViTModel": "fastvit.modeling",
+    "ViTPreTrainedModel": "fastvit.modeling",
+    "convert": "fastvit.weights",
+}
+
+__all__ = [
+    "InputError",
+    "ViTConfig",
+    "ViTForImageClassification",
+    "ViTForMaskedImageModeling",
+    "ViTModel",
+    "ViTPreTrainedModel",
+    "convert",
+]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'fastvit' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

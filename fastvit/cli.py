@@ -1,0 +1,76 @@
+"""The `fastvit` command: a thin face over the functions of the package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "finetune": "train a ViT to tell your pictures apart",
+    "predict": "name what is in pictures",
+    "evaluate": "measure a model on labelled pictures",
+    "attention": "draw where the class token looks",
+    "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
+}
+
+
+def report_errors(command: Callable[[], object]) -> int:
+    """Run `command`; what the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130."""
+    from fastvit.errors import InputError
+
+    try:
+        command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: fastvit COMMAND ...   (fastvit COMMAND --help says more)\n")
+        for name, what in COMMANDS.items():
+            print(f"  {name:<12}{what}")
+        return 0
+    if argv[0] == "--version":
+        from fastvit import __version__
+
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        print(f"error: expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+        return 2
+    if name == "finetune":
+        from fastvit.finetune import main as finetune
+
+        return finetune(rest)
+    if name == "convert":
+        return report_errors(lambda: convert(rest))
+    from fastvit import predict
+
+    return report_errors(lambda: getattr(predict, name)(rest))
+
+
+def convert(argv: list[str]) -> None:
+    from fastvit.weights import convert
+
+    parser = argparse.ArgumentParser(prog="fastvit convert", description=f"{COMMANDS['convert'].capitalize()}.")
+    parser.add_argument("source", help="folder or file to read (the format is found out)")
+    parser.add_argument("dest", help="folder (Hugging Face), .safetensors (timm) or .npz (Google) to write")
+    parser.add_argument("--to", choices=("hf", "timm", "npz"), help="format to write [from DEST's ending]")
+    parser.add_argument("--heads", type=int, help="attention heads, where the source does not say [head dim 64]")
+    parser.add_argument("--overwrite", action="store_true", help="replace DEST")
+    options = parser.parse_args(argv)
+    written = convert(
+        options.source, options.dest, to=options.to, num_heads=options.heads, overwrite=options.overwrite
+    )
+    print(f"written: {written}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,8 @@
+"""The one error for what a user gave: a file, an option, a checkpoint."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message names it, what was expected and what was found.
+
+    The command line prints the message on one line and exits with code 2; as a library it is an ordinary exception.
+    """

@@ -1,0 +1,163 @@
+"""From picture files to uint8 arrays: decode, resize, cache, augment.
+
+Pictures are decoded and resized once and kept as uint8; the model normalises them on its device. Resizing is Pillow's,
+as in transformers' PIL image processors, so that a model sees the same pixels in training and in a pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
+
+from fastvit.errors import InputError
+
+# Above this many bytes of pixels a split is kept in a file that the system pages in, not in memory.
+MEMORY_CACHE_BYTES = 4 * 2**30
+
+
+def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """An upright RGB picture from a file or its bytes; raises InputError naming the file (or `name`)."""
+    name = name or (str(source) if not isinstance(source, bytes) else "image")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{name}: expected an image, found a file that is none") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{name}: cannot be decoded ({error})") from None
+
+
+@dataclass
+class ImageCache:
+    """Decoded pictures of one split.
+
+    images: uint8 [count, height, width, 3]; skipped: for the index of each picture that could not be decoded, why.
+    """
+
+    images: np.ndarray
+    skipped: dict[int, str]
+
+
+def cache_images(
+    load: Callable[[int], Image.Image],
+    count: int,
+    image_size: tuple[int, int],
+    *,
+    resample: int = Image.Resampling.BILINEAR,
+    skip_bad: bool = False,
+    key: str = "",
+    cache_dir: Path | None = None,
+    memory_limit: int = MEMORY_CACHE_BYTES,
+    description: str = "decoding",
+) -> ImageCache:
+    """Decode and resize `count` pictures, `load(0)` to `load(count - 1)`, with as many threads as there are cores.
+
+    image_size: (height, width). Up to `memory_limit` bytes they are held in memory, above it in a file in `cache_dir`
+    that later runs with the same `key` use again. A picture that cannot be decoded raises InputError, or with
+    `skip_bad` is left out and listed.
+    """
+    shape = (count, *image_size, 3)
+    if cache_dir is None or np.prod(shape) <= memory_limit:
+        images = np.empty(shape, dtype=np.uint8)
+        return ImageCache(images, _decode_all(load, images, resample, skip_bad, description))
+
+    digest = hashlib.sha256(repr((key, shape, int(resample), skip_bad)).encode()).hexdigest()[:24]
+    finished = cache_dir / digest
+    if not finished.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".decoding-", ignore_cleanup_errors=True) as partial:
+            images = np.lib.format.open_memmap(f"{partial}/images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            skipped = _decode_all(load, images, resample, skip_bad, description)
+            images.flush()
+            Path(partial, "skipped.json").write_text(json.dumps(skipped))
+            # Another run may have finished first: then its folder stays and this one's is removed.
+            with contextlib.suppress(OSError):
+                Path(partial).rename(finished)
+    skipped = {int(index): reason for index, reason in json.loads((finished / "skipped.json").read_text()).items()}
+    return ImageCache(np.load(finished / "images.npy", mmap_mode="r"), skipped)
+
+
+def _decode_all(
+    load: Callable[[int], Image.Image], images: np.ndarray, resample: int, skip_bad: bool, description: str
+) -> dict[int, str]:
+    """Fill `images`; returns what was skipped and why."""
+    height, width = images.shape[1:3]
+
+    def decode(index: int) -> str | None:
+        try:
+            image = load(index)
+        except InputError as error:
+            if not skip_bad:
+                raise
+            return str(error)
+        images[index] = np.asarray(image.resize((width, height), resample))
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            bar = tqdm(pool.map(decode, range(len(images))), total=len(images), desc=description, unit="img", leave=False)
+            return {index: reason for index, reason in enumerate(bar) if reason is not None}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Augment:
+    """Random resized crop and horizontal flip (Szegedy et al. 2015, arXiv:1409.4842), drawn from torch's generator.
+
+    min_area: the smallest part of the picture that a crop may show.
+    """
+
+    def __init__(self, image_size: tuple[int, int], min_area: float = 0.5):
+        self.image_size = image_size
+        self.min_area = min_area
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [h, w, 3] -> uint8 [height, width, 3]."""
+        height, width = image.shape[:2]
+        area, log_ratio, top, left, flip = torch.rand(5).tolist()
+        area = self.min_area + area * (1 - self.min_area)
+        ratio = math.exp((2 * log_ratio - 1) * math.log(4 / 3))
+        crop_width = min(1.0, math.sqrt(area * ratio)) * width
+        crop_height = min(1.0, math.sqrt(area / ratio)) * height
+        left, top = left * (width - crop_width), top * (height - crop_height)
+        crop = Image.fromarray(image).resize(
+            self.image_size[::-1], Image.Resampling.BILINEAR, box=(left, top, left + crop_width, top + crop_height)
+        )
+        if flip < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(crop)
+
+
+class ImageSet(torch.utils.data.Dataset):
+    """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}."""
+
+    def __init__(self, cache: ImageCache, labels: Sequence[int], augment: Augment | None = None):
+        self.images = cache.images
+        self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
+        self.labels = [int(labels[index]) for index in self.indices]
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
+        image = self.images[self.indices[item]]
+        pixels = self.augment(image) if self.augment is not None else image
+        return {"pixel_values": torch.from_numpy(np.array(pixels)), "labels": self.labels[item]}

@@ -1,0 +1,668 @@
+"""The Vision Transformer, from the picture to the loss, in the order of the paper.
+
+    picture -> patches -> patch embedding, class token, position embedding       ViTEmbeddings
+            -> blocks of  x + attention(layer_norm(x)),  x + mlp(layer_norm(x))  ViTEncoder of ViTLayer
+            -> layer norm -> class token -> pooler or classification head        ViTModel, ViTFor...
+
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929. The mathematics stands in `fastvit.ops`; the
+modules here hold the parameters and say in which order they meet.
+
+Modules and parameters carry the names that the checkpoints on the Hugging Face hub carry
+(`vit.encoder.layer.0.attention.attention.query.weight`), so weights need no renaming in either direction.
+
+Shapes: B pictures, C channels, H x W pixels, P patches, N = P + 1 tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ViTConfig
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from fastvit import ops
+from fastvit.errors import InputError
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """A config's size, one number or (height, width), as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def activation_name(config: ViTConfig, option: str) -> str:
+    name = getattr(config, option)
+    if name not in ops.ACTIVATIONS:
+        raise InputError(f"config.{option}: expected one of {', '.join(sorted(ops.ACTIVATIONS))}, got {name!r}")
+    return name
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward: hooks, or a forward replaced by a device map."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a fused operation may stand in for `module`: an unhooked `kind` with an ordinary weight.
+
+    A projection that was wrapped (LoRA, quantisation, parametrisation) is not plain; it is called as the module it is.
+    """
+    return type(module) is kind and type(module.weight) in (nn.Parameter, Tensor) and not is_hooked(module)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm, and with a `residual` the residual add before it: returns (x + residual, its norm), in one pass."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        if residual is None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From pixels to tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ViTPatchEmbeddings(nn.Module):
+    """The projection of a patch to the hidden size; kept as the convolution that checkpoints store it as."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.patch_size = as_pair(config.patch_size)
+        self.num_channels = config.num_channels
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of patches in a picture of `image_size` (height, width)."""
+        return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, P, D]: the patch embedding alone."""
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class ViTEmbeddings(nn.Module):
+    """Patches, class token, position embedding: from a picture to the tokens that the encoder reads."""
+
+    def __init__(self, config: ViTConfig, use_mask_token: bool = False):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = ViTPatchEmbeddings(config)
+        rows, columns = self.patch_embeddings.grid(as_pair(config.image_size))
+        if rows * columns == 0:
+            raise InputError(
+                f"config.image_size: expected room for one patch of {config.patch_size}, got {config.image_size}"
+            )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
+        self.position_embeddings = nn.Parameter(torch.zeros(1, rows * columns + 1, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
+    ) -> Tensor:
+        """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]."""
+        image_size = self.image_size_of(pixel_values)
+        pos_embed = self.position_embeddings
+        if interpolate_pos_encoding:
+            grid = self.patch_embeddings.grid(as_pair(self.config.image_size))
+            pos_embed = resample_position_embeddings(pos_embed, grid, self.patch_embeddings.grid(image_size))
+        elif image_size != as_pair(self.config.image_size):
+            raise InputError(
+                f"pixel_values: expected pictures of {as_pair(self.config.image_size)} (height, width), got {image_size};"
+                " pass interpolate_pos_encoding=True for another size"
+            )
+        if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise InputError("bool_masked_pos: this model has no mask token (build it with use_mask_token=True)")
+            bool_masked_pos = bool_masked_pos.flatten(1).bool()
+
+        projection = self.patch_embeddings.projection
+        if is_plain(projection, nn.Conv2d) and not is_hooked(self.patch_embeddings):
+            embeddings = ops.patch_embed(
+                pixel_values,
+                projection.weight,
+                projection.bias,
+                self.cls_token,
+                pos_embed,
+                patch_size=self.patch_embeddings.patch_size,
+                mean=image_mean_of(self.config),
+                std=image_std_of(self.config),
+                mask_token=self.mask_token,
+                mask=bool_masked_pos,
+            )
+        else:
+            patches = self.patch_embeddings(as_float_channels_first(pixel_values, self.config, projection.weight.dtype))
+            embeddings = ops.join_tokens(
+                patches, self.cls_token, pos_embed, mask_token=self.mask_token, mask=bool_masked_pos
+            )
+        return self.dropout(embeddings)
+
+    def image_size_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """(height, width) of the pictures, after checking that they are pictures."""
+        channels = self.patch_embeddings.num_channels
+        if pixel_values.dim() != 4 or channels not in (pixel_values.shape[1], pixel_values.shape[3]):
+            raise InputError(
+                f"pixel_values: expected [batch, {channels}, height, width] or [batch, height, width, {channels}]"
+                f" (config.num_channels is {channels}), got {list(pixel_values.shape)}"
+            )
+        if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
+            raise InputError(f"pixel_values: expected floating or uint8 pixels, got {pixel_values.dtype}")
+        return tuple(pixel_values.shape[2:] if pixel_values.shape[1] == channels else pixel_values.shape[1:3])
+
+
+def image_mean_of(config: ViTConfig) -> tuple[float, ...]:
+    """What uint8 pixels are normalised by; 0.5, as in Google's ViT checkpoints, where the config does not say."""
+    return tuple(getattr(config, "image_mean", None) or [0.5] * config.num_channels)
+
+
+def image_std_of(config: ViTConfig) -> tuple[float, ...]:
+    """As `image_mean_of`, the standard deviation."""
+    return tuple(getattr(config, "image_std", None) or [0.5] * config.num_channels)
+
+
+def as_float_channels_first(pixel_values: Tensor, config: ViTConfig, dtype: torch.dtype) -> Tensor:
+    """Pixels in any form that the model takes, as a normalised [B, C, H, W] of `dtype`."""
+    if pixel_values.shape[1] != config.num_channels:
+        pixel_values = pixel_values.permute(0, 3, 1, 2)
+    if pixel_values.dtype == torch.uint8:
+        return ops.normalize_pixels(pixel_values, image_mean_of(config), image_std_of(config), dtype)
+    return pixel_values.to(dtype)
+
+
+def resample_position_embeddings(
+    position_embeddings: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+) -> Tensor:
+    """Position embeddings for another picture size: the class token's is kept, the grid is resampled bicubically.
+
+    position_embeddings: [1, 1 + rows * columns, D] for old_grid = (rows, columns). Returns [1, 1 + new patches, D].
+    Dosovitskiy et al. 2021, section 3.2.
+    """
+    if old_grid == new_grid:
+        return position_embeddings
+    class_token, patches = position_embeddings[:, :1], position_embeddings[:, 1:]
+    patches = patches.transpose(1, 2).unflatten(2, old_grid).float()  # [1, D, rows, columns]
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([class_token, patches.flatten(2).transpose(1, 2).to(class_token.dtype)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The block: attention, feed-forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ViTSelfAttention(nn.Module):
+    """Multi-head self-attention up to the output projection; query, key and value run as one matrix product."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise InputError(
+                f"config.hidden_size: expected a multiple of num_attention_heads ({config.num_attention_heads}),"
+                f" got {config.hidden_size}"
+            )
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        class_token_only: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] -> context [B, Nq, D] and, when asked for, probabilities [B, heads, Nq, N]; Nq is N, or 1."""
+        queries = hidden_states[:, :1] if class_token_only else hidden_states
+        if class_token_only:
+            (query,) = self.project(queries, self.query)
+            key, value = self.project(hidden_states, self.key, self.value)
+        else:
+            query, key, value = self.project(hidden_states, self.query, self.key, self.value)
+        if class_token_only and attention_mask is not None:
+            attention_mask = attention_mask[:, :, :1]
+
+        dropout_p = self.dropout_prob if self.training else 0.0
+        if self.config._attn_implementation == "eager":
+            probabilities = ops.attention_probabilities(query, key, mask=attention_mask)
+            probabilities = F.dropout(probabilities, dropout_p)
+            context = torch.einsum("bhqk,bkhd->bqhd", probabilities, value).flatten(2)
+            return context, probabilities if output_attentions else None
+
+        context = ops.attention(query, key, value, dropout_p=dropout_p, mask=attention_mask)
+        if not output_attentions:
+            return context, None
+        return context, ops.attention_probabilities(query, key, mask=attention_mask)
+
+    def project(self, hidden_states: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
+        """Each projection of [B, N, D] as [B, N, heads, head_dim], from one matrix product where they are plain."""
+        if all(is_plain(projection, nn.Linear) for projection in projections):
+            weight = torch.cat([projection.weight for projection in projections])
+            bias = torch.cat([projection.bias for projection in projections]) if self.config.qkv_bias else None
+            projected = F.linear(hidden_states, weight, bias)
+            return projected.unflatten(-1, (len(projections), self.num_heads, self.head_dim)).unbind(2)
+        return tuple(
+            projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)) for projection in projections
+        )
+
+
+class ViTSelfOutput(nn.Module):
+    """The output projection of attention."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.dense(hidden_states))
+
+
+class ViTAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.attention = ViTSelfAttention(config)
+        self.output = ViTSelfOutput(config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        class_token_only: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        context, probabilities = self.attention(hidden_states, attention_mask, output_attentions, class_token_only)
+        return self.output(context), probabilities
+
+
+class ViTIntermediate(nn.Module):
+    """First half of the feed-forward: D -> intermediate size, then GELU."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = activation_name(config, "hidden_act")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return ops.ACTIVATIONS[self.activation](self.dense(hidden_states))
+
+
+class ViTOutput(nn.Module):
+    """Second half of the feed-forward: intermediate size -> D."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.dense(hidden_states))
+
+
+class ViTLayer(GradientCheckpointingLayer):
+    """One pre-LayerNorm block:  h = x + attention(layer_norm(x));  y = h + mlp(layer_norm(h))  (the paper's eq. 2, 3)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.attention = ViTAttention(config)
+        self.intermediate = ViTIntermediate(config)
+        self.output = ViTOutput(config)
+        self.layernorm_before = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        class_token_only: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, N, D] -> [B, N, D], or [B, 1, D] for the class token alone; and the attention maps when asked for."""
+        normed = self.layernorm_before(hidden_states)
+        branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
+        if class_token_only:
+            hidden_states = hidden_states[:, :1]
+        hidden_states, normed = self.layernorm_after(branch, residual=hidden_states)
+        return self.feed_forward(normed) + hidden_states, probabilities
+
+    def feed_forward(self, hidden_states: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]: one operation where nothing watches or replaces its parts."""
+        first, second = self.intermediate.dense, self.output.dense
+        if (
+            is_plain(first, nn.Linear)
+            and is_plain(second, nn.Linear)
+            and not (is_hooked(self.intermediate) or is_hooked(self.output))
+        ):
+            branch = ops.feed_forward(
+                hidden_states, first.weight, first.bias, second.weight, second.bias, self.intermediate.activation
+            )
+            return self.output.dropout(branch)
+        return self.output(self.intermediate(hidden_states))
+
+
+class ViTEncoder(nn.Module):
+    """The blocks, one after the other."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.layer = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        class_token_only: bool = False,
+    ) -> BaseModelOutput:
+        all_hidden_states, all_attentions = [hidden_states], []
+        last = len(self.layer) - 1
+        for index, layer in enumerate(self.layer):
+            hidden_states, attentions = layer(
+                hidden_states, attention_mask, output_attentions, class_token_only and index == last
+            )
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_attentions.append(attentions)
+        return BaseModelOutput(
+            last_hidden_state=hidden_states,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+
+class ViTPooler(nn.Module):
+    """tanh(W x) of the class token: the `pre_logits` layer of the in21k checkpoints."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_output_size)
+        self.activation = activation_name(config, "pooler_act")
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return ops.ACTIVATIONS[self.activation](self.dense(hidden_states[:, 0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The models
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What belongs to a head and not to the backbone: a checkpoint of one head may be loaded into a model with another.
+HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
+
+
+class ViTPreTrainedModel(PreTrainedModel):
+    """What the models share: initialisation, loading, saving."""
+
+    config_class = ViTConfig
+    config: ViTConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer"]
+    _supports_sdpa = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # "eager" and "sdpa" are read at every call; transformers would guess from this file's text
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+            init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a checkpoint: a hub id or a folder. Arguments are those of `transformers.PreTrainedModel`.
+
+        Position embeddings are resampled when `image_size` (as an argument or in `config`) is not the checkpoint's.
+        Every tensor is accounted for: raises InputError if the checkpoint is not a ViT, lacks a tensor of the backbone
+        or holds one that the model does not know. Heads may differ; transformers reports which were not loaded.
+        """
+        return_info = kwargs.pop("output_loading_info", False)
+        image_size = None
+        if pretrained_model_name_or_path is not None:
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            stored, _ = ViTConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            if stored.get("model_type") != "vit":
+                raise InputError(
+                    f"{pretrained_model_name_or_path}: expected a checkpoint of model type 'vit',"
+                    f" found {stored.get('model_type')!r}"
+                )
+            stored_size = stored.get("image_size", ViTConfig().image_size)
+            if isinstance(config, ViTConfig):
+                image_size, config = config.image_size, copy.deepcopy(config)
+                config.image_size = stored_size
+            else:
+                image_size = kwargs.pop("image_size", stored_size)
+
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing_keys", "unexpected_keys"):
+            backbone = sorted(key for key in info[kind] if not key.removeprefix("vit.").startswith(HEADS))
+            if backbone:
+                raise InputError(
+                    f"{pretrained_model_name_or_path}: {len(backbone)} {kind.replace('_', ' ')}: {', '.join(backbone[:8])}"
+                )
+        if image_size is not None:
+            model.resize_position_embeddings(image_size)
+        return (model, info) if return_info else model
+
+    def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
+        """Make the model take pictures of `image_size` from now on; its position embeddings are resampled in place."""
+        embeddings = self.base_model.embeddings
+        old_grid, new_grid = (
+            embeddings.patch_embeddings.grid(as_pair(size)) for size in (self.config.image_size, image_size)
+        )
+        self.config.image_size = image_size
+        if old_grid != new_grid:
+            resampled = resample_position_embeddings(embeddings.position_embeddings.detach(), old_grid, new_grid)
+            embeddings.position_embeddings = nn.Parameter(resampled.contiguous())
+
+
+# The arguments of `from_pretrained` that say where a checkpoint lies.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class ViTModel(ViTPreTrainedModel):
+    """The backbone: tokens after the final LayerNorm, and the pooled class token.
+
+    add_pooling_layer: with the pooler of the in21k checkpoints. use_mask_token: for masked image modelling.
+    """
+
+    def __init__(self, config: ViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.encoder = ViTEncoder(config)
+        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = ViTPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> ViTPatchEmbeddings:
+        return self.embeddings.patch_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        class_token_only: bool = False,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        pixel_values: [B, C, H, W] or [B, H, W, C]; floating and normalised, or uint8 as decoded: the model then
+            normalises by config.image_mean and config.image_std.
+        bool_masked_pos: [B, P], true where a patch is replaced by the mask token.
+        interpolate_pos_encoding: take pictures of another size than config.image_size.
+        attention_mask: [B, N], true (1) for tokens that may be attended to, or broadcastable to [B, heads, N, N].
+        output_attentions, output_hidden_states: return the maps of every block [B, heads, N, N], and the tokens before
+            and after every block [B, N, D], the last of them before the final LayerNorm.
+        class_token_only: return the class token alone, [B, 1, D]. The last block is then computed for it alone: exact,
+            and a block's work less. Ignored when attentions or hidden states are asked for.
+        """
+        if pixel_values is None:
+            raise InputError("pixel_values: expected pictures, got None")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if attention_mask is not None:
+            if attention_mask.dim() == 2:
+                attention_mask = attention_mask[:, None, None, :]
+            if not attention_mask.is_floating_point():
+                attention_mask = attention_mask.bool()
+
+        embeddings = self.embeddings(pixel_values, bool_masked_pos, bool(interpolate_pos_encoding))
+        encoded = self.encoder(
+            embeddings,
+            attention_mask,
+            output_attentions,
+            output_hidden_states,
+            class_token_only and not (output_attentions or output_hidden_states),
+        )
+        hidden_states = encoded.last_hidden_state[:, :1] if class_token_only else encoded.last_hidden_state
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(hidden_states) if self.pooler is not None else None,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+class ViTForImageClassification(ViTPreTrainedModel):
+    """ViT with a linear classifier on the class token."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """
+        labels: class indices int [B] (cross-entropy), targets float [B, num_labels] (multi-label: binary cross-entropy;
+            or, with config.problem_type "regression" or one label, the mean squared error).
+        The other arguments are those of `ViTModel`. Returns logits [B, num_labels], and the loss if labels are given.
+        """
+        outputs = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            class_token_only=True,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class ViTForMaskedImageModeling(ViTPreTrainedModel):
+    """SimMIM (Xie et al. 2021, arXiv:2111.09886): predict the pixels of masked patches with a linear decoder."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> MaskedImageModelingOutput:
+        """
+        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels.
+        The other arguments are those of `ViTModel`. Returns the reconstruction [B, C, H, W].
+        """
+        patch_size = as_pair(self.config.patch_size)
+        if bool_masked_pos is not None and patch_size != as_pair(self.config.encoder_stride):
+            raise InputError(
+                "config.encoder_stride: expected the patch size, so that the reconstruction has the picture's size;"
+                f" got encoder_stride {self.config.encoder_stride} and patch_size {self.config.patch_size}"
+            )
+        outputs = self.vit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        rows, columns = self.vit.embeddings.patch_embeddings.grid(self.vit.embeddings.image_size_of(pixel_values))
+        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))  # [B, D, rows, columns]
+        reconstruction = self.decoder(patches)
+
+        loss = None
+        if bool_masked_pos is not None:
+            target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
+            mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
+            mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
+            error = F.l1_loss(target, reconstruction, reduction="none") * mask
+            loss = error.sum() / (mask.sum() + 1e-5) / self.config.num_channels
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

@@ -1,0 +1,205 @@
+"""Every operation of a Vision Transformer in plain PyTorch: the definition, and what runs where Triton cannot.
+
+Each function is the mathematics that a fused kernel of the same name must reproduce, outputs and gradients. They run
+on any device and any floating dtype; tests call them in float64.
+
+Shapes: B pictures, C channels, H x W pixels, N tokens (P patches and the class token), D = heads x head_dim hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the approximation of GELU that CLIP uses (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
+GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """(pixels / 255 - mean) / std, channel by channel, as image processors do it.
+
+    pixels: uint8 [B, C, H, W]; mean, std: one float a channel, for values in 0..1. Returns [B, C, H, W] in `dtype`.
+    """
+    mean, std = (torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in (mean, std))
+    # One multiply-add a pixel, in float32: a bfloat16 multiply-add would lose three of the eight bits of a pixel.
+    return (pixels * (1 / (255 * std)) - mean / std).to(dtype)
+
+
+def patch_embed(
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor | None,
+    pos_embed: Tensor | None,
+    *,
+    patch_size: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    mask_token: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Cut a picture into patches, project each to the hidden size, prepend the class token, add the position embedding.
+
+        tokens = [cls_token ; patches @ weight^T + bias] + pos_embed            (Dosovitskiy et al. 2021, eq. 1)
+
+    pixels: [B, C, H, W] or [B, H, W, C]; floating, or uint8 with `mean` and `std` to normalise by. H and W need not be
+        multiples of the patch size: like a convolution, what is left at the right and bottom edge is not read.
+    weight: [D, C, ph, pw]; bias: [D]; cls_token: [1, T, D], the T tokens that go before the patches (the class token,
+        and where a model has them distillation or register tokens); pos_embed: [1, T + P, D].
+    mask: bool [B, P] with mask_token [1, 1, D]: masked patches are replaced by the mask token (SimMIM).
+    Returns [B, T + P, D] in weight's dtype.
+    """
+    patch_height, patch_width = patch_size
+    hidden_size, channels = weight.shape[:2]
+    if pixels.shape[1] != channels:  # [B, H, W, C]
+        pixels = pixels.permute(0, 3, 1, 2)
+    if pixels.dtype == torch.uint8:
+        pixels = normalize_pixels(pixels, mean, std, weight.dtype)
+    batch, _, height, width = pixels.shape
+    rows, columns = height // patch_height, width // patch_width
+    pixels = pixels[:, :, : rows * patch_height, : columns * patch_width].to(weight.dtype)
+
+    # A convolution whose stride is its kernel is one matrix product over the patches, [B * P, C * ph * pw] x [.., D].
+    patches = pixels.reshape(batch, channels, rows, patch_height, columns, patch_width)
+    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
+    tokens = F.linear(patches, weight.reshape(hidden_size, -1), bias)  # [B, P, D]
+
+    return join_tokens(tokens, cls_token, pos_embed, mask_token=mask_token, mask=mask)
+
+
+def join_tokens(
+    tokens: Tensor,
+    cls_token: Tensor | None,
+    pos_embed: Tensor | None,
+    *,
+    mask_token: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The second half of `patch_embed`: mask token, class token and position embedding around patch tokens [B, P, D]."""
+    if mask is not None:
+        tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
+    if cls_token is not None:
+        tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+    return tokens if pos_embed is None else tokens + pos_embed
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension (Ba et al. 2016, arXiv:1607.06450).
+
+    x: [..., D]; weight, bias: [D]. Returns [..., D].
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Residual add, then LayerNorm of the sum; both are needed, the sum by the next residual add.
+
+    x, residual: [..., D]; weight, bias: [D]. Returns (x + residual, layer_norm(x + residual)), each [..., D].
+    """
+    residual = x + residual
+    return residual, layer_norm(residual, weight, bias, eps)
+
+
+def feed_forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str
+) -> Tensor:
+    """activation(x @ weight1^T + bias1) @ weight2^T + bias2, applied to each token (Vaswani et al. 2017, eq. 2).
+
+    x: [..., D]; weight1: [F, D]; bias1: [F]; weight2: [D, F]; bias2: [D]; activation: a key of `ACTIVATIONS`.
+    Returns [..., D]. For GELU the activation is not kept for backward but recomputed: a third of what the block keeps.
+    """
+    hidden = F.linear(x, weight1, bias1)  # [..., F]
+    if activation not in GELU_FORMS or torch.compiler.is_compiling():  # a compiler decides by itself what to keep
+        return F.linear(ACTIVATIONS[activation](hidden), weight2, bias2)
+    if torch.is_autocast_enabled(hidden.device.type):
+        weight2 = weight2.to(hidden.dtype)
+        bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
+    if not (hidden.requires_grad or weight2.requires_grad):
+        # Nobody else holds `hidden`. Overwriting it matters on a CPU: touching a new tensor of this size for the first
+        # time costs several times the arithmetic.
+        return F.linear(torch.ops.aten.gelu_(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)
+    return GeluLinear.apply(hidden, weight2, bias2, GELU_FORMS[activation])
+
+
+class GeluLinear(torch.autograd.Function):
+    """gelu(hidden) @ weight^T + bias, keeping `hidden` for backward and not gelu(hidden)."""
+
+    @staticmethod
+    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        return F.linear(F.gelu(hidden, approximate=approximate), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        hidden, weight, _, ctx.approximate = inputs
+        ctx.save_for_backward(hidden, weight)
+
+    @staticmethod
+    def backward(ctx, grad_output: Tensor):
+        hidden, weight = ctx.saved_tensors
+        rows = grad_output.flatten(0, -2)
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ F.gelu(hidden, approximate=ctx.approximate).flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        if ctx.needs_input_grad[0]:
+            grad_hidden = grad_output @ weight
+            if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+                grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate=ctx.approximate)
+            else:
+                torch.ops.aten.gelu_backward.grad_input(
+                    grad_hidden, hidden, approximate=ctx.approximate, grad_input=grad_hidden
+                )
+        return grad_hidden, grad_weight, grad_bias, None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """softmax(query key^T * scale + mask) value for each head (Vaswani et al. 2017, eq. 1), heads side by side.
+
+    query: [B, Nq, heads, head_dim]; key, value: [B, Nk, heads, head_dim]; any strides. scale: 1 / sqrt(head_dim) if
+    None. mask: broadcastable to [B, heads, Nq, Nk]; boolean (True: may be attended to) or added to the scores.
+    dropout_p: chance that a probability is dropped. Returns [B, Nq, heads * head_dim].
+    """
+    context = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale
+    )
+    return context.transpose(1, 2).flatten(2)
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, *, scale: float | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """softmax(query key^T * scale + mask), the maps that `attention` does not keep, with float32 scores.
+
+    Arguments as in `attention`. Returns [B, heads, Nq, Nk] in query's dtype; no dropout is applied.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key).float() * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(dim=-1).to(query.dtype)

@@ -1,0 +1,405 @@
+"""What a run shows a person: metrics as text, and sheets of pictures.
+
+Only NumPy and Pillow. Attention arrives as arrays, `[layers, heads, tokens, tokens]` with the class token first.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from fastvit.errors import InputError
+
+MAX_MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal
+MAX_GRID_CLASSES = 20
+WORST_CONFUSIONS = 20
+NAME_COLUMNS = 32  # longest class name in a table, in terminal columns
+
+_PAPER, _INK, _FAINT_INK = (255, 255, 255), (32, 32, 32), (110, 110, 110)
+_GAP = 8
+_FONT_SIZE = 15
+_LAYER_TILE, _LAYERS_PER_ROW = 128, 6
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts how often each true class was predicted as each class.
+
+    Args:
+        labels: integers `[N]` from 0 to num_classes - 1, the true classes.
+        predictions: integers `[N]` from 0 to num_classes - 1.
+        num_classes: C.
+
+    Returns:
+        int64 `[C, C]`: rows are true classes, columns predicted ones.
+
+    Raises:
+        ValueError: the lengths differ, or a class is no integer or out of range.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.ndim != 1 or labels.shape != predictions.shape:
+        raise ValueError(
+            f"labels and predictions: expected the same length, got shapes {labels.shape} and {predictions.shape}"
+        )
+    for name, classes in (("labels", labels), ("predictions", predictions)):
+        if classes.size and not np.issubdtype(classes.dtype, np.integer):
+            raise ValueError(f"{name}: expected integers, got {classes.dtype}")
+        if classes.size and not (0 <= classes.min() and classes.max() < num_classes):
+            raise ValueError(
+                f"{name}: expected classes from 0 to {num_classes - 1}, got {classes.min()} to {classes.max()}"
+            )
+    pairs = labels.astype(np.int64) * num_classes + predictions.astype(np.int64)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def classification_metrics(confusion: np.ndarray) -> dict[str, Any]:
+    """Accuracy, and precision, recall and F1 of each class.
+
+    precision = hits / predicted as the class, recall = hits / truly of the class, F1 = their harmonic mean; 0/0 is 0.
+    Macro F1 is the plain mean of F1 over all classes, also those without a picture.
+
+    Args:
+        confusion: integers `[C, C]`, rows are true classes, columns predicted ones.
+
+    Returns:
+        `accuracy` and `macro_f1` as floats, `precision`, `recall` and `f1` as lists of C floats, `support` (pictures
+        truly of the class) as a list of C integers: ready for JSON.
+    """
+    confusion = _checked_confusion(confusion)
+    hits, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    f1 = _ratio(2 * hits, support + predicted)
+    return {
+        "accuracy": float(_ratio(hits.sum(), confusion.sum())),
+        "macro_f1": float(f1.mean()),
+        "precision": _ratio(hits, predicted).tolist(),
+        "recall": _ratio(hits, support).tolist(),
+        "f1": f1.tolist(),
+        "support": support.tolist(),
+    }
+
+
+def _checked_confusion(confusion: np.ndarray) -> np.ndarray:
+    confusion = np.asarray(confusion)
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or confusion.size == 0:
+        raise ValueError(f"confusion: expected a square matrix of at least one class, got shape {confusion.shape}")
+    if not np.issubdtype(confusion.dtype, np.integer) or confusion.min() < 0:
+        raise ValueError("confusion: expected counts, that is integers of at least 0")
+    return confusion
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0)
+
+
+def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
+    """A plain-text report: accuracy, a table of the classes, and what was taken for what.
+
+    Up to 20 classes the whole confusion matrix is shown, above that the most frequent confusions.
+
+    Args:
+        confusion: integers `[C, C]`, rows are true classes, columns predicted ones.
+        class_names: C names.
+
+    Returns:
+        Lines joined by newlines, none at the end.
+    """
+    confusion = _checked_confusion(confusion)
+    if len(class_names) != len(confusion):
+        raise ValueError(f"class_names: expected {len(confusion)} names, got {len(class_names)}")
+    metrics = classification_metrics(confusion)
+    names = [_ellipsis(_printable(name), NAME_COLUMNS) for name in class_names]
+    summary = (
+        f"accuracy {metrics['accuracy']:.4f}   macro F1 {metrics['macro_f1']:.4f}   "
+        f"{confusion.sum():,} pictures, {len(names)} classes"
+    )
+    rows = [
+        [str(index), name, f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", f"{support:,}"]
+        for index, (name, precision, recall, f1, support) in enumerate(
+            zip(names, *(metrics[key] for key in ("precision", "recall", "f1", "support")), strict=True)
+        )
+    ]
+    sections = [summary, _table(["", "class", "precision", "recall", "F1", "support"], rows)]
+    if len(names) <= MAX_MATRIX_CLASSES:
+        sections.append(_format_matrix(confusion, names))
+    else:
+        sections.append(_format_worst_confusions(confusion, names))
+    return "\n\n".join(sections)
+
+
+def _format_matrix(confusion: np.ndarray, names: Sequence[str]) -> str:
+    numbers = [str(index) for index in range(len(names))]
+    rows = [[number, name, *map(str, row)] for number, name, row in zip(numbers, names, confusion, strict=True)]
+    return "Confusion matrix: one row per true class, one column per predicted class\n" + _table(
+        ["", "true", *numbers], rows
+    )
+
+
+def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str:
+    errors = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-errors, axis=None, kind="stable")[:WORST_CONFUSIONS]
+    pairs = [
+        (int(true), int(predicted)) for true, predicted in zip(*np.unravel_index(order, errors.shape), strict=True)
+    ]
+    rows = [
+        ["", names[true], names[predicted], str(errors[true, predicted]), f"{errors[true, predicted] / support:.1%}"]
+        for true, predicted in pairs
+        if errors[true, predicted] > 0 and (support := confusion[true].sum()) > 0
+    ]
+    if not rows:
+        return "No picture was confused."
+    return f"Most frequent confusions ({errors.sum():,} in all)\n" + _table(
+        ["", "true", "predicted as", "pictures", "of the class"], rows, name_columns=(1, 2)
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: tuple[int, ...] = (1,)) -> str:
+    """Columns two spaces apart: names to the left, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(_terminal_width(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell + " " * (width - _terminal_width(cell))
+            if column in name_columns
+            else " " * (width - _terminal_width(cell)) + cell
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _printable(text: str) -> str:
+    """One line, without control characters and halves of surrogate pairs (file names may hold both)."""
+    return "".join(
+        " " if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character for character in text
+    )
+
+
+def _terminal_width(text: str) -> int:
+    """Columns that a terminal gives to the text: East Asian characters take two, combining ones none."""
+    return sum(
+        0
+        if unicodedata.category(character) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(character) in "WF")
+        for character in text
+    )
+
+
+def _ellipsis(text: str, columns: int) -> str:
+    if _terminal_width(text) <= columns:
+        return text
+    while _terminal_width(text) > columns - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sheets of pictures
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    position: tuple[int, int],
+    text: str,
+    *,
+    width: int,
+    size: int = _FONT_SIZE,
+    colour: tuple[int, int, int] = _INK,
+) -> None:
+    """One line of text, shortened to `width` pixels."""
+    text, font = _printable(text), _font(size)
+    if draw.textlength(text, font=font) > width:
+        kept = len(text)
+        while kept and draw.textlength(text[:kept] + "…", font=font) > width:
+            kept -= 1
+        text = text[:kept] + "…"
+    draw.text(position, text, font=font, fill=colour)
+
+
+def example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 96) -> Image.Image:
+    """Some pictures of each class: one row per class under its name.
+
+    Args:
+        examples: class name -> pictures, of any size and mode. Of more than 20 classes the first 20 are shown and the
+            number of the others is written underneath.
+        tile: height and width in pixels of the square into which each picture is fitted, uncropped.
+
+    Returns:
+        An RGB picture.
+    """
+    if not examples:
+        raise ValueError("examples: expected at least one class, got none")
+    shown = list(examples.items())[:MAX_GRID_CLASSES]
+    heading = _FONT_SIZE + 8
+    row_height = heading + tile + _GAP
+    num_left_out = len(examples) - len(shown)
+    columns = max(1, *(len(pictures) for _, pictures in shown))
+    width = max(_GAP + columns * (tile + _GAP), 320)
+    sheet = Image.new("RGB", (width, _GAP + len(shown) * row_height + (heading if num_left_out else 0)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, pictures) in enumerate(shown):
+        top = _GAP + row * row_height
+        _write(draw, (_GAP, top), name, width=width - 2 * _GAP)
+        for column, picture in enumerate(pictures):
+            sheet.paste(_fit(picture, tile), (_GAP + column * (tile + _GAP), top + heading))
+    if num_left_out:
+        position = (_GAP, _GAP + len(shown) * row_height)
+        text = f"and {num_left_out:,} more {'class' if num_left_out == 1 else 'classes'}"
+        _write(draw, position, text, width=width - 2 * _GAP, colour=_FAINT_INK)
+    return sheet
+
+
+def _fit(picture: Image.Image, side: int) -> Image.Image:
+    """The whole picture in a square, on light grey."""
+    return ImageOps.pad(_as_rgb(picture), (side, side), color=(238, 238, 238))
+
+
+def _as_rgb(picture: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*_PAPER, 255)), rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+# From little to much. Lightness rises evenly, so that the order shows in greyscale and to every kind of colour vision.
+_HEAT_COLOURS = np.array(
+    [(12, 10, 40), (62, 22, 102), (122, 32, 112), (184, 50, 92), (232, 92, 56), (250, 156, 40), (252, 240, 150)],
+    dtype=np.float32,
+)
+_HEAT_OPACITY = 0.6
+
+
+def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """Lays a map of values over a picture, dark where they are low and bright where they are high.
+
+    Args:
+        image: the picture, of any mode.
+        heat: finite numbers `[rows, columns]` that cover the picture; its lowest value becomes dark violet, its
+            highest pale yellow. A map of equal values is dark throughout.
+
+    Returns:
+        An RGB picture of the size of `image`.
+    """
+    heat = np.asarray(heat, dtype=np.float32)
+    if heat.ndim != 2 or heat.size == 0:
+        raise ValueError(f"heat: expected [rows, columns], got shape {heat.shape}")
+    if not np.isfinite(heat).all():
+        raise ValueError("heat: expected finite numbers, got NaN or infinity")
+    heat = heat - heat.min()
+    heat = heat / (heat.max() or 1)
+    enlarged = np.asarray(Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    anchors = np.linspace(0, 1, len(_HEAT_COLOURS))
+    colours = np.stack([np.interp(enlarged, anchors, channel) for channel in _HEAT_COLOURS.T], axis=-1)
+    overlay = Image.fromarray((colours + 0.5).astype(np.uint8))
+    return Image.blend(_as_rgb(image), overlay, _HEAT_OPACITY)
+
+
+def attention_rollout(attentions: np.ndarray) -> np.ndarray:
+    """How much each token of the last layer rests on each token of the input.
+
+    Abnar & Zuidema 2020, arXiv:2005.00928: in every layer the mean over the heads plus the identity (the residual
+    connection), rows scaled to sum 1; the layers' matrices are multiplied, the first layer's rightmost.
+
+    Args:
+        attentions: probabilities `[layers, heads, tokens, tokens]`, rows are queries, from the first layer to the last.
+
+    Returns:
+        float `[tokens, tokens]`, each row sums to 1; float64 if the input is, else float32.
+    """
+    attentions = _checked_attentions(attentions)
+    identity = np.eye(attentions.shape[-1], dtype=np.float64 if attentions.dtype == np.float64 else np.float32)
+    rollout = identity
+    for layer in attentions:
+        mixed = layer.mean(axis=0, dtype=identity.dtype) + identity
+        rollout = (mixed / mixed.sum(axis=-1, keepdims=True)) @ rollout
+    return rollout
+
+
+def _checked_attentions(attentions: np.ndarray) -> np.ndarray:
+    attentions = np.asarray(attentions)
+    if attentions.ndim != 4 or attentions.shape[2] != attentions.shape[3] or attentions.size == 0:
+        raise ValueError(f"attentions: expected [layers, heads, tokens, tokens], got shape {attentions.shape}")
+    return attentions
+
+
+def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """What the class token looks at: the picture, the rollout over all layers, and each layer by itself.
+
+    Args:
+        image: the picture as the model saw it, of any size and mode.
+        attentions: `[layers, heads, tokens, tokens]`, class token first, patches after it row by row.
+        grid: the number of patches down and across; tokens = 1 + down x across.
+
+    Returns:
+        An RGB picture: picture and rollout in the first row, then the layers, six to a row, each the mean over its heads.
+    """
+    attentions = _checked_attentions(attentions)
+    rows, columns = grid
+    if attentions.shape[-1] != 1 + rows * columns:
+        raise ValueError(
+            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
+        )
+    of_rollout = attention_rollout(attentions)[0, 1:].reshape(grid)
+    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, rows, columns)
+
+    num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
+    large = 2 * _LAYER_TILE + _GAP
+    top_of_layers = _GAP + label + large + _GAP
+    layer_rows = -(-num_layers // _LAYERS_PER_ROW)
+    width = _GAP + step * min(max(num_layers, 4), _LAYERS_PER_ROW)
+    sheet = Image.new("RGB", (width, top_of_layers + layer_rows * (label + step)), _PAPER)
+
+    def place(title: str, picture: Image.Image, left: int, top: int, side: int) -> None:
+        _write(ImageDraw.Draw(sheet), (left, top), title, width=side)
+        sheet.paste(_fit(picture, side), (left, top + label))
+
+    picture = ImageOps.contain(_as_rgb(image), (large, large))
+    place("picture", picture, _GAP, _GAP, large)
+    place("rollout of all layers", overlay_heatmap(picture, of_rollout), _GAP + large + _GAP, _GAP, large)
+    for index, heat in enumerate(of_layers):
+        row, column = divmod(index, _LAYERS_PER_ROW)
+        left, top = _GAP + column * step, top_of_layers + row * (label + step)
+        place(f"layer {index + 1}", overlay_heatmap(picture, heat), left, top, _LAYER_TILE)
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a picture in the format that the file's suffix names, whole or not at all.
+
+    Raises:
+        InputError: the suffix names no format that Pillow writes, or the folder does not exist.
+    """
+    path = Path(path)
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format not in Image.SAVE:
+        raise InputError(f"path: expected a suffix such as .png, .jpg or .webp, got {path}")
+    if not path.parent.is_dir():
+        raise InputError(f"path: expected an existing folder, {path.parent} is none")
+    if image_format == "JPEG":
+        image = _as_rgb(image)  # the format has no transparency
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format=image_format)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
