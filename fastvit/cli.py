@@ -66,9 +66,7 @@ def convert(argv: list[str]) -> None:
     parser.add_argument("--heads", type=int, help="attention heads, where the source does not say [head dim 64]")
     parser.add_argument("--overwrite", action="store_true", help="replace DEST")
     options = parser.parse_args(argv)
-    written = convert(
-        options.source, options.dest, to=options.to, num_heads=options.heads, overwrite=options.overwrite
-    )
+    written = convert(options.source, options.dest, to=options.to, num_heads=options.heads, overwrite=options.overwrite)
     print(f"written: {written}")
 
 

@@ -49,9 +49,7 @@ class ImageDataset:
 
     def counts(self) -> dict[str, np.ndarray]:
         """Pictures per class [C] for each split."""
-        return {
-            name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()
-        }
+        return {name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()}
 
 
 def load_images(
@@ -92,7 +90,9 @@ def generated_leaves(num_images: int, image_size: int, seed: int) -> ImageDatase
 
     held_out = num_images // 5
     return ImageDataset(
-        "generated", list(leaves.CLASSES), {TRAIN: split(num_images - held_out, seed), VALIDATION: split(held_out, seed + 1)}
+        "generated",
+        list(leaves.CLASSES),
+        {TRAIN: split(num_images - held_out, seed), VALIDATION: split(held_out, seed + 1)},
     )
 
 
@@ -162,7 +162,9 @@ def _split_name(name: str) -> str:
     return VALIDATION if name in ("val", "valid", "dev", "eval") else name
 
 
-def _find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
+def _find_column(
+    kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str
+) -> str:
     """The column for images or labels: the one given, or one with the usual name or type."""
     if given is not None:
         if given not in features:

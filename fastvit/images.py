@@ -111,7 +111,9 @@ def _decode_all(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            bar = tqdm(pool.map(decode, range(len(images))), total=len(images), desc=description, unit="img", leave=False)
+            bar = tqdm(
+                pool.map(decode, range(len(images))), total=len(images), desc=description, unit="img", leave=False
+            )
             return {index: reason for index, reason in enumerate(bar) if reason is not None}
         except BaseException:
             pool.shutdown(cancel_futures=True)

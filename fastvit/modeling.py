@@ -324,7 +324,7 @@ class ViTOutput(nn.Module):
 
 
 class ViTLayer(GradientCheckpointingLayer):
-    """One pre-LayerNorm block:  h = x + attention(layer_norm(x));  y = h + mlp(layer_norm(h))  (the paper's eq. 2, 3)."""
+    """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -426,7 +426,7 @@ class ViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ViTEmbeddings", "ViTLayer"]
+    _no_split_modules = ["ViTEmbeddings", "ViTLayer"]  # noqa: RUF012 (what transformers expects)
     _supports_sdpa = True
 
     @classmethod
@@ -650,8 +650,10 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
             return_dict=True,
         )
         rows, columns = self.vit.embeddings.patch_embeddings.grid(self.vit.embeddings.image_size_of(pixel_values))
-        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))  # [B, D, rows, columns]
-        reconstruction = self.decoder(patches)
+        patches = (
+            outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
+        )  # [B, D, rows, columns]
+        reconstruction = self.decoder(patches.unflatten(2, (rows, columns)))
 
         loss = None
         if bool_masked_pos is not None:

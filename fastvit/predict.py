@@ -15,8 +15,8 @@ from transformers import AutoImageProcessor
 from fastvit import report
 from fastvit.datasets import load_images
 from fastvit.errors import InputError
-from fastvit.finetune import load_pretrained
 from fastvit.images import decode_image
+from fastvit.loading import load_pretrained
 from fastvit.modeling import ViTForImageClassification
 
 

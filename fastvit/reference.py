@@ -37,7 +37,9 @@ def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]
 
     pixels: uint8 [B, C, H, W]; mean, std: one float a channel, for values in 0..1. Returns [B, C, H, W] in `dtype`.
     """
-    mean, std = (torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in (mean, std))
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in (mean, std)
+    )
     # One multiply-add a pixel, in float32: a bfloat16 multiply-add would lose three of the eight bits of a pixel.
     return (pixels * (1 / (255 * std)) - mean / std).to(dtype)
 
@@ -92,7 +94,7 @@ def join_tokens(
     mask_token: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The second half of `patch_embed`: mask token, class token and position embedding around patch tokens [B, P, D]."""
+    """The second half of `patch_embed`: mask token, class token, position embedding around patch tokens [B, P, D]."""
     if mask is not None:
         tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
     if cls_token is not None:

@@ -53,7 +53,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
     for name, classes in (("labels", labels), ("predictions", predictions)):
         if classes.size and not np.issubdtype(classes.dtype, np.integer):
             raise ValueError(f"{name}: expected integers, got {classes.dtype}")
-        if classes.size and not (0 <= classes.min() and classes.max() < num_classes):
+        if classes.size and (classes.min() < 0 or classes.max() >= num_classes):
             raise ValueError(
                 f"{name}: expected classes from 0 to {num_classes - 1}, got {classes.min()} to {classes.max()}"
             )
@@ -157,7 +157,7 @@ def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str
     if not rows:
         return "No picture was confused."
     return f"Most frequent confusions ({errors.sum():,} in all)\n" + _table(
-        ["", "true", "predicted as", "pictures", "of the class"], rows, name_columns=(1, 2)
+        ["", "true", "predicted as", "pictures", "share of class"], rows, name_columns=(1, 2)
     )
 
 
@@ -289,6 +289,8 @@ _HEAT_OPACITY = 0.6
 def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     """Lays a map of values over a picture, dark where they are low and bright where they are high.
 
+    The picture is shown in grey, so that every colour in the result is the map's.
+
     Args:
         image: the picture, of any mode.
         heat: finite numbers `[rows, columns]` that cover the picture; its lowest value becomes dark violet, its
@@ -308,7 +310,7 @@ def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     anchors = np.linspace(0, 1, len(_HEAT_COLOURS))
     colours = np.stack([np.interp(enlarged, anchors, channel) for channel in _HEAT_COLOURS.T], axis=-1)
     overlay = Image.fromarray((colours + 0.5).astype(np.uint8))
-    return Image.blend(_as_rgb(image), overlay, _HEAT_OPACITY)
+    return Image.blend(_as_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
 
 
 def attention_rollout(attentions: np.ndarray) -> np.ndarray:
@@ -348,7 +350,7 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
         grid: the number of patches down and across; tokens = 1 + down x across.
 
     Returns:
-        An RGB picture: picture and rollout in the first row, then the layers, six to a row, each the mean over its heads.
+        An RGB picture: picture and rollout on top, then the layers, six to a row, each the mean over its heads.
     """
     attentions = _checked_attentions(attentions)
     rows, columns = grid

@@ -1,0 +1,188 @@
+"""The options of `fastvit finetune`: command line over --config file over defaults, checked before anything is read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastvit.errors import InputError
+
+DEFAULT_MODEL = "google/vit-base-patch16-224-in21k"
+
+# Sizes of a ViT trained from scratch: hidden size, blocks, heads (head dim 64, micro 32); feed-forward 4 x hidden.
+# Tiny to large are those of DeiT (Touvron et al. 2021) and of the ViT paper.
+SIZES = {
+    "micro": (128, 6, 4),
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+}
+
+# The drawn leaves need a model from scratch, and that other settings than a pretrained one.
+GENERATED_DEFAULTS: dict[str, Any] = {
+    "from_scratch": "micro",
+    "image_size": 64,
+    "patch_size": 8,
+    "epochs": 16.0,
+    "batch_size": 32,
+    "learning_rate": 1e-3,
+    "warmup": 0.1,
+    "scheduler": "cosine",
+    "weight_decay": 0.05,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastvit finetune",
+        description="Fine-tune a Vision Transformer to tell your pictures apart.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Example: fastvit finetune --data-dir my-pictures --output-dir runs/mine",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="read options from a file; those given here win")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, metavar="ID|FOLDER", help="pretrained ViT: hub id or folder")
+    group.add_argument("--from-scratch", choices=SIZES, help="random weights instead, of this size")
+    group.add_argument("--image-size", type=int, help="height and width in pixels [the model's; from scratch: 224]")
+    group.add_argument("--patch-size", type=int, default=16, help="from scratch: height and width of a patch")
+    group.add_argument("--freeze-backbone", action="store_true", help="train the classifier alone (linear probe)")
+    group.add_argument("--attention-dropout", type=float, default=0.0, help="chance to drop an attention weight")
+    group.add_argument("--hidden-dropout", type=float, default=0.0, help="chance to drop a hidden activation")
+
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--dataset", metavar="ID", help="hub data set, 'beans', or 'generated' (leaves) [beans]")
+    group.add_argument(
+        "--data-dir", metavar="FOLDER", help="or a folder of pictures: [train/ validation/ test/] CLASS/"
+    )
+    group.add_argument("--image-column", help="column with the pictures [found by name]")
+    group.add_argument("--label-column", help="column with the classes [found by name]")
+    group.add_argument("--validation-fraction", type=float, default=0.15, help="set aside where there is no validation")
+    group.add_argument("--max-train-samples", type=int, metavar="N", help="train on N pictures only")
+    group.add_argument("--max-eval-samples", type=int, metavar="N", help="evaluate on N pictures only")
+    group.add_argument("--generated-images", type=int, default=1500, metavar="N", help="size of the drawn set")
+    group.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
+    group.add_argument(
+        "--augment", action=argparse.BooleanOptionalAction, default=True, help="random resized crop and flip"
+    )
+    group.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=4.0, help="passes over the training pictures")
+    group.add_argument("--max-steps", type=int, default=-1, metavar="N", help="stop after N steps instead")
+    group.add_argument("--batch-size", type=int, default=16, help="pictures a step on each device")
+    group.add_argument("--learning-rate", type=float, default=2e-4, help="peak learning rate (AdamW)")
+    group.add_argument("--weight-decay", type=float, default=0.0, help="of weights; not of biases and norms")
+    group.add_argument("--warmup", type=float, default=0.0, help="steps of warm-up, or below 1 the part of all steps")
+    group.add_argument("--scheduler", default="linear", help="learning rate schedule, any of transformers'")
+    group.add_argument(
+        "--layer-decay", type=float, default=1.0, help="learning rate factor from a block to the one below"
+    )
+    group.add_argument("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
+    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches a step")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where hardware has it"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--cpu", action="store_true", help="do not use a GPU")
+    group.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation and splits")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-dir", metavar="FOLDER", help="where everything goes [runs/DATASET]")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint there")
+    group.add_argument("--eval-steps", type=int, default=100, metavar="N", help="evaluate and save every N steps")
+    group.add_argument("--logging-steps", type=int, default=10, metavar="N", help="log every N steps")
+    group.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="how many are kept")
+    group.add_argument(
+        "--report-to", default="none", metavar="NAME", help="tensorboard, wandb, ... as Trainer knows them"
+    )
+    group.add_argument("--push-to-hub", metavar="ID", help="upload the result as this model")
+    return parser
+
+
+def parse_options(argv: list[str] | None) -> argparse.Namespace:
+    """Options from the command line, over those of --config, over the defaults."""
+    parser = build_parser()
+    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    first = parser.parse_known_args(argv)[0]
+    from_file: dict[str, Any] = {}
+    if first.config is not None:
+        try:
+            from_file = yaml.safe_load(Path(first.config).read_text()) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"--config: cannot read {first.config} ({' '.join(str(error).split())})") from None
+        if not isinstance(from_file, dict):
+            raise InputError(f"--config: expected 'option: value' lines in {first.config}")
+        from_file = {name.replace("-", "_"): value for name, value in from_file.items()}
+        unknown = sorted(set(from_file) - set(known))
+        if unknown:
+            raise InputError(f"--config: {first.config} has unknown option(s) {', '.join(unknown)}")
+        for name, value in from_file.items():
+            from_file[name] = _checked(name, known[name], value)
+    parser.set_defaults(**from_file)
+    options = parser.parse_args(argv)
+    if options.dataset is None and options.data_dir is None:
+        options.dataset = "beans"
+    if options.dataset == "generated" and "model" not in from_file and options.model == DEFAULT_MODEL:
+        parser.set_defaults(**{**GENERATED_DEFAULTS, **from_file})
+        options = parser.parse_args(argv)
+    if options.output_dir is None:
+        options.output_dir = str(Path("runs") / Path(options.dataset or options.data_dir).name)
+    _check_options(options)
+    return options
+
+
+def _checked(name: str, action: argparse.Action, value: Any) -> Any:
+    """A value from a file, converted and checked as argparse does for the command line."""
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        value = action.type(value) if action.type is not None else value
+    except (TypeError, ValueError):
+        raise InputError(f"--config: {name}: expected {action.type.__name__}, got {value!r}") from None
+    if action.choices is not None and value not in action.choices:
+        raise InputError(f"--config: {name}: expected one of {', '.join(action.choices)}, got {value!r}")
+    return value
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    if options.dataset is not None and options.data_dir is not None:
+        raise InputError("--data-dir: give a folder or a --dataset, not both")
+    if options.overwrite and options.resume:
+        raise InputError("--resume: give --resume or --overwrite, not both")
+    for name in ("epochs", "batch_size", "learning_rate", "gradient_accumulation", "eval_steps", "logging_steps"):
+        if not getattr(options, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(options, name)}")
+    for name in ("image_size", "patch_size", "max_train_samples", "max_eval_samples", "generated_images"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    for name in ("attention_dropout", "hidden_dropout", "label_smoothing"):
+        if not 0 <= getattr(options, name) < 1:
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected 0 or more and below 1, got {getattr(options, name)}"
+            )
+    if not 0 < options.layer_decay <= 1:
+        raise InputError(f"--layer-decay: expected above 0 and at most 1, got {options.layer_decay}")
+    output_dir = Path(options.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output-dir: {output_dir} is a file")
+    if is_run(output_dir) and not (options.overwrite or options.resume):
+        raise InputError(
+            f"--output-dir: {output_dir} already holds a run; give --overwrite, --resume or another folder"
+        )
+    if options.resume and get_last_checkpoint(output_dir if output_dir.is_dir() else ".") is None:
+        raise InputError(f"--resume: there is no checkpoint in {output_dir}")
+
+
+def is_run(folder: Path) -> bool:
+    return folder.is_dir() and (
+        any((folder / name).exists() for name in ("config.yaml", "model.safetensors", "trainer_state.json"))
+        or get_last_checkpoint(folder) is not None
+    )

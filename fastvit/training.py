@@ -1,0 +1,137 @@
+"""What `transformers.Trainer` lacks for fine-tuning: layer-wise learning rates, stopping well, a progress bar."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastvit.errors import InputError
+
+
+class NonFiniteLoss(InputError):
+    """The loss or the gradient became NaN or infinite; training cannot go on."""
+
+
+class StopOnNonFiniteLoss(TrainerCallback):
+    """Ends training before a checkpoint with NaN weights can replace a good one."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # The loss is looked at before every save. Looking at every step would make a GPU wait at every step.
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite((logs or {}).get(name, 0.0)):
+                last = get_last_checkpoint(args.output_dir)
+                raise NonFiniteLoss(
+                    f"training: the {name} is {logs[name]} at step {state.global_step}; the last good checkpoint is"
+                    f" {last or 'none'}; try a lower --learning-rate, --warmup or --precision fp32"
+                )
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGINT, self.handle)
+
+    def handle(self, signum, frame):
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again to stop at once)", file=sys.stderr)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self.previous)
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar, with the loss and images a second in it, and a line for each evaluation."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.start, self.start_step = time.perf_counter(), state.global_step
+        self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None:
+            return
+        if "loss" in logs:
+            speed = (state.global_step - self.start_step) * self.images_per_step / (time.perf_counter() - self.start)
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:.0f} images/s")
+            self.start, self.start_step = time.perf_counter(), state.global_step
+        if "eval_accuracy" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: validation accuracy {logs['eval_accuracy']:.2%}, loss {logs['eval_loss']:.3f}",
+                file=sys.stdout,
+            )
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        self.start, self.start_step = time.perf_counter(), state.global_step
+
+
+class FineTuner(Trainer):
+    """Trainer, with a learning rate for each depth (layer-wise decay, Clark et al. 2020, arXiv:2003.10555).
+
+    model_card: once set, the text that `create_model_card` (and so `push_to_hub`) writes.
+    """
+
+    def __init__(self, *args, layer_decay: float = 1.0, **kwargs):
+        self.layer_decay = layer_decay
+        self.model_card: ModelCard | None = None
+        super().__init__(*args, **kwargs)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        if self.model_card is None:
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            self.model_card.save(Path(self.args.output_dir) / "README.md")
+
+    def create_optimizer(self, model=None):
+        if self.layer_decay == 1.0 or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                scale = self.layer_decay ** depth_from_top(name, self.model.config.num_hidden_layers)
+                weight_decay = self.args.weight_decay if name in decayed else 0.0
+                groups.setdefault((scale, weight_decay), []).append(parameter)
+        optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        self.optimizer = optimizer_class(
+            [
+                {"params": parameters, "lr": self.args.learning_rate * scale, "weight_decay": weight_decay}
+                for (scale, weight_decay), parameters in groups.items()
+            ],
+            **optimizer_kwargs,
+        )
+        return self.optimizer
+
+
+def depth_from_top(name: str, num_layers: int) -> int:
+    """0 for the head and the final norm, 1 for the last block, num_layers + 1 for the embeddings."""
+    if "embeddings." in name:
+        return num_layers + 1
+    if ".layer." in name:
+        return num_layers - int(name.split(".layer.")[1].split(".")[0])
+    return 0

@@ -1,0 +1,438 @@
+"""Fine-tuning as a person does it: from the command's options to the files of a run, and what goes wrong on the way."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import ViTConfig
+
+import fastvit
+from fastvit import cli, leaves
+from fastvit.finetune import load_model, main
+from fastvit.options import build_parser, parse_options
+from fastvit.training import depth_from_top
+
+TINY = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
+SHORT = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--logging-steps", "1", "--learning-rate", "1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+
+
+def make_folder(root: Path, per_class: int = 4, classes=leaves.CLASSES, size: int = 24) -> Path:
+    for label in classes:
+        (root / label).mkdir(parents=True)
+        for seed in range(per_class):
+            drawn = label if label in leaves.CLASSES else "healthy"
+            leaves.draw_leaf(drawn, seed=seed, size=size).save(root / label / f"{seed}.png")
+    return root
+
+
+def last_line(capsys) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """One short run on a folder with validation and test pictures, looked at by several tests."""
+    root = tmp_path_factory.mktemp("run")
+    for split, count in (("train", 6), ("val", 2), ("test", 2)):
+        make_folder(root / "pictures" / split, count)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    options = ["--data-dir", str(root / "pictures"), "--output-dir", str(root / "out"), *TINY, *SHORT]
+    assert main([*options, "--layer-decay", "0.7", "--label-smoothing", "0.1", "--warmup", "1"]) == 0
+    return root
+
+
+def test_run_writes_what_the_usual_recipe_writes(finished_run):
+    out = finished_run / "out"
+    train, evaluation, test, state = (
+        json.loads((out / name).read_text())
+        for name in ("train_results.json", "eval_results.json", "test_results.json", "trainer_state.json")
+    )
+    assert math.isfinite(train["train_loss"]) and train["train_samples_per_second"] > 0
+    assert 0 <= evaluation["eval_accuracy"] <= 1 and 0 <= evaluation["eval_macro_f1"] <= 1
+    assert 0 <= test["test_accuracy"] <= 1
+    assert state["global_step"] == 4 and len(state["log_history"]) >= 6
+    assert state["best_model_checkpoint"] is not None
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert Image.open(out / "examples.png").size[0] > 100
+    text = (out / "classification_report.txt").read_text()
+    assert "bean_rust" in text and "Confusion matrix" in text and text.count("6 pictures") == 2
+    card = (out / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "trained from scratch on 18 pictures" in card
+
+
+def test_best_checkpoint_is_the_model_that_is_saved(finished_run):
+    out = finished_run / "out"
+    state = json.loads((out / "trainer_state.json").read_text())
+    saved = load_file(out / "model.safetensors")
+    best = load_file(Path(state["best_model_checkpoint"]) / "model.safetensors")
+    assert all(torch.equal(saved[name], best[name]) for name in saved)
+
+
+def test_result_is_loaded_by_the_transformers_pipeline(finished_run):
+    out, picture = finished_run / "out", finished_run / "pictures" / "test" / "bean_rust" / "0.png"
+    pipe = transformers.pipeline("image-classification", str(out), device="cpu")
+    answer = {entry["label"]: entry["score"] for entry in pipe(str(picture))}
+    assert answer.keys() == set(leaves.CLASSES)
+    pixels = torch.from_numpy(
+        np.array(Image.open(picture).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR))
+    )[None]
+    ours = fastvit.ViTForImageClassification.from_pretrained(out)
+    scores = ours(pixels).logits.softmax(-1)[0]  # uint8 pixels, normalised by the model as in training
+    for index, name in ours.config.id2label.items():
+        assert abs(answer[name] - scores[index].item()) < 1e-4
+
+
+def test_config_file_of_a_run_repeats_it_bit_for_bit(finished_run, tmp_path):
+    assert main(["--config", str(finished_run / "out" / "config.yaml"), "--output-dir", str(tmp_path / "again")]) == 0
+    first, again = (load_file(folder / "model.safetensors") for folder in (finished_run / "out", tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_predict_names_the_classes(finished_run, capsys):
+    pictures = [str(finished_run / "pictures" / "test" / name / "0.png") for name in leaves.CLASSES]
+    assert cli.main(["predict", str(finished_run / "out"), *pictures, "--top", "2", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == pictures[0] and len(printed) == 9
+    assert cli.main(["predict", str(finished_run / "out"), pictures[0], "--json", "--device", "cpu"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert abs(sum(entry["probability"] for entry in answer["classes"]) - 1) < 1e-4
+
+
+def test_evaluate_repeats_the_runs_own_metrics(finished_run, capsys):
+    folder = str(finished_run / "pictures")
+    assert cli.main(["evaluate", str(finished_run / "out"), "--data-dir", folder, "--json", "--device", "cpu"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    expected = json.loads((finished_run / "out" / "eval_results.json").read_text())
+    assert metrics["split"] == "validation"
+    assert abs(metrics["accuracy"] - expected["eval_accuracy"]) < 1e-9
+
+
+def test_attention_draws_a_sheet(finished_run, tmp_path):
+    picture = str(finished_run / "pictures" / "test" / "bean_rust" / "0.png")
+    sheet = tmp_path / "map.png"
+    assert cli.main(["attention", str(finished_run / "out"), picture, "-o", str(sheet), "--device", "cpu"]) == 0
+    assert min(Image.open(sheet).size) > 100
+
+
+def test_pretrained_checkpoint_is_fine_tuned_with_a_new_head(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    backbone = fastvit.ViTModel(config)
+    backbone.save_pretrained(tmp_path / "backbone")
+    make_folder(tmp_path / "pictures")
+    options = ["--data-dir", "pictures", "--model", "backbone", "--output-dir", "out", *SHORT, "--cpu"]
+    assert main([*options, "--freeze-backbone", "--precision", "fp32", "--gradient-checkpointing"]) == 0
+    tuned = load_file(tmp_path / "out" / "model.safetensors")
+    assert tuned["classifier.weight"].shape == (3, 32)
+    assert tuned["classifier.bias"].abs().sum() > 0
+    for name, tensor in backbone.state_dict().items():
+        if not name.startswith("pooler."):
+            assert torch.equal(tuned[f"vit.{name}"], tensor), name
+
+
+def test_pretrained_checkpoint_is_fine_tuned_at_another_size(tmp_path):
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    fastvit.ViTModel(config).save_pretrained(tmp_path / "backbone")
+    make_folder(tmp_path / "pictures")
+    options = ["--data-dir", "pictures", "--model", "backbone", "--image-size", "32", "--output-dir", "out"]
+    assert main([*options, *SHORT, "--cpu", "--no-augment"]) == 0
+    tuned = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    assert tuned.config.image_size == 32 and tuned.vit.embeddings.position_embeddings.shape == (1, 17, 32)
+
+
+def test_resume_goes_on_where_the_run_stopped(tmp_path):
+    make_folder(tmp_path / "pictures")
+    options = ["--data-dir", "pictures", "--output-dir", "out", *TINY, *SHORT]
+    assert main(options) == 0
+    assert main([*options, "--max-steps", "6", "--resume"]) == 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+
+
+def test_second_run_needs_overwrite_and_then_replaces_the_first(tmp_path, capsys):
+    make_folder(tmp_path / "pictures")
+    options = ["--data-dir", "pictures", "--output-dir", "out", *TINY, *SHORT]
+    assert main(options) == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert main(options) == 2
+    assert "already holds a run; give --overwrite, --resume or another folder" in last_line(capsys)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert main([*options, "--overwrite", "--max-steps", "2"]) == 0
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2"}
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+    make_folder(tmp_path / "pictures")
+    options = ["--data-dir", "pictures", "--output-dir", "out", *TINY, *SHORT, "--logging-steps", "100"]
+    assert main(options) == 0
+    good = tmp_path / "out" / "checkpoint-4" / "model.safetensors"
+    poisoned = {name: tensor.clone() for name, tensor in load_file(good).items()}
+    capsys.readouterr()
+    assert main([*options, "--resume", "--max-steps", "8", "--learning-rate", "1e30"]) == 2
+    message = last_line(capsys)
+    assert message.startswith("error: training: the ") and "checkpoint-" in message
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
+    assert poisoned.keys() == load_file(good).keys()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent the POSIX way")
+def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    make_folder(tmp_path / "pictures")
+    command = [sys.executable, "-m", "fastvit.finetune", "--data-dir", "pictures", "--output-dir", "out", *TINY]
+    command += ["--max-steps", "100000", "--eval-steps", "100000", "--batch-size", "4", "--logging-steps", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        seen = ""
+        while "loss" not in seen:  # the progress bar shows it after the first step
+            seen += process.stderr.read(1) or pytest.fail(f"ended early: {seen}")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "go on with the same command and --resume" in out
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
+
+
+def test_generated_leaves_are_the_offline_default(tmp_path, capsys):
+    options = parse_options(["--dataset", "generated"])
+    assert options.from_scratch == "micro" and options.image_size == 64
+    assert parse_options(["--dataset", "generated", "--learning-rate", "5e-4"]).learning_rate == 5e-4
+    assert main(["--dataset", "generated", "--generated-images", "30", "--image-size", "16", *SHORT, "--cpu"]) == 0
+    assert "healthy" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "generated" / "model.safetensors").exists()
+
+
+def test_defaults_are_those_of_the_beans_recipe():
+    options = parse_options([])
+    assert (options.dataset, options.model) == ("beans", "google/vit-base-patch16-224-in21k")
+    assert (options.batch_size, options.learning_rate, options.epochs, options.eval_steps) == (16, 2e-4, 4, 100)
+
+
+def test_options_from_a_file_yield_to_the_command_line(tmp_path):
+    (tmp_path / "options.yaml").write_text("epochs: 7\nlearning-rate: 5.0e-5\naugment: false\ndata-dir: somewhere\n")
+    options = parse_options(["--config", "options.yaml", "--epochs", "2"])
+    assert (options.epochs, options.learning_rate, options.augment, options.data_dir) == (2, 5e-5, False, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epoch: 3", "unknown option(s) epoch"),
+        ("epochs: many", "epochs: expected float, got 'many'"),
+        ("precision: fp8", "precision: expected one of auto, fp32, bf16, fp16, got 'fp8'"),
+        ("[1, 2", "cannot read options.yaml"),
+        ("- 3", "expected 'option: value' lines"),
+    ],
+)
+def test_wrong_option_files_are_one_clear_line(text, message, tmp_path, capsys):
+    (tmp_path / "options.yaml").write_text(text)
+    assert main(["--config", "options.yaml"]) == 2
+    line = last_line(capsys)
+    assert line.startswith("error: --config: ") and message in line
+
+
+def test_layer_decay_lowers_the_learning_rate_with_depth():
+    assert depth_from_top("classifier.weight", 12) == 0
+    assert depth_from_top("vit.layernorm.bias", 12) == 0
+    assert depth_from_top("vit.encoder.layer.11.output.dense.weight", 12) == 1
+    assert depth_from_top("vit.encoder.layer.0.output.dense.weight", 12) == 12
+    assert depth_from_top("vit.embeddings.patch_embeddings.projection.weight", 12) == 13
+
+
+def test_layer_decay_reaches_the_optimizer(finished_run):
+    # The scheduler's rates are those of the optimizer's groups, saved in the last checkpoint.
+    state = torch.load(finished_run / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    rates = sorted({group["initial_lr"] for group in state["param_groups"]}, reverse=True)
+    assert rates == pytest.approx([1e-3 * 0.7**depth for depth in range(8)])
+
+
+def broken(kind: str, root: Path) -> list[str]:
+    """A folder that is wrong in one way, and the options to use it."""
+    if kind == "empty folder":
+        root.mkdir()
+    elif kind == "one class":
+        make_folder(root, classes=["healthy"])
+    elif kind == "a class with one image":
+        make_folder(root)
+        (root / "lonely").mkdir()
+        leaves.draw_leaf("healthy", seed=1, size=24).save(root / "lonely" / "1.png")
+    elif kind == "more classes in validation":
+        make_folder(root / "train", classes=["healthy", "bean_rust"])
+        make_folder(root / "validation")
+    elif kind == "no classes":
+        root.mkdir()
+        for seed in range(3):
+            leaves.draw_leaf("healthy", seed=seed, size=24).save(root / f"{seed}.png")
+    else:
+        make_folder(root)
+        picture = root / "healthy" / "0.png"
+        picture.write_bytes(b"not an image" if kind == "no image" else picture.read_bytes()[:300])
+    return ["--data-dir", str(root)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("empty folder", "expected pictures, one folder a class"),
+        ("one class", "expected at least 2 classes, found 1: healthy"),
+        ("a class with one image", "class 'lonely': expected at least 2 pictures"),
+        ("more classes in validation", "no training pictures for 1 class(es): angular_leaf_spot"),
+        ("no classes", "found no label column"),
+        ("no image", "0.png: expected an image, found a file that is none"),
+        ("truncated", "0.png: cannot be decoded"),
+    ],
+)
+def test_wrong_pictures_are_one_clear_line_and_leave_nothing(kind, message, tmp_path, capsys):
+    options = broken(kind, tmp_path / "pictures")
+    assert main([*options, "--output-dir", "out", *TINY, *SHORT]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err.strip().splitlines()[-1]
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_pictures_are_skipped_and_counted_when_asked(tmp_path, capsys):
+    options = broken("no image", tmp_path / "pictures")
+    assert main([*options, "--output-dir", "out", *TINY, *SHORT, "--skip-bad-images"]) == 0
+    printed = capsys.readouterr().out
+    assert "1 of " in printed and "pictures skipped" in printed and "0.png" in printed
+
+
+def test_hub_ids_without_a_network_name_the_two_offline_ways(tmp_path, capsys):
+    make_folder(tmp_path / "pictures")
+    assert main(["--data-dir", "pictures", "--model", "google/vit-base-patch16-224-in21k"]) == 2
+    assert "--model FOLDER" in (line := last_line(capsys)) and "--from-scratch" in line
+    assert main([*TINY]) == 2
+    assert "--data-dir FOLDER" in (line := last_line(capsys)) and "--dataset generated" in line
+
+
+@pytest.mark.parametrize("kind", ["another architecture", "wrong shape", "no folder", "no weights"])
+def test_wrong_checkpoints_are_one_clear_line(kind, tmp_path, capsys):
+    make_folder(tmp_path / "pictures")
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    model = fastvit.ViTModel(config)
+    if kind != "no folder":
+        model.save_pretrained(tmp_path / "model")
+        stored = json.loads((tmp_path / "model" / "config.json").read_text())
+        if kind == "another architecture":
+            stored["model_type"] = "bert"
+        elif kind == "wrong shape":
+            stored["intermediate_size"] = 48
+        else:
+            (tmp_path / "model" / "model.safetensors").unlink()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
+    assert main(["--data-dir", "pictures", "--model", "./model", *SHORT, "--cpu"]) == 2
+    expected = {
+        "another architecture": "expected a checkpoint of model type 'vit', found 'bert'",
+        "wrong shape": "intermediate.dense.",
+        "no folder": "found no folder './model'",
+        "no weights": "cannot be loaded as a ViT checkpoint",
+    }
+    line = last_line(capsys)
+    assert expected[kind] in line
+    if kind == "wrong shape":
+        assert "expected shape [48" in line and "found [64" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--image-size", "20"], "--image-size: expected a multiple of the patch size 8, got 20"),
+        (["--batch-size", "0"], "--batch-size: expected a number above 0, got 0"),
+        (["--label-smoothing", "1.5"], "--label-smoothing: expected 0 or more and below 1, got 1.5"),
+        (["--layer-decay", "0"], "--layer-decay: expected above 0 and at most 1, got 0.0"),
+        (["--resume"], "--resume: there is no checkpoint in out"),
+        (["--resume", "--overwrite"], "not both"),
+        (["--dataset", "beans"], "--data-dir: give a folder or a --dataset, not both"),
+        (["--validation-fraction", "1.5"], "validation_fraction: expected a number between 0 and 1, got 1.5"),
+        (["--label-column", "colour"], "label_column: expected one of image, label, got 'colour'"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(options, message, tmp_path, capsys):
+    make_folder(tmp_path / "pictures")
+    assert main(["--data-dir", "pictures", "--output-dir", "out", *TINY, *options]) == 2
+    assert message in last_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_grouped():
+    text = build_parser().format_help()
+    for heading in ("model:", "pictures:", "training:", "output:"):
+        assert f"\n{heading}\n" in text
+
+
+def test_random_model_of_every_size_can_be_built():
+    with torch.device("meta"):
+        for size, parameters in {"tiny": 5.5e6, "small": 21.7e6, "base": 85.8e6, "large": 303.3e6}.items():
+            model = load_model(parse_options(["--dataset", "generated", "--from-scratch", size]), ["a", "b"])
+            assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.05)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real photographs
+# ---------------------------------------------------------------------------------------------------------------------
+
+BEANS = os.environ.get("FASTVIT_BEANS_DIR")
+needs_beans = pytest.mark.skipif(
+    not BEANS or not Path(BEANS).is_dir(), reason="FASTVIT_BEANS_DIR does not name the folder of beans photographs"
+)
+
+
+@needs_beans
+def test_beans_photographs_train_a_small_vit(tmp_path):
+    options = ["--data-dir", BEANS, "--from-scratch", "micro", "--image-size", "64", "--patch-size", "8", "--cpu"]
+    options += ["--max-train-samples", "200", "--epochs", "3", "--learning-rate", "1e-3", "--output-dir", "out"]
+    assert main(options) == 0
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text())["eval_accuracy"] > 0.4  # chance: 0.33
+
+
+@needs_beans
+@pytest.mark.slow
+def test_vit_base_goes_the_whole_way_on_beans_photographs(tmp_path, capsys):
+    torch.manual_seed(0)
+    fastvit.ViTModel(ViTConfig()).save_pretrained(tmp_path / "in21k-shaped")
+    options = ["--data-dir", BEANS, "--model", "./in21k-shaped", "--output-dir", "out", "--cpu", "--batch-size", "4"]
+    options += ["--max-steps", "2", "--max-train-samples", "8", "--max-eval-samples", "8", "--keep-checkpoints", "1"]
+    started = time.perf_counter()
+    assert main(options) == 0
+    assert time.perf_counter() - started < 600
+    theirs = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    ours = fastvit.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    pixels = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(pixels).logits, theirs(pixels).logits, rtol=1e-4, atol=1e-5)
+    capsys.readouterr()
+    picture = next((Path(BEANS) / "validation" / "healthy").glob("*.jpg"))
+    assert cli.main(["predict", "out", str(picture), "--device", "cpu"]) == 0
+    assert "healthy" in capsys.readouterr().out
