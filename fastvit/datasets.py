@@ -61,7 +61,7 @@ def load_images(
     validation_fraction: float = 0.15,
     seed: int = 0,
     image_size: int = 64,
-    generated_images: int = 1500,
+    generated_images: int = 2000,
 ) -> ImageDataset:
     """Load `dataset` (a hub id, or "generated") or the image folder `data_dir`.
 
@@ -73,7 +73,7 @@ def load_images(
     if dataset == "generated":
         images = generated_leaves(generated_images, image_size, seed)
     else:
-        images = _read(ALIASES.get(dataset, dataset), data_dir, image_column, label_column)
+        images = _read(ALIASES.get(dataset or "", dataset), data_dir, image_column, label_column)
     if VALIDATION not in images.splits and validation_fraction:
         train = images.splits.pop(TRAIN)
         kept, held_out = stratified_split(train.labels, validation_fraction, seed, images.class_names)
@@ -103,7 +103,7 @@ def stratified_split(
     if not 0 < fraction < 1:
         raise InputError(f"validation_fraction: expected a number between 0 and 1, got {fraction}")
     generator = np.random.default_rng(seed)
-    held_out = []
+    drawn = []
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
         if len(members) < 2:
@@ -111,8 +111,8 @@ def stratified_split(
                 f"class {class_names[label]!r}: expected at least 2 pictures, to train on one and validate on another,"
                 f" found {len(members)}"
             )
-        held_out.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
-    held_out = np.sort(np.concatenate(held_out))
+        drawn.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    held_out = np.sort(np.concatenate(drawn))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
@@ -174,7 +174,7 @@ def _find_column(
         return name
     raise InputError(
         f"{source}: found no {kind} column among {', '.join(features)}; name it with --{kind}-column"
-        + (" (in a folder, each class is a sub-folder)" if kind == "label" else "")
+        + (" (in a folder, each class is a sub-folder; at least 2 are needed)" if kind == "label" else "")
     )
 
 

@@ -177,17 +177,18 @@ def save_examples(images: ImageDataset, path: Path, per_class: int = 8) -> None:
     report.save_image(report.example_grid(examples), path)
 
 
-def precision_of(options: argparse.Namespace) -> str:
-    """ "bf16", "fp16" or "fp32"; auto is bf16 on hardware that multiplies it faster: most GPUs, CPUs with AMX."""
+def precision_of(options: argparse.Namespace, hidden_size: int) -> str:
+    """bf16, fp16 or fp32; auto is bf16 where it is the faster: on most GPUs, and for wide models on CPUs with AMX."""
     if options.precision != "auto":
         return options.precision
     if torch.cuda.is_available() and not options.cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "fp32"
+    # Below a width of about 192 the casts cost more than the matrix products gain.
+    has_amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if has_amx and hidden_size >= 192 else "fp32"
 
 
-def training_arguments(options: argparse.Namespace, has_validation: bool) -> TrainingArguments:
-    precision = precision_of(options)
+def training_arguments(options: argparse.Namespace, precision: str, has_validation: bool) -> TrainingArguments:
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
         output_dir=options.output_dir,
@@ -229,7 +230,7 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
-    """Everything from options to files; returns the metrics of validation and of the test split, where there are any."""
+    """Everything from options to files; returns the metrics of validation and of the test split, if there are any."""
     transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
     set_seed(options.seed)
     output_dir = Path(options.output_dir)
@@ -265,9 +266,10 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     print(f"example pictures: {output_dir / 'examples.png'}")
 
     interrupt = StopOnInterrupt()
+    precision = precision_of(options, model.config.hidden_size)
     trainer = FineTuner(
         model=model,
-        args=training_arguments(options, VALIDATION in sets),
+        args=training_arguments(options, precision, VALIDATION in sets),
         train_dataset=sets[TRAIN],
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
@@ -278,13 +280,18 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress())
+    progress = Progress()
+    trainer.add_callback(progress)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"training {parameters / 1e6:.1f} M parameters on {len(sets[TRAIN])} pictures of"
-        f" {processor.size['height']}x{processor.size['width']}, {precision_of(options)}, on {trainer.args.device}"
+        f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
     )
-    result = trainer.train(resume_from_checkpoint=True if options.resume else None)
+    try:
+        with interrupt:
+            result = trainer.train(resume_from_checkpoint=True if options.resume else None)
+    finally:
+        progress.close()
     if interrupt.interrupted:
         print(f"stopped at step {trainer.state.global_step}; go on with the same command and --resume")
         raise KeyboardInterrupt
@@ -358,9 +365,7 @@ print(pipeline("image-classification", "{name}")("picture.jpg"))
 """
 
 
-def model_card(
-    options: argparse.Namespace, images: ImageDataset, metrics: dict[str, float], reports: str
-) -> ModelCard:
+def model_card(options: argparse.Namespace, images: ImageDataset, metrics: dict[str, float], reports: str) -> ModelCard:
     """What the model is, how good it is, how to use it, how it came about; with the hub's metadata."""
     name = options.push_to_hub or Path(options.output_dir).name
     results = [

@@ -150,7 +150,7 @@ class Augment:
 class ImageSet(torch.utils.data.Dataset):
     """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}."""
 
-    def __init__(self, cache: ImageCache, labels: Sequence[int], augment: Augment | None = None):
+    def __init__(self, cache: ImageCache, labels: Sequence[int] | np.ndarray, augment: Augment | None = None):
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
         self.labels = [int(labels[index]) for index in self.indices]

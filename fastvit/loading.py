@@ -45,6 +45,6 @@ def _reach(model: str, load: Callable[[], T]) -> T:
         if Path(model).is_dir():
             raise InputError(f"{model}: cannot be loaded as a ViT checkpoint ({first_line})") from error
         raise InputError(
-            f"model: cannot get {model!r} from the hub ({first_line}); without a network use --model FOLDER (a checkpoint"
-            " on this machine) or --from-scratch SIZE"
+            f"model: cannot get {model!r} from the hub ({first_line}); without a network use --model FOLDER"
+            " (a checkpoint on this machine) or --from-scratch SIZE"
         ) from error

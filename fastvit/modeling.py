@@ -16,6 +16,7 @@ Shapes: B pictures, C channels, H x W pixels, P patches, N = P + 1 tokens, D hid
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from fastvit import ops
 from fastvit.errors import InputError
 
 
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A config's size, one number or (height, width), as (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -70,7 +71,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 class LayerNorm(nn.LayerNorm):
     """LayerNorm, and with a `residual` the residual add before it: returns (x + residual, its norm), in one pass."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if residual is None:
             return ops.layer_norm(x, self.weight, self.bias, self.eps)
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
@@ -121,14 +122,14 @@ class ViTEmbeddings(nn.Module):
     ) -> Tensor:
         """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]."""
         image_size = self.image_size_of(pixel_values)
-        pos_embed = self.position_embeddings
+        pos_embed: Tensor = self.position_embeddings
         if interpolate_pos_encoding:
             grid = self.patch_embeddings.grid(as_pair(self.config.image_size))
             pos_embed = resample_position_embeddings(pos_embed, grid, self.patch_embeddings.grid(image_size))
         elif image_size != as_pair(self.config.image_size):
             raise InputError(
-                f"pixel_values: expected pictures of {as_pair(self.config.image_size)} (height, width), got {image_size};"
-                " pass interpolate_pos_encoding=True for another size"
+                f"pixel_values: expected pictures of {as_pair(self.config.image_size)} (height, width),"
+                f" got {image_size}; pass interpolate_pos_encoding=True for another size"
             )
         if bool_masked_pos is not None:
             if self.mask_token is None:
@@ -166,7 +167,7 @@ class ViTEmbeddings(nn.Module):
             )
         if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
             raise InputError(f"pixel_values: expected floating or uint8 pixels, got {pixel_values.dtype}")
-        return tuple(pixel_values.shape[2:] if pixel_values.shape[1] == channels else pixel_values.shape[1:3])
+        return as_pair(pixel_values.shape[2:] if pixel_values.shape[1] == channels else pixel_values.shape[1:3])
 
 
 def image_mean_of(config: ViTConfig) -> tuple[float, ...]:
@@ -256,7 +257,7 @@ class ViTSelfAttention(nn.Module):
             return context, None
         return context, ops.attention_probabilities(query, key, mask=attention_mask)
 
-    def project(self, hidden_states: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
+    def project(self, hidden_states: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
         """Each projection of [B, N, D] as [B, N, heads, head_dim], from one matrix product where they are plain."""
         if all(is_plain(projection, nn.Linear) for projection in projections):
             weight = torch.cat([projection.weight for projection in projections])
@@ -473,9 +474,8 @@ class ViTPreTrainedModel(PreTrainedModel):
         for kind in ("missing_keys", "unexpected_keys"):
             backbone = sorted(key for key in info[kind] if not key.removeprefix("vit.").startswith(HEADS))
             if backbone:
-                raise InputError(
-                    f"{pretrained_model_name_or_path}: {len(backbone)} {kind.replace('_', ' ')}: {', '.join(backbone[:8])}"
-                )
+                names = ", ".join(backbone[:8])
+                raise InputError(f"{pretrained_model_name_or_path}: {len(backbone)} {kind.replace('_', ' ')}: {names}")
         if image_size is not None:
             model.resize_position_embeddings(image_size)
         return (model, info) if return_info else model
@@ -634,6 +634,8 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels.
         The other arguments are those of `ViTModel`. Returns the reconstruction [B, C, H, W].
         """
+        if pixel_values is None:
+            raise InputError("pixel_values: expected pictures, got None")
         patch_size = as_pair(self.config.patch_size)
         if bool_masked_pos is not None and patch_size != as_pair(self.config.encoder_stride):
             raise InputError(
@@ -650,9 +652,7 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
             return_dict=True,
         )
         rows, columns = self.vit.embeddings.patch_embeddings.grid(self.vit.embeddings.image_size_of(pixel_values))
-        patches = (
-            outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
-        )  # [B, D, rows, columns]
+        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2)  # [B, D, rows, columns]
         reconstruction = self.decoder(patches.unflatten(2, (rows, columns)))
 
         loss = None

@@ -13,10 +13,10 @@ from fastvit.errors import InputError
 
 DEFAULT_MODEL = "google/vit-base-patch16-224-in21k"
 
-# Sizes of a ViT trained from scratch: hidden size, blocks, heads (head dim 64, micro 32); feed-forward 4 x hidden.
+# Sizes of a ViT trained from scratch: hidden size, blocks, heads (of 64; micro's of 32); feed-forward 4 x hidden.
 # Tiny to large are those of DeiT (Touvron et al. 2021) and of the ViT paper.
 SIZES = {
-    "micro": (128, 6, 4),
+    "micro": (96, 4, 3),
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),
@@ -28,7 +28,7 @@ GENERATED_DEFAULTS: dict[str, Any] = {
     "from_scratch": "micro",
     "image_size": 64,
     "patch_size": 8,
-    "epochs": 16.0,
+    "epochs": 30.0,
     "batch_size": 32,
     "learning_rate": 1e-3,
     "warmup": 0.1,
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--validation-fraction", type=float, default=0.15, help="set aside where there is no validation")
     group.add_argument("--max-train-samples", type=int, metavar="N", help="train on N pictures only")
     group.add_argument("--max-eval-samples", type=int, metavar="N", help="evaluate on N pictures only")
-    group.add_argument("--generated-images", type=int, default=1500, metavar="N", help="size of the drawn set")
+    group.add_argument("--generated-images", type=int, default=2000, metavar="N", help="size of the drawn set")
     group.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
     group.add_argument(
         "--augment", action=argparse.BooleanOptionalAction, default=True, help="random resized crop and flip"
@@ -144,9 +144,12 @@ def _checked(name: str, action: argparse.Action, value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
     try:
-        value = action.type(value) if action.type is not None else value
+        if isinstance(action.type, type):
+            value = action.type(value)
     except (TypeError, ValueError):
-        raise InputError(f"--config: {name}: expected {action.type.__name__}, got {value!r}") from None
+        raise InputError(
+            f"--config: {name}: expected {getattr(action.type, '__name__', 'text')}, got {value!r}"
+        ) from None
     if action.choices is not None and value not in action.choices:
         raise InputError(f"--config: {name}: expected one of {', '.join(action.choices)}, got {value!r}")
     return value

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from fastvit.loading import load_pretrained
 from fastvit.modeling import ViTForImageClassification
 
 
-def load(model: str, device: str | None) -> tuple[ViTForImageClassification, object]:
+def load(model: str, device: str | None) -> tuple[ViTForImageClassification, Any]:
     """The model on its device, ready to predict, and its image processor."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -8,12 +8,14 @@ Shapes: B pictures, C channels, H x W pixels, N tokens (P patches and the class 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fastvit.errors import InputError
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -21,7 +23,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -37,11 +39,11 @@ def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float]
 
     pixels: uint8 [B, C, H, W]; mean, std: one float a channel, for values in 0..1. Returns [B, C, H, W] in `dtype`.
     """
-    mean, std = (
+    offset, scale = (
         torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in (mean, std)
     )
     # One multiply-add a pixel, in float32: a bfloat16 multiply-add would lose three of the eight bits of a pixel.
-    return (pixels * (1 / (255 * std)) - mean / std).to(dtype)
+    return (pixels * (1 / (255 * scale)) - offset / scale).to(dtype)
 
 
 def patch_embed(
@@ -73,6 +75,8 @@ def patch_embed(
     if pixels.shape[1] != channels:  # [B, H, W, C]
         pixels = pixels.permute(0, 3, 1, 2)
     if pixels.dtype == torch.uint8:
+        if mean is None or std is None:
+            raise InputError("mean, std: expected one number a channel to normalise uint8 pixels by, got None")
         pixels = normalize_pixels(pixels, mean, std, weight.dtype)
     batch, _, height, width = pixels.shape
     rows, columns = height // patch_height, width // patch_width
@@ -96,6 +100,8 @@ def join_tokens(
 ) -> Tensor:
     """The second half of `patch_embed`: mask token, class token, position embedding around patch tokens [B, P, D]."""
     if mask is not None:
+        if mask_token is None:
+            raise InputError("mask_token: expected the token that stands for masked patches, got None")
         tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
     if cls_token is not None:
         tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)

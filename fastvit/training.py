@@ -45,8 +45,11 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self):
         self.interrupted = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __enter__(self):
         self.previous = signal.signal(signal.SIGINT, self.handle)
+
+    def __exit__(self, *error):
+        signal.signal(signal.SIGINT, self.previous)
 
     def handle(self, signum, frame):
         if self.interrupted:
@@ -58,9 +61,6 @@ class StopOnInterrupt(TrainerCallback):
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
 
 
 class Progress(ProgressCallback):
@@ -79,10 +79,14 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:.0f} images/s")
             self.start, self.start_step = time.perf_counter(), state.global_step
         if "eval_accuracy" in logs:
-            self.training_bar.write(
-                f"step {state.global_step}: validation accuracy {logs['eval_accuracy']:.2%}, loss {logs['eval_loss']:.3f}",
-                file=sys.stdout,
-            )
+            result = f"validation accuracy {logs['eval_accuracy']:.2%}, loss {logs['eval_loss']:.3f}"
+            self.training_bar.write(f"step {state.global_step}: {result}", file=sys.stdout)
+
+    def close(self) -> None:
+        """Take the bars off the terminal, so that nothing is drawn after an error message."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
     def on_evaluate(self, args, state, control, **kwargs):
         super().on_evaluate(args, state, control, **kwargs)

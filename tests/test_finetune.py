@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import ViTConfig
@@ -22,10 +21,21 @@ import fastvit
 from fastvit import cli, leaves
 from fastvit.finetune import load_model, main
 from fastvit.options import build_parser, parse_options
-from fastvit.training import depth_from_top
+from fastvit.training import FineTuner, depth_from_top
 
 TINY = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
-SHORT = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--logging-steps", "1", "--learning-rate", "1e-3"]
+SHORT = [
+    "--max-steps",
+    "4",
+    "--eval-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--logging-steps",
+    "1",
+    "--learning-rate",
+    "1e-3",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +102,9 @@ def test_result_is_loaded_by_the_transformers_pipeline(finished_run):
     pipe = transformers.pipeline("image-classification", str(out), device="cpu")
     answer = {entry["label"]: entry["score"] for entry in pipe(str(picture))}
     assert answer.keys() == set(leaves.CLASSES)
-    pixels = torch.from_numpy(
-        np.array(Image.open(picture).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR))
-    )[None]
+    pixels = torch.from_numpy(np.array(Image.open(picture).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)))[
+        None
+    ]
     ours = fastvit.ViTForImageClassification.from_pretrained(out)
     scores = ours(pixels).logits.softmax(-1)[0]  # uint8 pixels, normalised by the model as in training
     for index, name in ours.config.id2label.items():
@@ -187,19 +197,25 @@ def test_second_run_needs_overwrite_and_then_replaces_the_first(tmp_path, capsys
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys):
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
     make_folder(tmp_path / "pictures")
-    options = ["--data-dir", "pictures", "--output-dir", "out", *TINY, *SHORT, "--logging-steps", "100"]
-    assert main(options) == 0
-    good = tmp_path / "out" / "checkpoint-4" / "model.safetensors"
-    poisoned = {name: tensor.clone() for name, tensor in load_file(good).items()}
-    capsys.readouterr()
-    assert main([*options, "--resume", "--max-steps", "8", "--learning-rate", "1e30"]) == 2
+    step = FineTuner.training_step
+
+    def poisoned_from_step_4_on(self, model, *args, **kwargs):
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                model.classifier.bias.fill_(float("nan"))
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(FineTuner, "training_step", poisoned_from_step_4_on)
+    # The loss is logged every 100 steps, but looked at before every save.
+    assert main(["--data-dir", "pictures", "--output-dir", "out", *TINY, *SHORT, "--logging-steps", "100"]) == 2
     message = last_line(capsys)
-    assert message.startswith("error: training: the ") and "checkpoint-" in message
-    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
-        assert all(t.isfinite().all() for t in load_file(checkpoint / "model.safetensors").values())
-    assert poisoned.keys() == load_file(good).keys()
+    assert message.startswith(
+        "error: training: the loss is nan at step 4; the last good checkpoint is out/checkpoint-2"
+    )
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent the POSIX way")
@@ -269,7 +285,7 @@ def test_layer_decay_reaches_the_optimizer(finished_run):
     # The scheduler's rates are those of the optimizer's groups, saved in the last checkpoint.
     state = torch.load(finished_run / "out" / "checkpoint-4" / "optimizer.pt", weights_only=True)
     rates = sorted({group["initial_lr"] for group in state["param_groups"]}, reverse=True)
-    assert rates == pytest.approx([1e-3 * 0.7**depth for depth in range(8)])
+    assert rates == pytest.approx([1e-3 * 0.7**depth for depth in range(6)])
 
 
 def broken(kind: str, root: Path) -> list[str]:
@@ -300,7 +316,7 @@ def broken(kind: str, root: Path) -> list[str]:
     ("kind", "message"),
     [
         ("empty folder", "expected pictures, one folder a class"),
-        ("one class", "expected at least 2 classes, found 1: healthy"),
+        ("one class", "at least 2 are needed"),
         ("a class with one image", "class 'lonely': expected at least 2 pictures"),
         ("more classes in validation", "no training pictures for 1 class(es): angular_leaf_spot"),
         ("no classes", "found no label column"),
