@@ -139,7 +139,7 @@ def feed_forward(
     if torch.is_autocast_enabled(hidden.device.type):
         weight2 = weight2.to(hidden.dtype)
         bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
-    if not (hidden.requires_grad or weight2.requires_grad):
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight2.requires_grad)):
         # Nobody else holds `hidden`. Overwriting it matters on a CPU: touching a new tensor of this size for the first
         # time costs several times the arithmetic.
         return F.linear(torch.ops.aten.gelu_(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)

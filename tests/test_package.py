@@ -1,0 +1,83 @@
+"""The package as it is installed and imported."""
+
+import subprocess
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+import fastvit
+from fastvit import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(code: str, cwd: Path, *path: Path) -> str:
+    """What a fresh interpreter in `cwd` prints; `path` goes before what is installed."""
+    program = f"import sys; sys.path[:0] = {[str(entry) for entry in path]!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_transformers_vit_imports_beside_the_folder_kernels(installed, tmp_path):
+    """From the repository's root, with and without a package called `kernels` installed."""
+    if installed:
+        package = tmp_path / "kernels"
+        package.mkdir()
+        (package / "__init__.py").write_text("__version__ = '0.0.1'\nname = 'the real package'\n")
+    code = (
+        "from transformers import ViTForImageClassification, ViTConfig\n"
+        "ViTForImageClassification(ViTConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, image_size=16))\n"
+        "import kernels; print(getattr(kernels, 'name', 'a bare folder'))\n"
+    )
+    # The current folder comes first, as in `python -c` and `python -m`, the installed package after it.
+    program = f"import sys; sys.path[:0] = ['']; sys.path.append({str(tmp_path)!r})\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ("the real package" if installed else "a bare folder")
+
+
+@pytest.mark.parametrize("from_root", [False, True])
+def test_package_works_from_its_source_tree_alone(from_root, tmp_path):
+    code = "import fastvit, fastvit.modeling; print(fastvit.__file__)"
+    printed = run(code, ROOT if from_root else tmp_path, ROOT)
+    assert Path(printed.strip()) == ROOT / "fastvit" / "__init__.py"
+
+
+def test_version_is_the_installed_one():
+    try:
+        installed = distribution("fastvit").version
+    except ModuleNotFoundError:
+        pytest.skip("fastvit runs from its source tree and is not installed")
+    assert installed == fastvit.__version__
+
+
+def test_public_names_can_all_be_imported():
+    for name in fastvit.__all__:
+        assert getattr(fastvit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'ViTForSegmentation'"):
+        fastvit.ViTForSegmentation  # noqa: B018
+
+
+def test_command_says_what_it_can_do(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in cli.COMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == fastvit.__version__
+
+
+def test_command_names_what_it_does_not_know(capsys):
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr().err == (
+        "error: expected one of finetune, predict, evaluate, attention, convert, got 'train'\n"
+    )
+
+
+def test_convert_command_reports_a_missing_source(tmp_path, capsys):
+    assert cli.main(["convert", str(tmp_path / "nothing.npz"), str(tmp_path / "out")]) == 2
+    assert "nothing.npz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
