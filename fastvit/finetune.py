@@ -20,7 +20,6 @@ import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
-    AutoImageProcessor,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
@@ -117,7 +116,7 @@ def image_processor_for(options: argparse.Namespace, model: ViTForImageClassific
     settings: dict[str, Any] = {}
     if options.from_scratch is None:
         try:
-            base = AutoImageProcessor.from_pretrained(options.model, backend="pil")
+            base = ViTImageProcessorPil.from_pretrained(options.model)
             settings = {"image_mean": base.image_mean, "image_std": base.image_std, "resample": base.resample}
         except (OSError, ValueError):
             print(f"note: {options.model} has no image processor; mean and standard deviation 0.5 are used")

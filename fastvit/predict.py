@@ -6,12 +6,11 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import ViTImageProcessorPil
 
 from fastvit import report
 from fastvit.datasets import load_images
@@ -21,7 +20,7 @@ from fastvit.loading import load_pretrained
 from fastvit.modeling import ViTForImageClassification
 
 
-def load(model: str, device: str | None) -> tuple[ViTForImageClassification, Any]:
+def load(model: str, device: str | None) -> tuple[ViTForImageClassification, ViTImageProcessorPil]:
     """The model on its device, ready to predict, and its image processor."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,7 +29,7 @@ def load(model: str, device: str | None) -> tuple[ViTForImageClassification, Any
         raise InputError(f"--device: cannot use {device!r} ({str(error).splitlines()[0]})") from None
     classifier = load_pretrained(model).to(device).eval()
     try:
-        processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+        processor = ViTImageProcessorPil.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise InputError(f"{model}: expected an image processor (preprocessor_config.json) ({error})") from None
     return classifier, processor

@@ -290,7 +290,7 @@ def test_loading_stops_when_a_tensor_is_not_accounted_for(fault, tmp_path):
     else:
         tensors["vit.encoder.layer.3.output.dense.bias"] = torch.zeros(48)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(fastvit.InputError, match=rf"1 {fault} keys: vit\.encoder\.layer\.[13]\.output\.dense\.bias"):
+    with pytest.raises(fastvit.InputError, match=rf"1 {fault} keys: vit\..*\.[13]\."):
         fastvit.ViTForImageClassification.from_pretrained(tmp_path)
 
 

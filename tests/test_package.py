@@ -30,7 +30,8 @@ def test_transformers_vit_imports_beside_the_folder_kernels(installed, tmp_path)
         (package / "__init__.py").write_text("__version__ = '0.0.1'\nname = 'the real package'\n")
     code = (
         "from transformers import ViTForImageClassification, ViTConfig\n"
-        "ViTForImageClassification(ViTConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, image_size=16))\n"
+        "config = ViTConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, image_size=16)\n"
+        "ViTForImageClassification(config)\n"
         "import kernels; print(getattr(kernels, 'name', 'a bare folder'))\n"
     )
     # The current folder comes first, as in `python -c` and `python -m`, the installed package after it.

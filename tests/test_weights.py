@@ -15,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers import (
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTImageProcessorPil,
+    ViTModel,
+)
 
 from fastvit import weights
 from fastvit.errors import InputError
@@ -361,7 +367,7 @@ def test_timm_folder_carries_labels_pictures_and_heads(tmp_path):
     assert config.num_attention_heads == HEADS
     assert config.id2label == dict(enumerate(labels))
     assert config.label2id == {label: index for index, label in enumerate(labels)}
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    processor = ViTImageProcessorPil.from_pretrained(tmp_path / "hf")
     assert type(processor).__name__.startswith("ViTImageProcessor")
     assert list(processor.image_mean) == [0.4, 0.5, 0.6]
     assert list(processor.image_std) == [0.1, 0.2, 0.3]

@@ -1,0 +1,253 @@
+"""Compile every kernel for real GPUs, on a machine that has none, and read what came out.
+
+    python tests/compile/compile_kernels.py [--targets sm_90 ...] [--quick] [--output benchmarks/results/compile]
+
+Nothing about a kernel is written down twice: the launchers themselves are called, with tensors of the "meta" device
+that have shapes and no memory, and each launch is recorded instead of made. A new kernel adds one function to `CASES`.
+
+It must be a process of its own: one process cannot both interpret kernels and compile them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction, mangle_type
+
+from fastvit.kernels import layer_norm, tuning
+
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WIDTHS = (192, 384, 768, 1024, 1280)  # ViT-Ti, S, B, L, H
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Target(NamedTuple):
+    """A GPU: what Triton compiles for, and what bounds the number of blocks on one of its multiprocessors."""
+
+    gpu: GPUTarget
+    capability: tuple[int, int]
+    shared_memory: int = 0  # bytes a multiprocessor
+    threads: int = 0
+    blocks: int = 0
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 164 * 1024, 2048, 32),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 100 * 1024, 1536, 24),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), (9, 0), 228 * 1024, 2048, 32),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), (10, 0), 228 * 1024, 2048, 32),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), (9, 4)),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel as it was launched: argument names to values, and compile options such as num_warps."""
+
+    kernel: JITFunction
+    arguments: dict[str, object]
+    options: dict[str, object]
+
+
+Case = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def layer_norm_cases(quick: bool) -> Iterator[Case]:
+    """Plain, with residual, with all options; rows in one piece and strided; every dtype, and autocast's mixture."""
+    for dim in (192, 768, 1280) if quick else WIDTHS:
+        for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
+            x, residual = meta(256, 197, dim, dtype=dtype), meta(256, 197, dim, dtype=dtype)
+            vector, statistics = meta(dim, dtype=dtype), meta(2, 256 * 197)
+            size = f"{dim} {str(dtype)[6:]}"
+            yield f"plain {size}", lambda a=(x, None, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a)
+            backward = (None, vector, None, None, statistics, dtype, dtype, True)
+            yield f"plain {size}", lambda a=(x, None, x, *backward): layer_norm._launch_backward(*a)
+            yield (
+                f"add {size}",
+                lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a),
+            )
+            yield f"add {size}", lambda a=(x, residual, x, *backward): layer_norm._launch_backward(*a)
+        x, residual = meta(256, 197, dim, dtype=torch.bfloat16), meta(256, 197, dim)
+        vector, factors, statistics = meta(dim), meta(256), meta(2, 256 * 197)
+        size = f"{dim} bfloat16+float32"
+        yield f"add {size}", lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a)
+        arguments = (residual, residual, residual, None, vector, None, None, statistics, x.dtype, residual.dtype, True)
+        yield f"add {size}", lambda a=arguments: layer_norm._launch_backward(*a)
+        scales = (vector, factors)
+        yield f"scaled {size}", lambda a=(x, residual, vector, vector, *scales, 1e-6): layer_norm._launch_forward(*a)
+        arguments = (residual, residual, residual, x, vector, *scales, statistics, x.dtype, residual.dtype, True)
+        yield f"scaled {size}", lambda a=arguments: layer_norm._launch_backward(*a)
+    x = meta(256, 197, 768, dtype=torch.bfloat16)[:, 1:]
+    vector, statistics = meta(768, dtype=torch.bfloat16), meta(2, 256 * 196)
+    size = "768 bfloat16"
+    yield f"strided {size}", lambda: layer_norm._launch_forward(x, None, vector, vector, None, None, 1e-6)
+    arguments = (x, None, x, None, vector, None, None, statistics, torch.bfloat16, torch.bfloat16, True)
+    yield f"strided {size}", lambda: layer_norm._launch_backward(*arguments)
+
+
+# Each function yields the launches to compile: all that the models use, or, `quick`, the few that CI has time for.
+CASES: tuple[Callable[[bool], Iterator[Case]], ...] = (layer_norm_cases,)
+
+
+def record(call: Callable[[], object], target: Target) -> list[Launch]:
+    """The launches that `call` would make on a GPU of this kind."""
+    launches = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        arguments = dict(zip(kernel.arg_names, args, strict=False))
+        arguments |= {name: kwargs.pop(name) for name in list(kwargs) if name in kernel.arg_names}
+        launches.append(Launch(kernel, arguments, kwargs))
+
+    device = tuning.Device("compiled for", target.capability, 132)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(tuning, "describe", lambda _: device),
+        mock.patch.object(tuning, "_chosen", {}),
+    ):
+        call()
+    return launches
+
+
+def source(launch: Launch) -> ASTSource:
+    """What Triton's just-in-time compiler makes of these arguments: ones and None are constants, pointers are aligned
+    to 16 bytes as PyTorch's are, and integers that 16 divides are known to be so."""
+    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if name in constants or value is None or (whole and value == 1):
+            signature[name], constexprs[name] = "constexpr", value
+            continue
+        signature[name] = mangle_type(value)
+        if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+
+
+def inspect(launch: Launch, target: Target) -> dict[str, int]:
+    """Compile, and read resources and instructions from the machine code."""
+    compiled = triton.compile(source(launch), target=target.gpu, options=launch.options)
+    warps = compiled.metadata.num_warps
+    result = {"warps": warps, "shared_memory": compiled.metadata.shared}
+    if target.gpu.backend == "hip":
+        return result | inspect_amd(compiled.asm["amdgcn"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return result | {
+        "registers": registers,
+        "spill_bytes": stack,
+        "spill_instructions": count(r"\b(STL|LDL)\b", code),
+        "loads": count(r"\bLDG\.", code),
+        "loads_128": count(r"\bLDG\.\S*\.(128|256)", code),
+        "async_copies": count(r"\b(LDGSTS|UTMALDG)", code),
+        "stores": count(r"\bSTG\.", code),
+        "stores_128": count(r"\bSTG\.\S*\.(128|256)", code),
+        "wgmma": count(r"\bHGMMA", code),
+        "mma": count(r"\b(HMMA|UTC\w*MMA)", code),
+        "instructions": count(r"^\s+/\*[0-9a-f]{4,}\*/", code),
+        "blocks_per_sm": blocks_per_multiprocessor(target, warps, registers, compiled.metadata.shared),
+    }
+
+
+def inspect_amd(code: str) -> dict[str, int]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
+
+    return {
+        "registers": field("vgpr_count"),
+        "spill_bytes": field("private_segment_fixed_size"),
+        "spill_instructions": field("vgpr_spill_count"),
+        "loads": count(r"\b(global|buffer)_load", code),
+        "loads_128": count(r"\b(global|buffer)_load_dwordx4", code),
+        "stores": count(r"\b(global|buffer)_store", code),
+        "stores_128": count(r"\b(global|buffer)_store_dwordx4", code),
+        "mma": count(r"\bv_mfma", code),
+        "instructions": count(r"^\t[vs]_|^\t(global|buffer|ds)_", code),
+    }
+
+
+def blocks_per_multiprocessor(target: Target, warps: int, registers: int, shared_memory: int) -> int:
+    """65,536 registers, given out by 256 to a warp; a block's shared memory costs 1 KiB more than it asks for."""
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    return min(
+        65536 // registers_per_warp // warps,
+        target.shared_memory // (shared_memory + 1024),
+        target.threads // (32 * warps),
+        target.blocks,
+    )
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text, re.MULTILINE))
+
+
+def run_tool(name: str, *arguments: str) -> str:
+    return subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_all(targets: list[str], quick: bool) -> Iterator[dict[str, object]]:
+    """One row of results for each kernel, case and target; launches that compile to the same code are not repeated."""
+    for name in targets:
+        seen = set()
+        for cases in CASES:
+            for label, call in cases(quick):
+                for launch in record(call, TARGETS[name]):
+                    key = (source(launch).hash(), str(launch.options))
+                    if key in seen:
+                        continue
+                    seen.add(key)
+                    row = {"kernel": launch.kernel.__name__, "case": label, "target": name}
+                    yield row | inspect(launch, TARGETS[name])
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
+    return "".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n" for line in lines
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--quick", action="store_true", help="the cases of CI, not all")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compile"), help="folder to write to")
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    for target in options.targets:
+        rows = list(compile_all([target], options.quick))
+        report = {"triton": triton.__version__, "target": target, "kernels": rows}
+        for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".txt", table(rows))):
+            part = options.output / f"{target}{suffix}.part"
+            part.write_text(text, encoding="utf-8")
+            part.replace(options.output / f"{target}{suffix}")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

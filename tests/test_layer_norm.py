@@ -1,0 +1,438 @@
+"""LayerNorm and add + LayerNorm: as exact as PyTorch's against float64, on a GPU, or interpreted without one."""
+
+import pytest
+import torch
+from accuracy import assert_no_worse_than, poisoned
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from fastvit import reference
+
+pytest.importorskip("triton")
+from fastvit.kernels import layer_norm as kernels
+from fastvit.kernels.layer_norm import add_layer_norm, layer_norm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+
+
+def random(*shape, dtype=torch.float32, seed=0, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale + shift).to(DEVICE, dtype)
+
+
+def inputs_of(*shape, dtype=torch.float32, residual_dtype=None, weight_dtype=None, scales=False, scale=1.0, shift=0.0):
+    """Named inputs with random affine weights: neither 1 nor 0 could hide a missing factor or term."""
+    dim, weight_dtype = shape[-1], weight_dtype or dtype
+    inputs = {
+        "x": random(*shape, dtype=dtype, seed=1, scale=scale, shift=shift),
+        "residual": random(*shape, dtype=residual_dtype or dtype, seed=2, scale=scale),
+        "weight": random(dim, dtype=weight_dtype, seed=3, scale=0.5, shift=1.0),
+        "bias": random(dim, dtype=weight_dtype, seed=4),
+    }
+    if scales:
+        inputs["scale"] = random(dim, dtype=weight_dtype, seed=5)
+        inputs["row_scale"] = (random(shape[0], seed=6) > 0).float() / 0.5
+    return inputs
+
+
+def definition(x, residual, weight, bias, eps, scale=None, row_scale=None):
+    if scale is not None:
+        x = x * scale
+    if row_scale is not None:
+        x = x * row_scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+    return reference.add_layer_norm(x, residual, weight, bias, eps)
+
+
+def pytorch(x, residual, weight, bias, eps, **scales):
+    """The definition in the dtypes given; LayerNorm itself takes one dtype on CUDA."""
+    summed, _ = definition(x, residual, weight, bias, eps, **scales)
+    return summed, reference.layer_norm(summed, weight.to(summed.dtype), bias.to(summed.dtype), eps)
+
+
+def plain(x, residual, weight, bias, eps):
+    return (layer_norm(x, weight, bias, eps),)
+
+
+def plain_pytorch(x, residual, weight, bias, eps):
+    return (reference.layer_norm(x, weight.to(x.dtype), bias.to(x.dtype), eps),)
+
+
+def results(function, inputs, grads=None, cast=lambda tensor: tensor):
+    """Outputs and gradients by name. grads: one for each output, None for an output that nobody uses."""
+    inputs = {name: cast(tensor).detach().requires_grad_(name != "row_scale") for name, tensor in inputs.items()}
+    outputs = function(**inputs, eps=EPS)
+    used = [(output, cast(grad)) for output, grad in zip(outputs, grads or (), strict=False) if grad is not None]
+    named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    if used:
+        wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
+        found = torch.autograd.grad(
+            [output for output, _ in used], list(wanted.values()), [grad for _, grad in used], allow_unused=True
+        )
+        named |= {f"grad {name}": grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
+    return named
+
+
+def grads_for(shape, dtype, count):
+    return [random(*shape, dtype=dtype, seed=7 + index) for index in range(count)]
+
+
+def check(inputs, only=("add", "plain")):
+    """Both operations, outputs and every gradient, against float64 beside PyTorch in the same dtypes."""
+    shape = inputs["x"].shape
+    scaled = "scale" in inputs
+    for ours, theirs in ((add_layer_norm, pytorch), (plain, plain_pytorch)):
+        kind = "plain" if ours is plain else "add"
+        if kind not in only or (scaled and kind == "plain"):
+            continue
+        dtype = inputs["x"].dtype if kind == "plain" else torch.result_type(inputs["x"], inputs["residual"])
+        grads = grads_for(shape, dtype, 1 if kind == "plain" else 2)
+        with poisoned():
+            our_results = results(ours, inputs, grads)
+        their_results = results(theirs, inputs, grads)
+        exact = results(theirs, inputs, grads, cast=torch.Tensor.double)
+        assert our_results.keys() == their_results.keys()
+        for name, result in our_results.items():
+            assert_no_worse_than(result, their_results[name], exact[name], name=f"{kind} {name}")
+
+
+@DTYPES
+@pytest.mark.parametrize("dim", [1, 5, 48, 96, 192, 384, 768, 1000, 1280])
+def test_outputs_and_gradients_are_as_exact_as_pytorchs(dim, dtype):
+    check(inputs_of(2, 9, dim, dtype=dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 50, 197, 256, 257, 577, 785])
+def test_any_number_of_tokens(tokens):
+    check(inputs_of(1, tokens, 24, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 2, 7), (1, 1, 1)])
+def test_any_number_of_dimensions(shape):
+    check(inputs_of(*shape))
+
+
+def test_the_widest_rows():
+    check(inputs_of(3, kernels.MAX_DIM, dtype=torch.bfloat16))
+    check(inputs_of(3, kernels.MAX_DIM), only=("add",))
+
+
+@DTYPES
+def test_layer_scale_and_drop_path(dtype):
+    check(inputs_of(5, 6, 72, dtype=dtype, scales=True))
+    inputs = inputs_of(5, 6, 72, dtype=dtype, scales=True)
+    for left_out in ("scale", "row_scale"):
+        check({name: tensor for name, tensor in inputs.items() if name != left_out}, only=("add",))
+
+
+def test_a_sample_whose_branch_is_dropped_keeps_its_residual_and_sends_the_branch_no_gradient():
+    inputs = inputs_of(3, 4, 32, scales=True) | {"row_scale": torch.tensor([2.0, 0.0, 1.0], device=DEVICE)}
+    found = results(add_layer_norm, inputs, grads_for((3, 4, 32), torch.float32, 2))
+    assert torch.equal(found["output 0"][1], inputs["residual"][1])
+    assert found["grad x"][1].count_nonzero() == 0
+    assert found["grad x"][0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype", "weight_dtype"),
+    [
+        (torch.bfloat16, torch.float32, torch.float32),  # autocast
+        (torch.float16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.bfloat16, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+def test_mixed_dtypes(dtype, residual_dtype, weight_dtype, scales):
+    check(inputs_of(2, 9, 48, dtype=dtype, residual_dtype=residual_dtype, weight_dtype=weight_dtype, scales=scales))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "shift"),
+    [
+        (torch.float32, 1e15, 0.0),
+        (torch.float32, 1e-15, 0.0),
+        (torch.float32, 1.0, 1e4),
+        (torch.bfloat16, 1e15, 0.0),
+        (torch.bfloat16, 1e-15, 0.0),
+        (torch.bfloat16, 1.0, 100.0),
+        (torch.float16, 1e4, 0.0),
+        (torch.float16, 1e-6, 0.0),
+    ],
+)
+def test_huge_and_tiny_magnitudes(dtype, scale, shift):
+    check(inputs_of(2, 9, 192, dtype=dtype, scale=scale, shift=shift))
+
+
+@DTYPES
+def test_rows_of_equal_values_give_the_bias(dtype):
+    inputs = inputs_of(4, 96, dtype=dtype)
+    equal = torch.tensor([0.0, 1.0, -3.0, 1000.0], device=DEVICE, dtype=dtype)
+    inputs["x"] = equal[:, None].expand(4, 96).contiguous()
+    assert torch.equal(layer_norm(inputs["x"], inputs["weight"], inputs["bias"], EPS), inputs["bias"].expand(4, 96))
+    inputs["residual"] = torch.zeros_like(inputs["x"])
+    check(inputs)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@DTYPES
+def test_nan_and_infinity_spread_as_in_pytorch(dtype, bad):
+    inputs = inputs_of(3, 40, dtype=dtype)
+    inputs["x"][1, 7] = bad
+    ours = results(add_layer_norm, inputs, grads_for((3, 40), dtype, 2))
+    theirs = results(pytorch, inputs, grads_for((3, 40), dtype, 2))
+    for name, result in ours.items():
+        assert torch.equal(result.isfinite(), theirs[name].isfinite()), name
+        assert torch.equal(result.isinf(), theirs[name].isinf()), name
+
+
+def view_of(kind, shape, dtype):
+    """A tensor of this shape [B, N, D] that is not contiguous, filled with the same numbers for every kind."""
+    batch, tokens, dim = shape
+    large = torch.full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"), device=DEVICE, dtype=dtype)
+    view = {
+        "tokens": lambda: large[:batch, 1:-1].as_strided(shape, (large.stride(0), large.stride(1), 1)),
+        "columns": lambda: large[1:, 2:, 3 : dim + 3],
+        "every_other_token": lambda: large.new_empty(batch, 2 * tokens, dim)[:, ::2],
+        "transposed": lambda: large.new_empty(tokens, batch, dim).transpose(0, 1),
+        "every_other_column": lambda: large[1:, 2:, 3::2],
+        "columns_first": lambda: large.new_empty(batch, dim, tokens).transpose(1, 2),
+    }[kind]()
+    return view.copy_(random(*shape, dtype=dtype, seed=11))
+
+
+STRIDED = ("tokens", "columns", "every_other_token", "transposed")
+COPIED = ("every_other_column", "columns_first")
+
+
+@pytest.mark.parametrize("kind", STRIDED + COPIED)
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+def test_views_give_what_contiguous_tensors_give(kind, scales):
+    inputs = inputs_of(3, 5, 24, scales=scales)
+    view = view_of(kind, (3, 5, 24), torch.float32)
+    grads = grads_for((3, 5, 24), torch.float32, 2)
+    functions = (add_layer_norm,) if scales else (add_layer_norm, plain)
+    for function in functions:
+        for name in ("x", "residual"):
+            expected = results(function, inputs | {name: view.contiguous()}, grads)
+            strided = results(function, inputs | {name: view}, [view_like(grads[0], kind), grads[1]])
+            for key, tensor in strided.items():
+                assert torch.equal(tensor, expected[key]), (function.__name__, name, key)
+
+
+def view_like(tensor, kind):
+    return view_of(kind, tensor.shape, tensor.dtype).copy_(tensor)
+
+
+@pytest.mark.parametrize("kind", STRIDED)
+def test_strided_rows_are_not_copied(kind):
+    view = view_of(kind, (3, 5, 24), torch.float32)
+    _, (rows,), _ = kernels._rows(view, per_sample=False)
+    assert rows.data_ptr() == view.data_ptr()
+
+
+def test_the_class_tokens_are_read_where_they_lie():
+    tokens = random(4, 17, 48)
+    _, (rows,), strides = kernels._rows(tokens[:, :1], per_sample=False)
+    assert rows.data_ptr() == tokens.data_ptr()
+    assert strides[0] == 17 * 48
+    weight, bias = random(48, seed=1), random(48, seed=2)
+    assert torch.equal(layer_norm(tokens[:, :1], weight, bias, EPS), layer_norm(tokens, weight, bias, EPS)[:, :1])
+
+
+def test_expanded_gradients():
+    inputs = inputs_of(2, 3, 16)
+    one = torch.ones((), device=DEVICE)
+    expanded = results(add_layer_norm, inputs, [one.expand(2, 3, 16), one.expand(2, 3, 16)])
+    for name, tensor in results(add_layer_norm, inputs, [torch.ones(2, 3, 16, device=DEVICE)] * 2).items():
+        assert torch.equal(tensor, expanded[name]), name
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 130)),
+    kind=st.sampled_from(("contiguous", *STRIDED, *COPIED)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    residual_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scales=st.booleans(),
+)
+def test_any_shape_layout_and_dtype(shape, kind, dtype, residual_dtype, scales):
+    inputs = inputs_of(*shape, dtype=dtype, residual_dtype=residual_dtype, weight_dtype=torch.float32, scales=scales)
+    if kind != "contiguous":
+        inputs["x"] = view_of(kind, shape, dtype)
+    check(inputs, only=("add",))
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24), (0, 24)])
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape, scales):
+    inputs = inputs_of(*shape, scales=scales)
+    with poisoned():
+        found = results(add_layer_norm, inputs, grads_for(shape, torch.float32, 2))
+    assert found["output 0"].shape == found["output 1"].shape == found["grad x"].shape == shape
+    for name in ("weight", "bias", "scale") if scales else ("weight", "bias"):
+        assert torch.equal(found[f"grad {name}"], torch.zeros(24, device=DEVICE)), name
+    if not scales:
+        assert layer_norm(inputs["x"], inputs["weight"], inputs["bias"], EPS).shape == shape
+
+
+def test_two_runs_give_the_same_bits():
+    inputs = inputs_of(5, 23, 96, dtype=torch.bfloat16, scales=True)
+    grads = grads_for((5, 23, 96), torch.bfloat16, 2)
+    first, second = (results(add_layer_norm, inputs, grads) for _ in range(2))
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    inputs = inputs_of(23, 96, dtype=torch.bfloat16)
+    whole = layer_norm(inputs["x"], inputs["weight"], inputs["bias"], EPS)
+    assert torch.equal(layer_norm(inputs["x"][5:7], inputs["weight"], inputs["bias"], EPS), whole[5:7])
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+def test_gradients_where_only_one_output_is_used(used, scales):
+    inputs = inputs_of(2, 9, 48, scales=scales)
+    grads = [None, None]
+    grads[used] = random(2, 9, 48, seed=7)
+    ours = results(add_layer_norm, inputs, grads)
+    theirs = results(pytorch, inputs, grads)
+    exact = results(pytorch, inputs, grads, cast=torch.Tensor.double)
+    for name in ours:
+        if name in theirs:
+            assert_no_worse_than(ours[name], theirs[name], exact[name], name=name)
+        else:  # PyTorch says None where nothing depends on it
+            assert ours[name].count_nonzero() == 0, name
+
+
+def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+    monkeypatch.setattr(kernels, "_sum_programs", None)  # the second stage of weight gradients
+    inputs = inputs_of(2, 9, 48)
+    x = inputs["x"].requires_grad_()
+    summed, y = add_layer_norm(**inputs, eps=EPS)
+    (summed.sum() + y.sum()).backward()
+    assert x.grad is not None
+    assert inputs["weight"].grad is None
+    assert inputs["residual"].grad is None
+
+
+def test_the_branch_and_the_residual_share_one_gradient_where_they_are_equal():
+    inputs = inputs_of(2, 9, 48)
+    grads = results(add_layer_norm, inputs, grads_for((2, 9, 48), torch.float32, 2))
+    assert grads["grad x"].data_ptr() == grads["grad residual"].data_ptr()
+
+
+def test_rows_beyond_two_to_the_31_elements_are_found():
+    storage = torch.UntypedStorage(2**32 + 2**12, device=DEVICE)  # memory that nobody touches is not really taken
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage).as_strided((2, 3, 8), (2**31, 8, 1))
+    inputs = inputs_of(2, 3, 8, dtype=torch.float16)
+    far.copy_(inputs["x"])
+    assert torch.equal(
+        layer_norm(far, inputs["weight"], inputs["bias"], EPS),
+        layer_norm(inputs["x"], inputs["weight"], inputs["bias"], EPS),
+    )
+
+
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+def test_opcheck(scales):
+    inputs = inputs_of(2, 3, 16, scales=scales)
+    values = [inputs.get(name) for name in ("x", "residual", "weight", "bias", "scale", "row_scale")]
+    x, residual, weight, bias, scale, row_scale = values
+    statistics = random(2, 6)
+    torch.library.opcheck(
+        kernels._layer_norm_backward,
+        (x, residual, residual, x if scales else None, weight, scale, row_scale, statistics, x.dtype, x.dtype, True),
+    )
+    for tensor in values[:5]:
+        if tensor is not None:
+            tensor.requires_grad_()
+    torch.library.opcheck(kernels._add_layer_norm, (*values, EPS))
+    torch.library.opcheck(kernels._layer_norm, (x, weight, bias, EPS))
+
+
+def two_norms(x, residual, weight, bias, scale, row_scale):
+    summed, y = add_layer_norm(x, residual, weight, bias, EPS, scale=scale, row_scale=row_scale)
+    return summed + layer_norm(y, weight, bias, EPS)
+
+
+def two_norms_results(function, inputs):
+    inputs = {name: tensor.detach().requires_grad_(name != "row_scale") for name, tensor in inputs.items()}
+    output = function(**inputs)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    return [output, *torch.autograd.grad(output.square().sum(), wanted)]
+
+
+def test_compiled_without_a_graph_break():
+    compiled = torch.compile(two_norms, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):  # the second has a dynamic shape
+        inputs = inputs_of(batch, 3, 16, scales=True)
+        for ours, expected in zip(
+            two_norms_results(compiled, inputs), two_norms_results(two_norms, inputs), strict=True
+        ):
+            torch.testing.assert_close(ours, expected)
+
+
+def test_activation_checkpointing():
+    inputs = inputs_of(2, 3, 16, scales=True)
+    kept = two_norms_results(two_norms, inputs)
+    again = two_norms_results(lambda **named: checkpoint(two_norms, *named.values(), use_reentrant=False), inputs)
+    for ours, expected in zip(again, kept, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_export_with_any_batch_size():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(random(16, seed=3))
+            self.bias = torch.nn.Parameter(random(16, seed=4))
+
+        def forward(self, x, residual):
+            return add_layer_norm(layer_norm(x, self.weight, self.bias, EPS), residual, self.weight, self.bias, EPS)
+
+    block, batch = Block(), {0: torch.export.Dim("batch", min=2, max=64)}
+    example = (random(2, 3, 16), random(2, 3, 16, seed=1))
+    program = torch.export.export(block, example, dynamic_shapes=(batch, batch))
+    x, residual = random(5, 3, 16, seed=8), random(5, 3, 16, seed=9)
+    for ours, expected in zip(program.module()(x, residual), block(x, residual), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_autocast_changes_neither_dtype_nor_values():
+    inputs = inputs_of(2, 3, 16, dtype=torch.bfloat16, residual_dtype=torch.float32, weight_dtype=torch.float32)
+    expected = add_layer_norm(**inputs, eps=EPS)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = add_layer_norm(**inputs, eps=EPS)
+        assert layer_norm(inputs["x"], inputs["weight"], inputs["bias"], EPS).dtype == torch.bfloat16
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(())}, r"x: expected \[..., D\].*got \[\]"),
+        ({"x": torch.zeros(2, 0)}, r"x: expected \[..., D\].*got \[2, 0\]"),
+        ({"x": torch.zeros(2, 8193)}, r"x: .*8192, got \[2, 8193\]"),
+        ({"x": torch.zeros(2, 3, 16).double()}, "x: expected torch.float32 .*got torch.float64"),
+        ({"weight": torch.zeros(15)}, r"weight: expected \[16\], got \[15\]"),
+        ({"weight": torch.zeros(1, 16)}, r"weight: expected \[16\], got \[1, 16\]"),
+        ({"weight": torch.zeros(16, device="meta")}, "weight: expected device .*got meta"),
+        ({"bias": torch.zeros(16).half()}, "bias: expected torch.float32, got torch.float16"),
+        ({"residual": torch.zeros(1, 3, 16)}, r"residual: expected \[2, 3, 16\], got \[1, 3, 16\]"),
+        ({"residual": torch.zeros(2, 3, 16).int()}, "residual: expected .*got torch.int32"),
+        ({"scale": torch.zeros(3)}, r"scale: expected \[16\], got \[3\]"),
+        ({"row_scale": torch.zeros(3)}, r"row_scale: expected \[2\], got \[3\]"),
+        ({"row_scale": torch.zeros(2).half()}, "row_scale: expected torch.float32, got torch.float16"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_launched(changes, message, monkeypatch):
+    monkeypatch.setattr(kernels, "_layer_norm_fwd", None)
+    inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16).items()} | changes
+    with pytest.raises(ValueError, match=message):
+        add_layer_norm(**inputs, eps=EPS)
