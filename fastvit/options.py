@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE.yaml", help="read options from a file; those given here win")
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default=DEFAULT_MODEL, metavar="ID|FOLDER", help="pretrained ViT: hub id or folder")
+    group.add_argument("--model", metavar="ID|FOLDER", help=f"pretrained ViT: hub id or folder [{DEFAULT_MODEL}]")
     group.add_argument("--from-scratch", choices=SIZES, help="random weights instead, of this size")
     group.add_argument("--image-size", type=int, help="height and width in pixels [the model's; from scratch: 224]")
     group.add_argument("--patch-size", type=int, default=16, help="from scratch: height and width of a patch")
@@ -130,9 +130,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.dataset is None and options.data_dir is None:
         options.dataset = "beans"
-    if options.dataset == "generated" and "model" not in from_file and options.model == DEFAULT_MODEL:
+    if options.dataset == "generated" and options.model is None:
         parser.set_defaults(**{**GENERATED_DEFAULTS, **from_file})
         options = parser.parse_args(argv)
+    if options.model is None:
+        options.model = DEFAULT_MODEL
     if options.output_dir is None:
         options.output_dir = str(Path("runs") / Path(options.dataset or options.data_dir).name)
     _check_options(options)
