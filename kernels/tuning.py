@@ -57,6 +57,26 @@ TABLE = (
         {"elements": 24, "num_warps": 8, "waves": 2},
         {"elements": 16, "num_warps": 4, "waves": 4},
     )),
+    # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
+    # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight.
+    Rule("activation_forward", None, None, None, (
+        {"rows": 16, "columns": 256, "num_warps": 4},
+        {"rows": 8, "columns": 256, "num_warps": 4},
+        {"rows": 16, "columns": 256, "num_warps": 8},
+    )),
+    # Sums of the bias gradient stay in registers: 16 a thread. waves: as in layer_norm_backward.
+    Rule("activation_backward", None, None, None, (
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 8},
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4},
+        {"rows": 16, "columns": 256, "num_warps": 8, "waves": 4},
+    )),
+    # fused: 0 is cuBLAS with kernels before and after it, 1 our product with them on its way in and out. cuBLAS first
+    # until measured: it is known to be fast. Full float32 products run on the ordinary units, where there is nothing to
+    # gain on it. normalize: LayerNorm on the product's way in, or its rows written before by the LayerNorm kernel.
+    Rule("layer_norm_linear", None, None, None, ({"fused": 0},)),
+    Rule("layer_norm_gelu", None, None, None, ({"fused": 0},)),
+    Rule("linear_activation_backward", None, None, None, ({"fused": 0},)),
+    Rule("linear_residual", None, None, None, ({"fused": 0},)),
 )  # fmt: skip
 
 
