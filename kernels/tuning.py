@@ -70,6 +70,9 @@ TABLE = (
         {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4},
         {"rows": 16, "columns": 256, "num_warps": 8, "waves": 4},
     )),
+    # elements: the most values of a row that one thread holds, and then num_warps: the fewest warps of a program.
+    Rule("layer_norm_act_forward", None, None, None, ({"elements": 32, "num_warps": 4},)),
+    Rule("layer_norm_act_backward", None, None, None, ({"elements": 16, "num_warps": 4, "waves": 2},)),
     # fused: 0 is cuBLAS with kernels before and after it, 1 our product with them on its way in and out. cuBLAS first
     # until measured: it is known to be fast. Full float32 products run on the ordinary units, where there is nothing to
     # gain on it. normalize: LayerNorm on the product's way in, or its rows written before by the LayerNorm kernel.
