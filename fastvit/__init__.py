@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from fastvit.errors import InputError
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
+    from fastvit.ops import backend
     from fastvit.weights import convert
 
 _MODULE_OF = {
@@ -22,6 +23,7 @@ _MODULE_OF = {
     "ViTForMaskedImageModeling": "fastvit.modeling",
     "ViTModel": "fastvit.modeling",
     "ViTPreTrainedModel": "fastvit.modeling",
+    "backend": "fastvit.ops",
     "convert": "fastvit.weights",
 }
 
@@ -32,6 +34,7 @@ __all__ = [
     "ViTForMaskedImageModeling",
     "ViTModel",
     "ViTPreTrainedModel",
+    "backend",
     "convert",
 ]
 

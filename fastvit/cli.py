@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "measure a model on labelled pictures",
     "attention": "draw where the class token looks",
     "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
+    "info": "say which devices and versions are here, and which backend computes each operation",
 }
 
 
@@ -46,14 +47,32 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: expected one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
         return 2
     if name == "finetune":
-        from fastvit.finetune import main as finetune
-
-        return finetune(rest)
+        return report_errors(lambda: finetune(rest))
     if name == "convert":
         return report_errors(lambda: convert(rest))
+    if name == "info":
+        return report_errors(lambda: info(rest))
+    return report_errors(lambda: use_model(name, rest))
+
+
+def finetune(argv: list[str]) -> None:
+    from fastvit.finetune import run
+    from fastvit.options import parse_options
+
+    run(parse_options(argv))
+
+
+def use_model(name: str, argv: list[str]) -> None:
     from fastvit import predict
 
-    return report_errors(lambda: getattr(predict, name)(rest))
+    getattr(predict, name)(argv)
+
+
+def info(argv: list[str]) -> None:
+    argparse.ArgumentParser(prog="fastvit info", description=f"{COMMANDS['info'].capitalize()}.").parse_args(argv)
+    from fastvit.info import report
+
+    print(report())
 
 
 def convert(argv: list[str]) -> None:

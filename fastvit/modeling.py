@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel, ViTConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -60,12 +61,15 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)  # the last is what an export shows the model instead
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a fused operation may stand in for `module`: an unhooked `kind` with an ordinary weight.
 
     A projection that was wrapped (LoRA, quantisation, parametrisation) is not plain; it is called as the module it is.
     """
-    return type(module) is kind and type(module.weight) in (nn.Parameter, Tensor) and not is_hooked(module)
+    return type(module) is kind and type(module.weight) in PLAIN_WEIGHTS and not is_hooked(module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -338,17 +342,30 @@ class ViTLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
+        residual: Tensor | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
         class_token_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, N, D] -> [B, N, D], or [B, 1, D] for the class token alone; and the attention maps when asked for."""
-        normed = self.layernorm_before(hidden_states)
+        carry: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, N, D] -> [B, N, D], or [B, 1, D] for the class token alone; with the attention maps when asked for.
+
+        A block ends with a residual add and the next begins with a LayerNorm, which are one operation. With `carry` the
+        block leaves that add to the next one: it returns its branch and its residual, and takes such a pair.
+        """
+        if residual is None:
+            residual, normed = hidden_states, self.layernorm_before(hidden_states)
+        else:
+            residual, normed = self.layernorm_before(hidden_states, residual)
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
-            hidden_states = hidden_states[:, :1]
-        hidden_states, normed = self.layernorm_after(branch, residual=hidden_states)
-        return self.feed_forward(normed) + hidden_states, probabilities
+            residual = residual[:, :1]
+        residual, normed = self.layernorm_after(branch, residual)
+        branch = self.feed_forward(normed)
+        if carry:
+            return branch, residual
+        hidden_states = branch + residual
+        return hidden_states if probabilities is None else (hidden_states, probabilities)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]: one operation where nothing watches or replaces its parts."""
@@ -382,15 +399,27 @@ class ViTEncoder(nn.Module):
         class_token_only: bool = False,
     ) -> BaseModelOutput:
         all_hidden_states, all_attentions = [hidden_states], []
-        last = len(self.layer) - 1
+        residual = None
+        # Who watches the blocks, by a hook or by asking for what they compute, sees sums. With checkpointing, what goes
+        # from block to block is kept for backward: one tensor is less than two.
+        watched = output_hidden_states or output_attentions
+        watched = watched or any(is_hooked(layer) or layer.gradient_checkpointing for layer in self.layer)
         for index, layer in enumerate(self.layer):
-            hidden_states, attentions = layer(
-                hidden_states, attention_mask, output_attentions, class_token_only and index == last
-            )
+            is_last = index == len(self.layer) - 1
+            carry = not (watched or is_last)
+            only_class_token = class_token_only and is_last
+            output = layer(hidden_states, residual, attention_mask, output_attentions, only_class_token, carry)
+            if carry:
+                hidden_states, residual = output
+                continue
+            residual = None
+            if output_attentions:
+                hidden_states, attentions = output
+                all_attentions.append(attentions)
+            else:
+                hidden_states = output
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
-            if output_attentions:
-                all_attentions.append(attentions)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,

@@ -116,11 +116,26 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Residual add, then LayerNorm of the sum; both are needed, the sum by the next residual add.
 
-    x, residual: [..., D]; weight, bias: [D]. Returns (x + residual, layer_norm(x + residual)), each [..., D].
+    x, the branch, and residual: [..., D]; weight, bias: [D]. scale: [D], LayerScale's factor of the branch (Touvron et
+    al. 2021, arXiv:2103.17239). row_scale: [B], drop path's factor for each sample (Huang et al. 2016,
+    arXiv:1603.09382). Returns (residual + row_scale * scale * x, its LayerNorm), each [..., D].
     """
+    if scale is not None:
+        x = x * scale
+    if row_scale is not None:
+        x = x * row_scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     residual = x + residual
     return residual, layer_norm(residual, weight, bias, eps)
 

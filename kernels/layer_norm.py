@@ -230,7 +230,7 @@ def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     }
 
 
-def _shape_class(rows: int, dim: int) -> str:
+def _shape(rows: int, dim: int) -> str:
     return f"{triton.next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
 
 
@@ -283,7 +283,7 @@ def _launch_forward(
                 None if statistics_only else y, statistics, *strides, rows, inner, eps, **tile,
             )  # fmt: skip
 
-    run(tuning.choose("layer_norm_forward", _shape_class(rows, dim), dtype, x.device, run))
+    run(tuning.choose("layer_norm_forward", _shape(rows, dim), dtype, x.device, run))
     return summed, y, statistics
 
 
@@ -319,7 +319,7 @@ def _launch_backward(
                     DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32, num_warps=4,
                 )  # fmt: skip
 
-    run(tuning.choose("layer_norm_backward", _shape_class(rows, dim), summed.dtype, summed.device, run))
+    run(tuning.choose("layer_norm_backward", _shape(rows, dim), summed.dtype, summed.device, run))
     return grads
 
 

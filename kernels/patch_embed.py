@@ -21,14 +21,16 @@ programs and summed in a second stage; the gradients of bias, prefix, position e
 output gradient over pictures, then over patches. No atomics: the same bits every time.
 """
 
-import dataclasses
-import functools
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastvit.kernels import tuning
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a pixel lies
@@ -356,59 +358,20 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUM_BLOCK = 1024
 
 
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Launch choice of one matrix kernel: its tile, rows x columns x depth of the product, warps and stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    num_warps: int
-    num_stages: int
-
-
-# Largest first; the first that gives the device enough programs is taken. No tile here spills on sm_80 or sm_90 with
-# any dtype of pixels. Chosen from registers, shared memory and L2 traffic (a program reads rows and columns once for
-# each tile of the other), not yet from times.
-TILES = {
-    # wgmma needs 64 rows; 256 columns so that hidden <= 256 reads the pixels once and 768 three times.
-    ("fwd", "hopper"): (Tile(128, 256, 32, 8, 4), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 3)),
-    ("weight", "hopper"): (Tile(256, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    ("pixels", "hopper"): (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-    # 99 KiB of shared memory on sm_86 and sm_89, 64 KiB on gfx942.
-    ("fwd", "other"): (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
-    ("weight", "other"): (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
-    ("pixels", "other"): (Tile(128, 128, 32, 8, 2), Tile(64, 64, 32, 4, 3)),
-    # Full float32 products run on the ordinary units: 8 x 8 sums a thread, and a shallow depth, or they spill.
-    ("fwd", "float32"): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 32, 8, 2)),
-    ("weight", "float32"): (Tile(64, 64, 32, 8, 2),),
-    ("pixels", "float32"): (Tile(128, 128, 16, 8, 3), Tile(64, 64, 32, 8, 2)),
-    # The interpreter runs on a CPU: small, so that small pictures fill several tiles.
-    ("fwd", "interpreter"): (Tile(32, 32, 32, 4, 1),),
-    ("weight", "interpreter"): (Tile(32, 32, 32, 4, 1),),
-    ("pixels", "interpreter"): (Tile(32, 32, 32, 4, 1),),
-}
 ENOUGH_PROGRAMS = 100
 FULL_DEVICE = 132  # multiprocessors of an H100; the same number everywhere: the same sums everywhere
 
 
-@functools.cache
-def _device_kind(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "interpreter"
-    return "hopper" if torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10) else "other"
+def _shape(rows: int, columns: int, weight: Tensor) -> str:
+    """The tuning table's word for a product of [rows, columns]: whether large tiles fill a device, and the weight."""
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    return f"{'many' if tiles >= ENOUGH_PROGRAMS else 'few'} tiles, {'x'.join(map(str, weight.shape))}"
 
 
-def _tile(kernel: str, weight: Tensor, rows: int, columns: int) -> Tile:
-    """The tile for a product of [rows, columns] in weight's dtype, on its device."""
-    kind = _device_kind(weight.device)
-    if kind != "interpreter" and weight.dtype == torch.float32:
-        kind = "float32"
-    candidates = TILES[kernel, kind]
-    for tile in candidates:
-        if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= ENOUGH_PROGRAMS:
-            return tile
-    return candidates[-1]
+def _matrix_options(tile: tuning.Choice, rows: str, columns: str, depth: str) -> dict[str, int]:
+    """A matrix tile of the tuning table as a kernel's arguments; the kernel's names for its three sides differ."""
+    blocks = {f"BLOCK_{name}": tile[side] for name, side in ((rows, "rows"), (columns, "columns"), (depth, "depth"))}
+    return blocks | {"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]}
 
 
 def _split_patches(total_patches: int, tiles: int, block_rows: int) -> int:
@@ -508,26 +471,30 @@ def _launch_forward(
     if out.numel() == 0:
         return out
     total_rows = pixels.shape[0] * tokens
-    tile = _tile("fwd", weight, total_rows, hidden)
-    grid = (triton.cdiv(total_rows, tile.rows) * triton.cdiv(hidden, tile.columns),)
-    with torch.cuda.device_of(pixels):
-        _patch_embed_fwd[grid](
-            pixels,
-            _weight_matrix(weight, geometry["CHANNELS_LAST"]),
-            *_contiguous(bias, cls_token if prefix else None, pos_embed, None if mask is None else mask_token),
-            _mask_bytes(mask),
-            out,
-            total_rows=total_rows,
-            tokens=tokens,
-            PREFIX=prefix,
-            **geometry,
-            **_normalization(pixels, mean, std),
-            BLOCK_ROWS=tile.rows,
-            BLOCK_HIDDEN=tile.columns,
-            BLOCK_K=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    operands = (
+        pixels,
+        _weight_matrix(weight, geometry["CHANNELS_LAST"]),
+        *_contiguous(bias, cls_token if prefix else None, pos_embed, None if mask is None else mask_token),
+        _mask_bytes(mask),
+        out,
+    )
+    normalization = _normalization(pixels, mean, std)
+
+    def run(tile: tuning.Choice) -> None:
+        grid = (triton.cdiv(total_rows, tile["rows"]) * triton.cdiv(hidden, tile["columns"]),)
+        with torch.cuda.device_of(pixels):
+            _patch_embed_fwd[grid](
+                *operands,
+                total_rows=total_rows,
+                tokens=tokens,
+                PREFIX=prefix,
+                **geometry,
+                **normalization,
+                **_matrix_options(tile, "ROWS", "HIDDEN", "K"),
+            )
+
+    shape = _shape(total_rows, hidden, weight)
+    run(tuning.choose("patch_embed_forward", shape, weight.dtype, pixels.device, run))
     return out
 
 
@@ -549,42 +516,43 @@ def _launch_weight_backward(
     patches = _patches(pixels, weight)
     total_patches = pixels.shape[0] * patches
     hidden, size_k = weight.shape[0], weight[0].numel()
-    tile = _tile("weight", weight, hidden * triton.cdiv(total_patches, 4096), size_k)  # splits sum over 4096 or more
-    tiles = triton.cdiv(hidden, tile.rows) * triton.cdiv(size_k, tile.columns)
-    split_patches = _split_patches(total_patches, tiles, tile.depth)
-    splits = triton.cdiv(total_patches, split_patches)
-    partial = torch.empty(splits, hidden, size_k, dtype=torch.float32, device=pixels.device)
-    with torch.cuda.device_of(pixels):
-        _patch_embed_weight_bwd[(splits * tiles,)](
-            grad_out,
-            pixels,
-            _mask_bytes(mask),
-            partial,
-            stride_grad_batch=grad_out.stride(0),
-            stride_grad_token=grad_out.stride(1),
-            total_patches=total_patches,
-            patches=patches,
-            split_patches=split_patches,
-            PREFIX=grad_out.shape[1] - patches,
-            **geometry,
-            **_normalization(pixels, mean, std),
-            BLOCK_HIDDEN=tile.rows,
-            BLOCK_K=tile.columns,
-            BLOCK_ROWS=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-        _sum_weight_splits[(triton.cdiv(hidden * size_k, SUM_BLOCK),)](
-            partial,
-            grad_weight,
-            splits,
-            hidden * size_k,
-            geometry["CHANNELS"],
-            geometry["PATCH_HEIGHT"],
-            geometry["PATCH_WIDTH"],
-            geometry["CHANNELS_LAST"],
-            BLOCK=SUM_BLOCK,
-        )
+    normalization, mask_bytes = _normalization(pixels, mean, std), _mask_bytes(mask)
+
+    def run(tile: tuning.Choice) -> None:
+        tiles = triton.cdiv(hidden, tile["rows"]) * triton.cdiv(size_k, tile["columns"])
+        split_patches = _split_patches(total_patches, tiles, tile["depth"])
+        splits = triton.cdiv(total_patches, split_patches)
+        partial = torch.empty(splits, hidden, size_k, dtype=torch.float32, device=pixels.device)
+        with torch.cuda.device_of(pixels):
+            _patch_embed_weight_bwd[(splits * tiles,)](
+                grad_out,
+                pixels,
+                mask_bytes,
+                partial,
+                stride_grad_batch=grad_out.stride(0),
+                stride_grad_token=grad_out.stride(1),
+                total_patches=total_patches,
+                patches=patches,
+                split_patches=split_patches,
+                PREFIX=grad_out.shape[1] - patches,
+                **geometry,
+                **normalization,
+                **_matrix_options(tile, "HIDDEN", "K", "ROWS"),
+            )
+            _sum_weight_splits[(triton.cdiv(hidden * size_k, SUM_BLOCK),)](
+                partial,
+                grad_weight,
+                splits,
+                hidden * size_k,
+                geometry["CHANNELS"],
+                geometry["PATCH_HEIGHT"],
+                geometry["PATCH_WIDTH"],
+                geometry["CHANNELS_LAST"],
+                BLOCK=SUM_BLOCK,
+            )
+
+    shape = _shape(hidden * triton.cdiv(total_patches, 4096), size_k, weight)  # splits sum over 4096 patches or more
+    run(tuning.choose("patch_embed_weight", shape, weight.dtype, pixels.device, run))
     return grad_weight
 
 
@@ -601,26 +569,27 @@ def _launch_pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, ma
     patches = _patches(view, weight)
     total_patches = view.shape[0] * patches
     size_k = weight[0].numel()
-    tile = _tile("pixels", weight, total_patches, size_k)
-    grid = (triton.cdiv(total_patches, tile.rows) * triton.cdiv(size_k, tile.columns),)
-    with torch.cuda.device_of(pixels):
-        _patch_embed_pixels_bwd[grid](
-            grad_out,
-            _weight_matrix(weight, geometry["CHANNELS_LAST"]),
-            _mask_bytes(mask),
-            view,
-            stride_grad_batch=grad_out.stride(0),
-            stride_grad_token=grad_out.stride(1),
-            total_patches=total_patches,
-            patches=patches,
-            PREFIX=grad_out.shape[1] - patches,
-            **geometry,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_K=tile.columns,
-            BLOCK_HIDDEN=tile.depth,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    weight_matrix, mask_bytes = _weight_matrix(weight, geometry["CHANNELS_LAST"]), _mask_bytes(mask)
+
+    def run(tile: tuning.Choice) -> None:
+        grid = (triton.cdiv(total_patches, tile["rows"]) * triton.cdiv(size_k, tile["columns"]),)
+        with torch.cuda.device_of(pixels):
+            _patch_embed_pixels_bwd[grid](
+                grad_out,
+                weight_matrix,
+                mask_bytes,
+                view,
+                stride_grad_batch=grad_out.stride(0),
+                stride_grad_token=grad_out.stride(1),
+                total_patches=total_patches,
+                patches=patches,
+                PREFIX=grad_out.shape[1] - patches,
+                **geometry,
+                **_matrix_options(tile, "ROWS", "K", "HIDDEN"),
+            )
+
+    shape = _shape(total_patches, size_k, weight)
+    run(tuning.choose("patch_embed_pixels", shape, weight.dtype, pixels.device, run))
     return grad_pixels
 
 

@@ -13,9 +13,11 @@ dtype, device name and Triton version. Nothing is timed on a CPU, nor while a CU
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -24,22 +26,34 @@ from typing import NamedTuple
 
 import torch
 import triton
+from filelock import FileLock, Timeout
 
 Choice = Mapping[str, int]
 
 
 class Rule(NamedTuple):
-    """One line of the table. None matches everything; the first candidate is the choice, the others may be timed."""
+    """One line of the table: patterns for what it holds for, and tiles. None matches everything.
+
+    shape: a regular expression for the launcher's word for the shape. device: one for "sm_90", "gfx942" or
+    "interpreter". The first candidate is the choice; the others may be timed against it.
+    """
 
     operation: str
-    shape_class: str | None
+    shape: str | None
     dtype: torch.dtype | None
-    capability: tuple[int, int] | None
+    device: str | None
     candidates: tuple[Choice, ...]
 
 
+def matrix(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> Choice:
+    """A matrix product's tile of the output, rows x columns, and how much of the summed dimension a step takes."""
+    return {"rows": rows, "columns": columns, "depth": depth, "num_warps": num_warps, "num_stages": num_stages}
+
+
+WGMMA = "sm_(90|100)"  # has the wide tensor core instructions, and 227 KiB of shared memory a block
+
 # The first line that matches is used. Chosen from compiled registers, instructions and shared memory on sm_80 and sm_90
-# (benchmarks/results/compile), November 2026; not yet from times.
+# (benchmarks/results/compile), November 2026; not yet from times. No tile here spills on either.
 TABLE = (
     # elements: the most values of a row that one thread holds; num_warps: the fewest warps a program has.
     # 40 values keep a row of 768, 1024 or 1280 half-precision values in one warp, so that its sums need no shared
@@ -57,6 +71,20 @@ TABLE = (
         {"elements": 24, "num_warps": 8, "waves": 2},
         {"elements": 16, "num_warps": 4, "waves": 4},
     )),
+    # Interpreted on a CPU: small, so that small pictures fill several tiles.
+    Rule("patch_embed_.*", None, None, "interpreter", (matrix(32, 32, 32, 4, 1),)),
+    # Full float32 products run on the ordinary units: 8 x 8 sums a thread, and a shallow depth, or they spill.
+    Rule("patch_embed_weight", None, torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
+    Rule("patch_embed_.*", "many.*", torch.float32, None, (matrix(128, 128, 16, 8, 3), matrix(64, 64, 32, 8, 2))),
+    Rule("patch_embed_.*", "few.*", torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
+    # wgmma needs 64 rows; 256 columns so that hidden <= 256 reads the pixels once and 768 three times.
+    Rule("patch_embed_forward", "many.*", None, WGMMA, (matrix(128, 256, 32, 8, 4), matrix(64, 128, 64, 4, 3))),
+    Rule("patch_embed_weight", "many.*", None, WGMMA, (matrix(256, 128, 64, 8, 3), matrix(64, 128, 64, 4, 3))),
+    Rule("patch_embed_pixels", "many.*", None, WGMMA, (matrix(128, 128, 64, 8, 3), matrix(64, 128, 64, 4, 3))),
+    Rule("patch_embed_.*", "few.*", None, WGMMA, (matrix(64, 128, 64, 4, 3), matrix(64, 64, 64, 4, 3))),
+    # 99 KiB of shared memory on sm_86 and sm_89, 64 KiB on gfx942.
+    Rule("patch_embed_.*", "many.*", None, None, (matrix(128, 128, 32, 8, 2), matrix(64, 64, 32, 4, 3))),
+    Rule("patch_embed_.*", "few.*", None, None, (matrix(64, 64, 32, 4, 3),)),
     # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
     # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight.
     Rule("activation_forward", None, None, None, (
@@ -85,7 +113,7 @@ TABLE = (
 
 class Device(NamedTuple):
     name: str
-    capability: tuple[int, int]
+    architecture: str
     multiprocessors: int
 
 
@@ -93,36 +121,48 @@ class Device(NamedTuple):
 def describe(device: torch.device) -> Device:
     """What the choice depends on; asked of the driver once. A CPU, where Triton interprets, counts as a small GPU."""
     if device.type != "cuda":
-        return Device("interpreter", (0, 0), 1)
+        return Device("interpreter", "interpreter", 1)
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, (properties.major, properties.minor), properties.multi_processor_count)
+    if torch.version.hip is not None:
+        architecture = properties.gcnArchName.split(":")[0]
+    else:
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return Device(properties.name, architecture, properties.multi_processor_count)
 
 
-def candidates(operation: str, shape_class: str, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
+def candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
     """The table's line for this case."""
-    asked = (operation, shape_class, dtype, describe(device).capability)
+    architecture = describe(device).architecture
     for rule in TABLE:
-        if all(expected in (None, given) for expected, given in zip(rule, asked, strict=False)):
+        if (
+            re.fullmatch(rule.operation, operation)
+            and (rule.shape is None or re.fullmatch(rule.shape, shape))
+            and rule.dtype in (None, dtype)
+            and (rule.device is None or re.fullmatch(rule.device, architecture))
+        ):
             return rule.candidates
-    raise KeyError(f"no tile for {asked}")
+    raise KeyError(f"no tile for {operation}, {shape}, {dtype}, {architecture}")
 
 
 _chosen: dict[tuple, Choice] = {}
 
 
 def choose(
-    operation: str, shape_class: str, dtype: torch.dtype, device: torch.device, run: Callable[[Choice], object]
+    operation: str, shape: str, dtype: torch.dtype, device: torch.device, run: Callable[[Choice], object]
 ) -> Choice:
-    """The choice for one launch. `run(choice)` launches the kernel with it and may be called many times, or never."""
-    key = (operation, shape_class, dtype, device)
+    """The choice for one launch. `run(choice)` launches the kernel with it and may be called many times, or never.
+
+    shape: a word for the shapes that are to share a choice, such as "many rows, 1024".
+    """
+    key = (operation, shape, dtype, device)
     if key not in _chosen:
         options = candidates(*key)
         mode = os.environ.get("FASTVIT_AUTOTUNE", "")
-        choice = None
+        choice: Choice | None = None
         if device.type != "cuda" or mode == "0" or len(options) == 1:
             choice = options[0]
         else:
-            entry = "|".join((operation, shape_class, str(dtype), describe(device).name, triton.__version__))
+            entry = "|".join((operation, shape, str(dtype), describe(device).name, triton.__version__))
             choice = read_cache().get(entry)
             if choice not in options:  # never measured, or the table has changed since
                 choice = options[0]
@@ -152,7 +192,7 @@ def cache_path() -> Path:
 
 
 def read_cache() -> dict[str, Choice]:
-    """Everything that was measured. A file that is not such a cache is reported and replaced by an empty one."""
+    """Everything that was measured. A file that is no such cache is reported and replaced by an empty one."""
     path = cache_path()
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -162,25 +202,28 @@ def read_cache() -> dict[str, Choice]:
         return {}
     except ValueError as error:  # also broken JSON and broken UTF-8
         warnings.warn(f"{path} is not a tuning cache ({error}): starting a new one", stacklevel=2)
-        write_cache({})
+        with contextlib.suppress(OSError):
+            write_cache({})
         return {}
     return entries
 
 
 def add_to_cache(entry: str, choice: Choice) -> None:
-    """Add one measurement to what is on disk now, which another process may have written since we read it."""
-    write_cache(read_cache() | {entry: dict(choice)})
+    """Add one measurement to what is on disk now, which other processes may be adding to as well."""
+    path = cache_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=10):
+            write_cache(read_cache() | {entry: dict(choice)})
+    except (OSError, Timeout) as error:  # a read-only home directory is no reason to stop
+        warnings.warn(f"tile measurements are not kept: {error}", stacklevel=2)
 
 
 def write_cache(entries: dict[str, Choice]) -> None:
     """Replace the file in one step: a reader sees the old one or the new one, never a part."""
     path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".part", delete=False
-        ) as file:
-            json.dump(entries, file, indent=1, sort_keys=True)
-        os.replace(file.name, path)  # noqa: PTH105 (the name is a string)
-    except OSError as error:  # a read-only home directory is no reason to stop
-        warnings.warn(f"tile measurements are not kept: {error}", stacklevel=2)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".part", delete=False
+    ) as file:
+        json.dump(entries, file, indent=1, sort_keys=True)
+    Path(file.name).replace(path)

@@ -39,13 +39,11 @@ def inputs_of(*shape, dtype=torch.float32, residual_dtype=None, weight_dtype=Non
 
 
 def pytorch(x, residual, weight, bias, eps, scale=None, row_scale=None):
-    """The definition in the dtypes given; LayerNorm itself takes one dtype."""
+    """The definition in the dtype of the sum; PyTorch's own LayerNorm takes one dtype."""
     dtype = torch.result_type(x, residual)
-    if scale is not None:
-        x = x * scale
-    if row_scale is not None:
-        x = x * row_scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
-    return reference.add_layer_norm(x.to(dtype), residual.to(dtype), weight.to(dtype), bias.to(dtype), eps)
+    x, residual, weight, bias = (tensor.to(dtype) for tensor in (x, residual, weight, bias))
+    scale = None if scale is None else scale.to(dtype)
+    return reference.add_layer_norm(x, residual, weight, bias, eps, scale=scale, row_scale=row_scale)
 
 
 def plain(x, residual, weight, bias, eps):

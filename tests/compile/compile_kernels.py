@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from fastvit.kernels import layer_norm, tuning
+from fastvit.kernels import layer_norm, patch_embed, tuning
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = (192, 384, 768, 1024, 1280)  # ViT-Ti, S, B, L, H
@@ -40,18 +40,17 @@ class Target(NamedTuple):
     """A GPU: what Triton compiles for, and what bounds the number of blocks on one of its multiprocessors."""
 
     gpu: GPUTarget
-    capability: tuple[int, int]
     shared_memory: int = 0  # bytes a multiprocessor
     threads: int = 0
     blocks: int = 0
 
 
 TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), (8, 0), 164 * 1024, 2048, 32),
-    "sm_89": Target(GPUTarget("cuda", 89, 32), (8, 9), 100 * 1024, 1536, 24),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), (9, 0), 228 * 1024, 2048, 32),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), (10, 0), 228 * 1024, 2048, 32),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), (9, 4)),
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 164 * 1024, 2048, 32),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 100 * 1024, 1536, 24),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 228 * 1024, 2048, 32),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 228 * 1024, 2048, 32),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64)),
 }
 
 
@@ -103,12 +102,50 @@ def layer_norm_cases(quick: bool) -> Iterator[Case]:
     yield f"strided {size}", lambda: layer_norm._launch_backward(*arguments)
 
 
+def patch_embed_cases(quick: bool) -> Iterator[Case]:
+    """Forward and the three parts of backward; float and uint8 pixels in both layouts; patches of 16, 14 and 32."""
+    sizes = ((768, 16),) if quick else ((192, 16), (384, 16), (768, 16), (768, 32), (1024, 14), (1280, 14))
+    for hidden, side in sizes:
+        for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
+            weight = meta(hidden, 3, side, side, dtype=dtype)
+            tokens = meta(1, 1 + (224 // side) ** 2, hidden, dtype=dtype)
+            vectors = (weight[:, 0, 0, 0], tokens[:, :1], tokens)
+            grad_out = meta(256, tokens.shape[1], hidden, dtype=dtype)
+            grad_dtypes = (dtype, dtype, dtype, None)
+            for layout in ("channels first", "channels last"):
+                shape = (256, 3, 224, 224) if layout == "channels first" else (256, 224, 224, 3)
+                for pixel_dtype in (torch.uint8, torch.float32):
+                    pixels = meta(*shape, dtype=pixel_dtype)
+                    mean = std = [0.5] * 3
+                    label = f"{hidden}/{side} {str(dtype)[6:]}, {str(pixel_dtype)[6:]} {layout}"
+                    forward = (pixels, weight, *vectors, None, None, mean, std)
+                    yield label, lambda a=forward: patch_embed._launch_forward(*a)
+                    yield (
+                        label,
+                        lambda a=(grad_out, pixels, weight, None, mean, std): patch_embed._launch_weight_backward(*a),
+                    )
+                pixels = meta(*shape, dtype=dtype)
+                label = f"{hidden}/{side} {str(dtype)[6:]}, {layout}"
+                yield label, lambda a=(grad_out, pixels, weight, None): patch_embed._launch_pixels_backward(*a)
+            yield label, lambda a=(grad_out, None, 1, *grad_dtypes): patch_embed._launch_tokens_backward(*a)
+    weight, mask = meta(768, 3, 16, 16, dtype=torch.bfloat16), meta(256, 196, dtype=torch.bool)
+    tokens, grad_out = meta(1, 197, 768, dtype=torch.bfloat16), meta(256, 197, 768, dtype=torch.bfloat16)
+    vectors = (weight[:, 0, 0, 0], tokens[:, :1], tokens, tokens[:, :1])
+    forward = (meta(256, 3, 224, 224), weight, *vectors, mask, None, None)
+    yield "masked 768/16 bfloat16", lambda: patch_embed._launch_forward(*forward)
+    masked = (grad_out, mask, 1, *[torch.bfloat16] * 4)
+    yield "masked 768/16 bfloat16", lambda: patch_embed._launch_tokens_backward(*masked)
+
+
 # Each function yields the launches to compile: all that the models use, or, `quick`, the few that CI has time for.
-CASES: tuple[Callable[[bool], Iterator[Case]], ...] = (layer_norm_cases,)
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "layer_norm": layer_norm_cases,
+    "patch_embed": patch_embed_cases,
+}
 
 
-def record(call: Callable[[], object], target: Target) -> list[Launch]:
-    """The launches that `call` would make on a GPU of this kind."""
+def record(call: Callable[[], object], target: str) -> list[Launch]:
+    """The launches that `call` would make on a GPU of this kind, with the first choice of the tuning table."""
     launches = []
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -116,7 +153,7 @@ def record(call: Callable[[], object], target: Target) -> list[Launch]:
         arguments |= {name: kwargs.pop(name) for name in list(kwargs) if name in kernel.arg_names}
         launches.append(Launch(kernel, arguments, kwargs))
 
-    device = tuning.Device("compiled for", target.capability, 132)
+    device = tuning.Device("compiled for", target, 132)
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tuning, "describe", lambda _: device),
@@ -208,19 +245,18 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(targets: list[str], quick: bool) -> Iterator[dict[str, object]]:
-    """One row of results for each kernel, case and target; launches that compile to the same code are not repeated."""
-    for name in targets:
-        seen = set()
-        for cases in CASES:
-            for label, call in cases(quick):
-                for launch in record(call, TARGETS[name]):
-                    key = (source(launch).hash(), str(launch.options))
-                    if key in seen:
-                        continue
-                    seen.add(key)
-                    row = {"kernel": launch.kernel.__name__, "case": label, "target": name}
-                    yield row | inspect(launch, TARGETS[name])
+def compile_all(operations: list[str], target: str, quick: bool) -> Iterator[dict[str, object]]:
+    """One row of results for each kernel and case; launches that compile to the same code are not repeated."""
+    seen = set()
+    for operation in operations:
+        for label, call in CASES[operation](quick):
+            for launch in record(call, target):
+                key = (source(launch).hash(), str(launch.options))
+                if key in seen:
+                    continue
+                seen.add(key)
+                row = {"kernel": launch.kernel.__name__, "case": label, "target": target}
+                yield row | inspect(launch, TARGETS[target])
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -234,13 +270,14 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="the cases of CI, not all")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compile"), help="folder to write to")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for target in options.targets:
-        rows = list(compile_all([target], options.quick))
+        rows = list(compile_all(options.kernels, target, options.quick))
         report = {"triton": triton.__version__, "target": target, "kernels": rows}
         for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".txt", table(rows))):
             part = options.output / f"{target}{suffix}.part"

@@ -1,0 +1,43 @@
+"""Every kernel compiles for every GPU it is meant for, and the machine code is what its author counted on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+
+# Kernels made of matrix products, whose tiles have the 64 rows that wgmma needs on sm_90 for half precision.
+MATRIX_KERNELS = {"_patch_embed_fwd", "_patch_embed_weight_bwd", "_patch_embed_pixels_bwd"}
+# Kernels bound by memory: they must load 16 bytes a thread on NVIDIA's GPUs.
+MEMORY_KERNELS = {"_layer_norm_fwd", "_layer_norm_bwd", "_patch_embed_tokens_bwd"}
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def rows(request, tmp_path_factory):
+    """The compile report for one kind of GPU. One process cannot both interpret and compile, so it is another one."""
+    folder = tmp_path_factory.mktemp("compile")
+    command = [sys.executable, str(SCRIPT), "--quick", "--targets", request.param, "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / f"{request.param}.json").read_text())["kernels"]
+
+
+def test_kernels_compile_without_spilling(rows):
+    assert {row["kernel"] for row in rows} >= MATRIX_KERNELS | MEMORY_KERNELS
+    if rows[0]["target"] in ("sm_80", "sm_90"):
+        spilling = [(row["kernel"], row["case"]) for row in rows if row["spill_bytes"] or row["spill_instructions"]]
+        assert not spilling
+
+
+def test_kernels_use_the_instructions_they_are_built_for(rows):
+    for row in rows:
+        name = f"{row['kernel']} {row['case']} {row['target']}"
+        # AMD's waves are twice as wide: the same tile is 8 bytes a lane, and as many bytes a load.
+        if row["kernel"] in MEMORY_KERNELS and row["target"] != "gfx942":
+            assert row["loads_128"] > 0, name
+        if row["kernel"] in MATRIX_KERNELS and "float32" not in row["case"].split(",")[0]:
+            assert row["wgmma" if row["target"] == "sm_90" else "mma"] > 0, name

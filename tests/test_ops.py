@@ -1,0 +1,260 @@
+"""The seam: who computes an operation, how one chooses it, and that the whole model is the same either way."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_modeling import SMALL_CONFIGS, pixels_for, randomise, relative_error
+from transformers import ViTConfig
+
+import fastvit
+from fastvit import cli, info, ops, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_TRITON = ops.why_not_triton_anywhere() is None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+
+
+def python(code, **environment):
+    """A fresh process, with another environment."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def norm_inputs(dtype=torch.float32, device=DEVICE):
+    return torch.randn(3, 8, device=device, dtype=dtype), torch.ones(8, device=device), torch.zeros(8, device=device)
+
+
+def test_backend_is_restored_also_after_an_error():
+    assert ops.current_backend() == "auto"
+    with pytest.raises(RuntimeError, match="of mine"), fastvit.backend("reference"):
+        assert ops.current_backend() == "reference"
+        with fastvit.backend("auto"):
+            assert ops.current_backend() == "auto"
+        assert ops.current_backend() == "reference"
+        raise RuntimeError("of mine")
+    assert ops.current_backend() == "auto"
+
+
+def test_unknown_backend_is_named():
+    with (
+        pytest.raises(fastvit.InputError, match="expected one of auto, triton, reference, got 'cuda'"),
+        fastvit.backend("cuda"),
+    ):
+        pass
+    done = python("from fastvit import cli; raise SystemExit(cli.main(['info']))", FASTVIT_BACKEND="cuda")
+    assert done.returncode == 2
+    assert done.stderr == "error: FASTVIT_BACKEND: expected one of auto, triton, reference, got 'cuda'\n"
+
+
+def test_triton_where_it_cannot_run_is_an_error_that_says_why():
+    code = "import fastvit\nwith fastvit.backend('triton'): pass"
+    assert "'triton' cannot run here: there is no GPU" in python(code, CUDA_VISIBLE_DEVICES="").stderr
+    call = (
+        "import torch\nfrom fastvit import ops\nops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.zeros(8), 1e-6)"
+    )
+    done = python(call, FASTVIT_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
+    assert "'triton' cannot compute layer_norm: there is no GPU" in done.stderr
+
+
+@needs_triton
+def test_triton_is_not_asked_for_what_it_cannot_do():
+    x, weight, bias = norm_inputs(torch.float64)
+    with (
+        fastvit.backend("triton"),
+        pytest.raises(fastvit.InputError, match=r"cannot compute layer_norm: the kernel has no torch\.float64"),
+    ):
+        ops.layer_norm(x, weight.double(), bias.double(), 1e-6)
+    assert ops.layer_norm(x, weight.double(), bias.double(), 1e-6).dtype == torch.float64  # plain PyTorch
+
+
+def test_without_triton_everything_is_computed_by_pytorch():
+    code = (
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\n"
+        "import torch\nfrom fastvit import ops\n"
+        "print(ops.why_not_triton('layer_norm', 'cuda', 0, torch.float32))\n"
+        "print(ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.zeros(8), 1e-6).sum().item())\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
+
+
+def test_old_gpus_are_told_what_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    why_not = ops.why_not_triton.__wrapped__
+    for capability, dtype, expected in (
+        ((7, 0), torch.float16, "older than sm_75"),
+        ((7, 5), torch.bfloat16, "no bfloat16; use float16"),
+        ((8, 0), torch.float64, "the kernel has no torch.float64"),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
+        assert expected in why_not("layer_norm", "cuda", 0, dtype)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert why_not("layer_norm", "cuda", 0, torch.float16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    assert why_not("layer_norm", "cuda", 0, torch.bfloat16) is None
+    assert "kernels run on GPUs" in why_not("layer_norm", "mps", 0, torch.float32)
+
+
+def test_what_auto_chose_is_said_once(caplog):
+    ops._announce.cache_clear()
+    with caplog.at_level(logging.INFO, "fastvit"):
+        for _ in range(3):
+            ops.layer_norm(*norm_inputs(), 1e-6)
+    said = [record.getMessage() for record in caplog.records if record.name == "fastvit"]
+    expected = "our Triton kernel" if DEVICE == "cuda" else "plain PyTorch ("
+    assert len(said) == 1
+    assert said[0].startswith(f"layer_norm on {DEVICE} is computed by {expected}")
+
+
+def test_operations_keep_the_definitions_documentation():
+    for operation in ops.KERNELS:
+        assert getattr(ops, operation).__doc__ == getattr(reference, operation).__doc__
+
+
+def test_info_says_what_computes_each_operation(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    for operation in ops.KERNELS:
+        assert operation in printed
+    assert ("Triton kernel" if DEVICE == "cuda" else "plain PyTorch (") in printed
+    with fastvit.backend("reference"):
+        assert info.who_computes("layer_norm", torch.device("cuda")) == "plain PyTorch (asked for)"
+
+
+def logits_and_gradients(model, **inputs):
+    output = model(**inputs)
+    result = (
+        output.logits if "logits" in output else output.last_hidden_state if "pooler_output" in output else output[1]
+    )
+    loss = output.loss if output.get("loss") is not None else result.square().mean()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {"result": result.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def assert_same_model(model, **inputs):
+    """Outputs and every gradient, computed by our kernels and by plain PyTorch."""
+    with fastvit.backend("reference"):
+        expected = logits_and_gradients(model, **inputs)
+    with fastvit.backend("triton"):
+        found = logits_and_gradients(model, **inputs)
+    for name, tensor in expected.items():
+        assert (found[name] is None) == (tensor is None), name
+        if tensor is not None and not name.endswith("key.bias"):  # its gradient is zero: softmax takes no shift
+            assert relative_error(found[name], tensor) < 1e-5, name
+
+
+@needs_triton
+@pytest.mark.parametrize("config", SMALL_CONFIGS.values(), ids=SMALL_CONFIGS)
+def test_the_whole_model_is_the_same_with_kernels(config):
+    torch.manual_seed(0)
+    base = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    config = ViTConfig(**{**base, **config}, num_labels=5)
+    model = fastvit.ViTForImageClassification(config).to(DEVICE)
+    randomise(model)
+    pixels = pixels_for(config).to(DEVICE)
+    assert_same_model(model, pixel_values=pixels, labels=torch.tensor([1, 3], device=DEVICE))
+    bytes_ = ((pixels * 40 + 128).clamp(0, 255).to(torch.uint8)).permute(0, 2, 3, 1)
+    assert_same_model(model, pixel_values=bytes_, labels=torch.tensor([1, 3], device=DEVICE))
+
+
+@needs_triton
+def test_masked_image_modelling_is_the_same_with_kernels():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8,
+        encoder_stride=8,
+    )  # fmt: skip
+    model = fastvit.ViTForMaskedImageModeling(config).to(DEVICE)
+    randomise(model)
+    mask = torch.rand(2, 16, generator=torch.Generator().manual_seed(3)) < 0.5
+    assert_same_model(model, pixel_values=pixels_for(config).to(DEVICE), bool_masked_pos=mask.to(DEVICE))
+
+
+def small_model():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=16, patch_size=8
+    )
+    model = fastvit.ViTForImageClassification(config).to(DEVICE)
+    randomise(model)
+    return model, pixels_for(config).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", [pytest.param("triton", marks=needs_triton), "reference"])
+def test_the_model_compiles_as_one_graph(name):
+    model, pixels = small_model()
+    with fastvit.backend(name):
+        expected = logits_and_gradients(model, pixel_values=pixels)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = logits_and_gradients(compiled, pixel_values=pixels)
+    for (first, tensor), other in zip(expected.items(), found.values(), strict=True):
+        if not first.endswith("key.bias"):
+            assert relative_error(other, tensor) < 1e-5, first
+
+
+def test_a_compiled_model_follows_a_change_of_backend():
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append({node.target for node in graph.graph.nodes})
+        return graph.forward
+
+    compiled = torch.compile(lambda x, w, b: ops.layer_norm(x, w, b, 1e-6), backend=count, fullgraph=True)
+    inputs = norm_inputs()
+    for name in ("reference", "triton", "reference"):
+        with fastvit.backend(name):
+            compiled(*inputs)
+    assert len(graphs) == 2
+    assert torch.ops.fastvit.layer_norm.default not in graphs[0]
+    assert torch.ops.fastvit.layer_norm.default in graphs[1]
+
+
+@needs_triton
+def test_the_model_is_exported_with_its_kernels_and_any_batch_size():
+    model, pixels = small_model()
+    model.eval()
+    with fastvit.backend("triton"):
+        program = torch.export.export(
+            model, (), {"pixel_values": pixels}, dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", max=64)}}
+        )
+        assert torch.ops.fastvit.patch_embed.default in {node.target for node in program.graph.nodes}
+        more = torch.cat([pixels, pixels.flip(0), pixels])
+        torch.testing.assert_close(program.module()(pixel_values=more).logits, model(more).logits)
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method's name changes from transformers 5.2x on
+def test_gradient_checkpointing_with_kernels_changes_nothing():
+    model, pixels = small_model()
+    with fastvit.backend("triton"):
+        expected = logits_and_gradients(model.train(), pixel_values=pixels)
+        model.gradient_checkpointing_enable()
+        found = logits_and_gradients(model, pixel_values=pixels)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+def test_blocks_that_are_watched_show_the_same_hidden_states():
+    """Without a watcher the residual add is left to the next block; with one every block returns its sum."""
+    model, pixels = small_model()
+    model.eval()
+    seen = []
+    plain = model(pixels).logits
+    hook = model.vit.encoder.layer[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    watched = model(pixels).logits
+    hook.remove()
+    states = model(pixels, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(watched, plain)
+    torch.testing.assert_close(seen[0], states[1])
