@@ -92,6 +92,17 @@ def _product(
 
 
 @triton.jit
+def _quarters(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """acc [ROWS, COLS] by columns: a whole tile's sums fill the registers, and what is done to them would spill."""
+    HALF: tl.constexpr = COLS // 2
+    QUARTER: tl.constexpr = COLS // 4
+    left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
+    first, second = tl.split(tl.permute(tl.reshape(left, (ROWS, 2, QUARTER)), (0, 2, 1)))
+    third, fourth = tl.split(tl.permute(tl.reshape(right, (ROWS, 2, QUARTER)), (0, 2, 1)))
+    return first, second, third, fourth
+
+
+@triton.jit
 def _store_linear(
     acc, row, unit, rows, bias_ptr, residual_ptr, pre_ptr, out_ptr, stride_residual,
     UNITS: tl.constexpr, FORMULA: tl.constexpr,
@@ -128,9 +139,28 @@ def _linear_fwd(
         x_ptr, weight_ptr, row, unit, rows, stride_x, DEPTH, 1, statistics_ptr, norm_weight_ptr, norm_bias_ptr,
         UNITS, DEPTH, ROWS, COLS, STEP,
     )  # fmt: skip
-    _store_linear(
-        acc, row, unit, rows, bias_ptr, residual_ptr, pre_ptr, out_ptr, stride_residual, UNITS, FORMULA
-    )  # fmt: skip
+    quarters = _quarters(acc, ROWS, COLS)
+    for i in tl.static_range(4):
+        unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
+        _store_linear(
+            quarters[i], row, unit, rows, bias_ptr, residual_ptr, pre_ptr, out_ptr, stride_residual, UNITS, FORMULA
+        )
+
+
+@triton.jit
+def _store_slope(
+    grad_y, row_tile, row, unit, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr,
+    UNITS: tl.constexpr, FORMULA: tl.constexpr,
+):  # fmt: skip
+    mask = (row < rows)[:, None] & (unit < UNITS)[None, :]
+    at = row.to(tl.int64)[:, None] * UNITS + unit[None, :]
+    y, slope = activate_with_slope(tl.load(pre_ptr + at, mask, other=0.0).to(tl.float32), FORMULA)
+    if y_ptr is not None:
+        tl.store(y_ptr + at, y, mask)
+    grad_pre = grad_y * slope
+    tl.store(grad_pre_ptr + at, grad_pre, mask)
+    if partial_ptr is not None:
+        tl.store(partial_ptr + row_tile * UNITS + unit, tl.sum(grad_pre, 0), unit < UNITS)
 
 
 @triton.jit
@@ -149,15 +179,10 @@ def _linear_activation_bwd(
         grad_out_ptr, weight_ptr, row, unit, rows, stride_grad_out, 1, UNITS, None, None, None,
         UNITS, DEPTH, ROWS, COLS, STEP,
     )  # fmt: skip
-    mask = (row < rows)[:, None] & (unit < UNITS)[None, :]
-    at = row.to(tl.int64)[:, None] * UNITS + unit[None, :]
-    y, slope = activate_with_slope(tl.load(pre_ptr + at, mask, other=0.0).to(tl.float32), FORMULA)
-    if y_ptr is not None:
-        tl.store(y_ptr + at, y, mask)
-    grad_pre = grad_y * slope
-    tl.store(grad_pre_ptr + at, grad_pre, mask)
-    if partial_ptr is not None:
-        tl.store(partial_ptr + row_tile * UNITS + unit, tl.sum(grad_pre, 0), unit < UNITS)
+    quarters = _quarters(grad_y, ROWS, COLS)
+    for i in tl.static_range(4):
+        unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
+        _store_slope(quarters[i], row_tile, row, unit, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr, UNITS, FORMULA)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
