@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
@@ -218,20 +219,20 @@ def _sum_programs(
 def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     """Compile-time sizes for rows of `dim` values, the widest of `itemsize` bytes, from a choice of the table."""
     vector = 16 // itemsize  # values in one load of 16 bytes
-    chunk = triton.next_power_of_2(triton.cdiv(dim, choice["elements"] // vector))
-    chunk = max(chunk, min(64, triton.next_power_of_2(dim)))
+    chunk = next_power_of_2(cdiv(dim, choice["elements"] // vector))
+    chunk = max(chunk, min(64, next_power_of_2(dim)))
     num_warps = max(choice["num_warps"], chunk // (32 * vector))  # so that a thread holds `elements` and no more
     return {
         "DIM": dim,
         "ROWS": max(1, min(16, num_warps * 32 * vector // chunk)),
         "CHUNK": chunk,
-        "CHUNKS": triton.cdiv(dim, chunk),
+        "CHUNKS": cdiv(dim, chunk),
         "num_warps": num_warps,
     }
 
 
 def _shape(rows: int, dim: int) -> str:
-    return f"{triton.next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
+    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
 
 
 def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor | None], list[int]]:
@@ -278,7 +279,7 @@ def _launch_forward(
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, dtype.itemsize, choice)
         with torch.cuda.device_of(x):
-            _layer_norm_fwd[(triton.cdiv(rows, tile["ROWS"]),)](
+            _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](
                 x, residual, weight, bias, scale, row_scale, None if residual is None else summed,
                 None if statistics_only else y, statistics, *strides, rows, inner, eps, **tile,
             )  # fmt: skip
@@ -303,9 +304,7 @@ def _launch_backward(
 
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, summed.dtype.itemsize, choice)
-        programs = min(
-            triton.cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"]
-        )
+        programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
         kinds = 2 if x is None else 3
         partial = summed.new_empty(kinds, programs, dim, dtype=torch.float32) if parameter_grads else None
         with torch.cuda.device_of(summed):
@@ -314,7 +313,7 @@ def _launch_backward(
                 grad_residual, grad_x if grad_x.numel() else None, partial, *strides, rows, inner, **tile,
             )  # fmt: skip
             if parameter_grads:
-                _sum_programs[(triton.cdiv(dim, 32), kinds)](
+                _sum_programs[(cdiv(dim, 32), kinds)](
                     partial, grad_weight, grad_bias, None if x is None else grad_scale, programs,
                     DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32, num_warps=4,
                 )  # fmt: skip

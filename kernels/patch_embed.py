@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a pixel lies
@@ -364,7 +365,7 @@ FULL_DEVICE = 132  # multiprocessors of an H100; the same number everywhere: the
 
 def _shape(rows: int, columns: int, weight: Tensor) -> str:
     """The tuning table's word for a product of [rows, columns]: whether large tiles fill a device, and the weight."""
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    tiles = cdiv(rows, 128) * cdiv(columns, 128)
     return f"{'many' if tiles >= ENOUGH_PROGRAMS else 'few'} tiles, {'x'.join(map(str, weight.shape))}"
 
 
@@ -377,7 +378,7 @@ def _matrix_options(tile: tuning.Choice, rows: str, columns: str, depth: str) ->
 def _split_patches(total_patches: int, tiles: int, block_rows: int) -> int:
     """Patches that one program of the weight gradient sums over, so that the programs fill the device once."""
     splits = max(1, FULL_DEVICE // tiles)
-    return triton.cdiv(triton.cdiv(total_patches, splits), block_rows) * block_rows
+    return cdiv(cdiv(total_patches, splits), block_rows) * block_rows
 
 
 def _channels_first(pixels: Tensor, channels: int) -> Tensor:
@@ -481,7 +482,7 @@ def _launch_forward(
     normalization = _normalization(pixels, mean, std)
 
     def run(tile: tuning.Choice) -> None:
-        grid = (triton.cdiv(total_rows, tile["rows"]) * triton.cdiv(hidden, tile["columns"]),)
+        grid = (cdiv(total_rows, tile["rows"]) * cdiv(hidden, tile["columns"]),)
         with torch.cuda.device_of(pixels):
             _patch_embed_fwd[grid](
                 *operands,
@@ -519,9 +520,9 @@ def _launch_weight_backward(
     normalization, mask_bytes = _normalization(pixels, mean, std), _mask_bytes(mask)
 
     def run(tile: tuning.Choice) -> None:
-        tiles = triton.cdiv(hidden, tile["rows"]) * triton.cdiv(size_k, tile["columns"])
+        tiles = cdiv(hidden, tile["rows"]) * cdiv(size_k, tile["columns"])
         split_patches = _split_patches(total_patches, tiles, tile["depth"])
-        splits = triton.cdiv(total_patches, split_patches)
+        splits = cdiv(total_patches, split_patches)
         partial = torch.empty(splits, hidden, size_k, dtype=torch.float32, device=pixels.device)
         with torch.cuda.device_of(pixels):
             _patch_embed_weight_bwd[(splits * tiles,)](
@@ -539,7 +540,7 @@ def _launch_weight_backward(
                 **normalization,
                 **_matrix_options(tile, "HIDDEN", "K", "ROWS"),
             )
-            _sum_weight_splits[(triton.cdiv(hidden * size_k, SUM_BLOCK),)](
+            _sum_weight_splits[(cdiv(hidden * size_k, SUM_BLOCK),)](
                 partial,
                 grad_weight,
                 splits,
@@ -551,7 +552,7 @@ def _launch_weight_backward(
                 BLOCK=SUM_BLOCK,
             )
 
-    shape = _shape(hidden * triton.cdiv(total_patches, 4096), size_k, weight)  # splits sum over 4096 patches or more
+    shape = _shape(hidden * cdiv(total_patches, 4096), size_k, weight)  # splits sum over 4096 patches or more
     run(tuning.choose("patch_embed_weight", shape, weight.dtype, pixels.device, run))
     return grad_weight
 
@@ -572,7 +573,7 @@ def _launch_pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, ma
     weight_matrix, mask_bytes = _weight_matrix(weight, geometry["CHANNELS_LAST"]), _mask_bytes(mask)
 
     def run(tile: tuning.Choice) -> None:
-        grid = (triton.cdiv(total_patches, tile["rows"]) * triton.cdiv(size_k, tile["columns"]),)
+        grid = (cdiv(total_patches, tile["rows"]) * cdiv(size_k, tile["columns"]),)
         with torch.cuda.device_of(pixels):
             _patch_embed_pixels_bwd[grid](
                 grad_out,
@@ -612,8 +613,8 @@ def _launch_tokens_backward(
     projected = torch.empty(tokens, hidden, dtype=torch.float32, device=grad_out.device)
     masked = None if mask is None else torch.empty_like(projected)
     with torch.cuda.device_of(grad_out):
-        block_hidden = min(256, triton.next_power_of_2(hidden))
-        _patch_embed_tokens_bwd[(tokens, triton.cdiv(hidden, block_hidden))](
+        block_hidden = min(256, next_power_of_2(hidden))
+        _patch_embed_tokens_bwd[(tokens, cdiv(hidden, block_hidden))](
             grad_out,
             mask,
             grad_pos,
@@ -631,9 +632,7 @@ def _launch_tokens_backward(
         )
         for sums, grad in ((projected, grad_bias), (masked, grad_mask_token)):
             if sums is not None and grad is not None:
-                _sum_patches[(triton.cdiv(hidden, 32),)](
-                    sums, grad, tokens, hidden, prefix, BLOCK_TOKENS=64, BLOCK_HIDDEN=32
-                )
+                _sum_patches[(cdiv(hidden, 32),)](sums, grad, tokens, hidden, prefix, BLOCK_TOKENS=64, BLOCK_HIDDEN=32)
     return grads
 
 
