@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The names of the configuration files, to the formula that the kernels know.
@@ -153,7 +154,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """out = the sum of [programs, dim] float32 over the programs, in out's dtype."""
     programs, dim = partial.shape
     with torch.cuda.device_of(partial):
-        _sum_partials[(triton.cdiv(dim, 32),)](partial, out, programs, DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32)
+        _sum_partials[(cdiv(dim, 32),)](partial, out, programs, DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32)
     return out
 
 
@@ -164,7 +165,7 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 def _tile(dim: int, choice: tuning.Choice) -> dict[str, int]:
-    columns = min(choice["columns"], triton.next_power_of_2(dim))
+    columns = min(choice["columns"], next_power_of_2(dim))
     rows = max(1, choice["rows"] * choice["columns"] // columns)
     return {"DIM": dim, "ROWS": rows, "COLS": columns, "num_warps": choice["num_warps"]}
 
@@ -186,7 +187,7 @@ def launch_forward(x: Tensor, bias: Tensor | None, activation: str, out: Tensor 
 
     def run(choice: tuning.Choice, out: Tensor) -> None:
         tile = _tile(dim, choice)
-        grid = (triton.cdiv(dim, tile["COLS"]), triton.cdiv(rows, tile["ROWS"]))
+        grid = (cdiv(dim, tile["COLS"]), cdiv(rows, tile["ROWS"]))
         with torch.cuda.device_of(x):
             _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile, **formula)
 
@@ -221,9 +222,9 @@ def launch_backward(
 
     def run(choice: tuning.Choice, grad_x: Tensor) -> None:
         tile = _tile(dim, choice)
-        columns = triton.cdiv(dim, tile["COLS"])
-        most = triton.cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
-        programs = min(triton.cdiv(rows, tile["ROWS"]), most)
+        columns = cdiv(dim, tile["COLS"])
+        most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
+        programs = min(cdiv(rows, tile["ROWS"]), most)
         partial = x.new_empty(programs, width, dtype=torch.float32) if bias_grad else None
         with torch.cuda.device_of(x):
             _activation_bwd[(columns, programs)](
@@ -239,7 +240,7 @@ def launch_backward(
 
 
 def _shape_class(rows: int, dim: int) -> str:
-    return f"{triton.next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
+    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
 
 
 @torch.library.custom_op("fastvit::activation", mutates_args=())

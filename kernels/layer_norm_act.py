@@ -28,6 +28,7 @@ from fastvit.kernels.gelu import (
     check_tensor,
     sum_partials,
 )
+from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MAX_DIM = 8192
 
@@ -96,14 +97,14 @@ def _layer_norm_act_bwd(
 
 def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     """Rows a program and warps, so that a thread holds `elements` values of a row, or as few as 16 bytes."""
-    columns = triton.next_power_of_2(dim)
+    columns = next_power_of_2(dim)
     threads_a_row = max(1, columns // max(choice["elements"], 16 // itemsize))
     num_warps = min(16, max(choice["num_warps"], threads_a_row // 32))
     return {"DIM": dim, "ROWS": max(1, 32 * num_warps // threads_a_row), "COLS": columns, "num_warps": num_warps}
 
 
 def _shape_class(rows: int, dim: int) -> str:
-    return f"{triton.next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
+    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
 
 
 def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str) -> tuple[Tensor, Tensor]:
@@ -114,7 +115,7 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activat
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, x.dtype.itemsize, choice)
         with torch.cuda.device_of(x):
-            _layer_norm_act_fwd[(triton.cdiv(rows, tile["ROWS"]),)](
+            _layer_norm_act_fwd[(cdiv(rows, tile["ROWS"]),)](
                 x, weight, bias, y, statistics, x.stride(0), rows, eps, FORMULA=FORMULAS[activation], **tile
             )
 
@@ -135,7 +136,7 @@ def _launch_backward(
 
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, x.dtype.itemsize, choice)
-        programs = min(triton.cdiv(rows, tile["ROWS"]), tuning.describe(x.device).multiprocessors * choice["waves"])
+        programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(x.device).multiprocessors * choice["waves"])
         partial = x.new_empty(programs, 2 * dim, dtype=torch.float32) if parameter_grads else None
         with torch.cuda.device_of(x):
             _layer_norm_act_bwd[(programs,)](

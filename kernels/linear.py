@@ -41,6 +41,7 @@ from fastvit.kernels.gelu import (
     launch_backward,
     sum_partials,
 )
+from fastvit.kernels.tuning import cdiv
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
@@ -223,7 +224,7 @@ def launch_linear(
     pre = torch.empty_like(out) if keep_pre else out.new_empty(0)
     if rows == 0:
         return pre, out
-    grid = (triton.cdiv(rows, choice["rows"]) * triton.cdiv(units, choice["columns"]),)
+    grid = (cdiv(rows, choice["rows"]) * cdiv(units, choice["columns"]),)
     with torch.cuda.device_of(x):
         _linear_fwd[grid](
             x, weight, bias, *(norm or (None, None, None)), residual, pre if keep_pre else None, out,
@@ -261,10 +262,10 @@ def launch_linear_activation_backward(
     grad_pre = torch.empty_like(pre)
     y = pre.new_empty(pre.shape if with_y else (0, units))
     grad_bias = pre.new_empty(units if bias_grad else 0)
-    row_tiles = triton.cdiv(rows, choice["rows"])
+    row_tiles = cdiv(rows, choice["rows"])
     partial = pre.new_empty(row_tiles, units, dtype=torch.float32) if bias_grad else None
     with torch.cuda.device_of(pre):
-        _linear_activation_bwd[(row_tiles * triton.cdiv(units, choice["columns"]),)](
+        _linear_activation_bwd[(row_tiles * cdiv(units, choice["columns"]),)](
             grad_out, weight, pre, grad_pre, y if with_y else None, partial, grad_out.stride(0), rows,
             UNITS=units, DEPTH=weight.shape[0], FORMULA=FORMULAS[activation], **_tile(choice),
         )  # fmt: skip
