@@ -84,3 +84,45 @@ def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Non
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same up to rounding."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def view_of(kind: str, tensor: Tensor) -> Tensor:
+    """A view that is not contiguous, of the same numbers as tensor [B, N, D]."""
+    batch, tokens, dim = tensor.shape
+    large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
+    view = {
+        "tokens": lambda: large[:batch, 1:-1, :dim],
+        "columns": lambda: large[1:, 2:, 3 : dim + 3],
+        "transposed": lambda: large.new_empty(tokens, batch, dim).transpose(0, 1),
+        "every_other_column": lambda: large[1:, 2:, 3::2],
+        "columns_first": lambda: large.new_empty(batch, dim, tokens).transpose(1, 2),
+    }[kind]()
+    assert not view.is_contiguous()
+    return view.copy_(tensor)
+
+
+VIEWS = ("tokens", "columns", "transposed", "every_other_column", "columns_first")
+
+
+def saved_bytes(function: Callable, inputs: Mapping[str, Tensor]) -> int:
+    """Bytes kept for backward beside the inputs themselves, each memory counted once."""
+    given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(**given)
+    return sum(kept.values())

@@ -11,7 +11,20 @@ from torch.utils.checkpoint import checkpoint
 from fastvit import reference
 
 pytest.importorskip("triton")
-from operations import DEVICE, EPS, VARIANTS, assert_same, check, random, results, variant
+from operations import (
+    DEVICE,
+    EPS,
+    VARIANTS,
+    VIEWS,
+    assert_close,
+    assert_same,
+    check,
+    random,
+    results,
+    saved_bytes,
+    variant,
+    view_of,
+)
 
 from fastvit.kernels import layer_norm_gelu as kernels
 from fastvit.kernels import tuning
@@ -187,24 +200,6 @@ def test_mixed_dtypes(way, dtype, residual_dtype, norm_dtype):
         check_activation(None, inputs)
 
 
-def view_of(kind, tensor):
-    """A view that is not contiguous, of the same numbers as tensor [B, N, D]."""
-    batch, tokens, dim = tensor.shape
-    large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
-    view = {
-        "tokens": lambda: large[:batch, 1:-1, :dim],
-        "columns": lambda: large[1:, 2:, 3 : dim + 3],
-        "transposed": lambda: large.new_empty(tokens, batch, dim).transpose(0, 1),
-        "every_other_column": lambda: large[1:, 2:, 3::2],
-        "columns_first": lambda: large.new_empty(batch, dim, tokens).transpose(1, 2),
-    }[kind]()
-    assert not view.is_contiguous()
-    return view.copy_(tensor)
-
-
-VIEWS = ("tokens", "columns", "transposed", "every_other_column", "columns_first")
-
-
 @EVERY_WAY
 @pytest.mark.parametrize("kind", VIEWS)
 def test_views_give_what_contiguous_tensors_give(way, kind):
@@ -230,7 +225,7 @@ def test_transposed_and_sliced_weights():
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 80)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(8, 80)),  # few values in a row: all cancels
     units=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     way=st.sampled_from(sorted(VARIANTS)),
@@ -344,12 +339,6 @@ def two_layers(x, residual, norm_weight, norm_bias, weight, bias):
     return summed, layer_norm_linear(hidden, norm_weight, norm_bias, EPS, weight, bias)
 
 
-def assert_close(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
-
-
 @EVERY_WAY
 def test_compiled_without_a_graph_break(way):
     torch._dynamo.reset()
@@ -409,23 +398,6 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, activation):
         assert found["output 1"].dtype == torch.bfloat16
         assert found["grad weight"].dtype == found["grad bias"].dtype == torch.float32
         check(autocast(ours), cast, inputs)
-
-
-def saved_bytes(function, inputs):
-    """Bytes kept for backward beside the inputs themselves, each memory counted once."""
-    given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    own = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(**given)
-    return sum(kept.values())
 
 
 @EVERY_WAY
