@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import linear
-from fastvit.kernels.gelu import as_rows, check_tensor
+from fastvit.kernels.gelu import DTYPES, as_rows, check_tensor  # noqa: F401 (DTYPES: what callers may ask for)
 from fastvit.kernels.layer_norm_gelu import (
     as_norm,
     autocast,

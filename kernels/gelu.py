@@ -83,9 +83,12 @@ def _activation_fwd(
     stride_x, rows,
     DIM: tl.constexpr, FORMULA: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # rows * dim passes 2**31
+    col_tiles: tl.constexpr = (DIM + COLS - 1) // COLS  # one axis for all: a grid's second ends at 65,535
+    first_row = tl.program_id(0) // col_tiles * ROWS
+    first_col = tl.program_id(0) % col_tiles * COLS
+    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # rows * dim passes 2**31
     # Columns are repeated for each row, so that bias comes out in the layout of x, 16 bytes a thread.
-    cols = tl.broadcast_to((tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :], [ROWS, COLS])
+    cols = tl.broadcast_to((first_col + tl.arange(0, COLS))[None, :], [ROWS, COLS])
     mask = (row < rows) & (cols < DIM)
     x_rows = x_ptr + row * stride_x
     y = activate(_load_biased(x_rows, bias_ptr, cols, mask), FORMULA)
@@ -187,7 +190,7 @@ def launch_forward(x: Tensor, bias: Tensor | None, activation: str, out: Tensor 
 
     def run(choice: tuning.Choice, out: Tensor) -> None:
         tile = _tile(dim, choice)
-        grid = (cdiv(dim, tile["COLS"]), cdiv(rows, tile["ROWS"]))
+        grid = (cdiv(dim, tile["COLS"]) * cdiv(rows, tile["ROWS"]),)
         with torch.cuda.device_of(x):
             _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile, **formula)
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, linear, tuning
-from fastvit.kernels.gelu import as_rows, check_activation, check_tensor
+from fastvit.kernels.gelu import DTYPES, as_rows, check_activation, check_tensor
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
@@ -347,7 +347,7 @@ def check(x, residual, norm_weight, norm_bias, weight, bias, activation, suffix=
         return
     if x.shape[-1] > layer_norm.MAX_DIM:
         raise ValueError(f"x: expected [..., D] with D at most {layer_norm.MAX_DIM}, got {list(x.shape)}")
-    check_tensor("norm_weight", norm_weight, x.shape[-1:], gelu.DTYPES, x.device)
+    check_tensor("norm_weight", norm_weight, x.shape[-1:], DTYPES, x.device)
     check_tensor("norm_bias", norm_bias, x.shape[-1:], (norm_weight.dtype,), x.device)
     if residual is not None:
-        check_tensor("residual", residual, x.shape, gelu.DTYPES, x.device)
+        check_tensor("residual", residual, x.shape, DTYPES, x.device)

@@ -28,6 +28,7 @@ from operations import (
 
 from fastvit.kernels import feed_forward as kernels
 from fastvit.kernels.feed_forward import add_layer_norm_feed_forward, feed_forward, layer_norm_feed_forward
+from fastvit.kernels.layer_norm_gelu import layer_norm_linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 EVERY_WAY = pytest.mark.parametrize("way", VARIANTS)
@@ -306,6 +307,38 @@ def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, kind)
     assert kept == expected
     if kind == "add":  # PyTorch keeps the normalised rows and the activation too; its statistics may be smaller
         assert saved_bytes(pytorch, inputs) - kept >= 2 * rows * dim + 2 * rows * units - 8 * rows
+
+
+def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
+    """Two blocks less one: residual', query, key, value and attention's output, residual', the pre-activation."""
+    batch, tokens, dim = 2, 17, 48
+    parameters = inputs_of(batch, tokens, dim, units=4 * dim, dtype=torch.bfloat16)
+    x, _ = parameters.pop("x"), parameters.pop("residual")
+    packed = {"weight": random(3 * dim, dim, dtype=torch.bfloat16), "bias": random(3 * dim, dtype=torch.bfloat16)}
+
+    def attend(qkv):
+        query, key, value = qkv.unflatten(-1, (3, 3, dim // 3)).unbind(2)
+        return reference.attention(query, key, value)
+
+    def our_block(x, weight, bias, norm_weight, norm_bias, **layers):
+        qkv = layer_norm_linear(x, norm_weight, norm_bias, EPS, weight, bias)
+        summed, out = ours(attend(qkv), x, norm_weight, norm_bias, **layers)
+        return summed + out
+
+    def their_block(x, weight, bias, norm_weight, norm_bias, **layers):
+        normed = reference.layer_norm(x, norm_weight, norm_bias, EPS)
+        qkv = torch.nn.functional.linear(normed, weight, bias)
+        summed, out = pytorch(attend(qkv), x, norm_weight, norm_bias, **layers)
+        return summed + out
+
+    def widths(block):
+        one = saved_bytes(block, {"x": x} | packed | parameters)
+        two = saved_bytes(lambda x, **rest: block(block(x, **rest), **rest), {"x": x} | packed | parameters)
+        return (two - one) / (batch * tokens * dim * x.itemsize)
+
+    small = 0.5  # a few numbers a row: the norms' mean and rstd, the softmax's sums
+    assert 10 <= widths(our_block) < 10 + small
+    assert 16 <= widths(their_block) < 16 + small
 
 
 def test_without_gradients_nothing_is_kept():
