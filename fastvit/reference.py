@@ -161,6 +161,82 @@ def feed_forward(
     return GeluLinear.apply(hidden, weight2, bias2, GELU_FORMS[activation])
 
 
+def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """activation(x + bias). x: [..., F]; bias: [F]; activation: a key of `ACTIVATIONS`. Returns [..., F]."""
+    return ACTIVATIONS[activation](x if bias is None else x + bias)
+
+
+def swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """silu(x1 + b1) * (x2 + b2), halves of the last dimension (Shazeer 2020, arXiv:2002.05202).
+
+    x: [..., 2 F]; bias: [2 F]. Returns [..., F].
+    """
+    gate, linear = (x if bias is None else x + bias).chunk(2, dim=-1)
+    return F.silu(gate) * linear
+
+
+def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str = "gelu") -> Tensor:
+    """activation(layer_norm(x)), elementwise. x: [..., D]; weight, bias: [D]. Returns [..., D]."""
+    return ACTIVATIONS[activation](layer_norm(x, weight, bias, eps))
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + x @ weight^T + bias. x: [..., K]; weight: [D, K]; bias: [D]; residual: [..., D]. Returns [..., D]."""
+    return F.linear(x, weight, bias) + residual
+
+
+def layer_norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """layer_norm(x) @ weight^T + bias. x: [..., D]; the norm's [D]; weight: [F, D]; bias: [F]. Returns [..., F]."""
+    return F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+
+
+def layer_norm_gelu(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "gelu",
+) -> Tensor:
+    """activation(layer_norm(x) @ weight^T + bias), the first half of a feed-forward; shapes as just above."""
+    return ACTIVATIONS[activation](layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias))
+
+
+def layer_norm_feed_forward(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str = "gelu",
+) -> Tensor:
+    """feed_forward(layer_norm(x)). The norm's [D]; others as in `feed_forward`. Returns [..., D]."""
+    return feed_forward(layer_norm(x, norm_weight, norm_bias, eps), weight1, bias1, weight2, bias2, activation)
+
+
+def add_layer_norm_feed_forward(
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    activation: str = "gelu",
+) -> tuple[Tensor, Tensor]:
+    """(x + residual, layer_norm_feed_forward of it): a block from its attention's output to its last residual add."""
+    residual, normed = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
+    return residual, feed_forward(normed, weight1, bias1, weight2, bias2, activation)
+
+
 class GeluLinear(torch.autograd.Function):
     """gelu(hidden) @ weight^T + bias, keeping `hidden` for backward and not gelu(hidden)."""
 

@@ -58,7 +58,7 @@ def _chunk(index: tl.constexpr, row_mask, DIM: tl.constexpr, ROWS: tl.constexpr,
 def _layer_norm_fwd(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,      # in:  [rows, dim], [rows, dim] or None, [dim] x2
     scale_ptr, row_scale_ptr,                       # in:  [dim] or None, [outer] float32 or None
-    sum_ptr, y_ptr, statistics_ptr,                 # out: [rows, dim] (None without residual), [rows, dim], [2, rows]
+    sum_ptr, y_ptr, statistics_ptr,                 # out: [rows, dim] x2 (None: no residual, not wanted), [2, rows]
     stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
     rows, inner, eps,
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -100,12 +100,13 @@ def _layer_norm_fwd(
         squares += tl.sum(centred * centred, 1)
     rstd = tl.rsqrt(squares / DIM + eps)
 
-    for i in tl.static_range(CHUNKS):
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
-        y = (values[i] - mean[:, None]) * rstd[:, None] * weight + bias
-        tl.store(y_ptr + out_rows + cols, y, mask)
+    if y_ptr is not None:
+        for i in tl.static_range(CHUNKS):
+            cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
+            weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+            bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+            y = (values[i] - mean[:, None]) * rstd[:, None] * weight + bias
+            tl.store(y_ptr + out_rows + cols, y, mask)
     tl.store(statistics_ptr + row, mean, row_mask)
     tl.store(statistics_ptr + rows + row, rstd, row_mask)
 
@@ -257,13 +258,19 @@ def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor |
     return inner, views, [stride for step in steps for stride in step]
 
 
-def _launch_forward(x, residual, weight, bias, scale, row_scale, eps) -> tuple[Tensor, Tensor, Tensor]:
-    """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32)."""
+def _launch_forward(
+    x, residual, weight, bias, scale, row_scale, eps, *, y_dtype=None, statistics_only=False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
+
+    y is in residual's dtype unless another is named: the product that reads it may want half precision. A product that
+    normalises by itself wants the statistics only, and y is empty.
+    """
     dim = x.shape[-1]
     rows = x.numel() // dim
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     summed = torch.empty(0 if residual is None else x.shape, dtype=dtype, device=x.device)
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = torch.empty(0 if statistics_only else x.shape, dtype=y_dtype or dtype, device=x.device)
     statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     if rows == 0:
         return summed, y, statistics
@@ -273,8 +280,8 @@ def _launch_forward(x, residual, weight, bias, scale, row_scale, eps) -> tuple[T
         tile = _tile(dim, dtype.itemsize, choice)
         with torch.cuda.device_of(x):
             _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](
-                x, residual, weight, bias, scale, row_scale, None if residual is None else summed, y, statistics,
-                *strides, rows, inner, eps, **tile,
+                x, residual, weight, bias, scale, row_scale, None if residual is None else summed,
+                None if statistics_only else y, statistics, *strides, rows, inner, eps, **tile,
             )  # fmt: skip
 
     run(tuning.choose("layer_norm_forward", _shape(rows, dim), dtype, x.device, run))

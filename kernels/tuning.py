@@ -60,6 +60,8 @@ def matrix(rows: int, columns: int, depth: int, num_warps: int, num_stages: int)
     return {"rows": rows, "columns": columns, "depth": depth, "num_warps": num_warps, "num_stages": num_stages}
 
 
+CUBLAS: Choice = {"fused": 0}  # torch's product; `fused` is 1 where ours does what stands before and after it, too
+MATRIX_OPERATIONS = "layer_norm_(linear|gelu)|linear_.*"
 WGMMA = "sm_(90|100)"  # has the wide tensor core instructions, and 227 KiB of shared memory a block
 
 # The first line that matches is used. Chosen from compiled registers, instructions and shared memory on sm_80 and sm_90
@@ -95,6 +97,62 @@ TABLE = (
     # 99 KiB of shared memory on sm_86 and sm_89, 64 KiB on gfx942.
     Rule("patch_embed_.*", "many.*", None, None, (matrix(128, 128, 32, 8, 2), matrix(64, 64, 32, 4, 3))),
     Rule("patch_embed_.*", "few.*", None, None, (matrix(64, 64, 32, 4, 3),)),
+    # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
+    # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight.
+    Rule("activation_forward", None, None, None, (
+        {"rows": 16, "columns": 256, "num_warps": 4},
+        {"rows": 8, "columns": 256, "num_warps": 4},
+        {"rows": 16, "columns": 256, "num_warps": 8},
+    )),
+    # Sums of the bias gradient stay in registers: 16 a thread. waves: as in layer_norm_backward.
+    Rule("activation_backward", None, None, None, (
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 8},
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4},
+        {"rows": 16, "columns": 256, "num_warps": 8, "waves": 4},
+    )),
+    # elements: the most values of a row that one thread holds, and then num_warps: the fewest warps of a program.
+    Rule("layer_norm_act_forward", None, None, None, ({"elements": 32, "num_warps": 4},)),
+    Rule("layer_norm_act_backward", None, None, None, ({"elements": 16, "num_warps": 4, "waves": 2},)),
+    # cuBLAS with other kernels around it comes first until ours is measured against it: it is known to be fast. Full
+    # float32 products run on the ordinary units, where there is nothing to gain on it; nor is there for an interpreter.
+    Rule(MATRIX_OPERATIONS, None, torch.float32, None, (CUBLAS,)),
+    Rule(MATRIX_OPERATIONS, None, None, "interpreter", (CUBLAS,)),
+    # normalize: LayerNorm on the product's way in (26 us less memory traffic for a ViT-B at batch 256, but its operand
+    # passes through registers), or its rows written before. 128 x 128: the sums leave room for a second program on the
+    # multiprocessor (124 registers), which multiplies while the first one computes its activation; 256 columns read the
+    # rows half as often.
+    Rule("layer_norm_(linear|gelu)", None, None, WGMMA, (
+        CUBLAS,
+        {"fused": 1, "normalize": 0, **matrix(128, 128, 64, 8, 3)},
+        {"fused": 1, "normalize": 1, **matrix(128, 128, 64, 8, 3)},
+        {"fused": 1, "normalize": 0, **matrix(128, 256, 64, 8, 4)},
+        {"fused": 1, "normalize": 1, **matrix(128, 256, 64, 8, 4)},
+    )),
+    Rule("linear_.*", None, None, WGMMA, (
+        CUBLAS,
+        {"fused": 1, **matrix(128, 128, 64, 8, 3)},
+        {"fused": 1, **matrix(128, 256, 64, 8, 4)},
+    )),
+    # 64 KiB of shared memory, and the epilogue takes all of it.
+    Rule("layer_norm_(linear|gelu)", None, None, "gfx.*", (
+        CUBLAS,
+        {"fused": 1, "normalize": 0, **matrix(128, 128, 32, 8, 2)},
+        {"fused": 1, "normalize": 1, **matrix(128, 128, 32, 8, 2)},
+    )),
+    Rule("linear_.*", None, None, "gfx.*", (CUBLAS, {"fused": 1, **matrix(128, 128, 32, 8, 2)})),
+    # Four warps: two programs a multiprocessor, for the same reason as above; 48 KiB each, of 99 on sm_86 and sm_89.
+    Rule("layer_norm_(linear|gelu)", None, None, None, (
+        CUBLAS,
+        {"fused": 1, "normalize": 0, **matrix(128, 128, 32, 4, 4)},
+        {"fused": 1, "normalize": 1, **matrix(64, 128, 32, 4, 4)},
+        {"fused": 1, "normalize": 0, **matrix(128, 128, 32, 8, 4)},
+        {"fused": 1, "normalize": 1, **matrix(128, 128, 32, 8, 4)},
+    )),
+    Rule("linear_.*", None, None, None, (
+        CUBLAS,
+        {"fused": 1, **matrix(128, 128, 32, 4, 4)},
+        {"fused": 1, **matrix(128, 128, 32, 8, 4)},
+    )),
 )  # fmt: skip
 
 

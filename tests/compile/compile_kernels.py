@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from fastvit.kernels import layer_norm, patch_embed, tuning
+from fastvit.kernels import gelu, layer_norm, layer_norm_act, layer_norm_gelu, linear, patch_embed, tuning
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = (192, 384, 768, 1024, 1280)  # ViT-Ti, S, B, L, H
@@ -155,11 +155,96 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
     yield "one pixel", lambda: patch_embed._launch_tokens_backward(grad_out, mask, 1, *[torch.float32] * 4)
 
 
+def choices(label: str, operation: str, call: Callable[[tuning.Choice], object], quick: bool) -> Iterator[Case]:
+    """A case for each candidate of the table, for half precision; how many there are depends on the GPU."""
+
+    def choose(index: int) -> None:
+        candidates = tuning.candidates(operation, "many rows", torch.bfloat16, torch.device("meta"))
+        if index < len(candidates):
+            call(candidates[index])
+
+    for index in range(3 if quick else 5):
+        yield f"{label}, choice {index}", lambda index=index: choose(index)
+
+
+def feed_forward_cases(quick: bool) -> Iterator[Case]:
+    """LayerNorm into query, key and value and into the feed-forward, its backward, the residual add behind it."""
+    batch, tokens = 256, 197
+    for dim in (768,) if quick else WIDTHS:
+        dtype = torch.bfloat16
+        x, hidden = (meta(batch, tokens, size, dtype=dtype) for size in (dim, 4 * dim))
+        vector, units = meta(dim, dtype=dtype), meta(4 * dim, dtype=dtype)
+        weight1, weight2 = meta(4 * dim, dim, dtype=dtype), meta(dim, 4 * dim, dtype=dtype)
+        norm = (vector, vector, 1e-6)
+        rows, hidden_rows = x.flatten(0, 1), hidden.flatten(0, 1)
+        packed, packed_bias = meta(3 * dim, dim, dtype=dtype), meta(3 * dim, dtype=dtype)
+        for kept in (True,) if quick else (True, False):
+            yield from choices(
+                f"{dim} to {4 * dim} gelu{', kept' if kept else ''}, bfloat16",
+                "layer_norm_gelu",
+                lambda choice, a=(x, x, norm, weight1, units, "gelu", kept): layer_norm_gelu.launch_choice(choice, *a),
+                quick,
+            )
+        yield from choices(
+            f"{dim} to {3 * dim}, bfloat16",
+            "layer_norm_linear",
+            lambda choice, a=(x, x, norm, packed, packed_bias, None, False): layer_norm_gelu.launch_choice(choice, *a),
+            quick,
+        )
+        yield from choices(
+            f"{dim} to {4 * dim} gelu, bfloat16",
+            "linear_activation_backward",
+            lambda choice, a=(rows, weight2, hidden_rows, "gelu"): linear.launch_linear_activation_backward(
+                choice, *a, bias_grad=True, with_y=True
+            ),
+            quick,
+        )
+        yield from choices(
+            f"{4 * dim} to {dim} residual, bfloat16",
+            "linear_residual",
+            lambda choice, a=(hidden_rows, weight2, vector, rows): linear.launch_linear_residual(choice, *a),
+            quick,
+        )
+    if not quick:
+        residual, float_norm = meta(batch, tokens, 768), (meta(768), meta(768), 1e-6)
+        x, weight1 = meta(batch, tokens, 768, dtype=torch.bfloat16), meta(3072, 768, dtype=torch.bfloat16)
+        yield from choices(
+            "768 to 3072 gelu_tanh, kept, bfloat16+float32",
+            "layer_norm_gelu",
+            lambda choice: layer_norm_gelu.launch_choice(
+                choice, x, residual, float_norm, weight1, None, "gelu_new", True
+            ),
+            quick,
+        )
+
+
+def gelu_cases(quick: bool) -> Iterator[Case]:
+    """The activations by themselves, with and without bias, and LayerNorm with an activation behind it."""
+    for dim in (768,) if quick else WIDTHS:
+        for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
+            x, bias, size = meta(256 * 197, 4 * dim, dtype=dtype), meta(4 * dim, dtype=dtype), str(dtype)[6:]
+            for activation in ("gelu", "swiglu") if quick else ("gelu", "gelu_new", "quick_gelu", "swiglu"):
+                label = f"{4 * dim} {activation}, {size}"
+                grad = x if activation != "swiglu" else x[:, : 2 * dim].contiguous()
+                yield label, lambda a=(x, bias, activation): gelu.launch_forward(*a)
+                yield (
+                    label,
+                    lambda a=(grad, x, None, activation): gelu.launch_backward(*a, bias_grad=True, with_y=True),
+                )
+            rows, vector = meta(256 * 197, dim, dtype=dtype), meta(dim, dtype=dtype)
+            label = f"{dim} layer norm and gelu, {size}"
+            yield label, lambda a=(rows, vector, vector, 1e-6, "gelu"): layer_norm_act._launch_forward(*a)
+            backward = (rows, rows, vector, vector, meta(2, 256 * 197), "gelu", True)
+            yield label, lambda a=backward: layer_norm_act._launch_backward(*a)
+
+
 # Each function yields the launches to compile: all that the models use, or, `quick`, the few that CI has time for.
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "layer_norm": layer_norm_cases,
     "patch_embed": patch_embed_cases,
     "smallest": smallest_cases,
+    "feed_forward": feed_forward_cases,
+    "gelu": gelu_cases,
 }
 
 

@@ -11,9 +11,23 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 # Kernels made of matrix products, whose tiles have the 64 rows that wgmma needs on sm_90 for half precision.
-MATRIX_KERNELS = {"_patch_embed_fwd", "_patch_embed_weight_bwd", "_patch_embed_pixels_bwd"}
+MATRIX_KERNELS = {
+    "_patch_embed_fwd",
+    "_patch_embed_weight_bwd",
+    "_patch_embed_pixels_bwd",
+    "_linear_fwd",
+    "_linear_activation_bwd",
+}
 # Kernels bound by memory: they must load 16 bytes a thread on NVIDIA's GPUs.
-MEMORY_KERNELS = {"_layer_norm_fwd", "_layer_norm_bwd", "_patch_embed_tokens_bwd"}
+MEMORY_KERNELS = {
+    "_layer_norm_fwd",
+    "_layer_norm_bwd",
+    "_patch_embed_tokens_bwd",
+    "_activation_fwd",
+    "_activation_bwd",
+    "_layer_norm_act_fwd",
+    "_layer_norm_act_bwd",
+}
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])

@@ -1,0 +1,128 @@
+"""What tests of operations with many inputs share: named random inputs, outputs and gradients by name, and variants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from accuracy import assert_no_worse_than, poisoned
+from torch import Tensor
+
+from fastvit.kernels import tuning
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+
+# The ways through the operations that the tuning table chooses between, with tiles small enough that small inputs fill
+# several. 16 is the least depth that tensor cores take.
+TILE = {"rows": 32, "columns": 64, "depth": 16, "num_warps": 4, "num_stages": 2}
+VARIANTS = {
+    "separate": {"fused": 0},
+    "fused": {"fused": 1, "normalize": 0, **TILE},
+    "normalizing": {"fused": 1, "normalize": 1, **TILE},
+}
+
+
+@contextmanager
+def variant(name: str) -> Iterator[None]:
+    """Inside, every matrix operation goes this way."""
+    table = tuple(
+        rule._replace(candidates=(VARIANTS[name],)) if "fused" in rule.candidates[0] else rule for rule in tuning.TABLE
+    )
+    with mock.patch.object(tuning, "TABLE", table), mock.patch.object(tuning, "_chosen", {}):
+        yield
+
+
+def random(*shape: int, dtype=torch.float32, seed=0, scale=1.0, shift=0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale + shift).to(DEVICE, dtype)
+
+
+def results(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Mapping[str, Tensor | None],
+    *,
+    cast: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    wanted: tuple[str, ...] | None = None,
+    unused: tuple[int, ...] = (),
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name, for random gradients of the outputs.
+
+    wanted: the inputs whose gradients are asked for, all by default; unused: outputs that nobody uses.
+    """
+    wanted = tuple(name for name, tensor in inputs.items() if tensor is not None) if wanted is None else wanted
+    given = {
+        name: None if tensor is None else cast(tensor).detach().requires_grad_(name in wanted)
+        for name, tensor in inputs.items()
+    }
+    outputs = function(**given)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    used = [output for index, output in enumerate(outputs) if index not in unused]
+    if wanted:
+        grads = [random(*output.shape, dtype=inputs["x"].dtype, seed=77).to(output.dtype) for output in used]
+        found = torch.autograd.grad(used, [given[name] for name in wanted], grads, allow_unused=True)
+        named |= {f"grad {name}": grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
+    return named
+
+
+def check(ours: Callable, theirs: Callable, inputs: Mapping[str, Tensor | None], **options) -> None:
+    """Outputs and gradients of ours are as near float64 as those of theirs in the dtypes of the inputs."""
+    with poisoned():
+        our_results = results(ours, inputs, **options)
+    their_results = results(theirs, inputs, **options)
+    exact = results(theirs, inputs, cast=torch.Tensor.double, **options)
+    assert our_results.keys() == their_results.keys()
+    for name, result in our_results.items():
+        assert_no_worse_than(result, their_results[name], exact[name], name=name)
+
+
+def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same bits."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    """The same up to rounding."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def view_of(kind: str, tensor: Tensor) -> Tensor:
+    """A view that is not contiguous, of the same numbers as tensor [B, N, D]."""
+    batch, tokens, dim = tensor.shape
+    large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
+    view = {
+        "tokens": lambda: large[:batch, 1:-1, :dim],
+        "columns": lambda: large[1:, 2:, 3 : dim + 3],
+        "transposed": lambda: large.new_empty(tokens, batch, dim).transpose(0, 1),
+        "every_other_column": lambda: large[1:, 2:, 3::2],
+        "columns_first": lambda: large.new_empty(batch, dim, tokens).transpose(1, 2),
+    }[kind]()
+    assert not view.is_contiguous()
+    return view.copy_(tensor)
+
+
+VIEWS = ("tokens", "columns", "transposed", "every_other_column", "columns_first")
+
+
+def saved_bytes(function: Callable, inputs: Mapping[str, Tensor]) -> int:
+    """Bytes kept for backward beside the inputs themselves, each memory counted once."""
+    given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(**given)
+    return sum(kept.values())

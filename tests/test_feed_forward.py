@@ -1,0 +1,373 @@
+"""The feed-forward as one operation: as exact as PyTorch's chain against float64, and what it keeps for backward."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from fastvit import reference
+
+pytest.importorskip("triton")
+from operations import (
+    DEVICE,
+    EPS,
+    VARIANTS,
+    VIEWS,
+    assert_close,
+    assert_same,
+    check,
+    random,
+    results,
+    saved_bytes,
+    variant,
+    view_of,
+)
+
+from fastvit.kernels import feed_forward as kernels
+from fastvit.kernels.feed_forward import add_layer_norm_feed_forward, feed_forward, layer_norm_feed_forward
+from fastvit.kernels.layer_norm_gelu import layer_norm_linear
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+EVERY_WAY = pytest.mark.parametrize("way", VARIANTS)
+KINDS = pytest.mark.parametrize("kind", ["alone", "norm", "add"])
+
+
+def inputs_of(*shape, units, kind="add", dtype=torch.float32, residual_dtype=None, bias=True, scale=1.0, shift=0.0):
+    """Named inputs with random affine weights; pre-activations are about as large as a trained model's."""
+    dim = shape[-1]
+    norm_dtype = residual_dtype or dtype
+    inputs = {"x": random(*shape, dtype=dtype, seed=1, scale=scale, shift=shift)}
+    if kind == "add":
+        inputs["residual"] = random(*shape, dtype=norm_dtype, seed=2, scale=scale)
+    if kind != "alone":
+        inputs["norm_weight"] = random(dim, dtype=norm_dtype, seed=3, scale=0.5, shift=1.0)
+        inputs["norm_bias"] = random(dim, dtype=norm_dtype, seed=4)
+    return inputs | {
+        "weight1": random(units, dim, dtype=dtype, seed=5, scale=dim**-0.5),
+        "bias1": random(units, dtype=dtype, seed=6) if bias else None,
+        "weight2": random(dim, units, dtype=dtype, seed=7, scale=units**-0.5),
+        "bias2": random(dim, dtype=dtype, seed=8) if bias else None,
+    }
+
+
+def ours(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **layers):
+    if norm_weight is None:
+        return feed_forward(x, **layers, activation=activation)
+    norm = (norm_weight, norm_bias, EPS)
+    if residual is None:
+        return layer_norm_feed_forward(x, *norm, **layers, activation=activation)
+    return add_layer_norm_feed_forward(x, residual, *norm, **layers, activation=activation)
+
+
+def pytorch(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **layers):
+    summed = x if residual is None else x + residual
+    normed = summed
+    if norm_weight is not None:
+        norm_weight, norm_bias = norm_weight.to(summed.dtype), norm_bias.to(summed.dtype)
+        normed = reference.layer_norm(summed, norm_weight, norm_bias, EPS).to(layers["weight1"].dtype)
+    hidden = torch.nn.functional.linear(normed, layers["weight1"], layers["bias1"])
+    out = torch.nn.functional.linear(reference.ACTIVATIONS[activation](hidden), layers["weight2"], layers["bias2"])
+    return out if residual is None else (summed, out)
+
+
+@KINDS
+def test_the_definitions_of_the_reference_are_what_is_tested_against(kind):
+    inputs = inputs_of(2, 3, 24, units=40, kind=kind)
+    function = {
+        "alone": reference.feed_forward,
+        "norm": partial(reference.layer_norm_feed_forward, eps=EPS),
+        "add": partial(reference.add_layer_norm_feed_forward, eps=EPS),
+    }[kind]
+    torch.testing.assert_close(function(**inputs, activation="quick_gelu"), pytorch(**inputs, activation="quick_gelu"))
+
+
+@EVERY_WAY
+@DTYPES
+@KINDS
+def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, kind):
+    with variant(way):
+        check(ours, pytorch, inputs_of(2, 17, 48, units=192, kind=kind, dtype=dtype))
+
+
+@EVERY_WAY
+@pytest.mark.parametrize(("tokens", "dim", "units"), [(1, 72, 288), (50, 100, 101), (197, 24, 96), (257, 24, 40)])
+def test_any_number_of_tokens_and_widths(way, tokens, dim, units):
+    with variant(way):
+        check(ours, pytorch, inputs_of(1, tokens, dim, units=units, dtype=torch.bfloat16))
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "quick_gelu"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_every_activation(way, activation, bias):
+    inputs = inputs_of(2, 9, 40, units=72, dtype=torch.bfloat16, bias=bias)
+    with variant(way):
+        check(partial(ours, activation=activation), partial(pytorch, activation=activation), inputs)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize(
+    ("dtype", "scale", "shift"),
+    [
+        (torch.float32, 1.0, 10.0),  # the mean ten times the standard deviation
+        (torch.bfloat16, 1.0, 10.0),
+        (torch.float16, 1.0, 10.0),
+        (torch.bfloat16, 1e15, 0.0),
+        (torch.bfloat16, 1e-15, 0.0),
+        (torch.float16, 1e4, 0.0),
+    ],
+)
+def test_shifted_huge_and_tiny_inputs(way, dtype, scale, shift):
+    with variant(way):
+        check(ours, pytorch, inputs_of(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_residual_stream(way, dtype):
+    with variant(way):
+        check(ours, pytorch, inputs_of(2, 9, 48, units=40, dtype=dtype, residual_dtype=torch.float32))
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
+    inputs = inputs_of(3, 40, units=24)
+    inputs["x"][1, 7] = bad
+    theirs = results(pytorch, inputs)
+    with variant(way):
+        for name, tensor in results(ours, inputs).items():
+            assert torch.equal(tensor.isfinite(), theirs[name].isfinite()), name
+
+
+@KINDS
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_give_what_contiguous_tensors_give(kind, view):
+    inputs = inputs_of(3, 5, 24, units=40, kind=kind)
+    with variant("normalizing"):
+        expected = results(ours, inputs)
+        assert_same(results(ours, inputs | {"x": view_of(view, inputs["x"])}), expected)
+        transposed = {name: inputs[name].t().contiguous().t() for name in ("weight1", "weight2")}
+        assert_close(results(ours, inputs | transposed), expected)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(8, 80)),
+    units=st.integers(1, 140),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    way=st.sampled_from(sorted(VARIANTS)),
+    kind=st.sampled_from(["alone", "norm", "add"]),
+    bias=st.booleans(),
+)
+def test_any_shape_and_dtype(shape, units, dtype, way, kind, bias):
+    with variant(way):
+        check(ours, pytorch, inputs_of(*shape, units=units, kind=kind, dtype=dtype, bias=bias))
+
+
+@EVERY_WAY
+@KINDS
+def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, kind):
+    inputs = inputs_of(0, 5, 24, units=40, kind=kind)
+    with variant(way):
+        found = results(ours, inputs)
+    assert found["grad x"].shape == (0, 5, 24)
+    for name in inputs:
+        if name not in ("x", "residual"):
+            assert torch.equal(found[f"grad {name}"], torch.zeros_like(inputs[name])), name
+
+
+@EVERY_WAY
+def test_two_runs_give_the_same_bits_with_and_without_gradients(way):
+    inputs = inputs_of(5, 23, 48, units=72, dtype=torch.bfloat16)
+    with variant(way):
+        first = results(ours, inputs)
+        assert_same(first, results(ours, inputs))
+        with torch.no_grad():
+            alone = results(ours, inputs, wanted=())
+    assert_same(alone, {name: first[name] for name in alone})
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("unused", [0, 1])
+def test_gradients_where_only_one_output_is_used(way, unused):
+    inputs = inputs_of(2, 9, 48, units=40)
+    with variant(way):
+        check(ours, pytorch, inputs, unused=(unused,), wanted=tuple(inputs) if unused == 0 else ("x", "residual"))
+
+
+@KINDS
+@pytest.mark.parametrize("wanted", ["x", "residual", "norm_weight", "weight1", "bias1", "weight2", "bias2"])
+def test_each_gradient_alone_is_what_it_is_among_the_others(kind, wanted):
+    inputs = inputs_of(2, 9, 48, units=40, kind=kind)
+    if wanted not in inputs:
+        pytest.skip(f"no {wanted} in this kind")
+    every, alone = results(ours, inputs), results(ours, inputs, wanted=(wanted,))
+    assert {name for name in alone if name.startswith("grad")} == {f"grad {wanted}"}
+    assert_same(alone, {name: every[name] for name in alone})
+
+
+@KINDS
+def test_opcheck(kind):
+    inputs = inputs_of(2, 3, 16, units=24, kind=kind)
+    x, residual, norm_weight, norm_bias = (inputs.get(n) for n in ("x", "residual", "norm_weight", "norm_bias"))
+    weight1, bias1, weight2, bias2 = (inputs[name] for name in ("weight1", "bias1", "weight2", "bias2"))
+    statistics = random(2, 6) if norm_weight is not None else random(0)
+    for wanted in ([True] * 6, [False, False, True, False, True, True], [True, False, False, True, False, False]):
+        torch.library.opcheck(
+            kernels._feed_forward_backward,
+            (
+                random(2, 3, 16), x if residual is not None else None, x, statistics, random(6, 24), norm_weight,
+                norm_bias, EPS, weight1, weight2, "gelu", torch.float32, torch.float32, wanted,
+            ),
+        )  # fmt: skip
+    for tensor in inputs.values():
+        tensor.requires_grad_()
+    layers = (weight1, bias1, weight2, bias2)
+    torch.library.opcheck(kernels._feed_forward, (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True))
+
+
+@EVERY_WAY
+@KINDS
+def test_compiled_without_a_graph_break(way, kind):
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with variant(way):
+        for batch in (2, 3):  # the second has a dynamic shape
+            inputs = inputs_of(batch, 3, 16, units=24, kind=kind)
+            assert_close(results(compiled, inputs), results(ours, inputs))
+
+
+def test_activation_checkpointing():
+    inputs = inputs_of(2, 3, 16, units=24)
+
+    def again(**named):
+        return checkpoint(
+            lambda *tensors: ours(**dict(zip(named, tensors, strict=True))), *named.values(), use_reentrant=False
+        )
+
+    assert_same(results(again, inputs), results(ours, inputs))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
+def test_export_with_any_batch_size(grad):
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            inputs = inputs_of(2, 3, 16, units=24)
+            self.names = [name for name in inputs if name not in ("x", "residual")]
+            for name in self.names:
+                self.register_parameter(name, torch.nn.Parameter(inputs[name]))
+
+        def forward(self, x, residual):
+            return ours(x, residual, **{name: getattr(self, name) for name in self.names})
+
+    block, batch = Block(), {0: torch.export.Dim("batch", min=2, max=64)}
+    example = (random(2, 3, 16), random(2, 3, 16, seed=1))
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(block, example, dynamic_shapes=(batch, batch))
+    x, residual = random(5, 3, 16, seed=8), random(5, 3, 16, seed=9)
+    for found, expected in zip(program.module()(x, residual), block(x, residual), strict=True):
+        assert torch.equal(found, expected)
+
+
+@EVERY_WAY
+@KINDS
+def test_autocast_casts_the_weights_like_a_linear_layers(way, kind):
+    inputs = inputs_of(2, 9, 48, units=40, kind=kind)
+    layers = ("weight1", "bias1", "weight2", "bias2")
+
+    def autocast(**named):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return ours(**named)
+
+    def cast(**named):  # what autocast makes of the chain on a GPU, where LayerNorm stays float32
+        halves = layers if kind != "alone" else ("x", *layers)
+        if named["x"].dtype == torch.float32:
+            named |= {name: named[name].bfloat16() for name in halves}
+        return pytorch(**named)
+
+    with variant(way):
+        found = results(autocast, inputs)
+        assert found["grad weight1"].dtype == found["grad bias2"].dtype == torch.float32
+        check(autocast, cast, inputs)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("kind", ["add", "norm", "alone"])
+def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, kind):
+    rows, dim, units = 2 * 9, 48, 192
+    inputs = inputs_of(2, 9, dim, units=units, kind=kind, dtype=torch.bfloat16)
+    with variant(way):
+        kept = saved_bytes(ours, inputs)
+    expected = {"add": 2 * rows * dim + 8 * rows, "norm": 8 * rows, "alone": 0}[kind] + 2 * rows * units
+    assert kept == expected
+    if kind == "add":  # PyTorch keeps the normalised rows and the activation too; its statistics may be smaller
+        assert saved_bytes(pytorch, inputs) - kept >= 2 * rows * dim + 2 * rows * units - 8 * rows
+
+
+def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
+    """Two blocks less one: residual', query, key, value and attention's output, residual', the pre-activation."""
+    batch, tokens, dim = 2, 17, 48
+    parameters = inputs_of(batch, tokens, dim, units=4 * dim, dtype=torch.bfloat16)
+    x, _ = parameters.pop("x"), parameters.pop("residual")
+    packed = {"weight": random(3 * dim, dim, dtype=torch.bfloat16), "bias": random(3 * dim, dtype=torch.bfloat16)}
+
+    def attend(qkv):
+        query, key, value = qkv.unflatten(-1, (3, 3, dim // 3)).unbind(2)
+        return reference.attention(query, key, value)
+
+    def our_block(x, weight, bias, norm_weight, norm_bias, **layers):
+        qkv = layer_norm_linear(x, norm_weight, norm_bias, EPS, weight, bias)
+        summed, out = ours(attend(qkv), x, norm_weight, norm_bias, **layers)
+        return summed + out
+
+    def their_block(x, weight, bias, norm_weight, norm_bias, **layers):
+        normed = reference.layer_norm(x, norm_weight, norm_bias, EPS)
+        qkv = torch.nn.functional.linear(normed, weight, bias)
+        summed, out = pytorch(attend(qkv), x, norm_weight, norm_bias, **layers)
+        return summed + out
+
+    def widths(block):
+        one = saved_bytes(block, {"x": x} | packed | parameters)
+        two = saved_bytes(lambda x, **rest: block(block(x, **rest), **rest), {"x": x} | packed | parameters)
+        return (two - one) / (batch * tokens * dim * x.itemsize)
+
+    small = 0.5  # a few numbers a row: the norms' mean and rstd, the softmax's sums
+    assert 10 <= widths(our_block) < 10 + small
+    assert 16 <= widths(their_block) < 16 + small
+
+
+def test_without_gradients_nothing_is_kept():
+    inputs = inputs_of(2, 9, 48, units=192)
+    tensors = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+    with torch.no_grad():
+        assert not any(output.requires_grad for output in ours(**tensors))
+    layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
+    _, statistics, pre, _ = kernels._feed_forward(inputs["x"], None, None, None, 0.0, *layers, "gelu", False)
+    assert pre.numel() == statistics.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 0)}, r"x: expected \[..., D\].*got \[2, 0\]"),
+        ({"x": torch.zeros(2, 3, 16).double()}, "x: expected torch.float32 .*got torch.float64"),
+        ({"residual": torch.zeros(1, 3, 16)}, r"residual: expected \[2, 3, 16\], got \[1, 3, 16\]"),
+        ({"norm_weight": torch.zeros(15)}, r"norm_weight: expected \[16\], got \[15\]"),
+        ({"weight1": torch.zeros(24, 15)}, r"weight1: expected \[units, 16\], got \[24, 15\]"),
+        ({"bias1": torch.zeros(16)}, r"bias1: expected \[24\], got \[16\]"),
+        ({"weight2": torch.zeros(16, 16)}, r"weight2: expected \[units, 24\], got \[16, 16\]"),
+        ({"weight2": torch.zeros(16, 24).half()}, "weight2: expected torch.float32, got torch.float16"),
+        ({"bias2": torch.zeros(24)}, r"bias2: expected \[16\], got \[24\]"),
+        ({"activation": "relu"}, "activation: expected one of gelu.*got 'relu'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_launched(changes, message, monkeypatch):
+    monkeypatch.setattr(kernels, "_feed_forward", None)
+    inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16, units=24).items()}
+    with pytest.raises(ValueError, match=message):
+        ours(**(inputs | changes))

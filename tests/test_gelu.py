@@ -1,0 +1,376 @@
+"""Bias and activation, alone and behind LayerNorm: as exact as PyTorch's against float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from fastvit import reference
+
+pytest.importorskip("triton")
+from operations import DEVICE, EPS, assert_same, check, random, results
+
+from fastvit.kernels import gelu as kernels
+from fastvit.kernels import layer_norm_act as norm_kernels
+from fastvit.kernels.gelu import FORMULAS, bias_gelu, swiglu
+from fastvit.kernels.layer_norm_act import layer_norm_act
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+ACTIVATIONS = pytest.mark.parametrize("activation", (*FORMULAS, "swiglu"))
+
+
+def ours(x, bias=None, activation="gelu"):
+    return swiglu(x, bias) if activation == "swiglu" else bias_gelu(x, bias, activation)
+
+
+def theirs(x, bias=None, activation="gelu"):
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    return reference.swiglu(x, bias) if activation == "swiglu" else reference.bias_gelu(x, bias, activation)
+
+
+def norm_ours(x, weight, bias, activation="gelu"):
+    return layer_norm_act(x, weight, bias, EPS, activation)
+
+
+def norm_theirs(x, weight, bias, activation="gelu"):
+    return reference.layer_norm_act(x, weight.to(x.dtype), bias.to(x.dtype), EPS, activation)
+
+
+def inputs_of(*shape, dtype=torch.float32, bias_dtype=None, scale=1.0, shift=0.0, bias=True):
+    inputs = {"x": random(*shape, dtype=dtype, seed=1, scale=2 * scale, shift=shift)}
+    if bias:
+        inputs["bias"] = random(shape[-1], dtype=bias_dtype or dtype, seed=2, scale=scale)
+    return inputs
+
+
+def norm_inputs_of(*shape, dtype=torch.float32, weight_dtype=None, **options):
+    inputs = inputs_of(*shape, dtype=dtype, bias_dtype=weight_dtype, **options)
+    return inputs | {"weight": random(shape[-1], dtype=weight_dtype or dtype, seed=3, scale=0.5, shift=1.0)}
+
+
+@DTYPES
+@ACTIVATIONS
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_outputs_and_gradients_are_as_exact_as_pytorchs(dtype, activation, bias):
+    for dim in (2, 100, 384):
+        check(
+            partial(ours, activation=activation),
+            partial(theirs, activation=activation),
+            inputs_of(3, 17, dim, dtype=dtype, bias=bias),
+        )
+
+
+@DTYPES
+@pytest.mark.parametrize("activation", FORMULAS)
+@pytest.mark.parametrize("dim", [1, 5, 72, 300, 768])
+def test_layer_norm_with_an_activation_is_as_exact_as_pytorchs(dtype, activation, dim):
+    check(
+        partial(norm_ours, activation=activation),
+        partial(norm_theirs, activation=activation),
+        norm_inputs_of(2, 17, dim, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 197, 257])
+def test_any_number_of_tokens(tokens):
+    check(ours, theirs, inputs_of(1, tokens, 24, dtype=torch.bfloat16))
+    check(norm_ours, norm_theirs, norm_inputs_of(1, tokens, 24, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 2, 6), (1, 1, 2)])
+def test_any_number_of_dimensions(shape):
+    check(ours, theirs, inputs_of(*shape))
+    check(partial(ours, activation="swiglu"), partial(theirs, activation="swiglu"), inputs_of(*shape))
+    check(norm_ours, norm_theirs, norm_inputs_of(*shape))
+
+
+def test_the_widest_rows():
+    check(norm_ours, norm_theirs, norm_inputs_of(3, norm_kernels.MAX_DIM, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)],
+)
+def test_mixed_dtypes(dtype, bias_dtype):
+    check(ours, theirs, inputs_of(2, 9, 48, dtype=dtype, bias_dtype=bias_dtype))
+    check(norm_ours, norm_theirs, norm_inputs_of(2, 9, 48, dtype=dtype, weight_dtype=bias_dtype))
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e15),
+        (torch.float32, 1e-15),
+        (torch.bfloat16, 1e15),
+        (torch.float16, 100.0),
+        (torch.float16, 1e-6),
+    ],
+)
+def test_huge_and_tiny_values(activation, dtype, scale):
+    inputs = inputs_of(3, 40, dtype=dtype, scale=scale)
+    wanted = () if activation == "swiglu" and scale == 100.0 else None  # its gradients pass float16's range
+    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs, wanted=wanted)
+
+
+@pytest.mark.parametrize("activation", FORMULAS)
+def test_the_whole_range_of_values(activation):
+    """Outputs and derivatives at every magnitude, with no sum over rows that could hide a bad one."""
+    inputs = {"x": torch.linspace(-12, 12, 4001, device=DEVICE)[:, None]}
+    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale", "shift"),
+    [(torch.float32, 1e15, 0.0), (torch.bfloat16, 1e-15, 0.0), (torch.bfloat16, 1.0, 20.0), (torch.float16, 1.0, 20.0)],
+)
+def test_layer_norm_of_huge_tiny_and_shifted_values(dtype, scale, shift):
+    inputs = norm_inputs_of(2, 17, 96, dtype=dtype, shift=shift)
+    inputs["x"] *= scale
+    check(norm_ours, norm_theirs, inputs)
+
+
+@ACTIVATIONS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_spread_as_in_pytorch(activation, bad):
+    inputs = inputs_of(3, 40)
+    inputs["x"][1, 7] = bad
+    expected = results(partial(theirs, activation=activation), inputs)
+    for name, tensor in results(partial(ours, activation=activation), inputs).items():
+        assert torch.equal(tensor.isfinite(), expected[name].isfinite()), name
+    if activation != "swiglu":
+        inputs = norm_inputs_of(3, 40)
+        inputs["x"][1, 7] = bad
+        expected = results(partial(norm_theirs, activation=activation), inputs)
+        for name, tensor in results(partial(norm_ours, activation=activation), inputs).items():
+            assert torch.equal(tensor.isnan(), expected[name].isnan()), name
+
+
+def views_of(tensor):
+    """Views that are not contiguous, of the same numbers as tensor [B, N, D]."""
+    batch, tokens, dim = tensor.shape
+    large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
+    for view in (
+        large[:batch, 1:-1, :dim],
+        large[1:, 2:, 3 : dim + 3],
+        large.new_empty(tokens, batch, dim).transpose(0, 1),
+        large[1:, 2:, 3::2],
+        large[:1, :tokens, :dim].expand(batch, tokens, dim) if batch == 1 else large.new_empty(batch, dim, tokens).mT,
+    ):
+        assert not view.is_contiguous()
+        yield view.copy_(tensor)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_views_give_what_contiguous_tensors_give(activation):
+    inputs = inputs_of(3, 5, 24)
+    expected = results(partial(ours, activation=activation), inputs)
+    for view in views_of(inputs["x"]):
+        assert_same(results(partial(ours, activation=activation), inputs | {"x": view}), expected)
+
+
+def test_layer_norm_of_views():
+    inputs = norm_inputs_of(3, 5, 24)
+    expected = results(norm_ours, inputs)
+    for view in views_of(inputs["x"]):
+        assert_same(results(norm_ours, inputs | {"x": view}), expected)
+
+
+def test_expanded_gradients():
+    for function, inputs in ((ours, inputs_of(2, 3, 16)), (norm_ours, norm_inputs_of(2, 3, 16))):
+        grads = []
+        for one in (torch.ones((), device=DEVICE).expand(2, 3, 16), torch.ones(2, 3, 16, device=DEVICE)):
+            given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+            grads.append(torch.autograd.grad(function(**given), list(given.values()), one))
+        for first, second in zip(*grads, strict=True):
+            assert torch.equal(first, second)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 150)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bias_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    activation=st.sampled_from([*FORMULAS, "swiglu"]),
+    bias=st.booleans(),
+)
+def test_any_shape_and_dtype(shape, dtype, bias_dtype, activation, bias):
+    if activation == "swiglu":
+        shape = (*shape[:2], 2 * shape[2])
+    inputs = inputs_of(*shape, dtype=dtype, bias_dtype=bias_dtype, bias=bias)
+    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs)
+    if activation != "swiglu":
+        inputs = norm_inputs_of(*shape, dtype=dtype, weight_dtype=bias_dtype)
+        check(partial(norm_ours, activation=activation), partial(norm_theirs, activation=activation), inputs)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
+def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape):
+    for function, inputs in (
+        (ours, inputs_of(*shape)),
+        (partial(ours, activation="swiglu"), inputs_of(*shape)),
+        (norm_ours, norm_inputs_of(*shape)),
+    ):
+        found = results(function, inputs)
+        assert found["grad x"].shape == shape
+        assert found["grad bias"].count_nonzero() == 0
+        if "weight" in inputs:
+            assert found["grad weight"].count_nonzero() == 0
+
+
+def test_two_runs_give_the_same_bits():
+    for function, inputs in (
+        (ours, inputs_of(5, 23, 300, dtype=torch.bfloat16)),
+        (partial(ours, activation="swiglu"), inputs_of(5, 23, 300, dtype=torch.bfloat16)),
+        (norm_ours, norm_inputs_of(5, 23, 300, dtype=torch.bfloat16)),
+    ):
+        assert_same(results(function, inputs), results(function, inputs))
+
+
+def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+    monkeypatch.setattr(kernels, "_sum_partials", None)  # the second stage of bias gradients
+    assert set(results(ours, inputs_of(2, 9, 48), wanted=("x",))) == {"output 0", "grad x"}
+    assert set(results(norm_ours, norm_inputs_of(2, 9, 48), wanted=("x",))) == {"output 0", "grad x"}
+
+
+def test_in_place_and_apart_give_the_same_bits():
+    """As the feed-forward does, which overwrites the pre-activation where nobody needs it and the gradient anyway."""
+    x, grad = random(40, 72, seed=1), random(40, 72, seed=2)
+    apart = kernels.launch_forward(x, None, "gelu")
+    grads = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True)
+    over = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True, grad_x=grad)
+    assert over[0].data_ptr() == grad.data_ptr()
+    for first, second in zip(grads, over, strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(grads[2], apart)
+    assert torch.equal(kernels.launch_forward(x, None, "gelu", out=x), apart)
+
+
+def test_timing_the_candidates_leaves_results_alone(monkeypatch):
+    """The launches that are timed may not be seen in what is overwritten afterwards."""
+    choose = kernels.tuning.choose
+
+    def timed(*key_and_run):
+        choice = choose(*key_and_run)
+        for _ in range(2):
+            key_and_run[-1](choice)
+        return choice
+
+    x, grad = random(40, 72, seed=1), random(40, 72, seed=2)
+    expected = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True)
+    monkeypatch.setattr(kernels.tuning, "choose", timed)
+    found = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True, grad_x=grad)
+    for first, second in zip(found, expected, strict=True):
+        assert torch.equal(first, second)
+    assert torch.equal(kernels.launch_forward(x, None, "gelu", out=x), expected[2])
+
+
+def test_rows_beyond_two_to_the_31_elements_are_found():
+    storage = torch.UntypedStorage(2**32 + 2**12, device=DEVICE)  # memory that nobody touches is not really taken
+    far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage).as_strided((2, 8), (2**31, 1))
+    far.copy_(random(2, 8))
+    near = far.contiguous()
+    weight, bias = random(8, seed=1), random(8, seed=2)
+    assert torch.equal(bias_gelu(far), bias_gelu(near))
+    assert torch.equal(layer_norm_act(far, weight, bias, EPS), layer_norm_act(near, weight, bias, EPS))
+
+
+def test_opcheck():
+    for activation, bias in (("gelu", random(16)), ("swiglu", random(16)), ("gelu", None)):
+        x = random(2, 3, 16, seed=1)
+        grad = random(2, 3, 8 if activation == "swiglu" else 16, seed=2)
+        torch.library.opcheck(kernels._activation_backward, (grad, x, bias, activation, bias is not None))
+        for tensor in (x, bias):
+            if tensor is not None:
+                tensor.requires_grad_()
+        torch.library.opcheck(kernels._activation, (x, bias, activation))
+    x, weight, bias = random(2, 3, 16), random(16, seed=1), random(16, seed=2)
+    for parameter_grads in (False, True):
+        torch.library.opcheck(
+            norm_kernels._layer_norm_act_backward, (x, x, weight, bias, random(2, 6), "gelu", parameter_grads)
+        )
+    for tensor in (x, weight, bias):
+        tensor.requires_grad_()
+    torch.library.opcheck(norm_kernels._layer_norm_act, (x, weight, bias, EPS, "gelu"))
+
+
+def neck(x, weight, bias):
+    return swiglu(bias_gelu(layer_norm_act(x, weight, bias, EPS), bias))
+
+
+def test_compiled_without_a_graph_break():
+    compiled = torch.compile(neck, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):  # the second has a dynamic shape
+        inputs = norm_inputs_of(batch, 3, 16)
+        expected = results(neck, inputs)
+        for name, tensor in results(compiled, inputs).items():
+            torch.testing.assert_close(tensor, expected[name])
+
+
+def test_activation_checkpointing():
+    inputs = norm_inputs_of(2, 3, 16)
+    assert_same(
+        results(lambda x, weight, bias: checkpoint(neck, x, weight, bias, use_reentrant=False), inputs),
+        results(neck, inputs),
+    )
+
+
+def test_export_with_any_batch_size():
+    class Neck(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(random(16, seed=3))
+            self.bias = torch.nn.Parameter(random(16, seed=4))
+
+        def forward(self, x):
+            return neck(x, self.weight, self.bias)
+
+    module = Neck()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(module, (random(2, 3, 16),), dynamic_shapes=shapes)
+    x = random(5, 3, 16, seed=8)
+    assert torch.equal(program.module()(x), module(x))
+
+
+def test_autocast_changes_neither_dtype_nor_values():
+    inputs = norm_inputs_of(2, 3, 16)
+    expected = neck(**inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = neck(**inputs)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (bias_gelu, (torch.zeros(()),), r"x: expected \[..., F\].*got \[\]"),
+        (bias_gelu, (torch.zeros(3, 4).int(),), "x: expected torch.float32 .*got torch.int32"),
+        (bias_gelu, (torch.zeros(3, 4), torch.zeros(3)), r"bias: expected \[4\], got \[3\]"),
+        (bias_gelu, (torch.zeros(3, 4), torch.zeros(4, device="meta")), "bias: expected device cpu .*got meta"),
+        (bias_gelu, (torch.zeros(3, 4), None, "relu"), "activation: expected one of gelu, .*got 'relu'"),
+        (swiglu, (torch.zeros(3, 5),), r"x: expected an even last dimension.*got \[3, 5\]"),
+        (swiglu, (torch.zeros(3, 4), torch.zeros(2)), r"bias: expected \[4\], got \[2\]"),
+        (layer_norm_act, (torch.zeros(3, 0), torch.zeros(0), torch.zeros(0), EPS), r"x: .*got \[3, 0\]"),
+        (
+            layer_norm_act,
+            (torch.zeros(3, 4), torch.zeros(3), torch.zeros(4), EPS),
+            r"weight: expected \[4\], got \[3\]",
+        ),
+        (
+            layer_norm_act,
+            (torch.zeros(3, 4), torch.zeros(4), torch.zeros(4).half(), EPS),
+            "bias: expected torch.float32, got torch.float16",
+        ),
+        (layer_norm_act, (torch.zeros(3, 4), torch.zeros(4), torch.zeros(4), EPS, "swiglu"), "activation: expected"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_launched(function, arguments, message, monkeypatch):
+    monkeypatch.setattr(kernels, "_activation", None)
+    monkeypatch.setattr(norm_kernels, "_layer_norm_act", None)
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
