@@ -409,7 +409,20 @@ def test_wrapped_projections_are_called_as_modules(tmp_path):
     assert all(gradients[name] is not None and gradients[name].abs().sum() > 0 for name in adapted)
 
 
-@pytest.mark.parametrize("name", ["attention.attention.query", "intermediate", "intermediate.dense", "output.dense"])
+FUSED_PARTS = (
+    "layernorm_before",
+    "layernorm_after",
+    "attention",
+    "attention.attention.query",
+    "attention.output",
+    "attention.output.dense",
+    "intermediate",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+@pytest.mark.parametrize("name", FUSED_PARTS)
 def test_hooks_on_fused_parts_are_called(name, tmp_path):
     ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels = pixels_for(ours.config)
