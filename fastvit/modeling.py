@@ -73,11 +73,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm, and with a `residual` the residual add before it: returns (x + residual, its norm), in one pass."""
+    """LayerNorm, which can take the residual add before it along."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            return ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + residual, the norm of that), in one pass where nobody watches the norm."""
+        if is_hooked(self):
+            residual = x + residual
+            return residual, self(residual)
         return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
@@ -365,11 +370,11 @@ class ViTLayer(GradientCheckpointingLayer):
         if residual is None:
             residual, normed = hidden_states, self.layernorm_before(hidden_states)
         else:
-            residual, normed = self.layernorm_before(hidden_states, residual)
+            residual, normed = self.layernorm_before.add(hidden_states, residual)
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
             residual = residual[:, :1]
-        residual, normed = self.layernorm_after(branch, residual)
+        residual, normed = self.layernorm_after.add(branch, residual)
         branch = self.feed_forward(normed)
         if carry:
             return branch, residual
