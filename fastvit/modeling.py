@@ -73,17 +73,18 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm, which can take the residual add before it along."""
+    """LayerNorm over the hidden size."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """(x + residual, the norm of that), in one pass where nobody watches the norm."""
-        if is_hooked(self):
-            residual = x + residual
-            return residual, self(residual)
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
+def add_and_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(x + residual, the norm of that), in one pass where nothing watches or replaces the norm."""
+    if is_plain(norm, LayerNorm):
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    residual = x + residual
+    return residual, norm(residual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -370,11 +371,11 @@ class ViTLayer(GradientCheckpointingLayer):
         if residual is None:
             residual, normed = hidden_states, self.layernorm_before(hidden_states)
         else:
-            residual, normed = self.layernorm_before.add(hidden_states, residual)
+            residual, normed = add_and_norm(hidden_states, residual, self.layernorm_before)
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
             residual = residual[:, :1]
-        residual, normed = self.layernorm_after.add(branch, residual)
+        residual, normed = add_and_norm(branch, residual, self.layernorm_after)
         branch = self.feed_forward(normed)
         if carry:
             return branch, residual
