@@ -79,7 +79,7 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def add_and_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def add_and_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     """(x + residual, the norm of that), in one pass where nothing watches or replaces the norm."""
     if is_plain(norm, LayerNorm):
         return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
