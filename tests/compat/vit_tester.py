@@ -23,8 +23,8 @@ class ViTModelTester:
 
     parent: unittest.TestCase
     model_classes: tuple[type[PreTrainedModel], ...]
-    batch_size: int = 13
-    image_size: int = 30
+    batch_size: int = 5
+    image_size: int = 14
     patch_size: int = 2
     num_channels: int = 3
     is_training: bool = True
@@ -146,9 +146,9 @@ class ViTTests:
     def test_interpolates_position_embeddings(self) -> None:
         config, _, _ = self.model_tester.prepare_config_and_inputs()
         model = self.built(self.all_model_classes[0], config)
-        larger = common.floats_tensor([2, 3, 40, 36])
+        larger = common.floats_tensor([2, 3, 24, 20])
         tokens = model(larger, interpolate_pos_encoding=True).last_hidden_state
-        self.assertEqual(tokens.shape, (2, 20 * 18 + 1, self.model_tester.hidden_size))
+        self.assertEqual(tokens.shape, (2, 12 * 10 + 1, self.model_tester.hidden_size))
         with self.assertRaises(ValueError):
             model(larger)
 
