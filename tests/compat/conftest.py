@@ -1,5 +1,6 @@
 """The marks that transformers' test classes carry, and the comparison of our outcomes with the yardstick's."""
 
+import os
 from collections import Counter
 
 import pytest
@@ -55,6 +56,8 @@ def shortfalls() -> list[str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
+    if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS") and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK  # the module says why it is skipped
     whole = not (session.config.option.keyword or any("::" in argument for argument in session.config.args))
     if whole and session.exitstatus == 0 and shortfalls():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -26,7 +26,6 @@ if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS"):
         "transformers' test files are not here: `make compat` fetches them where a package registry can be reached",
         allow_module_level=True,
     )
-pytest.importorskip("parameterized", reason="transformers' test classes need the package parameterized")
 
 FOLDER = Path(os.environ["FASTVIT_TRANSFORMERS_TESTS"])
 
