@@ -1,8 +1,8 @@
 """transformers' shared test classes, from the folder that FASTVIT_TRANSFORMERS_TESTS names, as a package of that name.
 
 The source distribution holds the files of the tests folder and none of its subfolders. What the shared classes import
-from those is defined here: two mixins that ViT has no use for (generation, and export, which our own tests do), the
-options of a config, and what a pipeline test does with a pipeline.
+from those is defined here, as transformers 5.24 needs it: two mixins that ViT has no use for (generation, and export,
+which our own tests do), the options of a config, and what a pipeline test does with a pipeline.
 """
 
 import atexit
