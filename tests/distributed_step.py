@@ -1,6 +1,8 @@
 """One of two processes on CPU: a training step under DDP or FSDP2, its gradients against those of one process.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python distributed_step.py ddp|fsdp2
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python distributed_step.py ddp|fsdp2 reference|triton
+
+Kernels are interpreted (TRITON_INTERPRET=1).
 """
 
 import copy
@@ -13,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig
 
+import fastvit
 from fastvit import ViTForImageClassification
 
 
@@ -50,4 +53,9 @@ def main(mode: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[2] == "triton":
+        import interpreter
+
+        interpreter.install()
+    with fastvit.backend(sys.argv[2]):
+        main(sys.argv[1])

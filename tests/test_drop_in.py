@@ -360,16 +360,20 @@ def test_autocast_trains_in_bfloat16(model, pixels):
             assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
 
-def run_two_processes(mode: str) -> None:
+def run_two_processes(mode: str, backend: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": str(int(backend == "triton")),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     script = Path(__file__).with_name("distributed_step.py")
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), mode],
+            [sys.executable, str(script), mode, backend],
             env={**environment, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -388,8 +392,11 @@ def run_two_processes(mode: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
-def test_two_processes_have_the_gradients_of_one(mode):
-    run_two_processes(mode)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_two_processes_have_the_gradients_of_one(mode, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    run_two_processes(mode, backend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
