@@ -12,22 +12,22 @@ COMMANDS = {
     "evaluate": "measure a model on labelled pictures",
     "attention": "draw where the class token looks",
     "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
+    "benchmark": "time fastvit beside its rivals on this machine",
     "info": "say which devices and versions are here, and which backend computes each operation",
 }
 
 
-def report_errors(command: Callable[[], object]) -> int:
-    """Run `command`; what the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130."""
+def report_errors(command: Callable[[], int | None]) -> int:
+    """Run `command`, whose result is the exit code, None 0; what the user gave wrongly is one line and 2, Ctrl-C 130."""
     from fastvit.errors import InputError
 
     try:
-        command()
+        return command() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         return report_errors(lambda: finetune(rest))
     if name == "convert":
         return report_errors(lambda: convert(rest))
+    if name == "benchmark":
+        return report_errors(lambda: benchmark(rest))
     if name == "info":
         return report_errors(lambda: info(rest))
     return report_errors(lambda: use_model(name, rest))
@@ -66,6 +68,12 @@ def use_model(name: str, argv: list[str]) -> None:
     from fastvit import predict
 
     getattr(predict, name)(argv)
+
+
+def benchmark(argv: list[str]) -> int:
+    from fastvit.benchmarks.command import main
+
+    return main(argv)
 
 
 def info(argv: list[str]) -> None:
