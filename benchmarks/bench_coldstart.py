@@ -1,7 +1,7 @@
-"""How long until the first prediction: importing, making a model, and everything that is compiled or tuned on the way?
+"""How long until the first prediction: importing, making a model, and what is compiled or tuned on the way?
 
-Every sample is a process of its own. Its caches (Triton's, the compiler's, our tuning) are in a folder that is empty the
-first time and kept for the second.
+Every sample is a process of its own. Its caches (Triton's, the compiler's, our tuning) are in a folder that is empty
+the first time and kept for the second.
 """
 
 from __future__ import annotations

@@ -145,8 +145,14 @@ class Model(Operation):
             value.backward()
             # The patch embedding's gradient comes through the whole model; the norm holds everybody else's.
             (projection,) = (parameter.grad for parameter in trained.parameters() if parameter.ndim == 4)
-            norm = torch.stack([grad.norm() for grad in (p.grad for p in trained.parameters()) if grad is not None]).norm()
-            found = {"loss": value.detach().clone(), "gradient of the patches": projection.clone(), "gradients' norm": norm}
+            norm = torch.stack(
+                [grad.norm() for grad in (p.grad for p in trained.parameters()) if grad is not None]
+            ).norm()
+            found = {
+                "loss": value.detach().clone(),
+                "gradient of the patches": projection.clone(),
+                "gradients' norm": norm,
+            }
             optimizer.zero_grad()
             return found
 

@@ -55,9 +55,7 @@ patch_embed = Operation(
 
 @patch_embed.provider("fastvit", kernel="patch_embed")
 def ours(pixels: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
-    return ops.patch_embed(
-        pixels, weight, bias, cls_token, pos_embed, patch_size=(PATCH, PATCH), mean=MEAN, std=STD
-    )
+    return ops.patch_embed(pixels, weight, bias, cls_token, pos_embed, patch_size=(PATCH, PATCH), mean=MEAN, std=STD)
 
 
 @patch_embed.provider("PyTorch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import re
 import sys
@@ -70,10 +71,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results go [benchmarks/results/DEVICE]")
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds; goes to runs/benchmark")
     parser.add_argument("--full", action="store_true", help="every shape, and compilers at every shape and on CPUs")
-    parser.add_argument("--only", default="", metavar="REGEX", help="operations and shapes, e.g. 'attention.*batch 256'")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="operations and shapes, e.g. 'attention.*batch 256'"
+    )
     parser.add_argument("--providers", default="", metavar="REGEX", help="only those, and the one who is the measure")
     parser.add_argument(
-        "--time-budget", type=float, default=540.0, metavar="SECONDS", help="begin nothing new after this [540]; 0: no end"
+        "--time-budget",
+        type=float,
+        default=540.0,
+        metavar="SECONDS",
+        help="begin nothing new after this [540]; 0: no end",
     )
     parser.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
     return parser
@@ -124,7 +131,9 @@ def tasks_of(options: argparse.Namespace, device: torch.device, dtypes: list[tor
     except re.error as error:
         raise InputError(f"--only: expected a regular expression, got {options.only!r} ({error})") from None
     if not tasks:
-        raise InputError(f"--only: nothing in {options.suite} matches {options.only!r}; --list without it shows the names")
+        raise InputError(
+            f"--only: nothing in {options.suite} matches {options.only!r}; --list without it shows the names"
+        )
     return sorted(tasks, key=lambda task: task.tier)
 
 
@@ -143,9 +152,9 @@ def run(options: argparse.Namespace) -> int:
         re.compile(options.providers)
     except re.error as error:
         raise InputError(f"--providers: expected a regular expression, got {options.providers!r} ({error})") from None
-    folder = options.out or checkout() / (Path("runs/benchmark") if options.quick else Path("benchmarks/results")) / slug(
-        device_name(device)
-    )
+    # Toy numbers stay away from those that are kept.
+    parent = checkout() / ("runs/benchmark" if options.quick or ops.is_interpreting() else "benchmarks/results")
+    folder = options.out or parent / slug(device_name(device))
     settings = Settings(
         device,
         quick=options.quick,
@@ -155,10 +164,9 @@ def run(options: argparse.Namespace) -> int:
         deadline=started + options.time_budget if options.time_budget > 0 else float("inf"),
     )
     print(introduction(device, folder))
-    # float32 means float32 for everybody: PyTorch would let convolutions round their inputs to 10 bits.
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with full_float32():
         if not settings.memory_only:
-            settings.ceilings = ceilings(device, list({*dtypes, torch.float32}), options.quick)
+            settings.ceilings = ceilings(device, list(dict.fromkeys([*dtypes, torch.float32])), options.quick)
         results = run_tasks(tasks, settings, options, folder)
     if not settings.memory_only and (drawn := report.draw(list(results.values()), folder)) is not None:
         print(drawn)
@@ -167,6 +175,17 @@ def run(options: argparse.Namespace) -> int:
     ours = [record for result in results.values() for record in result["records"] if record["ours"]]
     holes = any(result["failed_cases"] for result in results.values())
     return int(holes or any(record["status"] in ("wrong", "failed") for record in ours))
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 means float32 for everybody: PyTorch would let convolutions round their inputs to 10 bits."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def introduction(device: torch.device, folder: Path) -> str:
@@ -191,6 +210,7 @@ def run_tasks(
             "only": options.only,
             "providers": options.providers,
             "memory_only": settings.memory_only,
+            "interpreted": ops.is_interpreting(),
         },
     }
     results: dict[str, dict[str, Any]] = {}
@@ -201,7 +221,14 @@ def run_tasks(
             break
         result = results.setdefault(
             task.operation,
-            {"schema": report.SCHEMA, "operation": task.operation, **about, "not_begun": [], "failed_cases": [], "records": []},
+            {
+                "schema": report.SCHEMA,
+                "operation": task.operation,
+                **about,
+                "not_begun": [],
+                "failed_cases": [],
+                "records": [],
+            },
         )
 
         def tick(what: str, name: str = task.name) -> None:
@@ -258,7 +285,9 @@ def readme_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="fastvit benchmark readme", description="Write the README's tables from benchmarks/results."
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if README and results disagree")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if README and results disagree"
+    )
     options = parser.parse_args(argv)
     path = checkout() / "README.md"
     if not path.exists():
@@ -266,7 +295,9 @@ def readme_command(argv: list[str]) -> int:
     old = path.read_text(encoding="utf-8")
     new = report.with_section(old, report.readme_section(checkout() / "benchmarks" / "results"))
     if options.check:
-        print("README.md agrees with benchmarks/results" if old == new else "README.md disagrees with benchmarks/results")
+        print(
+            "README.md agrees with benchmarks/results" if old == new else "README.md disagrees with benchmarks/results"
+        )
         return int(old != new)
     report.write_text(path, new)
     print(f"written: {path}")

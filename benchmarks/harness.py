@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import functools
 import gc
 import importlib.util
 import os
@@ -25,6 +24,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +158,9 @@ class Provider:
     max_batch: int | None = None  # it is no question above
 
     def label(self, device: torch.device, dtype: torch.dtype) -> str:
-        return self.name if self.kernel is None else self.name.replace(OURS, who_computes(self.kernel, device, dtype), 1)
+        return (
+            self.name if self.kernel is None else self.name.replace(OURS, who_computes(self.kernel, device, dtype), 1)
+        )
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run on this machine, or None."""
@@ -262,7 +264,8 @@ class Operation:
         costs["forward + backward"] = Cost(*(sum(pair) for pair in zip(*costs.values(), strict=True)))
         return costs
 
-    def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
+    def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Any:
+        """Inputs and what is right, in whatever form the other methods understand; here a `Case`."""
         torch.manual_seed(0)
         inputs = self.setup(shape, dtype, device)
 
@@ -277,7 +280,7 @@ class Operation:
         grads = torch.autograd.grad(outputs, gradient_leaves(exact), [grad.double() for grad in grad_outputs])
         return Case(inputs, gradient_leaves(inputs), grad_outputs, named_results(outputs, grads))
 
-    def prepare(self, provider: Provider, case: Case) -> dict[str, Step]:
+    def prepare(self, provider: Provider, case: Any) -> dict[str, Step]:
         """The passes of one provider."""
         function = provider.function
         if provider.compile_mode is not None:
@@ -299,19 +302,22 @@ class Operation:
             "forward + backward": Step(lambda _: backward(forward())),
         }
 
-    def results(self, steps: dict[str, Step], case: Case) -> dict[str, Tensor]:
+    def results(self, steps: dict[str, Step], case: Any) -> dict[str, Tensor]:
         """Outputs and gradients by name, to be held against `case.expected`."""
         backward = steps["backward"]
         outputs = backward.prepare()
-        results = named_results([output.detach() for output in outputs], backward.run(outputs))
-        inferred = steps["forward"].run(None)
+        grads: Any = backward.run(outputs)
+        inferred: Any = steps["forward"].run(None)
+        results = named_results(outputs, grads)
         return results | {f"{name} of inference": tensor for name, tensor in named_results(inferred, []).items()}
 
     def floor_of_error(self, dtype: torch.dtype) -> float:
         """An error that is no error: rounding of the result."""
         return torch.finfo(dtype).eps
 
-    def judge(self, errors: Mapping[str, Error], baseline: Mapping[str, Error] | None, dtype: torch.dtype) -> str | None:
+    def judge(
+        self, errors: Mapping[str, Error], baseline: Mapping[str, Error] | None, dtype: torch.dtype
+    ) -> str | None:
         return what_is_wrong(errors, baseline, self.floor_of_error(dtype), self.limit_of_error(dtype))
 
     def limit_of_error(self, dtype: torch.dtype) -> float:
@@ -322,7 +328,7 @@ class Operation:
         """What compiles, loads and tunes by being called, for each pass that is then said to be ready."""
         return {name: step for name, step in steps.items() if name != "backward"}
 
-    def kept_bytes(self, steps: dict[str, Step], case: Case) -> int | None:
+    def kept_bytes(self, steps: dict[str, Step], case: Any) -> int | None:
         return bytes_kept(steps["backward"].prepare, tree_leaves(case.inputs))
 
     def rate(self, shape: Shape) -> float | None:
@@ -402,7 +408,7 @@ class Samples(NamedTuple):
     host_microseconds: list[float]  # until the call returned; on a CPU the same time
 
 
-@functools.cache
+@cache
 def cache_flusher(device: torch.device) -> Tensor:
     """A buffer of twice the last-level cache; writing it leaves nothing of the inputs there."""
     size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 * 2**20
@@ -464,7 +470,9 @@ def measure(
     rounds = max(min_rounds, min(100, int(seconds / longest)))
     samples: dict[str, Samples] = {name: Samples([], []) for name in steps}
     for number in range(rounds):
-        order = list(steps) if number % 2 == 0 else list(reversed(steps))  # nobody always follows the same neighbour
+        order = (
+            list(steps) if number % 2 == 0 else list(reversed(list(steps)))
+        )  # nobody always follows the same neighbour
         for name in order:
             new = time_calls(steps[name], calls[name], device, pauses[name])
             samples[name].milliseconds.extend(new.milliseconds)
@@ -477,8 +485,16 @@ def quantiles(samples: Sequence[float]) -> dict[str, float | int]:
     return {name: float(value) for name, value in zip(QUANTILES, values, strict=True)} | {"samples": len(samples)}
 
 
+def copy_into(target: Tensor, source: Tensor, _: Any) -> None:
+    target.copy_(source)
+
+
+def multiply_into(out: Tensor, left: Tensor, right: Tensor, _: Any) -> None:
+    torch.mm(left, right, out=out)
+
+
 def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> dict[str, Any]:
-    """What this device does at best, now: a copy (bytes read plus written) and square matrix products of random data."""
+    """What this device does at best, now: a copy (bytes read plus written), square matrix products of random data."""
     if device.type == "cuda":
         side, copied = (4096 if quick else 8192), 2**30
     else:
@@ -491,16 +507,22 @@ def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -
 
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    result: dict[str, Any] = {"copy_bytes": copied, "copy_gb_per_s": 2e-9 * copied / median(Step(lambda _: target.copy_(source)))}
+    copy = median(Step(partial(copy_into, target, source)))
     del source, target
-    result["matmul_side"], result["matmul_tflop_per_s"] = side, {}
+    products = {}
     for dtype in dtypes:
         left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
         out = torch.empty_like(left)
-        took = median(Step(functools.partial(lambda left, right, out, _: torch.mm(left, right, out=out), left, right, out)))
-        result["matmul_tflop_per_s"][name_of(dtype)] = 2e-12 * side**3 / took
+        took = median(Step(partial(multiply_into, out, left, right)))
+        products[name_of(dtype)] = 2e-12 * side**3 / took
+        del left, right, out
     free(device)
-    return result
+    return {
+        "copy_bytes": copied,
+        "copy_gb_per_s": 2e-9 * copied / copy,
+        "matmul_side": side,
+        "matmul_tflop_per_s": products,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,7 +608,8 @@ def installed(package: str) -> str | None:
 
 def environment(device: torch.device) -> dict[str, Any]:
     here = Path(__file__).resolve().parent
-    commit = output_of("git", "rev-parse", "HEAD", cwd=here)
+    # A copy of the tree without its history is told by FASTVIT_COMMIT what it is a copy of.
+    commit = os.environ.get("FASTVIT_COMMIT") or output_of("git", "rev-parse", "HEAD", cwd=here)
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device_name(device),
@@ -595,8 +618,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit,
-        "commit_is_all": commit is not None and not output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here),
-        "settings": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("FASTVIT_", "TRITON_"))},
+        "commit_is_all": commit is not None
+        and not output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here),
+        "settings": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(("FASTVIT_", "TRITON_"))
+        },
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }

@@ -27,7 +27,10 @@ from typing import Any, NamedTuple
 from fastvit.errors import InputError
 
 SCHEMA = 1
-MARKERS = ("<!-- benchmarks: `fastvit benchmark readme` writes what is between these two lines -->", "<!-- /benchmarks -->")
+MARKERS = (
+    "<!-- benchmarks: `fastvit benchmark readme` writes what is between these two lines -->",
+    "<!-- /benchmarks -->",
+)
 COLUMNS = ("operation", "shape", "dtype", "pass", "provider", "status", "reason")
 NUMBERS = (
     "host_us", "gb_per_s", "tflop_per_s", "images_per_s", "floor_ms", "of_floor", "first_call_s", "peak_bytes",
@@ -204,7 +207,19 @@ def not_timed(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return list(seen)
 
 
-HEADER = ("operation", "shape", "dtype", "pass", "ours ms", "best other ms", "", "ours is", "our rate", "of floor", "memory")
+HEADER = (
+    "operation",
+    "shape",
+    "dtype",
+    "pass",
+    "ours ms",
+    "best other ms",
+    "",
+    "ours is",
+    "our rate",
+    "of floor",
+    "memory",
+)
 
 
 def cells(comparison: Comparison) -> list[str]:
@@ -252,9 +267,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compare(
-    before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], threshold: float
-) -> tuple[str, bool]:
+def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], threshold: float) -> tuple[str, bool]:
     """What changed, as text, and whether something of ours became worse by more than `threshold`.
 
     Slower means that the median grew by more than the threshold and that the middle halves of the samples do not
@@ -304,7 +317,9 @@ def compare(
     if devices[0] != devices[1]:
         lines.append(f"note: other devices ({', '.join(devices[0])}; {', '.join(devices[1])})")
     if drift:
-        lines.append(f"others, whose code is the same, take {statistics.median(drift):.3f}x the time: that is the machine")
+        lines.append(
+            f"others, whose code is the same, take {statistics.median(drift):.3f}x the time: that is the machine"
+        )
     for title, found in (("worse", worse), ("better", better), ("not measured again", gone)):
         lines += [f"{title}:", *found] if found else []
     compared = sum(key in new and old[key]["ours"] for key in measured)
@@ -328,7 +343,11 @@ def with_section(text: str, section: str) -> str:
 def readme_section(folder: Path) -> str:
     """The tables of the first shapes on every device in benchmarks/results; quick runs do not count."""
     results = load([folder]) if folder.is_dir() and any(folder.rglob("*.json")) else []
-    results = [result for result in results if not result["options"]["quick"] and not result["options"]["memory_only"]]
+    results = [
+        result
+        for result in results
+        if not any(result["options"][name] for name in ("quick", "interpreted", "memory_only"))
+    ]
     by_device: dict[tuple[bool, str], list[dict[str, Any]]] = {}
     for result in results:
         about = result["environment"]
@@ -336,8 +355,8 @@ def readme_section(folder: Path) -> str:
     parts = []
     if not any(about["device_type"] == "cuda" for about in (result["environment"] for result in results)):
         parts.append(
-            "No results of a GPU have been recorded yet. `fastvit benchmark` on one writes them to `benchmarks/results`, and\n"
-            "`fastvit benchmark readme` writes the tables here."
+            "No results of a GPU have been recorded yet. `fastvit benchmark` on one writes them to\n"
+            "`benchmarks/results`, and `fastvit benchmark readme` writes the tables here."
         )
     for (_, device), of_device in sorted(by_device.items()):
         parts.append(f"{device}, {summary(of_device)}:\n\n{readme_table(of_device)}")
@@ -437,13 +456,19 @@ def roofline_svg(results: Sequence[dict[str, Any]], dtype: str) -> str:
         at = y(10.0**power)
         parts.append(f'<path class="grid" d="M{left} {at:.1f}H{width - right}"/>')
         parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">FLOP per byte that must be moved</text>')
-    parts.append(f'<text transform="translate(14 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">TFLOP/s</text>')
+    parts.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">'
+        "FLOP per byte that must be moved</text>"
+    )
+    parts.append(
+        f'<text transform="translate(14 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">TFLOP/s</text>'
+    )
     ridge = product / bandwidth
     start = max(10.0**x_low, 10.0**y_low / bandwidth)  # where the slope enters the plot
     parts.append(
         f'<path class="roof" d="M{x(start):.1f} {y(start * bandwidth):.1f}L{x(ridge):.1f} {y(product):.1f}'
-        f'H{width - right}"><title>copy {bandwidth * 1e3:,.4g} GB/s, matrix product {product:,.4g} TFLOP/s</title></path>'
+        f'H{width - right}"><title>copy {bandwidth * 1e3:,.4g} GB/s, matrix product {product:,.4g} TFLOP/s</title>'
+        "</path>"
     )
     for point in sorted(points, key=lambda point: point.ours):  # ours on top
         kind = "ours" if point.ours else "other"
@@ -480,7 +505,9 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> str | None:
             below = [taken["median"] - taken["q25"] for _, taken in bars]
             above = [taken["q75"] - taken["median"] for _, taken in bars]
             axes.bar(centres, medians, width, yerr=(below, above), label=name)
-        labels = [f"{one.record['shape']}\n{one.record['dtype']}\n{one.record['pass']}".replace(", ", "\n") for one in groups]
+        labels = [
+            f"{one.record['shape']}\n{one.record['dtype']}\n{one.record['pass']}".replace(", ", "\n") for one in groups
+        ]
         axes.set_xticks(range(len(groups)), labels, fontsize=7)
         axes.set_yscale("log")
         axes.set_ylabel("ms, median and quartiles; less is better")
@@ -498,15 +525,29 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d1f24; --faint: #6b7280; --line: #d7dae0; --paper: #fff; --ours: #c2410c; --other: #2563eb }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --faint: #9aa1ac; --line: #3a3f48; --paper: #16181d; --ours: #fb923c; --other: #7aa2ff } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-h2 { margin-top: 2.5rem } p, li { max-width: 46rem } .scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px } th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
-.number { text-align: right } .slower { color: var(--ours); font-weight: 600 } small, figcaption { color: var(--faint) } figure { margin: 1rem 0 }
-svg { width: 100%; max-width: 760px; height: auto } svg text { font: 11px system-ui, sans-serif; fill: var(--faint) }
-.grid { stroke: var(--line); stroke-width: .5 } .roof { fill: none; stroke: var(--ink); stroke-width: 2 }
-.ours { fill: var(--ours) } .other { fill: none; stroke: var(--other); stroke-width: 2 } summary { cursor: pointer; margin: .5rem 0 }
+:root { color-scheme: light dark; --ink: #1d1f24; --faint: #6b7280; --line: #d7dae0; --paper: #fff;
+  --ours: #c2410c; --other: #2563eb }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e7ea; --faint: #9aa1ac; --line: #3a3f48; --paper: #16181d; --ours: #fb923c; --other: #7aa2ff }
+}
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
+h2 { margin-top: 2.5rem }
+p, li { max-width: 46rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
+th.number, td.number { text-align: right }
+.slower { color: var(--ours); font-weight: 600 }
+small, figcaption { color: var(--faint) }
+figure { margin: 1rem 0 }
+summary { cursor: pointer; margin: .5rem 0 }
+svg { width: 100%; max-width: 760px; height: auto }
+svg text { font: 11px system-ui, sans-serif; fill: var(--faint) }
+.grid { stroke: var(--line); stroke-width: .5 }
+.roof { fill: none; stroke: var(--ink); stroke-width: 2 }
+.ours { fill: var(--ours) }
+.other { fill: none; stroke: var(--other); stroke-width: 2 }
 """
 
 
@@ -517,7 +558,11 @@ def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: se
         classes = ["number"] if column in numbers else []
         if tag == "td" and column == mark and text.endswith("x") and float(text[:-1]) < 1:
             classes.append("slower")
-        return f'<{tag} class="{" ".join(classes)}">{html.escape(text)}</{tag}>' if classes else f"<{tag}>{html.escape(text)}</{tag}>"
+        return (
+            f'<{tag} class="{" ".join(classes)}">{html.escape(text)}</{tag}>'
+            if classes
+            else f"<{tag}>{html.escape(text)}</{tag}>"
+        )
 
     lines = ["<tr>" + "".join(cell("th", column, text) for column, text in enumerate(header)) + "</tr>"]
     lines += ["<tr>" + "".join(cell("td", column, text) for column, text in enumerate(row)) + "</tr>" for row in rows]
@@ -530,9 +575,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastvit benchmarks</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
         "<h1>fastvit benchmarks</h1>",
-        "<p>Everybody computed the same inputs in turn, was checked against the definition in higher precision first, and"
-        " is shown with the median. <em>Ours is</em>: times as fast as the best other. <em>Of floor</em>: how near to the"
-        " time that the run's own ceilings, a copy and a matrix product, allow.</p>",
+        "<p>Everybody computed the same inputs in turn, was checked against the definition in higher precision first,"
+        " and is shown with the median. <em>Ours is</em>: times as fast as the best other. <em>Of floor</em>: how near"
+        " to the time that the run's own ceilings, a copy and a matrix product, allow.</p>",
     ]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
@@ -543,9 +588,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         for dtype in dtypes:
             if svg := roofline_svg(of_run, dtype):
                 parts.append(
-                    f"<figure>{svg}<figcaption>Roofline, {html.escape(dtype)}: filled ours, hollow the best other; the line"
-                    " is what a copy and a matrix product reached in the same run. Inputs that stay in a cache can lie"
-                    " above it.</figcaption></figure>"
+                    f"<figure>{svg}<figcaption>Roofline, {html.escape(dtype)}: filled ours, hollow the best other; the"
+                    " line is what a copy and a matrix product reached in the same run. Inputs that stay in a cache can"
+                    " lie above it.</figcaption></figure>"
                 )
         for result in of_run:
             parts.append(f"<h3>{html.escape(result['operation'])}</h3>")
@@ -553,7 +598,9 @@ def page(results: Sequence[dict[str, Any]]) -> str:
             parts.append(html_table(HEADER[1:], rows, {3, 4, 6, 7, 8, 9}, mark=6))
             parts.append(f"<details><summary>everybody</summary>{everybody(result)}</details>")
         if reasons := not_timed(of_run):
-            items = "".join(f"<li>{html.escape(f'{what}: {status}: {reason}')}</li>" for what, status, reason in reasons)
+            items = "".join(
+                f"<li>{html.escape(f'{what}: {status}: {reason}')}</li>" for what, status, reason in reasons
+            )
             parts.append(f"<details><summary>not timed ({len(reasons)})</summary><ul>{items}</ul></details>")
     return "\n".join([*parts, "</body></html>\n"])
 
@@ -564,7 +611,9 @@ def where(results: Sequence[dict[str, Any]], source: str) -> str:
     text = [about["date"], packages, f"Python {about['python']}", about["platform"]]
     if about.get("driver"):
         text.append(f"driver {about['driver']}")
-    text.append(f"commit {about['commit']}{'' if about['commit_is_all'] else ' and changes'}" if about["commit"] else "")
+    text.append(
+        f"commit {about['commit']}{'' if about['commit_is_all'] else ' and changes'}" if about["commit"] else ""
+    )
     text += [f"{name}={value}" for name, value in about["settings"].items()]
     if measured := results[0].get("ceilings"):
         products = ", ".join(f"{name} {value:,.4g}" for name, value in measured["matmul_tflop_per_s"].items())
@@ -575,7 +624,21 @@ def where(results: Sequence[dict[str, Any]], source: str) -> str:
 
 
 def everybody(result: dict[str, Any]) -> str:
-    header = ("shape", "dtype", "pass", "provider", "ms", "quartiles", "rate", "of floor", "host µs", "first call s", "peak", "kept", "error")
+    header = (
+        "shape",
+        "dtype",
+        "pass",
+        "provider",
+        "ms",
+        "quartiles",
+        "rate",
+        "of floor",
+        "host µs",
+        "first call s",
+        "peak",
+        "kept",
+        "error",
+    )
     rows = []
     for record in result["records"]:
         if record["status"] not in ("timed", "measured"):

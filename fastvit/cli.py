@@ -17,17 +17,21 @@ COMMANDS = {
 }
 
 
-def report_errors(command: Callable[[], int | None]) -> int:
-    """Run `command`, whose result is the exit code, None 0; what the user gave wrongly is one line and 2, Ctrl-C 130."""
+def report_errors(command: Callable[[], object]) -> int:
+    """Run `command` and return the exit code: the integer that it returns, or 0.
+
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
+    """
     from fastvit.errors import InputError
 
     try:
-        return command() or 0
+        code = command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    return code if isinstance(code, int) else 0
 
 
 def main(argv: list[str] | None = None) -> int:
