@@ -70,11 +70,12 @@ def start_once(provider: str, shape: Shape, dtype: str, device: str, caches: Pat
 def run(settings: Settings, dtype: Any, tick: Callable[[str], object] = lambda what: None) -> Iterator[dict[str, Any]]:
     """Records: a phase is a pass; with empty and with filled caches are two shapes."""
     shape = Shape("micro", 64, 1) if settings.quick else Shape("base", 224, 1)
-    compiles = settings.full or (settings.device.type == "cuda" and not settings.quick)
+    few = settings.quick or settings.brief
+    compiles = settings.full or (settings.device.type == "cuda" and not few)
     providers = ["fastvit", "transformers"] + (["fastvit compiled", "transformers compiled"] if compiles else [])
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {}
     failed: dict[str, str] = {}
-    for _ in range(1 if settings.quick else 3):
+    for _ in range(1 if few else 3):
         for provider in providers:
             with tempfile.TemporaryDirectory() as folder:
                 for caches in ("empty caches", "filled caches"):
@@ -98,6 +99,7 @@ def run(settings: Settings, dtype: Any, tick: Callable[[str], object] = lambda w
                     "dtype": name_of(dtype),
                     "pass": phase,
                     "provider": provider,
+                    "registered": provider,
                     "ours": provider.startswith(OURS),
                     "status": "failed" if provider in failed else "timed",
                     "reason": failed.get(provider),

@@ -72,8 +72,12 @@ class Model(Operation):
         if quick:
             return super().shapes(device, quick)
         if device.type == "cuda":  # after the large batch the smallest, where launches decide
-            return sorted(super().shapes(device, quick), key=lambda shape: (shape.tier, shape.batch != 1))
-        few = [Shape(size, 224, batch, int(size == "base")) for size in ("tiny", "small", "base") for batch in (8, 1)]
+            few = [Shape("base", 224, 256), Shape("base", 224, 1, 1), Shape("base", 224, 32, 1)]
+            few += [Shape("small", 224, 256, 1), Shape("large", 224, 32, 1), Shape("tiny", 224, 256, 1)]
+        else:
+            few = [
+                Shape(size, 224, batch, int(size == "base")) for size in ("tiny", "small", "base") for batch in (8, 1)
+            ]
         known = {shape.name for shape in few}
         grid = [dataclasses.replace(shape, tier=2) for shape in super().shapes(device, quick)]
         return few + [shape for shape in grid if shape.name not in known]

@@ -160,6 +160,7 @@ def run(options: argparse.Namespace) -> int:
         quick=options.quick,
         full=options.full,
         memory_only=options.suite == "memory",
+        brief=options.suite == "all",
         providers=options.providers,
         deadline=started + options.time_budget if options.time_budget > 0 else float("inf"),
     )

@@ -99,8 +99,6 @@ FIRST = {
         ("tiny", 224, 256, 1),
         ("large", 224, 32, 1),
         ("base", 384, 32, 1),
-        ("small", 224, 256, 1),
-        ("base", 224, 1, 1),
     ),
     "cpu": (("tiny", 224, 8, 0), ("base", 224, 8, 1)),
 }
@@ -209,7 +207,7 @@ class Operation:
     passes: Sequence[str] = PASSES
     hides_launch = True  # measure the device's time, however slow the host is
     baseline = "PyTorch"  # whose error in the same dtype is the measure of everybody's
-    seconds = 0.3  # of timing for a provider and pass
+    seconds = 0.2  # of timing for a provider and pass
     variants: Sequence[str] = ("",)
 
     def __init__(
@@ -253,11 +251,13 @@ class Operation:
             )
 
     def shapes(self, device: torch.device, quick: bool) -> list[Shape]:
-        return [
-            dataclasses.replace(shape, variant=variant)
-            for shape in vit_shapes(device, quick)
-            for variant in self.variants
-        ]
+        """All variants at the first shape, the first variant at the others that are run by default."""
+        shapes = []
+        for shape in vit_shapes(device, quick):
+            for number, variant in enumerate(self.variants):
+                tier = 2 if shape.tier and number else shape.tier
+                shapes.append(dataclasses.replace(shape, variant=variant, tier=tier))
+        return shapes
 
     def costs(self, shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
         costs = dict(self.cost(shape, dtype.itemsize))
@@ -454,30 +454,47 @@ def time_calls(step: Step, calls: int, device: torch.device, pause: float | None
 
 def measure(
     steps: Mapping[str, Step], device: torch.device, *, seconds: float, min_rounds: int, hides_launch: bool = True
-) -> dict[str, Samples]:
-    """Time everybody in turn, about `seconds` each and at least `min_rounds` rounds, after two calls of warm-up."""
+) -> dict[str, Samples | Exception]:
+    """Time everybody in turn, about `seconds` each and at least `min_rounds` rounds, after two calls of warm-up.
+
+    Who fails in the warm-up gets the exception instead of samples, and the others go on.
+    """
+    outcomes: dict[str, Samples | Exception] = {}
     pauses: dict[str, float | None] = {}
     calls: dict[str, int] = {}
     longest = 0.0
     for name, step in steps.items():
-        run_once(step, device)
-        took = run_once(step, device)
-        host = time_calls(step, 3, device, 0.0).host_microseconds if device.type == "cuda" and hides_launch else [0.0]
-        pauses[name] = 2e-6 * statistics.median(host) if hides_launch else None
-        each = took + (pauses[name] or 0.0)
+        try:
+            run_once(step, device)
+            took = run_once(step, device)
+            pause = None
+            if hides_launch:  # twice what the host takes
+                host = time_calls(step, 3, device, 0.0).host_microseconds if device.type == "cuda" else [0.0]
+                pause = 2e-6 * statistics.median(host)
+        except Exception as error:
+            outcomes[name] = error
+            continue
+        outcomes[name], pauses[name] = Samples([], []), pause
+        each = took + (pause or 0.0)
         calls[name] = max(1, min(20, int(0.01 / each)))
         longest = max(longest, calls[name] * each)
-    rounds = max(min_rounds, min(100, int(seconds / longest)))
-    samples: dict[str, Samples] = {name: Samples([], []) for name in steps}
+    rounds = max(min_rounds, min(100, int(seconds / longest))) if calls else 0
     for number in range(rounds):
-        order = (
-            list(steps) if number % 2 == 0 else list(reversed(list(steps)))
-        )  # nobody always follows the same neighbour
-        for name in order:
-            new = time_calls(steps[name], calls[name], device, pauses[name])
-            samples[name].milliseconds.extend(new.milliseconds)
-            samples[name].host_microseconds.extend(new.host_microseconds)
-    return samples
+        # There and back, so that nobody always follows the same neighbour.
+        for name in list(calls)[:: 1 if number % 2 == 0 else -1]:
+            new, samples = time_calls(steps[name], calls[name], device, pauses[name]), outcomes[name]
+            assert isinstance(samples, Samples)
+            samples.milliseconds.extend(new.milliseconds)
+            samples.host_microseconds.extend(new.host_microseconds)
+    return outcomes
+
+
+def median_ms(step: Step, device: torch.device, *, seconds: float, min_rounds: int) -> float:
+    """The median of one alone; what it raises is raised."""
+    outcome = measure({"": step}, device, seconds=seconds, min_rounds=min_rounds)[""]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return statistics.median(outcome.milliseconds)
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float | int]:
@@ -502,8 +519,7 @@ def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -
     seconds, rounds = (0.05, 3) if quick else (0.5, 5)
 
     def median(step: Step) -> float:
-        measured = measure({"": step}, device, seconds=seconds, min_rounds=rounds)
-        return statistics.median(measured[""].milliseconds) / 1e3
+        return median_ms(step, device, seconds=seconds, min_rounds=rounds) / 1e3
 
     source = torch.randint(0, 256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -650,6 +666,7 @@ class Settings:
     quick: bool = False
     full: bool = False  # all shapes, and compilers everywhere
     memory_only: bool = False
+    brief: bool = False  # one suite among others, which want their time too
     providers: str = ""  # a regular expression; only those whose name holds it
     deadline: float = float("inf")  # time.monotonic() after which nothing new is begun
     ceilings: dict[str, Any] | None = None
@@ -705,53 +722,58 @@ def run_case(
     for provider in sorted(selected, key=lambda provider: provider.name != operation.baseline):
         label = provider.label(device, dtype)
         tick(label)
-        outcome: dict[str, Any] = {"status": "timed", "reason": None}
+        verdict: dict[str, Any] = {"status": "timed", "reason": None}
         first: dict[str, float] = {}
         if reason := provider.why_not(device):
-            outcome = {"status": "missing", "reason": reason}
+            verdict = {"status": "missing", "reason": reason}
         elif reason := settings.why_left_out(provider, shape):
-            outcome = {"status": "left out", "reason": reason}
+            verdict = {"status": "left out", "reason": reason}
         else:
             try:
                 steps = operation.prepare(provider, case)
                 first = {name: run_once(step, device) for name, step in operation.first_calls(steps).items()}
                 errors = errors_of(operation.results(steps, case), case.expected)
-                outcome["error"] = max(error.whole for error in errors.values())
+                verdict["error"] = max(error.whole for error in errors.values())
                 is_baseline = provider.name == operation.baseline
                 reason = operation.judge(errors, None if is_baseline else baseline, dtype)
                 if reason:
-                    outcome |= {"status": "wrong", "reason": reason}
+                    verdict |= {"status": "wrong", "reason": reason}
                 else:
                     ready[label] = steps
                     baseline = errors if is_baseline else baseline
             except Exception as error:  # what one provider cannot do is no reason to stop the others
-                outcome = {"status": "failed", "reason": describe(error)}
+                verdict = {"status": "failed", "reason": describe(error)}
                 free(device)
         for name in operation.passes:
-            record = common | {"pass": name, "provider": label, "ours": label.startswith(OURS), **outcome}
+            who = {"provider": label, "registered": provider.name, "ours": label.startswith(OURS)}
+            record = common | {"pass": name, **who, **verdict}
             records[label, name] = record | {"first_call_s": first.get(name)}
 
     costs = operation.costs(shape, dtype)
     for name in operation.passes:
-        tick(f"timing {name}")
-        if not settings.memory_only and ready:
-            steps_of_pass = {label: steps[name] for label, steps in ready.items()}
-            seconds = 0.02 if settings.quick else operation.seconds
+        if not settings.memory_only:
+            tick(f"timing {name}")
             measured = measure(
-                steps_of_pass,
+                {label: steps[name] for label, steps in ready.items()},
                 device,
-                seconds=seconds,
+                seconds=0.02 if settings.quick else operation.seconds,
                 min_rounds=3 if settings.quick else 5,
                 hides_launch=operation.hides_launch,
             )
-            for label, samples in measured.items():
-                records[label, name] |= speeds(samples, costs[name], dtype, settings, operation.rate(shape))
+            for label, outcome in measured.items():
+                if isinstance(outcome, Exception):
+                    records[label, name] |= {"status": "failed", "reason": describe(outcome)}
+                else:
+                    records[label, name] |= speeds(outcome, costs[name], dtype, settings, operation.rate(shape))
+        tick(f"memory {name}")
         for label, steps in ready.items():
-            if settings.memory_only:
-                records[label, name]["status"] = "measured"
-            records[label, name]["peak_bytes"] = peak_bytes(steps[name], device)
-            if name == operation.passes[-1]:
-                records[label, name]["kept_bytes"] = operation.kept_bytes(steps, case)
+            record = records[label, name]
+            try:
+                record["peak_bytes"] = peak_bytes(steps[name], device)
+                record["kept_bytes"] = operation.kept_bytes(steps, case) if name == operation.passes[-1] else None
+                record["status"] = "measured" if settings.memory_only else record["status"]
+            except Exception as error:
+                record |= {"status": "failed", "reason": describe(error)}
     yield from records.values()
 
 
@@ -815,8 +837,7 @@ def as_test(operation: Operation) -> Callable[..., None]:
             pytest.skip(describe(error))
         assert operation.judge(errors, baseline, torch.float32) is None
         if benchmark.enabled:
-            measured = measure({"": steps[step]}, device, seconds=0.1, min_rounds=3)
-            milliseconds = statistics.median(measured[""].milliseconds)
+            milliseconds = median_ms(steps[step], device, seconds=0.1, min_rounds=3)
             benchmark.extra_info["device_ms"] = milliseconds
             benchmark.extra_info["gb_per_s"] = operation.costs(shape, torch.float32)[step].bytes / milliseconds / 1e6
         benchmark(run_once, steps[step], device)

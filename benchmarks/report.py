@@ -276,24 +276,26 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], t
 
     def by_key(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
         return {
-            tuple(record[name] for name in ("operation", "shape", "dtype", "pass", "provider")): record
+            tuple(record[name] for name in ("operation", "shape", "dtype", "pass", "registered")): record
             for result in results
             for record in result["records"]
         }
 
     old, new = by_key(before), by_key(after)
     measured = [key for key, record in old.items() if record["status"] in ("timed", "measured")]
-    if not any(key in new for key in measured):
-        raise InputError("nothing that was timed in the first is in the second: they are of other shapes or providers")
+    if not any(key in new and old[key]["ours"] for key in measured):
+        raise InputError("nothing of ours that was measured in the first is in the second: they have no case in common")
     worse, better, gone = [], [], []
     drift = []
     for key in measured:
-        was, name = old[key], " | ".join(key)
-        if key not in new:
+        was, now = old[key], new.get(key)
+        name = " | ".join((*key[:-1], was["provider"]))
+        if now is None or now["status"] == "left out":
             if was["ours"]:
                 gone.append(f"  {name}")
             continue
-        now = new[key]
+        if now["provider"] != was["provider"]:  # the kernel and its plain PyTorch have the same place in the list
+            name += f" -> {now['provider']}"
         if now["status"] not in ("timed", "measured"):
             if was["ours"]:
                 worse.append(f"  {name}: {now['status']} ({now['reason']})")
@@ -322,7 +324,7 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], t
         )
     for title, found in (("worse", worse), ("better", better), ("not measured again", gone)):
         lines += [f"{title}:", *found] if found else []
-    compared = sum(key in new and old[key]["ours"] for key in measured)
+    compared = sum(old[key]["ours"] for key in measured) - len(gone)
     lines.append(f"{len(worse)} worse, {len(better)} better of {compared} compared, beyond {threshold:.0%} and noise")
     return "\n".join(lines), bool(worse)
 
@@ -337,7 +339,7 @@ def with_section(text: str, section: str) -> str:
     begin, end = (text.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
         raise InputError(f"README.md: expected the lines {MARKERS[0]} and {MARKERS[1]}")
-    return f"{text[: begin + len(MARKERS[0])]}\n{section}\n{text[end:]}"
+    return f"{text[: begin + len(MARKERS[0])]}\n\n{section}\n\n{text[end:]}"
 
 
 def readme_section(folder: Path) -> str:
@@ -486,35 +488,37 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> str | None:
     except ImportError:
         return "no PNG plots: matplotlib is not installed"
     for result in results:
-        groups = [one for one in comparisons([result]) if one.ours or one.rival]
-        if not groups:
+        timed = [record for record in result["records"] if record.get("ms")]
+        if not timed:
             continue
-        names = list(dict.fromkeys(record["provider"] for record in result["records"] if record.get("ms")))
-        figure = Figure(figsize=(1.5 + 1.6 * len(groups), 4.5), layout="constrained")
-        axes = figure.subplots()
+        places = list(dict.fromkeys((record["shape"], record["dtype"]) for record in timed))
+        names = list(dict.fromkeys(record["provider"] for record in timed))
+        passes = list(dict.fromkeys(record["pass"] for record in timed))
+        figure = Figure(figsize=(3 + 2 * len(places), 2.5 * len(passes)), layout="constrained")
+        rows = figure.subplots(len(passes), sharex=True, squeeze=False)
         width = 0.8 / len(names)
-        for number, name in enumerate(names):
-            bars = [
-                (position, record["ms"])
-                for position, group in enumerate(groups)
-                for record in group.everybody
-                if record["provider"] == name and record.get("ms")
-            ]
-            centres = [position + (number - (len(names) - 1) / 2) * width for position, _ in bars]
-            medians = [taken["median"] for _, taken in bars]
-            below = [taken["median"] - taken["q25"] for _, taken in bars]
-            above = [taken["q75"] - taken["median"] for _, taken in bars]
-            axes.bar(centres, medians, width, yerr=(below, above), label=name)
-        labels = [
-            f"{one.record['shape']}\n{one.record['dtype']}\n{one.record['pass']}".replace(", ", "\n") for one in groups
-        ]
-        axes.set_xticks(range(len(groups)), labels, fontsize=7)
-        axes.set_yscale("log")
-        axes.set_ylabel("ms, median and quartiles; less is better")
-        axes.set_title(f"{result['operation']}, {result['environment']['device']}")
-        axes.legend(fontsize=7)
-        # Whole or not at all, as with the other files.
-        partial = folder / f".{result['operation']}.png.part"
+        for (axes,), of_pass in zip(rows, passes, strict=True):
+            for number, name in enumerate(names):
+                bars = {
+                    places.index((record["shape"], record["dtype"])): record["ms"]
+                    for record in timed
+                    if record["provider"] == name and record["pass"] == of_pass
+                }
+                centres = [position + (number - (len(names) - 1) / 2) * width for position in bars]
+                medians = [taken["median"] for taken in bars.values()]
+                below = [taken["median"] - taken["q25"] for taken in bars.values()]
+                above = [taken["q75"] - taken["median"] for taken in bars.values()]
+                axes.bar(centres, medians, width, yerr=(below, above), label=name, color=f"C{number}")
+            axes.set_yscale("log")
+            axes.set_ylabel(f"{of_pass}, ms")
+        labels = ["\n".join((*shape.split(", "), dtype)) for shape, dtype in places]
+        rows[-1][0].set_xticks(range(len(places)), labels, fontsize=7)
+        figure.suptitle(
+            f"{result['operation']}, {result['environment']['device']}: median and quartiles, less is better"
+        )
+        handles, legend = rows[0][0].get_legend_handles_labels()
+        figure.legend(handles, legend, loc="outside right upper", fontsize=7)
+        partial = folder / f".{result['operation']}.png.part"  # whole or not at all, as with the other files
         figure.savefig(partial, dpi=120, format="png")
         partial.replace(folder / f"{result['operation']}.png")
     return None
