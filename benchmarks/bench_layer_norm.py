@@ -43,6 +43,7 @@ layer_norm = Operation(
     definition=lambda x, weight, bias: reference.layer_norm(x, weight, bias, EPS),
     cost=cost,
 )
+layer_norm.targets = {"forward": {"of_floor": 0.9}, "backward": {"of_floor": 0.8}}
 
 
 @layer_norm.provider("fastvit", kernel="layer_norm")
@@ -83,6 +84,7 @@ add_layer_norm = Operation(
     definition=lambda x, residual, weight, bias: reference.add_layer_norm(x, residual, weight, bias, EPS),
     cost=add_cost,
 )
+add_layer_norm.targets = layer_norm.targets
 
 
 @add_layer_norm.provider("fastvit", kernel="add_layer_norm")

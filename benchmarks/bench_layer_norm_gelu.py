@@ -42,6 +42,7 @@ def chain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bia
 
 
 layer_norm_gelu = Operation("layer_norm_gelu", setup=setup, definition=chain, cost=cost)
+layer_norm_gelu.targets = {"forward": {"speed_up": 1.15}, "forward + backward": {"speed_up": 1.1}}
 
 
 @layer_norm_gelu.provider("fastvit", kernel="layer_norm")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,10 @@ class Model(Operation):
     hides_launch = False
     baseline = "transformers"
     seconds = 2.0
+    targets: Mapping[str, Mapping[str, float]] = {
+        INFERENCE: {"speed_up": 1.2},
+        TRAINING: {"speed_up": 1.2, "memory": 0.75},
+    }
 
     def __init__(self) -> None:
         super().__init__("model", setup=lambda *_: {}, definition=lambda: None, cost=lambda *_: {})
@@ -97,6 +101,7 @@ class Model(Operation):
 
     def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> ModelCase:
         torch.manual_seed(0)
+        transformers.utils.logging.disable_progress_bar()  # one for each model that is loaded
         model = transformers.ViTForImageClassification(vit_config(shape))
         with torch.no_grad():
             for parameter in model.parameters():  # no bias stays 0, no scale 1

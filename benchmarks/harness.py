@@ -209,6 +209,8 @@ class Operation:
     baseline = "PyTorch"  # whose error in the same dtype is the measure of everybody's
     seconds = 0.2  # of timing for a provider and pass
     variants: Sequence[str] = ("",)
+    targets: Mapping[str, Mapping[str, float]] = {}  # pass -> what is wanted on a GPU at the first shape:
+    # speed_up: times as fast as the best other; of_floor: of the speed that the ceilings allow; memory: of the other's
 
     def __init__(
         self,
@@ -747,6 +749,8 @@ def run_case(
         for name in operation.passes:
             who = {"provider": label, "registered": provider.name, "ours": label.startswith(OURS)}
             record = common | {"pass": name, **who, **verdict}
+            if shape.tier == 0 and device.type == "cuda" and not settings.quick and name in operation.targets:
+                record["targets"] = dict(operation.targets[name])
             records[label, name] = record | {"first_call_s": first.get(name)}
 
     costs = operation.costs(shape, dtype)
@@ -773,7 +777,9 @@ def run_case(
                 record["kept_bytes"] = operation.kept_bytes(steps, case) if name == operation.passes[-1] else None
                 record["status"] = "measured" if settings.memory_only else record["status"]
             except Exception as error:
-                record |= {"status": "failed", "reason": describe(error)}
+                record["memory_error"] = describe(error)
+                if settings.memory_only:
+                    record |= {"status": "failed", "reason": describe(error)}
     yield from records.values()
 
 

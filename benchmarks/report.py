@@ -64,7 +64,7 @@ def write(result: dict[str, Any], folder: Path) -> None:
     write_text(folder / f"{name}.csv", as_csv([result]))
 
 
-def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
+def load(paths: Iterable[Path], *, may_be_empty: bool = False) -> list[dict[str, Any]]:
     """Results of all files given, and of all in the folders given; `source` says where each was."""
     results = []
     for path in paths:
@@ -83,7 +83,7 @@ def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
                 raise InputError(f"{file}: expected results of schema {SCHEMA}, got {result.get('schema')}")
             results.append(result | {"source": str(file.parent)})
             found += 1
-        if not found:
+        if not found and not may_be_empty:
             raise InputError(f"{path}: expected a folder with results of `fastvit benchmark`, found none")
     return results
 
@@ -188,6 +188,24 @@ def memory(record: dict[str, Any] | None) -> str:
     return size(record["peak_bytes"] if record.get("peak_bytes") is not None else record.get("kept_bytes"))
 
 
+def against_targets(comparison: Comparison) -> str:
+    """What was wanted and whether it was reached: "1.3x met, 65 % missed"; empty where nothing was asked."""
+    found = []
+    ours, rival = comparison.ours, comparison.rival
+    for kind, wanted in (comparison.record.get("targets") or {}).items():
+        reached: float | None
+        if kind == "speed_up":
+            text, reached = f"{wanted:g}x", comparison.speed_up
+        elif kind == "of_floor":
+            text, reached = f"{percent(wanted)} of floor", ours.get("of_floor") if ours else None
+        else:
+            peaks = [one.get("peak_bytes") if one else None for one in (ours, rival)]
+            text, reached = f"{wanted:g}x the memory", peaks[0] / peaks[1] if peaks[0] and peaks[1] else None
+        met = reached is not None and (reached <= wanted if kind == "memory" else reached >= wanted)
+        found.append(f"{text}: {'not measured' if reached is None else 'met' if met else 'missed'}")
+    return ", ".join(found)
+
+
 def not_timed(results: Sequence[dict[str, Any]]) -> list[tuple[str, str, str]]:
     """(what, status, reason), each once, wrong and failed ones first with all they were wrong in."""
     seen: dict[tuple[str, str, str], None] = {}
@@ -219,6 +237,7 @@ HEADER = (
     "our rate",
     "of floor",
     "memory",
+    "target",
 )
 
 
@@ -239,6 +258,7 @@ def cells(comparison: Comparison) -> list[str]:
         rate(ours),
         percent(ours.get("of_floor") if ours else None),
         needs,
+        against_targets(comparison),
     ]
 
 
@@ -344,7 +364,7 @@ def with_section(text: str, section: str) -> str:
 
 def readme_section(folder: Path) -> str:
     """The tables of the first shapes on every device in benchmarks/results; quick runs do not count."""
-    results = load([folder]) if folder.is_dir() and any(folder.rglob("*.json")) else []
+    results = load([folder], may_be_empty=True) if folder.is_dir() else []
     results = [
         result
         for result in results
@@ -380,13 +400,15 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
 
 def readme_table(results: Sequence[dict[str, Any]]) -> str:
     rows = [
-        ["operation", "pass", "fastvit ms", "best other ms", "speed-up", "of floor"],
-        ["---", "---", "---:", "---", "---:", "---:"],
+        ["operation", "pass", "fastvit ms", "best other ms", "speed-up", "of floor", "target"],
+        ["---", "---", "---:", "---", "---:", "---:", "---"],
     ]
     for comparison in comparisons(results):
         record = comparison.record
-        if not record["headline"] or record["pass"] == "forward + backward" or comparison.ours is None:
+        if not record["headline"] or comparison.ours is None:
             continue
+        if record["pass"] == "forward + backward" and not record.get("targets"):
+            continue  # the two halves say it
         rival = f"{milliseconds(comparison.rival)} ({comparison.rival['provider']})" if comparison.rival else "–"
         rows.append([
             f"{record['operation']}, {record['shape']}, {record['dtype']}",
@@ -395,6 +417,7 @@ def readme_table(results: Sequence[dict[str, Any]]) -> str:
             rival,
             times(comparison.speed_up),
             percent(comparison.ours.get("of_floor")),
+            against_targets(comparison),
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -191,6 +191,39 @@ def test_who_fails_while_timed_does_not_stop_the_others():
     assert isinstance(samples["bad"], RuntimeError) and len(samples["good"].milliseconds) >= 3
 
 
+def test_clock_of_a_gpu_flushes_pauses_and_times_the_call_alone(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    class Flusher:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: log.append("wait"))
+    monkeypatch.setattr(harness, "cache_flusher", lambda device: Flusher())
+    step = Step(lambda prepared: log.append(f"run {prepared}"), lambda: log.append("prepare") or "it")
+    gpu = torch.device("cuda")
+    assert harness.time_calls(step, 2, gpu, 1e-3).milliseconds == [1.5, 1.5]
+    call = ["prepare", "flush", "pause", "event", "run it", "event"]
+    assert log == [*call, *call, "wait"]
+    log.clear()
+    harness.time_calls(step, 1, gpu, None)  # where the host's time counts the device is idle before
+    assert log == ["prepare", "flush", "wait", "event", "run it", "event", "wait"]
+    samples = harness.measure({"it": step}, gpu, seconds=0.0, min_rounds=3)["it"]
+    assert set(samples.milliseconds) == {1.5} and len(samples.host_microseconds) == len(samples.milliseconds)
+
+
 def test_quantiles_and_speeds():
     samples = [float(value) for value in range(1, 102)]  # 1 to 101 ms
     ms = harness.quantiles(samples)
@@ -453,7 +486,7 @@ def test_readme_check_fails_when_results_change(tmp_path, monkeypatch, capsys):
     assert cli.main(["benchmark", "readme"]) == 0
     assert cli.main(["benchmark", "readme", "--check"]) == 0
     text = (tmp_path / "README.md").read_text()
-    row = "| layer_norm, ViT-B/16 224, batch 256, bfloat16 | forward | 1 | 2 (PyTorch) | 2.00x | 50 % |"
+    row = "| layer_norm, ViT-B/16 224, batch 256, bfloat16 | forward | 1 | 2 (PyTorch) | 2.00x | 50 % |  |"
     assert row in text and "No results of a GPU" not in text
     edited = text.replace("2.00x", "3.00x")
     (tmp_path / "README.md").write_text(edited)
@@ -489,6 +522,23 @@ def test_page_shows_speed_ups_escapes_names_and_joins_folders(tmp_path):
     assert '<td class="number slower">0.50x</td>' in page and '<td class="number">2.00x</td>' in page
     assert "Some &lt;GPU&gt;" in page and "<GPU>" not in page
     assert page.count("<h2>") == 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "says"),
+    [
+        ({"speed_up": 1.5, "of_floor": 0.9}, "1.5x: met, 90 % of floor: missed"),
+        ({"speed_up": 2.5}, "2.5x: missed"),
+        ({"memory": 0.75}, "0.75x the memory: met"),
+        ({"memory": 0.25}, "0.25x the memory: missed"),
+    ],
+)
+def test_targets_are_named_met_or_missed(targets, says):
+    records = [record(targets=targets, peak_bytes=500), record("PyTorch", median=2.0, targets=targets)]
+    (comparison,) = report.comparisons([result(*records)])
+    assert report.against_targets(comparison) == says
+    (comparison,) = report.comparisons([result(records[0] | {"status": "wrong", "ms": None})])
+    assert "met" not in report.against_targets(comparison) and "not measured" in report.against_targets(comparison)
 
 
 def test_roofline_places_points_under_the_roof():
