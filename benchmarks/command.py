@@ -228,6 +228,7 @@ def run_tasks(
                 **about,
                 "not_begun": [],
                 "failed_cases": [],
+                "case_seconds": {},
                 "records": [],
             },
         )
@@ -235,10 +236,12 @@ def run_tasks(
         def tick(what: str, name: str = task.name) -> None:
             progress.set_description(f"{name}: {what}")
 
+        begun = time.monotonic()
         try:
             result["records"].extend(task.run(settings, tick))
         except Exception as error:  # one case too large for this device is no reason to lose the rest
             result["failed_cases"].append({"case": task.name, "reason": describe(error)})
+        result["case_seconds"][task.name] = round(time.monotonic() - begun, 1)
         waiting.remove(task.name)
         result["not_begun"] = [name for name in waiting if name.split()[0] == task.operation]
         report.write(result, folder)

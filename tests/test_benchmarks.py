@@ -28,6 +28,16 @@ OPERATIONS = [
     for operation in importlib.import_module(f"fastvit.benchmarks.{module}").OPERATIONS
 ]
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Toy sizes gain nothing from more, and threads that wait for each other on a busy machine lose a lot."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is right
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +383,23 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, message, capsys):
     assert cli.main(["benchmark", *argv]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_cold_start_that_fails_is_reported(monkeypatch):
+    coldstart = importlib.import_module("fastvit.benchmarks.bench_coldstart")
+
+    def start_once(provider, *_):
+        if provider == "transformers":
+            raise RuntimeError("no")
+        return dict.fromkeys(coldstart.PHASES, 0.5)
+
+    monkeypatch.setattr(coldstart, "start_once", start_once)
+    records = list(coldstart.run(Settings(DEVICE, quick=True), torch.float32))
+    assert len(records) == 2 * 2 * len(coldstart.PHASES)
+    assert all(one["ms"]["median"] == 500 for one in records if one["ours"])
+    assert all(one["reason"] == "RuntimeError: no" and "ms" not in one for one in records if not one["ours"])
+    late = list(coldstart.run(Settings(DEVICE, quick=True, deadline=0.0), torch.float32))
+    assert {one["status"] for one in late} == {"left out"}
 
 
 def test_cold_start_runs_in_a_process_of_its_own(tmp_path):
