@@ -141,13 +141,13 @@ def run(options: argparse.Namespace) -> int:
     """The chosen suites, one file of results for each operation. Exit code 1: ours was wrong, or failed."""
     started = time.monotonic()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: there is no GPU that this PyTorch can use")
     dtypes = [DTYPES[name] for name in options.dtype or (["bfloat16"] if device.type == "cuda" else ["float32"])]
     tasks = tasks_of(options, device, dtypes)
     if options.list:
         print("\n".join(task.name for task in tasks))
         return 0
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: there is no GPU that this PyTorch can use")
     try:
         re.compile(options.providers)
     except re.error as error:

@@ -181,11 +181,13 @@ def size(count: float | None) -> str:
     return f"{count:.3g} GiB"
 
 
-def memory(record: dict[str, Any] | None) -> str:
+def bytes_of(record: dict[str, Any]) -> float | None:
     """The allocator's peak on a GPU; elsewhere what is kept for backward."""
-    if record is None:
-        return "–"
-    return size(record["peak_bytes"] if record.get("peak_bytes") is not None else record.get("kept_bytes"))
+    return record["peak_bytes"] if record.get("peak_bytes") is not None else record.get("kept_bytes")
+
+
+def memory(record: dict[str, Any] | None) -> str:
+    return "–" if record is None else size(bytes_of(record))
 
 
 def against_targets(comparison: Comparison) -> str:
@@ -243,9 +245,10 @@ HEADER = (
 
 def cells(comparison: Comparison) -> list[str]:
     record, ours, rival = comparison.record, comparison.ours, comparison.rival
-    ours = ours or next((one for one in comparison.everybody if one["ours"]), None)
-    other = rival or next((one for one in comparison.everybody if not one["ours"] and memory(one) != "–"), None)
-    needs = " : ".join((memory(ours), memory(other))) if memory(ours) != "–" else "–"
+    least = sorted((one for one in comparison.everybody if memory(one) != "–"), key=lambda one: bytes_of(one) or 0)
+    ours = ours or next((one for one in least if one["ours"]), None)
+    rival = rival or next((one for one in least if not one["ours"]), None)
+    needs = " : ".join((memory(ours), memory(rival))) if memory(ours) != "–" else "–"
     return [
         record["operation"],
         record["shape"],
@@ -264,7 +267,7 @@ def cells(comparison: Comparison) -> list[str]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """For a terminal: a line for each shape and pass, then everybody who was not timed and why."""
-    rows = [list(HEADER)] + [cells(comparison) for comparison in comparisons(results)]
+    rows = [list(HEADER)] + [row for row in map(cells, comparisons(results)) if {row[4], row[5], row[10]} != {"–"}]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     right = {4, 5, 7, 8, 9, 10}
     lines = [
@@ -295,11 +298,13 @@ def compare(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]], t
     """
 
     def by_key(results: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
-        return {
-            tuple(record[name] for name in ("operation", "shape", "dtype", "pass", "registered")): record
-            for result in results
-            for record in result["records"]
-        }
+        found: dict[tuple[str, ...], dict[str, Any]] = {}
+        for result in results:
+            for record in result["records"]:
+                key = tuple(record[name] for name in ("operation", "shape", "dtype", "pass", "registered"))
+                if key not in found or record["status"] != "measured":  # times count more than memory alone
+                    found[key] = record
+        return found
 
     old, new = by_key(before), by_key(after)
     measured = [key for key, record in old.items() if record["status"] in ("timed", "measured")]

@@ -365,6 +365,9 @@ def test_list_names_every_operation_and_runs_nothing(capsys):
     assert cli.main(["benchmark", "all", "--list", "--device", "cpu"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert {line.split()[0] for line in listed} == {operation.name for operation in OPERATIONS} | {"coldstart"}
+    assert cli.main(["benchmark", "all", "--list", "--device", "cuda"]) == 0  # needs no GPU
+    on_gpu = capsys.readouterr().out.splitlines()
+    assert "attention ViT-B/16 224, batch 256, packed qkv bfloat16" in on_gpu[: len(on_gpu) // 2]
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert files == {*command.KERNELS, "bench_model", "bench_coldstart"}
 
@@ -589,6 +592,15 @@ def test_plots_are_drawn_where_matplotlib_is(results_folder, tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {
             f"{path.stem}.png" for path in results_folder.glob("*.json")
         }
+
+
+def test_memory_alone_is_held_against_who_needs_least():
+    def measured(provider, count):
+        return record(provider, status="measured", ms=None, peak_bytes=count)
+
+    records = [measured("fastvit", 512), measured("PyTorch", 2048), measured("PyTorch flash", 1024)]
+    text = report.table([result(*records, memory_only=True)])
+    assert "512 B : 1 KiB" in text and "PyTorch flash" in text
 
 
 def test_best_of_ours_is_held_against_the_best_of_the_others():
