@@ -78,9 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--time-budget",
         type=float,
-        default=540.0,
+        default=450.0,
         metavar="SECONDS",
-        help="begin nothing new after this [540]; 0: no end",
+        help="begin nothing new after this [450]; 0: no end",
     )
     parser.add_argument("--list", action="store_true", help="say what would be run, and run nothing")
     return parser

@@ -156,9 +156,10 @@ class Provider:
     max_batch: int | None = None  # it is no question above
 
     def label(self, device: torch.device, dtype: torch.dtype) -> str:
-        return (
-            self.name if self.kernel is None else self.name.replace(OURS, who_computes(self.kernel, device, dtype), 1)
-        )
+        """The name in the results; ours says whether its kernel computes."""
+        if self.kernel is None:
+            return self.name
+        return self.name.replace(OURS, who_computes(self.kernel, device, dtype), 1)
 
     def why_not(self, device: torch.device) -> str | None:
         """Why it cannot run on this machine, or None."""
@@ -364,9 +365,8 @@ class Error(NamedTuple):
 def error_of(result: Tensor, exact: Tensor) -> Error:
     if result.shape != exact.shape:
         raise ValueError(f"shape {list(result.shape)} instead of {list(exact.shape)}")
-    difference, exact = (tensor.double().reshape(-1, tensor.shape[-1] if tensor.ndim else 1) for tensor in (
-        result.detach().double() - exact.double(), exact
-    ))  # fmt: skip
+    exact = exact.double().reshape(-1, exact.shape[-1] if exact.ndim else 1)
+    difference = result.detach().double().reshape(exact.shape) - exact
     norm = exact.norm().clamp(min=torch.finfo(torch.float64).tiny)
     rows = exact.norm(dim=-1).clamp(min=0.1 * norm.item() / max(1, len(exact)) ** 0.5)
     return Error((difference.norm() / norm).item(), (difference.norm(dim=-1) / rows).max().item())
@@ -700,7 +700,7 @@ def run_case(
     settings: Settings,
     tick: Callable[[str], object] = lambda what: None,
 ) -> Iterator[dict[str, Any]]:
-    """Records of all providers and passes, in the order of providers. tick: told what is done next."""
+    """Check, time and weigh every provider: a record for each and each pass. tick: told what is done next."""
     device = settings.device
     common = {
         "operation": operation.name,
