@@ -492,6 +492,14 @@ def test_compare_refuses_to_compare_nothing(tmp_path, capsys):
     assert "no case in common" in capsys.readouterr().err
 
 
+def test_files_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    report.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        report.write_text(path, "new \ud800")  # half a character
+    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["results.json"]
+
+
 def test_results_of_another_schema_are_refused(tmp_path):
     report.write(result(record()) | {"schema": 99}, tmp_path)
     with pytest.raises(InputError, match="schema 1, got 99"):
