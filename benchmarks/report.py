@@ -541,9 +541,8 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> str | None:
             axes.set_ylabel(f"{of_pass}, ms")
         labels = ["\n".join((*shape.split(", "), dtype)) for shape, dtype in places]
         rows[-1][0].set_xticks(range(len(places)), labels, fontsize=7)
-        figure.suptitle(
-            f"{result['operation']}, {result['environment']['device']}: median and quartiles, less is better"
-        )
+        title = f"{result['operation']}, {result['environment']['device']}\nmedian and quartiles, less is better"
+        figure.suptitle(title, x=0.02, ha="left", fontsize=10)
         handles, legend = rows[0][0].get_legend_handles_labels()
         figure.legend(handles, legend, loc="outside right upper", fontsize=7)
         partial = folder / f".{result['operation']}.png.part"  # whole or not at all, as with the other files
