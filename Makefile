@@ -38,8 +38,8 @@ format: setup  ## let ruff rewrite the code's layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: setup  ## time the model beside transformers' on this machine
-	$(BIN)/python benchmarks/bench_model.py $(ARGS)
+benchmark: setup  ## time fastvit beside its rivals on this machine (ARGS="model --quick", "compare A B", ...)
+	$(BIN)/fastvit benchmark $(ARGS)
 
 kernels-report: setup  ## compile every kernel for real GPUs (none needed) and write registers, spills, instructions
 	$(BIN)/python tests/compile/compile_kernels.py $(ARGS)

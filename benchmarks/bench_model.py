@@ -1,62 +1,209 @@
-"""How fast is the whole model beside transformers' and timm's, with the same weights' shapes and the same pictures?
+"""How fast is the whole model beside transformers' and timm's, with the same weights and the same pictures?
 
-    python benchmarks/bench_model.py --size base --batch-size 8
-
-Every round times each provider once, in turn, so that a machine that slows down slows all of them. Before anything is
-timed, each provider's logits are checked against transformers' eager ones with the same weights.
+Inference is a forward pass for logits with weights in the dtype asked for; a training step is forward, backward and
+AdamW with float32 weights, under autocast where the dtype is another. What the host takes counts here, as in use.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
-import subprocess
+import copy
+import dataclasses
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
-import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 from transformers import ViTConfig
 
 import fastvit
-from fastvit.options import SIZES
+from fastvit.benchmarks.harness import Compiled, Cost, Operation, Provider, Shape, Step, as_test, bytes_kept, free
 from fastvit.weights import convert
 
 NUM_CLASSES = 10
-STEPS = ("forward", "training step")
+INFERENCE, TRAINING = "inference", "training step"
 
 
-def vit_config(size: str, image_size: int) -> ViTConfig:
-    hidden_size, num_layers, num_heads = SIZES[size]
+class ModelCase(NamedTuple):
+    folder: tempfile.TemporaryDirectory  # the weights, as transformers saves them
+    pixels: Tensor  # [B, 3, H, W] float32
+    labels: Tensor  # [B]
+    dtype: torch.dtype
+    models: dict[Callable[..., Any], tuple[nn.Module, nn.Module]]  # made once for all modes of a provider
+    expected: dict[str, Tensor]
+
+
+def vit_config(shape: Shape) -> ViTConfig:
     return ViTConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        intermediate_size=4 * hidden_size,
-        image_size=image_size,
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=4 * shape.hidden,
+        image_size=shape.image_size,
         layer_norm_eps=1e-6,  # timm's
         num_labels=NUM_CLASSES,
     )
 
 
-def make_transformers(folder: Path) -> nn.Module:
-    return transformers.ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa")
+def logits_of(model: nn.Module, pixels: Tensor) -> Tensor:
+    output = model(pixels)
+    return output if isinstance(output, Tensor) else output.logits
 
 
-def make_fastvit(folder: Path) -> nn.Module:
+def forward_flops(shape: Shape) -> float:
+    """Matrix products of one forward pass for logits, all tokens through all blocks."""
+    block = 24 * shape.hidden**2 + 4 * shape.tokens * shape.hidden
+    return shape.batch * (shape.layers * shape.tokens * block + 2 * shape.patches * 768 * shape.hidden)
+
+
+class Model(Operation):
+    passes = (INFERENCE, TRAINING)
+    hides_launch = False
+    baseline = "transformers"
+    seconds = 2.0
+    targets: Mapping[str, Mapping[str, float]] = {
+        INFERENCE: {"speed_up": 1.2},
+        TRAINING: {"speed_up": 1.2, "memory": 0.75},
+    }
+
+    def __init__(self) -> None:
+        super().__init__("model", setup=lambda *_: {}, definition=lambda: None, cost=lambda *_: {})
+
+    def shapes(self, device: torch.device, quick: bool) -> list[Shape]:
+        if quick:
+            return super().shapes(device, quick)
+        if device.type == "cuda":  # after the large batch the smallest, where launches decide
+            few = [Shape("base", 224, 256), Shape("base", 224, 1, 1), Shape("base", 224, 32, 1)]
+            few += [Shape("small", 224, 256, 1), Shape("large", 224, 32, 1), Shape("tiny", 224, 256, 1)]
+        else:
+            few = [
+                Shape(size, 224, batch, int(size == "base")) for size in ("tiny", "small", "base") for batch in (8, 1)
+            ]
+        known = {shape.name for shape in few}
+        grid = [dataclasses.replace(shape, tier=2) for shape in super().shapes(device, quick)]
+        return few + [shape for shape in grid if shape.name not in known]
+
+    def costs(self, shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+        flops = forward_flops(shape)
+        return {INFERENCE: Cost(flops, 0), TRAINING: Cost(3 * flops, 0)}
+
+    def rate(self, shape: Shape) -> float:
+        return shape.batch
+
+    def floor_of_error(self, dtype: torch.dtype) -> float:
+        return 1e-4 if dtype == torch.float32 else 2e-2
+
+    def limit_of_error(self, dtype: torch.dtype) -> float:
+        return 1e-2 if dtype == torch.float32 else 0.2
+
+    def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> ModelCase:
+        torch.manual_seed(0)
+        transformers.utils.logging.disable_progress_bar()  # one for each model that is loaded
+        model = transformers.ViTForImageClassification(vit_config(shape))
+        with torch.no_grad():
+            for parameter in model.parameters():  # no bias stays 0, no scale 1
+                parameter.add_(0.02 * torch.randn_like(parameter))
+        folder = tempfile.TemporaryDirectory()
+        model.save_pretrained(folder.name)
+        pixels = torch.randn(shape.batch, 3, shape.image_size, shape.image_size, device=device)
+        labels = torch.arange(shape.batch, device=device) % NUM_CLASSES
+        case = ModelCase(folder, pixels, labels, dtype, {}, {})
+        exact = case._replace(dtype=torch.float32, models={})
+        steps = self.prepare(self.providers["transformers"], exact)
+        case.expected.update(self.results(steps, exact))
+        del steps, exact
+        free(device)
+        return case
+
+    def prepare(self, provider: Provider, case: Any) -> dict[str, Step]:
+        if provider.function not in case.models:
+            trained = provider.function(Path(case.folder.name)).to(case.pixels.device)
+            used = copy.deepcopy(trained).to(case.dtype)
+            case.models[provider.function] = trained.train(), used.eval()
+        trained, used = case.models[provider.function]
+        pixels = case.pixels.to(case.dtype)
+        call, train = used, trained
+        if provider.compile_mode is not None:
+            call, train = (torch.compile(model, mode=provider.compile_mode, dynamic=False) for model in (used, trained))
+        graphs = provider.compile_mode in ("reduce-overhead", "max-autotune")
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-6, fused=True)
+
+        def infer(_: Any) -> Tensor:
+            if graphs:  # the outputs of the last call may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()
+            with torch.no_grad():
+                return logits_of(call, pixels)
+
+        def loss() -> Tensor:
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
+            with torch.autocast(pixels.device.type, case.dtype, enabled=case.dtype != torch.float32):
+                logits = logits_of(train, case.pixels)
+            return nn.functional.cross_entropy(logits.float(), case.labels)
+
+        def step(_: Any) -> None:
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        def gradients() -> dict[str, Tensor]:
+            value = loss()
+            value.backward()
+            # The patch embedding's gradient comes through the whole model; the norm holds everybody else's.
+            (projection,) = (parameter.grad for parameter in trained.parameters() if parameter.ndim == 4)
+            norm = torch.stack(
+                [grad.norm() for grad in (p.grad for p in trained.parameters()) if grad is not None]
+            ).norm()
+            found = {
+                "loss": value.detach().clone(),
+                "gradient of the patches": projection.clone(),
+                "gradients' norm": norm,
+            }
+            optimizer.zero_grad()
+            return found
+
+        return {
+            INFERENCE: Step(infer),
+            TRAINING: Step(step),
+            "gradients": Step(lambda _: gradients()),
+            "loss": Step(lambda _: loss()),
+        }
+
+    def first_calls(self, steps: dict[str, Step]) -> dict[str, Step]:
+        """A training step's is without AdamW: weights must not change before they are checked."""
+        return {INFERENCE: steps[INFERENCE], TRAINING: steps["gradients"]}
+
+    def results(self, steps: dict[str, Step], case: Any) -> dict[str, Tensor]:
+        found: Any = steps["gradients"].run(None)
+        inferred: Any = steps[INFERENCE].run(None)
+        return {"logits": inferred.clone(), **found}
+
+    def kept_bytes(self, steps: dict[str, Step], case: Any) -> int:
+        known = [case.pixels, case.labels]
+        for models in case.models.values():
+            for model in models:
+                known.extend(model.parameters())
+        return bytes_kept(lambda: steps["loss"].run(None), known)
+
+
+model = Model()
+
+
+@model.provider("fastvit", kernel="layer_norm")
+def ours(folder: Path) -> nn.Module:
     return fastvit.ViTForImageClassification.from_pretrained(folder)
 
 
-def make_timm(folder: Path) -> nn.Module:
+@model.provider("transformers")
+def theirs(folder: Path) -> nn.Module:
+    return transformers.ViTForImageClassification.from_pretrained(folder, attn_implementation="sdpa")
+
+
+@model.provider("timm", needs=("timm", "torchvision"))
+def timm(folder: Path) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     config = ViTConfig.from_pretrained(folder)
@@ -71,142 +218,14 @@ def make_timm(folder: Path) -> nn.Module:
     return model
 
 
-PROVIDERS = {"fastvit": make_fastvit, "transformers": make_transformers, "timm": make_timm}
+for mode in (
+    {"compiled": Compiled("default", tier=1)},
+    {"CUDA graphs": Compiled("reduce-overhead", tier=1, devices=("cuda",), max_batch=32)},  # for the launches of few
+    {"max-autotune": Compiled("max-autotune-no-cudagraphs", tier=3)},  # minutes each
+):
+    for name in ("fastvit", "transformers", "timm"):
+        model.compiled(name, mode)
 
+OPERATIONS = (model,)
 
-def make_models(config: ViTConfig, folder: Path) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Every provider's model with the same random weights, and why those that are missing are missing."""
-    torch.manual_seed(0)
-    transformers.ViTForImageClassification(config).save_pretrained(folder)
-    models, missing = {}, {}
-    for name, make in PROVIDERS.items():
-        try:
-            models[name] = make(folder)
-        except ImportError as error:
-            missing[name] = str(error)
-    return models, missing
-
-
-def logits_of(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    output = model(pixels)
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
-def check(models: dict[str, nn.Module], pixels: torch.Tensor) -> None:
-    """Nothing is timed that gives other logits than transformers' model."""
-    with torch.inference_mode():
-        expected = logits_of(models["transformers"].eval(), pixels)
-        for name, model in models.items():
-            error = (logits_of(model.eval(), pixels) - expected).norm() / expected.norm()
-            if not error < 1e-4:
-                raise SystemExit(f"{name}: logits are wrong by {error:.1e} relative; nothing was timed")
-
-
-def make_step(model: nn.Module, step: str, pixels: torch.Tensor, precision: str) -> Callable[[], None]:
-    """One forward pass for logits, or one training step: forward, backward, AdamW."""
-    labels = torch.arange(len(pixels), device=pixels.device) % NUM_CLASSES
-    autocast = torch.autocast(pixels.device.type, torch.bfloat16, enabled=precision == "bf16")
-    if step == "forward":
-
-        def forward() -> None:
-            model.eval()
-            with torch.inference_mode(), autocast:
-                logits_of(model, pixels)
-
-        return forward
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-
-    def train() -> None:
-        model.train()
-        with autocast:
-            loss = nn.functional.cross_entropy(logits_of(model, pixels).float(), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return train
-
-
-def measure(functions: dict[str, Callable[[], None]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every round for every provider, in turn, after one round of warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in tqdm(range(rounds + 1), leave=False):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def quartiles(samples: list[float]) -> dict[str, float]:
-    low, median, high = np.quantile(samples, (0.25, 0.5, 0.75))
-    return {"q25": float(low), "median": float(median), "q75": float(high), "min": min(samples)}
-
-
-def environment(device: torch.device) -> dict[str, str | int]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="size of the model [tiny]")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="write the result as JSON to this file")
-    options = parser.parse_args()
-    device = torch.device(options.device)
-
-    with tempfile.TemporaryDirectory() as folder:
-        models, missing = make_models(vit_config(options.size, options.image_size), Path(folder))
-    pixels = torch.randn(options.batch_size, 3, options.image_size, options.image_size, device=device)
-    models = {name: model.to(device) for name, model in models.items()}
-    check(models, pixels)
-    result = {"options": {**vars(options), "out": None}, "environment": environment(device), "missing": missing}
-    print(f"ViT {options.size}, {options.image_size} px, batch {options.batch_size}, {options.precision}, {device}")
-    for name, reason in missing.items():
-        print(f"  {name} is missing: {reason}")
-    for step in STEPS:
-        functions = {name: make_step(model, step, pixels, options.precision) for name, model in models.items()}
-        seconds = measure(functions, options.rounds, device)
-        result[step] = {name: quartiles(samples) for name, samples in seconds.items()}
-        ours = result[step]["fastvit"]["median"]
-        for name, statistics in result[step].items():
-            median, low, high = (1e3 * statistics[key] for key in ("median", "q25", "q75"))
-            print(
-                f"  {step:<14}{name:<14}{median:9.1f} ms ({low:.1f} to {high:.1f})"
-                f"{options.batch_size / statistics['median']:9.1f} images/s{statistics['median'] / ours:8.2f}x"
-            )
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(options.out)
-
-
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("name", ["fastvit", "transformers"])
-def test_model_step(benchmark, name, step, tmp_path):
-    """The same as pytest-benchmark rows: pytest benchmarks --benchmark-enable."""
-    models, _ = make_models(vit_config("micro", 64), tmp_path)
-    pixels = torch.randn(2, 3, 64, 64)
-    check(models, pixels)
-    benchmark(make_step(models[name], step, pixels, "fp32"))
-
-
-if __name__ == "__main__":
-    main()
+test_model = as_test(model)

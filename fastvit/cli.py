@@ -12,22 +12,26 @@ COMMANDS = {
     "evaluate": "measure a model on labelled pictures",
     "attention": "draw where the class token looks",
     "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
+    "benchmark": "time fastvit beside its rivals on this machine",
     "info": "say which devices and versions are here, and which backend computes each operation",
 }
 
 
 def report_errors(command: Callable[[], object]) -> int:
-    """Run `command`; what the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130."""
+    """Run `command` and return the exit code: the integer that it returns, or 0.
+
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
+    """
     from fastvit.errors import InputError
 
     try:
-        command()
+        code = command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return report_errors(lambda: finetune(rest))
     if name == "convert":
         return report_errors(lambda: convert(rest))
+    if name == "benchmark":
+        return report_errors(lambda: benchmark(rest))
     if name == "info":
         return report_errors(lambda: info(rest))
     return report_errors(lambda: use_model(name, rest))
@@ -66,6 +72,12 @@ def use_model(name: str, argv: list[str]) -> None:
     from fastvit import predict
 
     getattr(predict, name)(argv)
+
+
+def benchmark(argv: list[str]) -> int:
+    from fastvit.benchmarks.command import main
+
+    return main(argv)
 
 
 def info(argv: list[str]) -> None:

@@ -74,7 +74,7 @@ def test_command_says_what_it_can_do(capsys):
 def test_command_names_what_it_does_not_know(capsys):
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (
-        "error: expected one of finetune, predict, evaluate, attention, convert, info, got 'train'\n"
+        "error: expected one of finetune, predict, evaluate, attention, convert, benchmark, info, got 'train'\n"
     )
 
 

@@ -1,0 +1,96 @@
+"""Is attention over a few hundred tokens faster than each backend of scaled_dot_product_attention, called by name?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastvit import ops, reference
+from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+
+# Query, key and value as one matrix product leaves them, one tensor with one gradient; or as three.
+PACKED, SEPARATE = "packed qkv", "separate q k v"
+
+
+def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    size = (shape.batch, shape.tokens, shape.heads, shape.hidden // shape.heads)
+    if shape.variant == PACKED:
+        qkv = torch.randn(*size[:2], 3, *size[2:], dtype=dtype, device=device).requires_grad_()
+        return {"qkv": qkv}
+    return {"qkv": tuple(torch.randn(size, dtype=dtype, device=device).requires_grad_() for _ in range(3))}
+
+
+def split(qkv: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """query, key and value [B, N, heads, head_dim]."""
+    return qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
+
+
+def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
+    product = 2 * shape.batch * shape.hidden * shape.tokens**2  # of all heads: queries x keys x head_dim
+    tensor = shape.rows * shape.hidden * itemsize
+    return {
+        "forward": Cost(2 * product, 4 * tensor),  # q, k, v, out
+        "backward": Cost(5 * product, 8 * tensor),  # q, k, v, out, grad_out, and three gradients
+    }
+
+
+attention = Operation(
+    "attention",
+    setup=setup,
+    definition=lambda qkv: reference.attention(*split(qkv)),
+    cost=cost,
+    variants=(PACKED, SEPARATE),
+)
+attention.baseline = "PyTorch SDPA math"
+attention.targets = {"forward": {"speed_up": 1.3, "of_floor": 0.65}, "backward": {"speed_up": 1.3}}
+
+
+@attention.provider("fastvit", kernel="attention")
+def ours(qkv: Tensor | Sequence[Tensor]) -> Tensor:
+    return ops.attention(*split(qkv))
+
+
+def sdpa(qkv: Tensor | Sequence[Tensor]) -> Tensor:
+    query, key, value = (tensor.transpose(1, 2) for tensor in split(qkv))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def add_backend(name: str, backend: SDPBackend, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
+    @attention.provider(f"PyTorch SDPA {name}", devices=devices)
+    def pinned(qkv: Tensor | Sequence[Tensor]) -> Tensor:
+        with sdpa_kernel(backend):  # backward belongs to the forward that ran
+            return sdpa(qkv)
+
+
+add_backend("math", SDPBackend.MATH)
+add_backend("flash", SDPBackend.FLASH_ATTENTION)
+add_backend("cuDNN", SDPBackend.CUDNN_ATTENTION, ("cuda",))
+add_backend("efficient", SDPBackend.EFFICIENT_ATTENTION, ("cuda",))
+
+
+@attention.provider("flash-attn", needs=("flash_attn",), devices=("cuda",))
+def flash_attn(qkv: Tensor | Sequence[Tensor]) -> Tensor:
+    from flash_attn import flash_attn_func, flash_attn_qkvpacked_func
+
+    packed = isinstance(qkv, Tensor)
+    return (flash_attn_qkvpacked_func(qkv) if packed else flash_attn_func(*qkv)).flatten(2)
+
+
+@attention.provider("PyTorch")
+def written_out(qkv: Tensor | Sequence[Tensor]) -> Tensor:
+    """Products and softmax apart, for the compilers to fuse."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in split(qkv))
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+attention.compiled("PyTorch")
+
+OPERATIONS = (attention,)
+
+test_attention = as_test(attention)

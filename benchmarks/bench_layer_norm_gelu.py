@@ -1,0 +1,58 @@
+"""What do LayerNorm and GELU add to the matrix product between them, the first half of the feed-forward?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit import ops
+from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+
+EPS = 1e-6
+
+
+def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    hidden, wide = shape.hidden, 4 * shape.hidden
+    random = {
+        "x": torch.randn(shape.batch, shape.tokens, hidden, dtype=dtype, device=device),
+        "norm_weight": 1 + 0.1 * torch.randn(hidden, dtype=dtype, device=device),
+        "norm_bias": 0.1 * torch.randn(hidden, dtype=dtype, device=device),
+        "weight": hidden**-0.5 * torch.randn(wide, hidden, dtype=dtype, device=device),
+        "bias": 0.1 * torch.randn(wide, dtype=dtype, device=device),
+    }
+    return {name: tensor.requires_grad_() for name, tensor in random.items()}
+
+
+def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
+    hidden, wide = shape.hidden, 4 * shape.hidden
+    product = 2 * shape.rows * hidden * wide
+    x, weight, out = (itemsize * count for count in (shape.rows * hidden, hidden * wide, shape.rows * wide))
+    return {
+        "forward": Cost(product, x + weight + out),
+        # x, weight, grad_out and what GELU was taken of; gradients of x and weight
+        "backward": Cost(2 * product, 2 * x + 2 * weight + 2 * out),
+    }
+
+
+def chain(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, EPS), weight, bias))
+
+
+layer_norm_gelu = Operation("layer_norm_gelu", setup=setup, definition=chain, cost=cost)
+layer_norm_gelu.targets = {"forward": {"speed_up": 1.15}, "forward + backward": {"speed_up": 1.1}}
+
+
+@layer_norm_gelu.provider("fastvit", kernel="layer_norm")
+def ours(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(ops.layer_norm(x, norm_weight, norm_bias, EPS), weight, bias))
+
+
+layer_norm_gelu.provider("PyTorch")(chain)
+layer_norm_gelu.compiled("PyTorch")
+
+OPERATIONS = (layer_norm_gelu,)
+
+test_layer_norm_gelu = as_test(layer_norm_gelu)
