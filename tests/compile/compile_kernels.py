@@ -137,6 +137,24 @@ def patch_embed_cases(quick: bool) -> Iterator[Case]:
     yield "masked 768/16 bfloat16", lambda: patch_embed._launch_tokens_backward(*masked)
 
 
+def smallest_cases(quick: bool) -> Iterator[Case]:
+    """Sizes and strides of 1, which the compiler takes as constants: what the interpreter cannot try."""
+    one = meta(1)
+    yield "one value", lambda: layer_norm._launch_forward(meta(1, 1), None, one, one, None, None, 1e-6)
+    yield "one value", lambda: layer_norm._launch_forward(meta(1, 1), meta(1, 1), one, one, one, one, 1e-6)
+    arguments = (meta(1, 1), meta(1, 1), meta(1, 1), meta(1, 1), one, one, one, meta(2, 1))
+    yield "one value", lambda: layer_norm._launch_backward(*arguments, torch.float32, torch.float32, True)
+    weight, token, mask = meta(1, 1, 1, 1), meta(1, 1, 1), meta(1, 1, dtype=torch.bool)
+    grad_out = meta(1, 2, 1)
+    for pixels in (meta(1, 1, 1, 1), meta(1, 1, 1, 1, dtype=torch.uint8)):
+        forward = (pixels, weight, one, token, meta(1, 2, 1), token, mask, [0.5], [0.5])
+        yield "one pixel", lambda a=forward: patch_embed._launch_forward(*a)
+        backward = (grad_out, pixels, weight, mask, [0.5], [0.5])
+        yield "one pixel", lambda a=backward: patch_embed._launch_weight_backward(*a)
+    yield "one pixel", lambda: patch_embed._launch_pixels_backward(grad_out, meta(1, 1, 1, 1), weight, mask)
+    yield "one pixel", lambda: patch_embed._launch_tokens_backward(grad_out, mask, 1, *[torch.float32] * 4)
+
+
 def choices(label: str, operation: str, call: Callable[[tuning.Choice], object], quick: bool) -> Iterator[Case]:
     """A case for each candidate of the table, for half precision; how many there are depends on the GPU."""
 
@@ -224,6 +242,7 @@ def gelu_cases(quick: bool) -> Iterator[Case]:
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "layer_norm": layer_norm_cases,
     "patch_embed": patch_embed_cases,
+    "smallest": smallest_cases,
     "feed_forward": feed_forward_cases,
     "gelu": gelu_cases,
 }
