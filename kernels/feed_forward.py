@@ -151,7 +151,7 @@ _feed_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def feed_forward(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str = "gelu"
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str
 ) -> Tensor:
     """activation(x @ weight1^T + bias1) @ weight2^T + bias2.
 
