@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import linear
-from fastvit.kernels.gelu import DTYPES, as_rows, check_tensor  # noqa: F401 (DTYPES: what callers may ask for)
+from fastvit.kernels.gelu import DTYPES, as_rows, check_tensor, without_autocast  # noqa: F401 (DTYPES is for callers)
 from fastvit.kernels.layer_norm_gelu import (
     as_norm,
     autocast,
@@ -44,6 +44,7 @@ from fastvit.kernels.layer_norm_gelu import (
 
 
 @torch.library.custom_op("fastvit::feed_forward", mutates_args=())
+@without_autocast
 def _feed_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -71,6 +72,7 @@ def _(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, 
 
 
 @torch.library.custom_op("fastvit::feed_forward_backward", mutates_args=())
+@without_autocast
 def _feed_forward_backward(
     grad_out: Tensor,
     grad_sum: Tensor | None,

@@ -301,6 +301,18 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, kind):
 
 
 @EVERY_WAY
+def test_backward_under_autocast_computes_in_the_dtypes_of_forward(way):
+    inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(2, 9, 48, units=40).items()}
+    with variant(way):
+        summed, out = ours(**inputs)
+        outside = torch.autograd.grad(summed.sum() + out.sum(), list(inputs.values()), retain_graph=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            inside = torch.autograd.grad(summed.sum() + out.sum(), list(inputs.values()))
+    for first, second in zip(inside, outside, strict=True):
+        assert torch.equal(first, second)
+
+
+@EVERY_WAY
 @pytest.mark.parametrize("kind", ["add", "norm", "alone"])
 def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, kind):
     rows, dim, units = 2 * 9, 48, 192
