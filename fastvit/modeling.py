@@ -73,12 +73,18 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm, and with a `residual` the residual add before it: returns (x + residual, its norm), in one pass."""
+    """LayerNorm over the hidden size."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        if residual is None:
-            return ops.layer_norm(x, self.weight, self.bias, self.eps)
-        return ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def add_and_norm(x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """(x + residual, the norm of that), in one pass where nothing watches or replaces the norm."""
+    if is_plain(norm, LayerNorm):
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps)
+    residual = x + residual
+    return residual, norm(residual)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,13 +270,17 @@ class ViTSelfAttention(nn.Module):
     def project(self, hidden_states: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
         """Each projection of [B, N, D] as [B, N, heads, head_dim], from one matrix product where they are plain."""
         if all(is_plain(projection, nn.Linear) for projection in projections):
-            weight = torch.cat([projection.weight for projection in projections])
-            bias = torch.cat([projection.bias for projection in projections]) if self.config.qkv_bias else None
-            projected = F.linear(hidden_states, weight, bias)
+            projected = F.linear(hidden_states, *joined(projections))
             return projected.unflatten(-1, (len(projections), self.num_heads, self.head_dim)).unbind(2)
         return tuple(
             projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)) for projection in projections
         )
+
+
+def joined(projections: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one linear layer that computes all of these side by side."""
+    weight = torch.cat([projection.weight for projection in projections])
+    return weight, None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
 
 
 class ViTSelfOutput(nn.Module):
@@ -333,6 +343,7 @@ class ViTLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
+        self.config = config
         self.attention = ViTAttention(config)
         self.intermediate = ViTIntermediate(config)
         self.output = ViTOutput(config)
@@ -353,19 +364,67 @@ class ViTLayer(GradientCheckpointingLayer):
         A block ends with a residual add and the next begins with a LayerNorm, which are one operation. With `carry` the
         block leaves that add to the next one: it returns its branch and its residual, and takes such a pair.
         """
+        if not (class_token_only or output_attentions) and self.is_fusable():
+            branch, residual = self.fused(hidden_states, residual, attention_mask)
+            return (branch, residual) if carry else branch + residual
+
         if residual is None:
             residual, normed = hidden_states, self.layernorm_before(hidden_states)
         else:
-            residual, normed = self.layernorm_before(hidden_states, residual)
+            residual, normed = add_and_norm(hidden_states, residual, self.layernorm_before)
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
             residual = residual[:, :1]
-        residual, normed = self.layernorm_after(branch, residual)
+        residual, normed = add_and_norm(branch, residual, self.layernorm_after)
         branch = self.feed_forward(normed)
         if carry:
             return branch, residual
         hidden_states = branch + residual
         return hidden_states if probabilities is None else (hidden_states, probabilities)
+
+    def fused(
+        self, hidden_states: Tensor, residual: Tensor | None, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same block as four operations, each with the LayerNorm before it: returns the branch and the residual."""
+        attention, output = self.attention.attention, self.attention.output
+        before, after = self.layernorm_before, self.layernorm_after
+        first, second = self.intermediate.dense, self.output.dense
+        norm = (before.weight, before.bias, before.eps)
+        projection = joined((attention.query, attention.key, attention.value))
+        if residual is None:
+            residual, qkv = hidden_states, ops.layer_norm_linear(hidden_states, *norm, *projection)
+        else:
+            residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
+        dropout_p = attention.dropout_prob if self.training else 0.0
+        context = ops.attention_packed(qkv, num_heads=attention.num_heads, dropout_p=dropout_p, mask=attention_mask)
+        branch = output.dropout(F.linear(context, output.dense.weight, output.dense.bias))
+        norm, feed_forward = (
+            (after.weight, after.bias, after.eps),
+            (first.weight, first.bias, second.weight, second.bias),
+        )
+        residual, branch = ops.add_layer_norm_feed_forward(
+            branch, residual, *norm, *feed_forward, self.intermediate.activation
+        )
+        return self.output.dropout(branch), residual
+
+    def is_fusable(self) -> bool:
+        """Whether nothing watches or replaces a part of the block, so that `fused` may stand in for the parts."""
+        attention, output = self.attention.attention, self.attention.output
+        layers = (
+            attention.query,
+            attention.key,
+            attention.value,
+            output.dense,
+            self.intermediate.dense,
+            self.output.dense,
+        )
+        modules = (self.attention, attention, output, self.intermediate, self.output)
+        return (
+            self.config._attn_implementation != "eager"
+            and all(is_plain(layer, nn.Linear) for layer in layers)
+            and all(is_plain(norm, LayerNorm) for norm in (self.layernorm_before, self.layernorm_after))
+            and not any(is_hooked(module) for module in modules)
+        )
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]: one operation where nothing watches or replaces its parts."""

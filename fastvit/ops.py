@@ -32,7 +32,16 @@ logger = logging.getLogger("fastvit")
 BACKENDS = ("auto", "triton", "reference")
 
 # Operations that have a kernel -> module of fastvit.kernels.
-KERNELS = {"patch_embed": "patch_embed", "layer_norm": "layer_norm", "add_layer_norm": "layer_norm"}
+KERNELS = {
+    "patch_embed": "patch_embed",
+    "layer_norm": "layer_norm",
+    "add_layer_norm": "layer_norm",
+    "layer_norm_linear": "layer_norm_gelu",
+    "add_layer_norm_linear": "layer_norm_gelu",
+    "feed_forward": "feed_forward",
+    "add_layer_norm_feed_forward": "feed_forward",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what every kernel takes
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
 
 _backend = os.environ.get("FASTVIT_BACKEND") or "auto"
@@ -79,8 +88,13 @@ def why_not_triton_anywhere() -> str | None:
 
 
 @functools.cache
-def why_not_triton(operation: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
-    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernel."""
+def why_not_triton(
+    operation: str, device_type: str, device_index: int | None, dtype: torch.dtype, variant: Any = None
+) -> str | None:
+    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernel.
+
+    variant: what the kernel may not have, where that is neither device nor dtype: an activation, a head dim.
+    """
     if reason := why_not_triton_anywhere():
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
@@ -93,13 +107,17 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
             return f"this GPU (sm_{major}{minor}) is older than sm_75, the oldest that Triton compiles for"
     module = importlib.import_module(f"fastvit.kernels.{KERNELS[operation]}")
     _kernels[operation] = getattr(module, operation)
-    return None if dtype in module.DTYPES else f"the kernel has no {dtype}"
+    if dtype not in DTYPES:
+        return f"the kernel has no {dtype}"
+    return None if variant is None else module.why_not(variant)
 
 
 # A compiler that traces an operation takes the answer as a constant; it depends on nothing that it has not asked about.
 @torch.compiler.assume_constant_result
-def _runs_on_triton(operation: str, asked: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> bool:
-    reason = why_not_triton(operation, device_type, device_index, dtype)
+def _runs_on_triton(
+    operation: str, asked: str, device_type: str, device_index: int | None, dtype: torch.dtype, variant: Any
+) -> bool:
+    reason = why_not_triton(operation, device_type, device_index, dtype, variant)
     if asked == "triton":
         if reason is not None:
             raise InputError(f"backend: 'triton' cannot compute {operation}: {reason}")
@@ -116,30 +134,41 @@ def _announce(operation: str, device_type: str, chosen: bool, reason: str | None
     logger.info("%s on %s is computed by %s", operation, device_type, by)
 
 
-def _chosen(definition: Callable[P, R], *, like: int = 0) -> Callable[P, R]:
+def _chosen(definition: Callable[P, R], *, like: int = 0, variant: Callable[P, Any] | None = None) -> Callable[P, R]:
     """`definition`, a function of `fastvit.reference`, or its kernel of the same name and signature.
 
-    Which is decided at each call by the device and dtype of the tensor that is argument number `like`.
+    Which is decided at each call by the device and dtype of the tensor that is argument number `like`, and by what
+    `variant` says of the arguments (see `why_not_triton`).
     """
     operation = definition.__name__
 
     @functools.wraps(definition)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        x: Any = args[like]
-        if _backend != "reference" and _runs_on_triton(operation, _backend, x.device.type, x.device.index, x.dtype):
-            return _kernels[operation](*args, **kwargs)
+        if _backend != "reference":
+            x: Any = args[like]
+            asked_for = None if variant is None else variant(*args, **kwargs)
+            if _runs_on_triton(operation, _backend, x.device.type, x.device.index, x.dtype, asked_for):
+                return _kernels[operation](*args, **kwargs)
         return definition(*args, **kwargs)
 
     return function
+
+
+def _last(*args: Any, **kwargs: Any) -> Any:
+    return args[-1]
 
 
 # The operations; each is documented where it is defined.
 patch_embed = _chosen(reference.patch_embed, like=1)
 layer_norm = _chosen(reference.layer_norm)
 add_layer_norm = _chosen(reference.add_layer_norm)
+layer_norm_linear = _chosen(reference.layer_norm_linear)
+add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
+add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, variant=_last)  # the activation
 attention = reference.attention
+attention_packed = reference.attention_packed
 attention_probabilities = reference.attention_probabilities
-feed_forward = reference.feed_forward
+feed_forward = _chosen(reference.feed_forward, variant=_last)  # the activation
 join_tokens = reference.join_tokens
 normalize_pixels = reference.normalize_pixels
 ACTIVATIONS = reference.ACTIVATIONS

@@ -192,6 +192,14 @@ def layer_norm_linear(
     return F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
 
 
+def add_layer_norm_linear(
+    x: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x + residual, layer_norm_linear of it). x, residual: [..., D]. Returns [..., D] and [..., F]."""
+    residual, normed = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
+    return residual, F.linear(normed, weight, bias)
+
+
 def layer_norm_gelu(
     x: Tensor,
     norm_weight: Tensor,
@@ -288,6 +296,22 @@ def attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale
     )
     return context.transpose(1, 2).flatten(2)
+
+
+def attention_packed(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`attention` of the three parts of one tensor, as a matrix product with the joined weights gives it.
+
+    qkv: [B, N, 3 * heads * head_dim]: query, key, value; the rest as in `attention`. Returns [B, N, heads * head_dim].
+    """
+    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return attention(query, key, value, scale=scale, dropout_p=dropout_p, mask=mask)
 
 
 def attention_probabilities(

@@ -409,17 +409,42 @@ def test_wrapped_projections_are_called_as_modules(tmp_path):
     assert all(gradients[name] is not None and gradients[name].abs().sum() > 0 for name in adapted)
 
 
-@pytest.mark.parametrize("name", ["attention.attention.query", "intermediate", "intermediate.dense", "output.dense"])
+FUSED_PARTS = (
+    "layernorm_before",
+    "layernorm_after",
+    "attention",
+    "attention.attention.query",
+    "attention.output",
+    "attention.output.dense",
+    "intermediate",
+    "intermediate.dense",
+    "output.dense",
+)
+
+
+@pytest.mark.parametrize("name", FUSED_PARTS)
 def test_hooks_on_fused_parts_are_called(name, tmp_path):
     ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels = pixels_for(ours.config)
     expected = ours(pixels).logits
     seen = []
     module = ours.get_submodule(f"vit.encoder.layer.1.{name}")
-    module.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    module.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         torch.testing.assert_close(ours(pixels).logits, expected)
-    assert len(seen) == 1 and seen[0].shape[:2] == (2, 5)
+    output = seen[0][0] if name == "attention" else seen[0]  # with the attention maps, as in transformers
+    assert len(seen) == 1 and output.shape[:2] == (2, 5)
+
+
+def test_a_norm_may_be_replaced(tmp_path):
+    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+    pixels = pixels_for(ours.config)
+    expected = ours(pixels).logits
+    for layer in ours.vit.encoder.layer:
+        plain = torch.nn.LayerNorm(layer.layernorm_after.normalized_shape, eps=layer.layernorm_after.eps)
+        plain.load_state_dict(layer.layernorm_after.state_dict())
+        layer.layernorm_after = plain
+    torch.testing.assert_close(ours(pixels).logits, expected)
 
 
 def test_second_derivatives_are_right():
