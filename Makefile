@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune test lint format typecheck benchmark kernels-report clean
+.PHONY: help setup finetune test compat lint format typecheck benchmark kernels-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ finetune: setup  ## fine-tune: ViT on pictures of leaves (ARGS="--dataset beans 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+compat: setup  ## run transformers' own ViT tests on fastvit, beside transformers (fetches its source distribution)
+	FASTVIT_TRANSFORMERS_TESTS="$$($(BIN)/python tests/compat/fetch.py)" $(BIN)/python -m pytest tests/compat $(ARGS)
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,5 +45,5 @@ kernels-report: setup  ## compile every kernel for real GPUs (none needed) and w
 	$(BIN)/python tests/compile/compile_kernels.py $(ARGS)
 
 clean:  ## remove the virtual environment, caches and runs
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks runs
+	rm -rf $(VENV) build dist *.egg-info .compat_cache .pytest_cache .ruff_cache .mypy_cache .benchmarks runs
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

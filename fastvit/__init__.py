@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from transformers import ViTConfig
 
+    from fastvit.auto import register, unregister
     from fastvit.errors import InputError
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
     from fastvit.ops import backend
@@ -25,6 +26,8 @@ _MODULE_OF = {
     "ViTPreTrainedModel": "fastvit.modeling",
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
+    "register": "fastvit.auto",
+    "unregister": "fastvit.auto",
 }
 
 __all__ = [
@@ -36,6 +39,8 @@ __all__ = [
     "ViTPreTrainedModel",
     "backend",
     "convert",
+    "register",
+    "unregister",
 ]
 
 

@@ -16,6 +16,7 @@ Shapes: B pictures, C channels, H x W pixels, P patches, N = P + 1 tokens, D hid
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -441,6 +442,14 @@ class ViTLayer(GradientCheckpointingLayer):
         return self.output(self.intermediate(hidden_states))
 
 
+def indices_asked_for(output_hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
+    """Which of `count` hidden states are asked for: all, none, or those named; negative ones count from the end."""
+    if isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    asked = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % count for index in asked if -count <= index < count}
+
+
 class ViTEncoder(nn.Module):
     """The blocks, one after the other."""
 
@@ -454,14 +463,15 @@ class ViTEncoder(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | int | Sequence[int] = False,
         class_token_only: bool = False,
     ) -> BaseModelOutput:
-        all_hidden_states, all_attentions = [hidden_states], []
+        asked = indices_asked_for(output_hidden_states, len(self.layer) + 1)
+        all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
         residual = None
         # Who watches the blocks, by a hook or by asking for what they compute, sees sums. With checkpointing, what goes
         # from block to block is kept for backward: one tensor is less than two.
-        watched = output_hidden_states or output_attentions
+        watched = bool(output_hidden_states) or output_attentions
         watched = watched or any(is_hooked(layer) or layer.gradient_checkpointing for layer in self.layer)
         for index, layer in enumerate(self.layer):
             is_last = index == len(self.layer) - 1
@@ -477,8 +487,7 @@ class ViTEncoder(nn.Module):
                 all_attentions.append(attentions)
             else:
                 hidden_states = output
-            if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+            all_hidden_states.append(hidden_states if index + 1 in asked else None)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -502,6 +511,18 @@ class ViTPooler(nn.Module):
 # The models
 # ---------------------------------------------------------------------------------------------------------------------
 
+# The names of a block's tensors in transformers 5, in memory -> those on the hub, which are ours. What it saves has the
+# hub's; its state dicts, and folders saved with save_original_format=False, have its own.
+TRANSFORMERS_NAMES = {
+    r"\blayers\.(\d+)\.layernorm_": r"encoder.layer.\1.layernorm_",
+    r"\blayers\.(\d+)\.attention\.q_proj\.": r"encoder.layer.\1.attention.attention.query.",
+    r"\blayers\.(\d+)\.attention\.k_proj\.": r"encoder.layer.\1.attention.attention.key.",
+    r"\blayers\.(\d+)\.attention\.v_proj\.": r"encoder.layer.\1.attention.attention.value.",
+    r"\blayers\.(\d+)\.attention\.o_proj\.": r"encoder.layer.\1.attention.output.dense.",
+    r"\blayers\.(\d+)\.mlp\.fc1\.": r"encoder.layer.\1.intermediate.dense.",
+    r"\blayers\.(\d+)\.mlp\.fc2\.": r"encoder.layer.\1.output.dense.",
+}
+
 # What belongs to a head and not to the backbone: a checkpoint of one head may be loaded into a model with another.
 HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
 
@@ -517,6 +538,7 @@ class ViTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ViTEmbeddings", "ViTLayer"]  # noqa: RUF012 (what transformers expects)
     _supports_sdpa = True
+    _can_record_outputs = {"hidden_states": ViTLayer, "attentions": ViTAttention}  # noqa: RUF012
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -556,9 +578,16 @@ class ViTPreTrainedModel(PreTrainedModel):
             else:
                 image_size = kwargs.pop("image_size", stored_size)
 
+        kwargs["key_mapping"] = {**TRANSFORMERS_NAMES, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
+        # transformers would turn the renames that it applied back on saving: ours stay, we save the hub's names.
+        model._weight_conversions = [
+            conversion
+            for conversion in model._weight_conversions
+            if not TRANSFORMERS_NAMES.keys() & set(conversion.source_patterns)
+        ]
         for kind in ("missing_keys", "unexpected_keys"):
             backbone = sorted(key for key in info[kind] if not key.removeprefix("vit.").startswith(HEADS))
             if backbone:
@@ -601,6 +630,15 @@ class ViTModel(ViTPreTrainedModel):
     def get_input_embeddings(self) -> ViTPatchEmbeddings:
         return self.embeddings.patch_embeddings
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Part of `load_state_dict`: takes a state dict of transformers 5 too."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}layers.")]:
+            renamed = name
+            for pattern, replacement in TRANSFORMERS_NAMES.items():
+                renamed = re.sub(pattern, replacement, renamed)
+            state_dict[renamed] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @can_return_tuple
     def forward(
         self,
@@ -609,7 +647,7 @@ class ViTModel(ViTPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         class_token_only: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
@@ -620,7 +658,8 @@ class ViTModel(ViTPreTrainedModel):
         interpolate_pos_encoding: take pictures of another size than config.image_size.
         attention_mask: [B, N], true (1) for tokens that may be attended to, or broadcastable to [B, heads, N, N].
         output_attentions, output_hidden_states: return the maps of every block [B, heads, N, N], and the tokens before
-            and after every block [B, N, D], the last of them before the final LayerNorm.
+            and after every block [B, N, D], the last of them before the final LayerNorm. Hidden states may be asked for
+            by index, one or a list; the others are then None.
         class_token_only: return the class token alone, [B, 1, D]. The last block is then computed for it alone: exact,
             and a block's work less. Ignored when attentions or hidden states are asked for.
         """
@@ -671,7 +710,7 @@ class ViTForImageClassification(ViTPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput:
         """
@@ -715,7 +754,7 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> MaskedImageModelingOutput:
         """

@@ -258,3 +258,54 @@ def test_blocks_that_are_watched_show_the_same_hidden_states():
     states = model(pixels, output_hidden_states=True).hidden_states
     torch.testing.assert_close(watched, plain)
     torch.testing.assert_close(seen[0], states[1])
+
+
+@needs_triton
+def test_autocast_gives_the_model_that_plain_pytorch_gives_up_to_bfloat16():
+    model, pixels = small_model()
+    exact = model.double()(pixels.double()).logits
+    model.float()
+    errors = {}
+    for name in ("reference", "triton"):
+        with fastvit.backend(name), torch.autocast(DEVICE, torch.bfloat16):
+            output = model(pixels, labels=torch.tensor([0, 1], device=DEVICE))
+        output.loss.backward()
+        errors[name] = relative_error(output.logits, exact)
+        assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters()), name
+    assert errors["triton"] < max(1.5 * errors["reference"], 1e-2)
+
+
+needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+
+
+@needs_gpu
+def test_a_training_step_is_captured_in_a_cuda_graph_and_replayed():
+    model, pixels = small_model()
+    expected = logits_and_gradients(model, pixel_values=pixels)
+    static = torch.zeros_like(pixels)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            logits_and_gradients(model, pixel_values=static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = logits_and_gradients(model, pixel_values=static)
+    static.copy_(pixels)
+    graph.replay()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, msg=name)
+
+
+@needs_gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_the_model_is_compiled_for_the_gpu(mode):
+    model, pixels = small_model()
+    expected = logits_and_gradients(model, pixel_values=pixels)
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):  # graphs are recorded at the second call and replayed from the third on
+        torch.compiler.cudagraph_mark_step_begin()
+        found = logits_and_gradients(compiled, pixel_values=pixels)
+    for (name, tensor), other in zip(expected.items(), found.values(), strict=True):
+        if not name.endswith("key.bias"):
+            assert relative_error(other, tensor) < 1e-4, name

@@ -1,0 +1,32 @@
+"""transformers' Auto classes, made to load our classes for checkpoints of model type "vit"."""
+
+from __future__ import annotations
+
+import transformers
+
+from fastvit import modeling
+
+AUTO_CLASSES = {
+    "AutoModel": "ViTModel",
+    "AutoModelForImageClassification": "ViTForImageClassification",
+    "AutoModelForMaskedImageModeling": "ViTForMaskedImageModeling",
+}
+
+
+def register() -> None:
+    """From now on, in this process, `AutoModel`, `AutoModelForImageClassification` and
+    `AutoModelForMaskedImageModeling`, and `pipeline` through them, load fastvit's classes for every ViT checkpoint.
+
+    Models that exist already stay what they are. `fastvit.unregister()` ends it; either may be called twice.
+    """
+    _load_from(modeling)
+
+
+def unregister() -> None:
+    """Undo `fastvit.register()`: the Auto classes load transformers' own ViT again."""
+    _load_from(transformers)
+
+
+def _load_from(source: object) -> None:
+    for auto_class, model_class in AUTO_CLASSES.items():
+        getattr(transformers, auto_class).register(transformers.ViTConfig, getattr(source, model_class), exist_ok=True)

@@ -1,0 +1,143 @@
+"""transformers' shared test classes, from the folder that FASTVIT_TRANSFORMERS_TESTS names, as a package of that name.
+
+The source distribution holds the files of the tests folder and none of its subfolders. What the shared classes import
+from those is defined here, as transformers 5.24 needs it: two mixins that ViT has no use for (generation, and export,
+which our own tests do), the options of a config, and what a pipeline test does with a pipeline.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+PACKAGE = "transformers_tests"
+
+if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS"):
+    pytest.skip(
+        "transformers' test files are not here: `make compat` fetches them where a package registry can be reached",
+        allow_module_level=True,
+    )
+
+FOLDER = Path(os.environ["FASTVIT_TRANSFORMERS_TESTS"])
+
+
+def module(name: str, **contents) -> None:
+    """Define a module of the package that its folder lacks."""
+    if (FOLDER / "tests" / Path(*name.split("."))).with_suffix(".py").exists():
+        return
+    parent = f"{PACKAGE}.{name.rpartition('.')[0]}"
+    for full_name in (parent, f"{PACKAGE}.{name}"):
+        sys.modules.setdefault(full_name, ModuleType(full_name))
+    vars(sys.modules[f"{PACKAGE}.{name}"]).update(contents)
+
+
+class ExportTesterMixin:
+    """Export is tested for ours and transformers' classes alike in vit_tester.py."""
+
+
+class GenerationTesterMixin:
+    """For models that write text."""
+
+
+# Options that every config takes, each with a value that is not its default.
+CONFIG_OPTIONS = {
+    "return_dict": False,
+    "output_hidden_states": True,
+    "output_attentions": True,
+    "dtype": "float16",
+    "chunk_size_feed_forward": 5,
+    "architectures": ["ViTModel"],
+    "finetuning_task": "leaves",
+    "id2label": {0: "healthy"},
+    "label2id": {"healthy": 0},
+    "problem_type": "regression",
+}
+
+
+class PipelineTests:
+    """What PipelineTesterMixin asks of the tests of a pipeline: build one, with examples, and run it."""
+
+    task: str
+
+    def get_test_pipeline(
+        self, model, tokenizer=None, image_processor=None, feature_extractor=None, processor=None, **options
+    ):
+        from transformers import pipeline
+
+        pipe = pipeline(self.task, model=model, image_processor=image_processor, **options)
+        assert type(pipe.model) is type(model)
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
+        return pipe, [Image.fromarray(picture) for picture in pixels]
+
+
+class ImageClassificationPipelineTests(PipelineTests):
+    task = "image-classification"
+
+    def run_pipeline_test(self, pipe, examples):
+        answers = pipe(examples, top_k=3)
+        assert len(answers) == len(examples)
+        for answer in answers:
+            scores = [one["score"] for one in answer]
+            assert len(scores) == 3 and scores == sorted(scores, reverse=True) and 0 < sum(scores) <= 1.001
+            assert {one["label"] for one in answer} <= set(pipe.model.config.id2label.values())
+
+
+class ImageFeatureExtractionPipelineTests(PipelineTests):
+    task = "image-feature-extraction"
+
+    def run_pipeline_test(self, pipe, examples):
+        features = torch.tensor(pipe(examples[0]))
+        assert features.shape[0] == 1 and features.shape[2] == pipe.model.config.hidden_size
+        assert features.isfinite().all()
+
+
+def save_tiny_models(folder: Path) -> None:
+    """What PipelineTesterMixin loads by name: a model and an image processor for each class, and a list of them."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
+
+    config = ViTConfig(
+        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    config.num_labels = 5
+    summary = {}
+    for model_class in (ViTModel, ViTForImageClassification):
+        place = folder / "vit" / model_class.__name__
+        model_class(config).save_pretrained(place)
+        ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(place)
+        summary[model_class.__name__] = {"tokenizer_classes": [], "processor_classes": ["ViTImageProcessorPil"]}
+    (folder / "reports").mkdir()
+    (folder / "reports" / "tiny_model_summary.json").write_text(json.dumps(summary))
+
+
+def shared(name: str) -> ModuleType:
+    """A module of the package."""
+    return importlib.import_module(f"{PACKAGE}.{name}")
+
+
+def load() -> None:
+    """Make the package importable; its pipeline tests find their models in a folder that goes with the process."""
+    tiny_models = tempfile.TemporaryDirectory()
+    atexit.register(tiny_models.cleanup)
+    save_tiny_models(Path(tiny_models.name))
+    os.environ["TRANSFORMERS_TINY_MODEL_PATH"] = tiny_models.name
+    package = ModuleType(PACKAGE)
+    package.__path__ = [str(FOLDER / "tests")]
+    sys.modules[PACKAGE] = package
+    module("exporters.test_export", ExportTesterMixin=ExportTesterMixin)
+    module("generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
+    module("utils.test_configuration_utils", config_common_kwargs=CONFIG_OPTIONS)
+    pipelines = shared("test_pipeline_mixin")
+    for tests in (ImageClassificationPipelineTests, ImageFeatureExtractionPipelineTests):
+        pipelines.pipeline_test_mapping[tests.task] = {"test": f"{__name__}.{tests.__name__}"}
+
+
+load()

@@ -1,0 +1,563 @@
+"""Everyday uses of a transformers model, each on our classes: loading, saving, training, wrapping, exporting.
+
+ONNX, torchao and bitsandbytes are other projects' packages: where one is missing, its test is skipped and says so.
+"""
+
+import copy
+import io
+import os
+import pickle
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling, ViTConfig
+
+import fastvit
+
+CONFIG = {
+    "image_size": 16,
+    "patch_size": 8,
+    "encoder_stride": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "num_labels": 3,
+}
+CLASSES = ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling")
+
+
+def new_model(class_name: str = "ViTForImageClassification", **options) -> transformers.PreTrainedModel:
+    """With weights of a trained model's size: the first ones would hide a lost bias."""
+    generator = torch.Generator().manual_seed(7)
+    model = getattr(fastvit, class_name)(ViTConfig(**{**CONFIG, **options}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.fixture
+def model() -> transformers.PreTrainedModel:
+    return new_model()
+
+
+@pytest.fixture
+def folder(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def pixels() -> torch.Tensor:
+    return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+LABELS = torch.tensor([0, 1, 2, 0])
+load = fastvit.ViTForImageClassification.from_pretrained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_loads_in_half_precision(dtype, model, folder, pixels):
+    half = load(folder, dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    logits = half(pixels).logits  # float32 pixels, as with transformers' class
+    assert logits.dtype == dtype
+    assert torch.equal(logits, copy.deepcopy(model).to(dtype)(pixels.to(dtype)).logits)
+
+
+def test_dtype_auto_is_the_saved_one(model, tmp_path):
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map_places_the_model(device_map, model, folder, pixels):
+    placed = load(folder, device_map=device_map)
+    assert placed.device.type == ("cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu")
+    torch.testing.assert_close(placed.cpu()(pixels).logits, model(pixels).logits)
+
+
+def test_blocks_offloaded_to_disk_compute_the_same(model, folder, tmp_path, pixels):
+    device_map = {
+        "vit.embeddings": "cpu",
+        "vit.encoder.layer.0": "disk",
+        "vit.encoder.layer.1": "cpu",
+        "vit.layernorm": "cpu",
+        "classifier": "cpu",
+    }
+    offloaded = load(folder, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert next(offloaded.vit.encoder.layer[0].parameters()).device.type == "meta"
+    with torch.no_grad():
+        torch.testing.assert_close(offloaded(pixels).logits, model(pixels).logits)
+
+
+def test_head_of_another_size(model, folder):
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(folder, num_labels=7)
+    resized = load(folder, num_labels=7, ignore_mismatched_sizes=True)
+    assert resized.classifier.weight.shape == (7, 32) and resized.config.num_labels == 7
+    assert torch.equal(resized.vit.embeddings.cls_token, model.vit.embeddings.cls_token)
+
+
+def test_labels_are_named_on_loading_and_kept_on_saving(folder, tmp_path):
+    names = {0: "healthy", 1: "rust", 2: "spot"}
+    named = load(folder, id2label=names, label2id={name: index for index, name in names.items()})
+    named.save_pretrained(tmp_path / "named")
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "named")
+    assert again.config.id2label == names and again.config.label2id["rust"] == 1
+
+
+def test_sharded_checkpoint(model, tmp_path, pixels):
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    torch.testing.assert_close(load(tmp_path)(pixels).logits, model(pixels).logits)
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_state_dict_of_transformers_loads(class_name, pixels):
+    """It has other names than the hub's, which are ours."""
+    theirs = getattr(transformers, class_name)(new_model(class_name).config).eval()
+    assert any(".q_proj." in name for name in theirs.state_dict())
+    ours = new_model(class_name)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(pixels)[0], theirs(pixels)[0])
+    with pytest.raises(RuntimeError, match=r"layers\.9\.attention\.query"):
+        ours.load_state_dict({**theirs.state_dict(), "layers.9.attention.query": torch.zeros(1)})
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.PreTrainedModel, "is_custom_code"),
+    reason="this transformers applies its own renames to classes of other packages that bear the same name",
+)
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_folder_under_transformers_names_loads_and_is_saved_under_the_hubs(class_name, tmp_path, pixels):
+    theirs = getattr(transformers, class_name)(new_model(class_name).config).eval()
+    theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    assert any(".q_proj." in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
+    ours = getattr(fastvit, class_name).from_pretrained(tmp_path / "theirs")
+    torch.testing.assert_close(ours(pixels)[0], theirs(pixels)[0])
+    ours.save_pretrained(tmp_path / "ours")
+    assert load_file(tmp_path / "ours" / "model.safetensors").keys() == ours.state_dict().keys()
+
+
+def test_push_to_hub_uploads_what_is_saved(model, folder):
+    uploaded = {}
+
+    class Hub:
+        def create_repo(self, repo_id, **_):
+            return mock.Mock(repo_id=repo_id)
+
+        def create_commit(self, repo_id, operations, **_):
+            for operation in operations:
+                with operation.as_file() as file:
+                    uploaded[operation.path_in_repo] = file.read()
+
+        def __getattr__(self, name):
+            return mock.Mock()
+
+    with mock.patch("transformers.utils.hub.hf_api", return_value=Hub()):
+        model.push_to_hub("leaves/vit", commit_message="first")
+    assert {"model.safetensors", "config.json"} <= uploaded.keys()
+    assert uploaded["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert uploaded["config.json"] == (folder / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_meta_device_init_then_load(class_name):
+    original = new_model(class_name)
+    with torch.device("meta"):
+        empty = getattr(fastvit, class_name)(original.config)
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    assert empty.state_dict().keys() == original.state_dict().keys()
+    empty.to_empty(device="cpu").load_state_dict(original.state_dict())
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(empty.eval()(pixels)[0], original(pixels)[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Auto classes and pipelines
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered():
+    fastvit.register()
+    yield
+    fastvit.unregister()
+
+
+AUTO = {
+    "ViTModel": AutoModel,
+    "ViTForImageClassification": AutoModelForImageClassification,
+    "ViTForMaskedImageModeling": AutoModelForMaskedImageModeling,
+}
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_auto_classes_load_ours_once_registered(class_name, registered, tmp_path):
+    saved = new_model(class_name)
+    saved.save_pretrained(tmp_path)
+    auto_class = AUTO[class_name]
+    fastvit.register()  # once more is no error
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is getattr(fastvit, class_name)
+    assert type(auto_class.from_config(saved.config)) is getattr(fastvit, class_name)
+    pixels = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(loaded(pixels)[0], saved(pixels)[0])
+    fastvit.unregister()
+    assert type(auto_class.from_pretrained(tmp_path)) is getattr(transformers, class_name)
+
+
+def test_auto_classes_of_other_models_are_left_alone(registered):
+    config = transformers.DeiTConfig(**CONFIG)
+    assert type(AutoModel.from_config(config)) is transformers.DeiTModel
+
+
+@pytest.fixture
+def image_processor():
+    return transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def test_image_classification_pipeline(model, image_processor, pictures, folder):
+    answers = transformers.pipeline("image-classification", model=model, image_processor=image_processor)(pictures)
+    theirs = transformers.ViTForImageClassification.from_pretrained(folder)
+    expected = transformers.pipeline("image-classification", model=theirs, image_processor=image_processor)(pictures)
+    assert [[one["label"] for one in answer] for answer in answers] == [
+        [one["label"] for one in answer] for answer in expected
+    ]
+    for answer, one in zip(answers, expected, strict=True):
+        assert [a["score"] for a in answer] == pytest.approx([b["score"] for b in one], abs=1e-5)
+
+
+def test_pipeline_of_a_folder_once_registered(registered, folder, image_processor, pictures):
+    image_processor.save_pretrained(folder)
+    pipe = transformers.pipeline("image-classification", model=str(folder), image_processor=image_processor)
+    assert type(pipe.model) is fastvit.ViTForImageClassification
+    assert len(pipe(pictures, batch_size=2)) == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.pixels[index], "labels": LABELS[index]}
+
+
+def test_trainer_takes_a_step_saves_and_resumes(model, pixels, tmp_path):
+    before = copy.deepcopy(model.state_dict())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, save_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=Pictures(pixels), eval_dataset=Pictures(pixels)
+    )
+    trainer.train()
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert len(changed) == len(before)
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert trainer.predict(Pictures(pixels)).predictions.shape == (4, 3)
+    torch.testing.assert_close(load(tmp_path / "checkpoint-1")(pixels).logits, model.eval()(pixels).logits)
+    arguments.max_steps = 2
+    assert trainer.train(resume_from_checkpoint=True).global_step == 2
+
+
+def gradients_of(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor = LABELS) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(pixels, labels=labels).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_accelerate_prepares_and_trains(model, pixels):
+    from accelerate import Accelerator
+
+    expected = gradients_of(copy.deepcopy(model), pixels)
+    accelerator = Accelerator(cpu=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(prepared(pixels, labels=LABELS).loss)
+    for name, parameter in accelerator.unwrap_model(prepared).named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+    before = prepared.classifier.weight.clone()
+    optimizer.step()
+    assert not torch.equal(prepared.classifier.weight, before)
+
+
+def test_lora_on_query_and_value_trains_saves_and_merges(model, pixels, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    original = copy.deepcopy(model)
+    lora = get_peft_model(model, LoraConfig(target_modules=["query", "value"], r=4, modules_to_save=["classifier"]))
+    optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves B alone, for A's gradient is zero where B is
+        optimizer.zero_grad()
+        loss = lora(pixels, labels=LABELS).loss
+        loss.backward()
+        optimizer.step()
+    trained = {name for name, parameter in lora.named_parameters() if parameter.requires_grad}
+    assert {name.split(".lora_")[0].split(".")[-1] for name in trained if ".lora_" in name} == {"query", "value"}
+    assert all(p.grad.abs().sum() > 0 for n, p in lora.named_parameters() if "lora_" in n)
+    expected = lora.eval()(pixels).logits
+    assert not torch.allclose(expected, original(pixels).logits, atol=1e-3)
+    lora.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(original, tmp_path).eval()
+    torch.testing.assert_close(loaded(pixels).logits, expected)
+    merged = lora.merge_and_unload()
+    assert type(merged.vit.encoder.layer[0].attention.attention.query) is nn.Linear
+    torch.testing.assert_close(merged(pixels).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant, model, pixels):
+    expected = gradients_of(copy.deepcopy(model).train(), pixels)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.train()
+    got = gradients_of(model, pixels)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, msg=name)
+    model.gradient_checkpointing_disable()
+    assert not any(layer.gradient_checkpointing for layer in model.vit.encoder.layer)
+
+
+def test_autocast_trains_in_bfloat16(model, pixels):
+    exact = gradients_of(model, pixels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = gradients_of(model, pixels)
+    for name, gradient in exact.items():
+        if not name.endswith("key.bias"):  # zero but for rounding
+            assert rounded[name].dtype == torch.float32
+            assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
+
+
+def run_two_processes(mode: str, backend: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "TRITON_INTERPRET": str(int(backend == "triton")),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    script = Path(__file__).with_name("distributed_step.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), mode, backend],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0 and "same gradients" in output, output[-3000:]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_two_processes_have_the_gradients_of_one(mode, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    run_two_processes(mode, backend)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Wrapping, copying, watching
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_implementations_agree(model, pixels):
+    logits = {}
+    for name in ("eager", "sdpa"):
+        model.set_attn_implementation(name)
+        assert model.config._attn_implementation == name
+        logits[name] = model(pixels).logits
+    torch.testing.assert_close(logits["eager"], logits["sdpa"])
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_attention_maps_are_distributions(attn_implementation, folder, pixels):
+    model = load(folder, attn_implementation=attn_implementation)
+    outputs = model(pixels, output_attentions=True)
+    assert len(outputs.attentions) == 2
+    for attention in outputs.attentions:
+        assert attention.shape == (4, 4, 5, 5)
+        torch.testing.assert_close(attention.sum(-1), torch.ones(4, 4, 5))
+    torch.testing.assert_close(outputs.logits, model(pixels).logits)
+
+
+def test_hidden_states_can_be_asked_for_one_by_one(model, pixels):
+    every = model(pixels, output_hidden_states=True).hidden_states
+    assert len(every) == 3 and all(one is not None for one in every)
+    for asked, found in ((-1, {2}), (1, {1}), ([0, 2], {0, 2}), ([-3, 7], {0})):
+        some = model(pixels, output_hidden_states=asked).hidden_states
+        assert {index for index, one in enumerate(some) if one is not None} == found
+        for index in found:
+            torch.testing.assert_close(some[index], every[index])
+
+
+def test_deep_copy_is_independent(model, pixels):
+    before = model(pixels).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(pixels).logits, before)
+    nn.init.zeros_(twin.classifier.weight)
+    assert torch.equal(model(pixels).logits, before)
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_pickled_models_compute_the_same(class_name, pixels):
+    model = new_model(class_name)
+    twins = [pickle.loads(pickle.dumps(model))]
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    twins.append(torch.load(buffer, weights_only=False))
+    for twin in twins:
+        assert torch.equal(twin(pixels)[0], model(pixels)[0])
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit.embeddings.patch_embeddings.projection",
+        "vit.encoder.layer.0.attention.attention.query",
+        "vit.encoder.layer.0.attention.output.dense",
+        "vit.encoder.layer.1.intermediate.dense",
+        "vit.encoder.layer.1.output.dense",
+        "vit.encoder.layer.1.layernorm_before",
+        "vit.layernorm",
+        "classifier",
+    ],
+)
+def test_parametrized_weight_is_the_one_that_computes(name, model, pixels):
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        doubled.get_submodule(name).weight.mul_(2)
+    nn.utils.parametrize.register_parametrization(model.get_submodule(name), "weight", Doubled())
+    torch.testing.assert_close(model(pixels).logits, doubled(pixels).logits)
+    model(pixels, labels=LABELS).loss.backward()
+    assert model.get_submodule(name).parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_module_that_was_replaced_is_called(model, pixels):
+    expected = model(pixels).logits
+    called = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            called.append(x.shape)
+            return super().forward(x)
+
+    for layer in model.vit.encoder.layer:
+        for parent, name in ((layer.attention.attention, "key"), (layer.intermediate, "dense")):
+            old = getattr(parent, name)
+            new = Watched(old.in_features, old.out_features)
+            new.load_state_dict(old.state_dict())
+            setattr(parent, name, new)
+    torch.testing.assert_close(model(pixels).logits, expected)
+    assert len(called) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling, exporting, quantising
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_compiled_model_computes_the_same(class_name, pixels):
+    model = new_model(class_name)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0])
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_exported_program_takes_any_batch(class_name, pixels):
+    model = new_model(class_name)
+    with torch.no_grad():
+        program = torch.export.export(model, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        loaded = torch.export.load(buffer).module()
+        for batch in (1, 3):
+            torch.testing.assert_close(loaded(pixels[:batch])[0], model(pixels[:batch])[0])
+
+
+def test_onnx_export_on_the_reference_backend(model, pixels, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="ONNX export needs the package onnx")
+    pytest.importorskip("onnxscript", reason="ONNX export needs the package onnxscript")
+    with fastvit.backend("reference"), torch.no_grad():
+        program = torch.onnx.export(
+            model, (pixels,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False
+        )
+    program.save(tmp_path / "model.onnx")
+    onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"))
+    from onnx.reference import ReferenceEvaluator
+
+    run = ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    for batch in (4, 2):
+        (logits,) = run.run(None, {run.input_names[0]: pixels[:batch].numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), model(pixels[:batch]).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_torchao_int8_weights(model, pixels):
+    quantization = pytest.importorskip("torchao.quantization", reason="int8 weights need the package torchao")
+    expected = model(pixels).logits
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    weight = model.vit.encoder.layer[0].attention.attention.query.weight
+    assert type(weight) is not nn.Parameter and type(weight.data) is not torch.Tensor
+    logits = model(pixels).logits
+    assert not torch.equal(logits, expected)
+    assert (logits - expected).norm() < 0.05 * expected.norm()
+
+
+def test_bitsandbytes_int8_weights(folder, model, pixels):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit loading needs the package bitsandbytes")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    quantised = load(folder, quantization_config=config, device_map="cpu", dtype=torch.float32)
+    assert type(quantised.vit.encoder.layer[0].intermediate.dense) is bitsandbytes.nn.Linear8bitLt
+    expected = model(pixels).logits
+    assert (quantised(pixels).logits - expected).norm() < 0.1 * expected.norm()
