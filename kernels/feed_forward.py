@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import linear
-from fastvit.kernels.gelu import FORMULAS, as_rows, check_tensor
+from fastvit.kernels.gelu import FORMULAS, as_rows, check_tensor, without_autocast
 from fastvit.kernels.layer_norm_gelu import (
     as_norm,
     autocast,
@@ -49,6 +49,7 @@ def why_not(activation: str) -> str | None:
 
 
 @torch.library.custom_op("fastvit::feed_forward", mutates_args=())
+@without_autocast
 def _feed_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -76,6 +77,7 @@ def _(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, 
 
 
 @torch.library.custom_op("fastvit::feed_forward_backward", mutates_args=())
+@without_autocast
 def _feed_forward_backward(
     grad_out: Tensor,
     grad_sum: Tensor | None,
@@ -156,7 +158,7 @@ _feed_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def feed_forward(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str = "gelu"
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str
 ) -> Tensor:
     """activation(x @ weight1^T + bias1) @ weight2^T + bias2.
 

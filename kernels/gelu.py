@@ -16,6 +16,8 @@ GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415. SwiGLU: Shazeer 2020, arXiv:200
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -159,6 +161,21 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     with torch.cuda.device_of(partial):
         _sum_partials[(cdiv(dim, 32),)](partial, out, programs, DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32)
     return out
+
+
+def without_autocast(function):
+    """An operator's body in the dtypes that it is given. The public functions have cast what autocast casts; in a
+    backward under autocast, which the forward was not, the products inside would come out in another dtype than said.
+    """
+
+    @functools.wraps(function)
+    def body(x, *args, **kwargs):
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return body
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, linear, tuning
-from fastvit.kernels.gelu import DTYPES, as_rows, check_activation, check_tensor
+from fastvit.kernels.gelu import DTYPES, as_rows, check_activation, check_tensor, without_autocast
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
@@ -144,6 +144,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 
 
 @torch.library.custom_op("fastvit::layer_norm_linear", mutates_args=())
+@without_autocast
 def _layer_norm_linear(
     x: Tensor,
     residual: Tensor | None,
@@ -169,6 +170,7 @@ def _(x, residual, norm_weight, norm_bias, eps, weight, bias, activation, keep_p
 
 
 @torch.library.custom_op("fastvit::layer_norm_linear_backward", mutates_args=())
+@without_autocast
 def _layer_norm_linear_backward(
     grad_out: Tensor,
     grad_sum: Tensor | None,

@@ -40,6 +40,7 @@ from fastvit.kernels.gelu import (
     check_tensor,
     launch_backward,
     sum_partials,
+    without_autocast,
 )
 from fastvit.kernels.tuning import cdiv
 
@@ -293,6 +294,7 @@ def launch_linear_residual(
 
 
 @torch.library.custom_op("fastvit::linear_residual", mutates_args=())
+@without_autocast
 def _linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     x_rows, residual_rows = as_rows(x), as_rows(residual)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()

@@ -16,8 +16,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 
 # The ways through the operations that the tuning table chooses between, with tiles small enough that small inputs fill
-# several. 16 is the least depth that tensor cores take.
-TILE = {"rows": 32, "columns": 64, "depth": 16, "num_warps": 4, "num_stages": 2}
+# several.
+TILE = {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
 VARIANTS = {
     "separate": {"fused": 0},
     "fused": {"fused": 1, "normalize": 0, **TILE},
@@ -68,15 +68,20 @@ def results(
     return named
 
 
-def check(ours: Callable, theirs: Callable, inputs: Mapping[str, Tensor | None], **options) -> None:
-    """Outputs and gradients of ours are as near float64 as those of theirs in the dtypes of the inputs."""
+def check(
+    ours: Callable, theirs: Callable, inputs: Mapping[str, Tensor | None], *, slack: float = 1.25, **options
+) -> None:
+    """Outputs and gradients of ours are as near float64 as those of theirs in the dtypes of the inputs.
+
+    slack: as in `assert_no_worse_than`; more where results may be a handful of numbers, whose roundings are luck.
+    """
     with poisoned():
         our_results = results(ours, inputs, **options)
     their_results = results(theirs, inputs, **options)
     exact = results(theirs, inputs, cast=torch.Tensor.double, **options)
     assert our_results.keys() == their_results.keys()
     for name, result in our_results.items():
-        assert_no_worse_than(result, their_results[name], exact[name], name=name)
+        assert_no_worse_than(result, their_results[name], exact[name], slack=slack, name=name)
 
 
 def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

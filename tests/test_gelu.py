@@ -203,10 +203,10 @@ def test_any_shape_and_dtype(shape, dtype, bias_dtype, activation, bias):
     if activation == "swiglu":
         shape = (*shape[:2], 2 * shape[2])
     inputs = inputs_of(*shape, dtype=dtype, bias_dtype=bias_dtype, bias=bias)
-    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs)
+    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs, slack=4)
     if activation != "swiglu":
         inputs = norm_inputs_of(*shape, dtype=dtype, weight_dtype=bias_dtype)
-        check(partial(norm_ours, activation=activation), partial(norm_theirs, activation=activation), inputs)
+        check(partial(norm_ours, activation=activation), partial(norm_theirs, activation=activation), inputs, slack=4)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])

@@ -153,6 +153,18 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
         yield "one pixel", lambda a=backward: patch_embed._launch_weight_backward(*a)
     yield "one pixel", lambda: patch_embed._launch_pixels_backward(grad_out, meta(1, 1, 1, 1), weight, mask)
     yield "one pixel", lambda: patch_embed._launch_tokens_backward(grad_out, mask, 1, *[torch.float32] * 4)
+    row, norm = meta(1, 1), (one, one, 1e-6)
+    yield "one value", lambda: gelu.launch_forward(meta(1, 2), meta(2), "swiglu")
+    yield "one value", lambda: gelu.launch_backward(row, row, one, "gelu", bias_grad=True, with_y=True)
+    yield "one value", lambda: layer_norm_act._launch_forward(row, one, one, 1e-6, "gelu")
+    yield "one value", lambda: layer_norm_act._launch_backward(row, row, one, one, meta(2, 1), "gelu", True)
+    for normalize in (0, 1):
+        choice = {"fused": 1, "normalize": normalize, **tuning.matrix(64, 64, 32, 4, 2)}
+        hidden = (row, row, norm, meta(2, 1), meta(2), "gelu", True)
+        yield "one value", lambda a=(choice, *hidden): layer_norm_gelu.launch_choice(*a)
+    yield "one value", lambda: linear.launch_linear_residual(choice, row, meta(2, 1), meta(2), meta(1, 2))
+    backward = (choice, row, meta(1, 2), meta(1, 2), "gelu")
+    yield "one value", lambda: linear.launch_linear_activation_backward(*backward, bias_grad=True, with_y=True)
 
 
 def choices(label: str, operation: str, call: Callable[[tuning.Choice], object], quick: bool) -> Iterator[Case]:
