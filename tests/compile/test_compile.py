@@ -1,8 +1,10 @@
 """Every kernel compiles for every GPU it is meant for, and the machine code is what its author counted on."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,14 +32,27 @@ MEMORY_KERNELS = {
 }
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
-def rows(request, tmp_path_factory):
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+
+
+def compile_for(target, folder):
     """The compile report for one kind of GPU. One process cannot both interpret and compile, so it is another one."""
-    folder = tmp_path_factory.mktemp("compile")
-    command = [sys.executable, str(SCRIPT), "--quick", "--targets", request.param, "--output", str(folder)]
+    command = [sys.executable, str(SCRIPT), "--quick", "--targets", target, "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / f"{request.param}.json").read_text())["kernels"]
+    return json.loads((folder / f"{target}.json").read_text())["kernels"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compile")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {target: pool.submit(compile_for, target, folder) for target in TARGETS}
+
+
+@pytest.fixture(params=TARGETS)
+def rows(request, reports):
+    return reports[request.param].result()
 
 
 def test_kernels_compile_without_spilling(rows):
