@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +47,33 @@ layer_norm_gelu = Operation("layer_norm_gelu", setup=setup, definition=chain, co
 layer_norm_gelu.targets = {"forward": {"speed_up": 1.15}, "forward + backward": {"speed_up": 1.1}}
 
 
-@layer_norm_gelu.provider("fastvit", kernel="layer_norm")
+@layer_norm_gelu.provider("fastvit", kernel="layer_norm_gelu")
 def ours(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.linear(ops.layer_norm(x, norm_weight, norm_bias, EPS), weight, bias))
+    return ops.layer_norm_gelu(x, norm_weight, norm_bias, EPS, weight, bias, "gelu")
 
+
+def add_variant(name: str, fits: Callable[[Mapping[str, int]], bool]) -> None:
+    """One of the ways that the tuning table chooses between, its first tile that fits, whatever the table prefers."""
+    remembered: dict[tuple, Mapping[str, int]] = {}
+
+    @layer_norm_gelu.provider(f"fastvit {name}", devices=("cuda",), kernel="layer_norm_gelu")
+    def variant(*operands: Tensor, **named: Tensor) -> Tensor:
+        from fastvit.kernels import tuning
+
+        def fitting(*case: Any) -> tuple[Mapping[str, int], ...]:
+            tiles = tuple(tile for tile in candidates(*case) if "fused" not in tile or fits(tile))
+            if not tiles:
+                raise RuntimeError(f"the tuning table has no tile for this way, {case[0]} in {case[2]}")
+            return tiles[:1]
+
+        candidates = tuning.candidates
+        with mock.patch.object(tuning, "candidates", fitting), mock.patch.object(tuning, "_chosen", remembered):
+            return ours(*operands, **named)
+
+
+add_variant("separate", lambda tile: not tile["fused"])
+add_variant("GELU in the product", lambda tile: bool(tile["fused"]) and not tile["normalize"])
+add_variant("LayerNorm and GELU in the product", lambda tile: bool(tile["fused"] and tile["normalize"]))
 
 layer_norm_gelu.provider("PyTorch")(chain)
 layer_norm_gelu.compiled("PyTorch")

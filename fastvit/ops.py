@@ -38,6 +38,7 @@ KERNELS = {
     "add_layer_norm": "layer_norm",
     "layer_norm_linear": "layer_norm_gelu",
     "add_layer_norm_linear": "layer_norm_gelu",
+    "layer_norm_gelu": "layer_norm_gelu",
     "feed_forward": "feed_forward",
     "add_layer_norm_feed_forward": "feed_forward",
 }
@@ -88,13 +89,8 @@ def why_not_triton_anywhere() -> str | None:
 
 
 @functools.cache
-def why_not_triton(
-    operation: str, device_type: str, device_index: int | None, dtype: torch.dtype, variant: Any = None
-) -> str | None:
-    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernel.
-
-    variant: what the kernel may not have, where that is neither device nor dtype: an activation, a head dim.
-    """
+def why_not_triton(operation: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
+    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernel."""
     if reason := why_not_triton_anywhere():
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
@@ -107,17 +103,15 @@ def why_not_triton(
             return f"this GPU (sm_{major}{minor}) is older than sm_75, the oldest that Triton compiles for"
     module = importlib.import_module(f"fastvit.kernels.{KERNELS[operation]}")
     _kernels[operation] = getattr(module, operation)
-    if dtype not in DTYPES:
-        return f"the kernel has no {dtype}"
-    return None if variant is None else module.why_not(variant)
+    return None if dtype in DTYPES else f"the kernel has no {dtype}"
 
 
 # A compiler that traces an operation takes the answer as a constant; it depends on nothing that it has not asked about.
 @torch.compiler.assume_constant_result
 def _runs_on_triton(
-    operation: str, asked: str, device_type: str, device_index: int | None, dtype: torch.dtype, variant: Any
+    operation: str, asked: str, device_type: str, device_index: int | None, dtype: torch.dtype, lacks: str | None
 ) -> bool:
-    reason = why_not_triton(operation, device_type, device_index, dtype, variant)
+    reason = why_not_triton(operation, device_type, device_index, dtype) or lacks
     if asked == "triton":
         if reason is not None:
             raise InputError(f"backend: 'triton' cannot compute {operation}: {reason}")
@@ -134,11 +128,13 @@ def _announce(operation: str, device_type: str, chosen: bool, reason: str | None
     logger.info("%s on %s is computed by %s", operation, device_type, by)
 
 
-def _chosen(definition: Callable[P, R], *, like: int = 0, variant: Callable[P, Any] | None = None) -> Callable[P, R]:
+def _chosen(
+    definition: Callable[P, R], *, like: int = 0, lacks: Callable[P, str | None] = lambda *args, **kwargs: None
+) -> Callable[P, R]:
     """`definition`, a function of `fastvit.reference`, or its kernel of the same name and signature.
 
-    Which is decided at each call by the device and dtype of the tensor that is argument number `like`, and by what
-    `variant` says of the arguments (see `why_not_triton`).
+    Which is decided at each call by the device and dtype of the tensor that is argument number `like`, and by `lacks`,
+    which says what of these arguments the kernel does not have.
     """
     operation = definition.__name__
 
@@ -146,16 +142,19 @@ def _chosen(definition: Callable[P, R], *, like: int = 0, variant: Callable[P, A
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if _backend != "reference":
             x: Any = args[like]
-            asked_for = None if variant is None else variant(*args, **kwargs)
-            if _runs_on_triton(operation, _backend, x.device.type, x.device.index, x.dtype, asked_for):
+            lacking = lacks(*args, **kwargs)
+            if _runs_on_triton(operation, _backend, x.device.type, x.device.index, x.dtype, lacking):
                 return _kernels[operation](*args, **kwargs)
         return definition(*args, **kwargs)
 
     return function
 
 
-def _last(*args: Any, **kwargs: Any) -> Any:
-    return args[-1]
+ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
+
+
+def _activation(*args: Any, **kwargs: Any) -> str | None:
+    return None if args[-1] in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {args[-1]!r}"
 
 
 # The operations; each is documented where it is defined.
@@ -164,11 +163,12 @@ layer_norm = _chosen(reference.layer_norm)
 add_layer_norm = _chosen(reference.add_layer_norm)
 layer_norm_linear = _chosen(reference.layer_norm_linear)
 add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
-add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, variant=_last)  # the activation
+layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
+add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
 attention = reference.attention
 attention_packed = reference.attention_packed
 attention_probabilities = reference.attention_probabilities
-feed_forward = _chosen(reference.feed_forward, variant=_last)  # the activation
+feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 join_tokens = reference.join_tokens
 normalize_pixels = reference.normalize_pixels
 ACTIVATIONS = reference.ACTIVATIONS

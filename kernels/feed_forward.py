@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import linear
-from fastvit.kernels.gelu import FORMULAS, as_rows, check_tensor, without_autocast
+from fastvit.kernels.gelu import as_rows, check_tensor, without_autocast
 from fastvit.kernels.layer_norm_gelu import (
     as_norm,
     autocast,
@@ -41,11 +41,6 @@ from fastvit.kernels.layer_norm_gelu import (
     recorded,
     sort_gradients,
 )
-
-
-def why_not(activation: str) -> str | None:
-    """Why this activation has no kernel, or None."""
-    return None if activation in FORMULAS else f"the kernel has no activation {activation!r}"
 
 
 @torch.library.custom_op("fastvit::feed_forward", mutates_args=())

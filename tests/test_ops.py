@@ -114,6 +114,20 @@ def test_what_auto_chose_is_said_once(caplog):
     assert said[0].startswith(f"layer_norm on {DEVICE} is computed by {expected}")
 
 
+@needs_triton
+def test_an_activation_without_a_kernel_is_plain_pytorchs():
+    from fastvit.kernels.gelu import FORMULAS
+
+    assert set(ops.ACTIVATIONS_WITH_KERNELS) == set(FORMULAS)
+    operands = [torch.randn(2, 8, device=DEVICE), *[torch.randn(8, 8, device=DEVICE), None] * 2]
+    with (
+        fastvit.backend("triton"),
+        pytest.raises(fastvit.InputError, match="cannot compute feed_forward: the kernel has no activation 'relu'"),
+    ):
+        ops.feed_forward(*operands, "relu")
+    torch.testing.assert_close(ops.feed_forward(*operands, "relu"), reference.feed_forward(*operands, "relu"))
+
+
 def test_operations_keep_the_definitions_documentation():
     for operation in ops.KERNELS:
         assert getattr(ops, operation).__doc__ == getattr(reference, operation).__doc__
