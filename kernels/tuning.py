@@ -57,6 +57,21 @@ TABLE = (
         {"elements": 24, "num_warps": 8, "waves": 2},
         {"elements": 16, "num_warps": 4, "waves": 4},
     )),
+    Rule("attention_forward", "short, dim 64, many heads", None, None, (
+        {"rows": 64, "piece": 128, "blocks": 4, "num_warps": 4, "num_stages": 2},
+    )),
+    Rule("attention_forward", None, None, None, (
+        {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
+    )),
+    Rule("attention_backward", "short, dim 64, many heads", None, None, (
+        {"rows": 32, "piece": 64, "num_warps": 8, "num_stages": 1},
+    )),
+    Rule("attention_backward", None, None, None, (
+        {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
+    )),
+    Rule("attention_mask_backward", None, None, None, (
+        {"rows": 64, "keys": 64, "programs": 528, "num_warps": 4, "num_stages": 2},
+    )),
 )  # fmt: skip
 
 
