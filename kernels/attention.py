@@ -38,6 +38,8 @@ from fastvit.kernels import tuning
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 SHORT = 256  # keys whose scores fit into registers at once
+ENOUGH_PROGRAMS = 256  # about two on each multiprocessor of an H100
+MASK_PROGRAMS = 528  # four there; the same number everywhere: the same sums everywhere
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,7 +357,7 @@ def _attention_bwd_short(
     query_ptr, key_ptr, value_ptr, out_ptr, grad_out_ptr,   # in: [B, N, H, D] by strides (out: contiguous)
     mask_ptr, cu_seqlens_ptr, seed_ptr, lse_ptr,            # in: as in forward; [H, rows] float32
     grad_query_ptr, grad_key_ptr, grad_value_ptr,           # out: [rows, H, D], their rows stride_grad_token apart
-    delta_ptr,                                              # out: [H, rows] float32
+    delta_ptr,                                              # out: [H, rows] float32, or None
     stride_query_batch, stride_query_token, stride_query_head,
     stride_key_batch, stride_key_token, stride_key_head,
     stride_value_batch, stride_value_token, stride_value_head,
@@ -365,10 +367,14 @@ def _attention_bwd_short(
     heads, rows, num_queries, num_keys,
     scale, dropout_p, keep_scale,
     DIM: tl.constexpr, DIMS: tl.constexpr,
-    KEYS: tl.constexpr, FULL: tl.constexpr,
+    MASKED: tl.constexpr, KEYS: tl.constexpr,       # KEYS: power of two, all keys; MASKED: fewer exist
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program takes one head of one picture."""
+    """One program takes one head of one picture.
+
+    Scores are computed transposed, [keys, queries]: so the probabilities go from registers straight into the products
+    with grad_out and query, whose sums, one row a key, stay in registers while the loop passes over the queries.
+    """
     pair = tl.program_id(0)
     batch, head = pair // heads, pair % heads
     first, queries = _sequence(cu_seqlens_ptr, batch, num_queries)
@@ -387,55 +393,44 @@ def _attention_bwd_short(
     mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     out_ptr += (first * heads + head) * DIM
     lse_ptr += head.to(tl.int64) * rows + first
-    delta_ptr += head.to(tl.int64) * rows + first
+    if delta_ptr is not None:
+        delta_ptr += head.to(tl.int64) * rows + first
     grad_query_ptr += first * stride_grad_token + head * DIM
     grad_key_ptr += first_key * stride_grad_token + head * DIM
     grad_value_ptr += first_key * stride_grad_token + head * DIM
 
-    key_tiles, turned_keys, turned_values, grad_key, grad_value = (), (), (), (), ()
-    for c in tl.static_range(len(KEYS)):
-        key = _load_piece(key_ptr, keys, stride_key_token, KEYS[c], FULL, DIM, DIMS)
-        value = _load_piece(value_ptr, keys, stride_value_token, KEYS[c], FULL, DIM, DIMS)
-        key_tiles = key_tiles + (key,)
-        turned_keys = turned_keys + (_transposed(key),)
-        turned_values = turned_values + (_transposed(value),)
-        grad_key = grad_key + (_zeros(KEYS[c][1], DIMS),)
-        grad_value = grad_value + (_zeros(KEYS[c][1], DIMS),)
-
+    at = tl.arange(0, KEYS)
+    key = _load(key_ptr, 0, keys, stride_key_token, MASKED, KEYS, DIM, DIMS)
+    value = _load(value_ptr, 0, keys, stride_value_token, MASKED, KEYS, DIM, DIMS)
+    grad_key = _zeros(KEYS, DIMS)
+    grad_value = _zeros(KEYS, DIMS)
     for start in range(0, queries, ROWS):
         at_query = start + tl.arange(0, ROWS)
         query = _load(query_ptr, start, queries, stride_query_token, True, ROWS, DIM, DIMS)
         grad_out = _load(grad_out_ptr, start, queries, stride_grad_out_token, True, ROWS, DIM, DIMS)
         delta = _row_dot(grad_out, _load(out_ptr, start, queries, heads * DIM, True, ROWS, DIM, DIMS))
-        tl.store(delta_ptr + at_query, delta, at_query < queries)
+        if delta_ptr is not None:
+            tl.store(delta_ptr + at_query, delta, at_query < queries)
         lse = tl.load(lse_ptr + at_query, at_query < queries, other=0.0)
-        grad_query = _zeros(ROWS, DIMS)
-        new_grad_key, new_grad_value = (), ()
-        for c in tl.static_range(len(KEYS)):
-            at = KEYS[c][0] + tl.arange(0, KEYS[c][1])
-            scores = _finish_scores(
-                _product(query, turned_keys[c]), at_query[:, None], at[None, :], queries, keys, scale,
-                mask_ptr, stride_mask_query, stride_mask_key, KEYS[c][0] + KEYS[c][1] > FULL,
-            )  # fmt: skip
-            probabilities = tl.exp2(scores - lse[:, None])
-            grad = _product(grad_out, turned_values[c])
-            dropped = probabilities
-            if seed_ptr is not None:
-                kept = _kept(seed_ptr, pair, at_query[:, None], at[None, :], num_keys, dropout_p)
-                dropped = tl.where(kept, probabilities * keep_scale, 0.0)
-                grad = tl.where(kept, grad * keep_scale, 0.0)
-            new_grad_value = new_grad_value + (
-                _add_product(grad_value[c], tl.trans(dropped.to(grad_out[0].dtype)), grad_out),
-            )
-            grad_scores = (probabilities * (grad - delta[:, None])).to(query[0].dtype)
-            new_grad_key = new_grad_key + (_add_product(grad_key[c], tl.trans(grad_scores), query),)
-            grad_query = _add_product(grad_query, grad_scores, key_tiles[c])
-        grad_key, grad_value = new_grad_key, new_grad_value
+        scores = _finish_scores(
+            _product(key, _transposed(query)), at_query[None, :], at[:, None], queries, keys, scale,
+            mask_ptr, stride_mask_query, stride_mask_key, MASKED,
+        )  # fmt: skip
+        probabilities = tl.exp2(scores - lse[None, :])
+        dropped = probabilities
+        if seed_ptr is not None:
+            kept = _kept(seed_ptr, pair, at_query[None, :], at[:, None], num_keys, dropout_p)
+            dropped = tl.where(kept, probabilities * keep_scale, 0.0)
+        grad_value = _add_product(grad_value, dropped, grad_out)
+        grad = _product(value, _transposed(grad_out))
+        if seed_ptr is not None:
+            grad = tl.where(kept, grad * keep_scale, 0.0)
+        grad_scores = (probabilities * (grad - delta[None, :])).to(query[0].dtype)
+        grad_key = _add_product(grad_key, grad_scores, query)
+        grad_query = _add_product(_zeros(ROWS, DIMS), tl.trans(grad_scores), key)
         _store(grad_query_ptr, grad_query, scale, start, queries, stride_grad_token, ROWS, DIM, DIMS)
-
-    for c in tl.static_range(len(KEYS)):
-        _store(grad_key_ptr, grad_key[c], scale, KEYS[c][0], keys, stride_grad_token, KEYS[c][1], DIM, DIMS)
-        _store(grad_value_ptr, grad_value[c], 1.0, KEYS[c][0], keys, stride_grad_token, KEYS[c][1], DIM, DIMS)
+    _store(grad_key_ptr, grad_key, scale, 0, keys, stride_grad_token, KEYS, DIM, DIMS)
+    _store(grad_value_ptr, grad_value, 1.0, 0, keys, stride_grad_token, KEYS, DIM, DIMS)
 
 
 @triton.jit
@@ -731,32 +726,52 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
 
 
 def _shape_class(sizes: Sizes) -> str:
-    """`short` or `long` for the keys, the padded head dim, and `few` where one program a head does not fill a GPU."""
-    length = "short" if sizes.keys <= SHORT else "long"
-    programs = "many" if sizes.batch * sizes.heads >= 256 else "few"
-    return f"{length}, dim {64 if sizes.dim <= 64 else 128}, {programs} heads"
+    """By keys, and by head dim as it is padded. One program a head, as the kernels for short sequences like it, does
+    not fill a GPU where there are few heads."""
+    if sizes.keys > SHORT:
+        length = "long"
+    else:
+        length = "short" if sizes.batch * sizes.heads >= ENOUGH_PROGRAMS else "short of few heads"
+    return f"{length}, dim {next(dim for dim in (64, 80, 96, 128) if sizes.dim <= dim)}"
 
 
-def _rows(wanted: int, queries: int) -> int:
-    """A tile's queries: a few, or the class token alone, do not pay for `wanted`; 16 is the least of a matrix unit."""
-    return min(wanted, max(16, triton.next_power_of_2(queries)))
+def _fitting(wanted: int, tokens: int) -> int:
+    """A tile's length: a few tokens, or the class token alone, do not pay for `wanted`; a matrix unit takes 16."""
+    return min(wanted, max(16, triton.next_power_of_2(tokens)))
 
 
-def _tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dict[str, object]:
-    """Compile-time arguments of the kernels for many keys (`keys` in the choice) or for all at once (`piece`)."""
-    common = {
+def _loop_tile(sizes: Sizes, call: Call, rows: int, keys: int, num_warps: int, num_stages: int) -> dict[str, object]:
+    """Compile-time arguments of the kernels that loop over keys or queries."""
+    keys = _fitting(keys, sizes.keys)
+    return {
         "DIM": sizes.dim,
         "DIMS": _pieces(sizes.dim, MAX_HEAD_DIM, 2),
-        "ROWS": _rows(choice["rows"], sizes.queries),
+        "MASKED": call.cu_seqlens is not None or sizes.keys % keys != 0,
+        "KEYS": keys,
+        "ROWS": _fitting(rows, sizes.queries),
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+def _short_forward_tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dict[str, object]:
+    rows = _fitting(choice["rows"], sizes.queries)
+    return {
+        "DIM": sizes.dim,
+        "DIMS": _pieces(sizes.dim, MAX_HEAD_DIM, 2),
+        "KEYS": _pieces(sizes.keys, choice["piece"], 3),
+        "FULL": 0 if call.cu_seqlens is not None else sizes.keys // 16 * 16,
+        "ROWS": rows,
+        "BLOCKS": min(choice["blocks"], triton.cdiv(sizes.queries, rows)),
         "num_warps": choice["num_warps"],
         "num_stages": choice["num_stages"],
     }
-    uneven = call.cu_seqlens is not None
-    if "piece" in choice:
-        full = 0 if uneven else sizes.keys // 16 * 16
-        return common | {"KEYS": _pieces(sizes.keys, choice["piece"], 3), "FULL": full}
-    keys = _rows(choice["keys"], sizes.keys)
-    return common | {"KEYS": keys, "MASKED": uneven or sizes.keys % keys != 0}
+
+
+def _short_backward_tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dict[str, object]:
+    keys = _fitting(SHORT, sizes.keys)
+    num_warps = max(4, keys // choice["keys_per_warp"])  # the sums of so many keys' gradients fit into a warp's registers
+    return _loop_tile(sizes, call, choice["rows"], keys, num_warps, choice["num_stages"])
 
 
 def _forward_outputs(query: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -780,16 +795,17 @@ def _launch_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tu
         sizes.heads, sizes.rows, sizes.queries, sizes.keys, call.scale, call.dropout_p, keep_scale,
     )  # fmt: skip
 
+    programs = sizes.batch * sizes.heads
+
     def run(choice: tuning.Choice) -> None:
-        tile = _tile(sizes, call, choice)
-        blocks = triton.cdiv(sizes.queries, tile["ROWS"])
         with torch.cuda.device_of(query):
             if "piece" in choice:
-                tile["BLOCKS"] = min(choice["blocks"], blocks)
-                grid = (sizes.batch * sizes.heads * triton.cdiv(blocks, tile["BLOCKS"]),)
+                tile = _short_forward_tile(sizes, call, choice)
+                grid = (programs * triton.cdiv(sizes.queries, tile["ROWS"] * tile["BLOCKS"]),)
                 _attention_fwd_short[grid](*arguments, **tile)
             else:
-                _attention_fwd_long[(sizes.batch * sizes.heads * blocks,)](*arguments, **tile)
+                tile = _loop_tile(sizes, call, **choice)
+                _attention_fwd_long[(programs * triton.cdiv(sizes.queries, tile["ROWS"]),)](*arguments, **tile)
 
     run(tuning.choose("attention_forward", _shape_class(sizes), query.dtype, query.device, run))
     return out, lse
@@ -818,17 +834,21 @@ def _launch_backward(
     programs = sizes.batch * sizes.heads
 
     def run(choice: tuning.Choice) -> None:
-        tile = _tile(sizes, call, choice)
         with torch.cuda.device_of(query):
-            if "piece" in choice:
+            if "keys_per_warp" in choice:
                 _attention_bwd_short[(programs,)](
-                    query, key, value, out, grad_out, *inputs, *grads, delta, *strides, *numbers, **tile
-                )
+                    query, key, value, out, grad_out, *inputs, *grads, None if grad_mask is None else delta,
+                    *strides, *numbers, **_short_backward_tile(sizes, call, choice),
+                )  # fmt: skip
                 return
             # First by queries, which also computes the delta that the second reads.
+            rows, keys, num_warps, num_stages = (choice[name] for name in ("rows", "keys", "num_warps", "num_stages"))
+            tile = _loop_tile(sizes, call, rows, keys, num_warps, num_stages)
             _attention_bwd_query[(programs * triton.cdiv(sizes.queries, tile["ROWS"]),)](
                 query, key, value, out, grad_out, *inputs, grad_query, delta, *strides, *numbers, **tile
             )
+            rows, keys, num_warps = (choice[f"key_value_{name}"] for name in ("rows", "keys", "warps"))
+            tile = _loop_tile(sizes, call, rows, keys, num_warps, num_stages)
             del tile["MASKED"]
             _attention_bwd_key_value[(programs * triton.cdiv(sizes.keys, tile["KEYS"]),)](
                 query, key, value, grad_out, *inputs, delta, grad_key, grad_value, *strides, *numbers, **tile
@@ -844,10 +864,11 @@ def _launch_mask_backward(grad_mask, tensors, strides, sizes: Sizes, call: Call,
     shared = sizes.batch * sizes.heads // (mask_batch * mask_heads)  # planes of scores that one of the mask is added to
 
     def run(choice: tuning.Choice) -> None:
-        tile = _tile(sizes, call, choice)
+        tile = _loop_tile(sizes, call, choice["rows"], choice["keys"], choice["num_warps"], choice["num_stages"])
         del tile["MASKED"]
-        tiles = mask_batch * mask_heads * triton.cdiv(sizes.queries, tile["ROWS"]) * triton.cdiv(sizes.keys, tile["KEYS"])
-        splits = max(1, min(shared, choice["programs"] // tiles))
+        tiles = triton.cdiv(sizes.queries, tile["ROWS"]) * triton.cdiv(sizes.keys, tile["KEYS"])
+        tiles *= mask_batch * mask_heads
+        splits = max(1, min(shared, MASK_PROGRAMS // tiles))
         partial = grad_mask
         if splits > 1:
             partial = grad_mask.new_empty(splits, *grad_mask.shape, dtype=torch.float32)
