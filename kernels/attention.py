@@ -102,9 +102,7 @@ def _load_piece(
 
 
 @triton.jit
-def _store(
-    ptr, tile, factor, start, count, stride_token, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr
-):
+def _store(ptr, tile, factor, start, count, stride_token, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr):
     token = start + tl.arange(0, ROWS)
     pointers = ptr + tl.cast(start, tl.int64) * stride_token + (tl.arange(0, ROWS) * stride_token)[:, None]
     for i in tl.static_range(len(DIMS)):
@@ -168,7 +166,16 @@ def _row_dot(a, b):
 
 @triton.jit
 def _finish_scores(
-    product, query, key, num_queries, num_keys, scale, mask_ptr, stride_mask_query, stride_mask_key, MASKED: tl.constexpr
+    product,
+    query,
+    key,
+    num_queries,
+    num_keys,
+    scale,
+    mask_ptr,
+    stride_mask_query,
+    stride_mask_key,
+    MASKED: tl.constexpr,
 ):
     """Scores in base 2; -inf where a key is hidden or, if MASKED, beyond the last.
 
@@ -232,7 +239,9 @@ def _attention_fwd_short(
     query_ptr = _head(
         query_ptr, cu_seqlens_ptr, first, batch, head, stride_query_batch, stride_query_token, stride_query_head
     )
-    key_ptr = _head(key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head)
+    key_ptr = _head(
+        key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head
+    )
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
@@ -303,7 +312,9 @@ def _attention_fwd_long(
     query_ptr = _head(
         query_ptr, cu_seqlens_ptr, first, batch, head, stride_query_batch, stride_query_token, stride_query_head
     )
-    key_ptr = _head(key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head)
+    key_ptr = _head(
+        key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head
+    )
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
@@ -382,7 +393,9 @@ def _attention_bwd_short(
     query_ptr = _head(
         query_ptr, cu_seqlens_ptr, first, batch, head, stride_query_batch, stride_query_token, stride_query_head
     )
-    key_ptr = _head(key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head)
+    key_ptr = _head(
+        key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head
+    )
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
@@ -458,7 +471,9 @@ def _attention_bwd_query(
     query_ptr = _head(
         query_ptr, cu_seqlens_ptr, first, batch, head, stride_query_batch, stride_query_token, stride_query_head
     )
-    key_ptr = _head(key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head)
+    key_ptr = _head(
+        key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head
+    )
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
@@ -522,7 +537,9 @@ def _attention_bwd_key_value(
     query_ptr = _head(
         query_ptr, cu_seqlens_ptr, first, batch, head, stride_query_batch, stride_query_token, stride_query_head
     )
-    key_ptr = _head(key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head)
+    key_ptr = _head(
+        key_ptr, cu_seqlens_ptr, first_key, batch, head, stride_key_batch, stride_key_token, stride_key_head
+    )
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
@@ -588,10 +605,10 @@ def _attention_bwd_mask(
     program = tl.program_id(0)
     begin_key = program % key_blocks * KEYS
     begin = program // key_blocks % query_blocks * ROWS
-    plane = program // (key_blocks * query_blocks)          # of grad_mask: split, mask_batch, mask_head
+    plane = program // (key_blocks * query_blocks)  # of grad_mask: split, mask_batch, mask_head
     mask_head, mask_picture = plane % mask_heads, plane // mask_heads % mask_batch
     split = plane // (mask_heads * mask_batch)
-    shared_heads = heads // mask_heads                      # 1, or all of them
+    shared_heads = heads // mask_heads  # 1, or all of them
     shared = shared_heads * (batch_size // mask_batch)
 
     at_query = begin + tl.arange(0, ROWS)
@@ -669,10 +686,10 @@ class Call(NamedTuple):
     """What one call computes, beside its tensors. `cu_seqlens` and the rest describe a batch of pictures of different
     sizes: their tokens one after the other, those of picture i from cu_seqlens[i] to cu_seqlens[i + 1]."""
 
-    mask: Tensor | None         # bool or floating [B or 1, H or 1, Nq, Nk]
-    cu_seqlens: Tensor | None   # int32 [B + 1]
+    mask: Tensor | None  # bool or floating [B or 1, H or 1, Nq, Nk]
+    cu_seqlens: Tensor | None  # int32 [B + 1]
     max_seqlen: int | None
-    seed: Tensor | None         # int64 [1]; None: no dropout
+    seed: Tensor | None  # int64 [1]; None: no dropout
     scale: float
     dropout_p: float  # fmt: skip
 
@@ -770,7 +787,9 @@ def _short_forward_tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dict
 
 def _short_backward_tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dict[str, object]:
     keys = _fitting(SHORT, sizes.keys)
-    num_warps = max(4, keys // choice["keys_per_warp"])  # the sums of so many keys' gradients fit into a warp's registers
+    num_warps = max(
+        4, keys // choice["keys_per_warp"]
+    )  # the sums of so many keys' gradients fit into a warp's registers
     return _loop_tile(sizes, call, choice["rows"], keys, num_warps, choice["num_stages"])
 
 
@@ -856,7 +875,9 @@ def _launch_backward(
 
     run(tuning.choose("attention_backward", _shape_class(sizes), query.dtype, query.device, run))
     if grad_mask is not None:
-        _launch_mask_backward(grad_mask, (query, key, value, grad_out, *inputs, delta), strides, sizes, call, keep_scale)
+        _launch_mask_backward(
+            grad_mask, (query, key, value, grad_out, *inputs, delta), strides, sizes, call, keep_scale
+        )
 
 
 def _launch_mask_backward(grad_mask, tensors, strides, sizes: Sizes, call: Call, keep_scale: float) -> None:
@@ -942,9 +963,7 @@ def _attention_packed_backward(
     grad_qkv = qkv.new_empty(qkv.shape)
     grad_mask = _empty_mask_gradient(qkv, mask, mask_grad)
     call = Call(mask, cu_seqlens, max_seqlen, seed, scale, dropout_p)
-    _launch_backward(
-        grad_out, *qkv.unbind(-3), out, lse, grad_qkv.unbind(-3), grad_mask if mask_grad else None, call
-    )
+    _launch_backward(grad_out, *qkv.unbind(-3), out, lse, grad_qkv.unbind(-3), grad_mask if mask_grad else None, call)
     return grad_qkv, grad_mask
 
 
@@ -1091,7 +1110,9 @@ def _call(query, key, scale, dropout_p, mask, cu_seqlens, max_seqlen, seed) -> C
     else:
         _check_tensor("seed", seed, (1,), (torch.int64,), query.device)
     if mask is not None:
-        mask = _broadcast_mask(mask, _sizes(query, key, Call(None, cu_seqlens, max_seqlen, None, 0.0, 0.0)), query.device)
+        mask = _broadcast_mask(
+            mask, _sizes(query, key, Call(None, cu_seqlens, max_seqlen, None, 0.0, 0.0)), query.device
+        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return Call(mask, cu_seqlens, max_seqlen, seed, scale, dropout_p)
 
