@@ -621,7 +621,10 @@ def _attention_bwd_mask(
         first, queries = _sequence(cu_seqlens_ptr, batch, num_queries)
         first_key, keys = _sequence(cu_seqlens_ptr, batch, num_keys)
         query = _load(
-            _head(query_ptr, cu_seqlens_ptr, first, batch, head, stride_query_batch, stride_query_token, stride_query_head),
+            _head(
+                query_ptr, cu_seqlens_ptr, first, batch, head,
+                stride_query_batch, stride_query_token, stride_query_head,
+            ),
             begin, queries, stride_query_token, True, ROWS, DIM, DIMS,
         )  # fmt: skip
         key = _load(
@@ -686,7 +689,7 @@ class Call(NamedTuple):
     """What one call computes, beside its tensors. `cu_seqlens` and the rest describe a batch of pictures of different
     sizes: their tokens one after the other, those of picture i from cu_seqlens[i] to cu_seqlens[i + 1]."""
 
-    mask: Tensor | None  # bool or floating [B or 1, H or 1, Nq, Nk]
+    mask: Tensor | None  # bool or floating [B or 1, H or 1, Nq or 1, Nk or 1]
     cu_seqlens: Tensor | None  # int32 [B + 1]
     max_seqlen: int | None
     seed: Tensor | None  # int64 [1]; None: no dropout
@@ -890,16 +893,17 @@ def _launch_mask_backward(grad_mask, tensors, strides, sizes: Sizes, call: Call,
         tiles = triton.cdiv(sizes.queries, tile["ROWS"]) * triton.cdiv(sizes.keys, tile["KEYS"])
         tiles *= mask_batch * mask_heads
         splits = max(1, min(shared, MASK_PROGRAMS // tiles))
+        full = (mask_batch, mask_heads, sizes.queries, sizes.keys)
         partial = grad_mask
-        if splits > 1:
-            partial = grad_mask.new_empty(splits, *grad_mask.shape, dtype=torch.float32)
+        if splits > 1 or grad_mask.shape != full:
+            partial = grad_mask.new_empty(splits, *full, dtype=torch.float32)
         with torch.cuda.device_of(grad_mask):
             _attention_bwd_mask[(tiles * splits,)](
                 *tensors, partial, *strides, sizes.batch, sizes.heads, sizes.rows, sizes.queries, sizes.keys,
                 mask_batch, mask_heads, splits, call.scale, call.dropout_p, keep_scale, **tile,
             )  # fmt: skip
-        if splits > 1:
-            grad_mask.copy_(partial.sum(0))
+        if partial is not grad_mask:
+            grad_mask.copy_(partial.sum(0).sum_to_size(grad_mask.shape))
 
     run(tuning.choose("attention_mask_backward", _shape_class(sizes), tensors[0].dtype, grad_mask.device, run))
 
@@ -1067,7 +1071,7 @@ def attention_packed(
     if qkv.ndim == packed_rank - 1:
         if num_heads is None or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
             raise ValueError(
-                f"num_heads: expected a number that 3 times divides qkv's last dimension, {qkv.shape[-1]}, got {num_heads}"
+                f"num_heads: expected the heads in qkv's last dimension, a third of {qkv.shape[-1]}, got {num_heads}"
             )
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     elif num_heads not in (None, qkv.shape[-2]):
@@ -1093,8 +1097,9 @@ def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, 
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float32 and torch.is_autocast_enabled(tensor.device.type):
-        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+    device = tensor.device.type
+    if tensor.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return tensor.to(torch.get_autocast_dtype(device))
     return tensor
 
 
@@ -1118,7 +1123,7 @@ def _call(query, key, scale, dropout_p, mask, cu_seqlens, max_seqlen, seed) -> C
 
 
 def _broadcast_mask(mask: Tensor, sizes: Sizes, device: torch.device) -> Tensor:
-    """[B or 1, H or 1, Nq, Nk]: what is the same for all queries or keys is repeated by a stride of zero."""
+    """The mask in four dimensions, each as large as that of the scores or 1."""
     shape = (sizes.batch, sizes.heads, sizes.queries, sizes.keys)
     fits = 1 <= mask.ndim <= 4 and all(
         size in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape), strict=False)
@@ -1126,8 +1131,7 @@ def _broadcast_mask(mask: Tensor, sizes: Sizes, device: torch.device) -> Tensor:
     if not fits:
         raise ValueError(f"mask: expected something broadcastable to {list(shape)}, got {list(mask.shape)}")
     _check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), device)
-    mask = mask[(None,) * (4 - mask.ndim)]
-    return mask.expand(-1, -1, sizes.queries, sizes.keys)
+    return mask[(None,) * (4 - mask.ndim)]
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:

@@ -57,9 +57,9 @@ TABLE = (
         {"elements": 24, "num_warps": 8, "waves": 2},
         {"elements": 16, "num_warps": 4, "waves": 4},
     )),
-    # rows, keys: the tile of scores. piece: all keys at once, in pieces of at most so many, and `blocks` tiles of rows a
-    # program. 64 rows and 208 keys in pieces take 193 registers (two programs a multiprocessor) and nothing is read
-    # twice; in one piece of 256, 255 and spills. wgmma needs 64 rows; with mma.sync (sm_80) 64 spill and 32 take 160.
+    # rows, keys: the tile of scores. piece: all keys at once, in pieces of at most so many, and `blocks` tiles of rows
+    # for a program. 64 rows and 208 keys in pieces take 193 registers (two programs a multiprocessor) and nothing is
+    # read twice; in one piece of 256 they spill. wgmma needs 64 rows; with mma.sync (sm_80) 64 spill, 32 take 160.
     *(Rule("attention_forward", f"short, dim {dim}", dtype, (9, 0), (
         {"rows": 64, "piece": 64, "blocks": 4, "num_warps": 4, "num_stages": 2},
         {"rows": 64, "piece": 64, "blocks": 4, "num_warps": 4, "num_stages": 1},
@@ -88,8 +88,8 @@ TABLE = (
         {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
         {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 2},
     )),
-    # keys_per_warp: one kernel, one program a head, 256 keys in 16 warps (128 registers) or 8 (239). It reads and writes
-    # 620 MB at ViT-B/16's shape, two kernels 930 MB and compute 7 products instead of 5. With mma.sync it spills.
+    # keys_per_warp: one kernel, one program a head, 256 keys in 16 warps (128 registers) or 8 (239). It reads and
+    # writes 620 MB at ViT-B/16's shape; two kernels 930 MB, with 7 products instead of 5. With mma.sync it spills.
     *(Rule("attention_backward", "short, dim 64", dtype, (9, 0), (
         {"rows": 32, "keys_per_warp": 16, "num_stages": 1},
         {"rows": 32, "keys_per_warp": 32, "num_stages": 1},

