@@ -200,6 +200,8 @@ def attention(
     [B, heads, max_seqlen, max_seqlen]. Returns [B, Nq, heads * head_dim] or [tokens, heads * head_dim].
     """
     if cu_seqlens is not None:
+        if max_seqlen is None:
+            raise InputError("max_seqlen: expected the tokens of the largest picture, got None")
         bounds = cu_seqlens.tolist()
         pictures = []
         for index, (first, end) in enumerate(pairwise(bounds)):

@@ -745,13 +745,18 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides
 
 
-def _shape_class(sizes: Sizes) -> str:
-    """By keys, and by head dim as it is padded. One program a head, as the kernels for short sequences like it, does
-    not fill a GPU where there are few heads."""
+def _shape_class(sizes: Sizes, call: Call) -> str:
+    """By number of keys, and by head dim as it is padded.
+
+    "short" are those for which the kernels that hold all keys of a head are made. With few heads, one program each does
+    not fill a GPU; with a mask or dropout they would spill registers.
+    """
     if sizes.keys > SHORT:
         length = "long"
+    elif sizes.batch * sizes.heads < ENOUGH_PROGRAMS or call.mask is not None or call.seed is not None:
+        length = "short, looped"
     else:
-        length = "short" if sizes.batch * sizes.heads >= ENOUGH_PROGRAMS else "short of few heads"
+        length = "short"
     return f"{length}, dim {next(dim for dim in (64, 80, 96, 128) if sizes.dim <= dim)}"
 
 
@@ -829,7 +834,7 @@ def _launch_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tu
                 tile = _loop_tile(sizes, call, **choice)
                 _attention_fwd_long[(programs * triton.cdiv(sizes.queries, tile["ROWS"]),)](*arguments, **tile)
 
-    run(tuning.choose("attention_forward", _shape_class(sizes), query.dtype, query.device, run))
+    run(tuning.choose("attention_forward", _shape_class(sizes, call), query.dtype, query.device, run))
     return out, lse
 
 
@@ -876,7 +881,7 @@ def _launch_backward(
                 query, key, value, grad_out, *inputs, delta, grad_key, grad_value, *strides, *numbers, **tile
             )
 
-    run(tuning.choose("attention_backward", _shape_class(sizes), query.dtype, query.device, run))
+    run(tuning.choose("attention_backward", _shape_class(sizes, call), query.dtype, query.device, run))
     if grad_mask is not None:
         _launch_mask_backward(
             grad_mask, (query, key, value, grad_out, *inputs, delta), strides, sizes, call, keep_scale
@@ -905,7 +910,7 @@ def _launch_mask_backward(grad_mask, tensors, strides, sizes: Sizes, call: Call,
         if partial is not grad_mask:
             grad_mask.copy_(partial.sum(0).sum_to_size(grad_mask.shape))
 
-    run(tuning.choose("attention_mask_backward", _shape_class(sizes), tensors[0].dtype, grad_mask.device, run))
+    run(tuning.choose("attention_mask_backward", _shape_class(sizes, call), tensors[0].dtype, grad_mask.device, run))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

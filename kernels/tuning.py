@@ -82,7 +82,7 @@ TABLE = (
         {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 2},
         {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
         {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
-    )) for length in ("short", "short of few heads", "long")),
+    )) for length in ("short", "short, looped", "long")),
     Rule("attention_forward", None, None, None, (
         {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
         {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
@@ -106,7 +106,7 @@ TABLE = (
     *(Rule("attention_backward", f"{length}, dim 128", None, None, (
         {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 2,
          "key_value_rows": 64, "key_value_keys": 64, "key_value_warps": 8},
-    )) for length in ("short", "short of few heads", "long")),
+    )) for length in ("short", "short, looped", "long")),
     Rule("attention_backward", None, None, None, (
         {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 2,
          "key_value_rows": 32, "key_value_keys": 64, "key_value_warps": 4},

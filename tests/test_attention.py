@@ -214,13 +214,22 @@ def test_every_tile_of_the_table(index):
             check(inputs, path="long")
 
 
-def test_the_table_has_a_tile_for_every_case():
-    for sizes in (
-        kernels.Sizes(*case) for case in [(256, 12, 1, 1, 197, 64), (1, 3, 1, 1, 50, 72), (1, 1, 1, 1, 577, 128)]
-    ):
-        for operation in ("attention_forward", "attention_backward", "attention_mask_backward"):
-            for dtype in kernels.DTYPES:
-                assert tuning.candidates(operation, kernels._shape_class(sizes), dtype, torch.device("cpu"))
+def test_the_kernels_for_short_sequences_are_used_where_they_are_made_for():
+    plain = kernels.Call(None, None, None, None, 1.0, 0.0)
+    sizes = kernels.Sizes(batch=256, heads=12, rows=256 * 197, queries=197, keys=197, dim=64)
+    hopper = tuning.Device("an H100", (9, 0), 132)
+    with mock.patch.object(tuning, "describe", lambda _: hopper):
+        for call, case, short in [
+            (plain, sizes, True),
+            (plain, sizes._replace(keys=257), False),
+            (plain, sizes._replace(batch=1), False),
+            (plain._replace(seed=torch.zeros(1)), sizes, False),
+            (plain._replace(mask=torch.zeros(1)), sizes, False),
+        ]:
+            shape_class = kernels._shape_class(case, call)
+            for operation, mark in (("attention_forward", "piece"), ("attention_backward", "keys_per_warp")):
+                first, *_ = tuning.candidates(operation, shape_class, torch.bfloat16, torch.device("cpu"))
+                assert (mark in first) == short, (operation, shape_class)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
