@@ -11,14 +11,19 @@ gradient of qkv is one tensor too, its three parts written in place by strides.
 At N = 197, D = 64 (ViT-B/16, batch 256, bfloat16) forward moves 310 MB, 103 microseconds at 3 TB/s, and computes for
 38: it is bound by memory. So a program takes one head, reads its keys and values once into shared memory, and passes
 over the queries; all scores of a query are in registers at once and the softmax needs no second look (`short`: up to
-256 keys). The keys are cut into powers of two, 197 into 128 + 64 + 16, so that 208 columns are computed and not 256;
-head dims too, 80 into 64 + 16. Above 256 keys the softmax runs along (`long`: Milakov & Gimelshein 2018).
+256 keys). The keys are cut into powers of two, 197 into 3 * 64 + 16, so that 208 columns are computed and not 256; head
+dims too, 80 into 64 + 16. With more keys (`long`; or a mask, dropout, or too few heads to fill a GPU) the softmax runs
+along (Milakov & Gimelshein 2018).
 
 Kept for backward: qkv, out, and one float32 a row, the log-sum-exp in base 2, from which the probabilities are computed
-again (Dao et al. 2022). For 197 tokens that is 0.8 % of what the probabilities would take. Backward of `short` is one
-kernel: it computes them once, holds the gradients of all keys and values of its head, and writes each query's gradient
-once; 620 MB, 207 microseconds. `long` takes two, one by queries and one by keys. No atomics: two runs give the same
-bits. exp2 with scale * log2(e) folded into one multiplication; float32 sums.
+again (Dao et al. 2022). For ViT-B's 197 tokens those would be 0.93 MB a picture in bfloat16, what is kept beside qkv is
+0.31 MB. Backward of `short` is one kernel: it computes the probabilities once, holds the gradients of all keys and
+values of its head in registers, and writes each query's gradient once: 620 MB, 207 microseconds. `long` takes two
+kernels, one by queries and one by keys. Every sum has its one place and order, without atomics: two runs give the same
+bits. Scores are float32, scaled by scale * log2(e) in one multiplication for exp2.
+
+Dropout asks Philox once for each probability, in forward and again in backward; it is not made to be fast, as no
+ViT in use drops probabilities.
 
 Vaswani et al. 2017, arXiv:1706.03762; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
 """
@@ -323,6 +328,9 @@ def _attention_fwd_long(
     lse_ptr += head.to(tl.int64) * rows + first
 
     begin = tl.program_id(0) % blocks * ROWS
+    if cu_seqlens_ptr is not None:  # noqa: SIM102 (one is known at compile time, the other not)
+        if begin >= queries:
+            return
     at_query = begin + tl.arange(0, ROWS)
     query = _load(query_ptr, begin, queries, stride_query_token, True, ROWS, DIM, DIMS)
     highest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -487,6 +495,9 @@ def _attention_bwd_query(
     at_row = head.to(tl.int64) * rows + first
 
     begin = tl.program_id(0) % blocks * ROWS
+    if cu_seqlens_ptr is not None:  # noqa: SIM102 (one is known at compile time, the other not)
+        if begin >= queries:
+            return
     at_query = begin + tl.arange(0, ROWS)
     query = _load(query_ptr, begin, queries, stride_query_token, True, ROWS, DIM, DIMS)
     grad_out = _load(grad_out_ptr, begin, queries, stride_grad_out_token, True, ROWS, DIM, DIMS)
@@ -553,6 +564,9 @@ def _attention_bwd_key_value(
     at_row = head.to(tl.int64) * rows + first
 
     begin = tl.program_id(0) % blocks * KEYS
+    if cu_seqlens_ptr is not None:  # noqa: SIM102 (one is known at compile time, the other not)
+        if begin >= keys:
+            return
     at = begin + tl.arange(0, KEYS)
     key = _load(key_ptr, begin, keys, stride_key_token, True, KEYS, DIM, DIMS)
     value = _load(value_ptr, begin, keys, stride_value_token, True, KEYS, DIM, DIMS)
@@ -734,8 +748,9 @@ def _strides(tensor: Tensor) -> tuple[int, int, int]:
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor where it lies; a copy only where its last dimension is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    """The tensor where it lies; a copy only where its last dimension is not contiguous, or where its tokens lie so far
+    apart that a tile's offsets would pass 2**31."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-3) < 2**31 // SHORT else tensor.contiguous()
 
 
 def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
@@ -781,15 +796,16 @@ def _loop_tile(sizes: Sizes, call: Call, rows: int, keys: int, num_warps: int, n
 
 def _short_forward_tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dict[str, object]:
     rows = _fitting(choice["rows"], sizes.queries)
+    uneven = call.cu_seqlens is not None  # then every piece is masked, and to prefetch queries as well would spill
     return {
         "DIM": sizes.dim,
         "DIMS": _pieces(sizes.dim, MAX_HEAD_DIM, 2),
         "KEYS": _pieces(sizes.keys, choice["piece"], 3),
-        "FULL": 0 if call.cu_seqlens is not None else sizes.keys // 16 * 16,
+        "FULL": 0 if uneven else sizes.keys // 16 * 16,
         "ROWS": rows,
         "BLOCKS": min(choice["blocks"], triton.cdiv(sizes.queries, rows)),
         "num_warps": choice["num_warps"],
-        "num_stages": choice["num_stages"],
+        "num_stages": 1 if uneven else choice["num_stages"],
     }
 
 
@@ -1034,7 +1050,8 @@ def attention(
     """dropout(softmax(query key^T * scale + mask)) value for each head, heads side by side.
 
     query: [B, Nq, H, D]; key, value: [B, Nk, H, D]; one dtype, float32, bfloat16 or float16; D a multiple of 8 from 16
-        to 128. Any strides, read where they lie; a tensor is copied only where its last dimension is not contiguous.
+        to 128. Any strides, read where they lie; a tensor is copied only where its last dimension is not contiguous, or
+        its tokens lie 2**23 elements apart.
     scale: 1 / sqrt(D) if None.
     mask: broadcastable to [B, H, Nq, Nk]; boolean (True: may be attended to), or floating and added to the scores, with
         a gradient where it requires one. A row whose every key is hidden gives zeros. A key is hidden too by a number

@@ -141,7 +141,7 @@ def check(inputs, *, path="short", slack=1.25, **options):
 @DTYPES
 @pytest.mark.parametrize("dim", [16, 24, 48, 64, 72, 80, 88, 96, 112, 128])
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(dim, dtype, path):
-    check(inputs_of(1, 40, 70, 2, dim, dtype=dtype), path=path)
+    check(inputs_of(1, 40, 70, 1, dim, dtype=dtype), path=path)
 
 
 @PATHS
@@ -206,7 +206,7 @@ def test_scores_of_ten_thousand(dtype, path):
 
 @pytest.mark.parametrize("index", range(max(len(rule.candidates) for rule in tuning.TABLE)))
 def test_every_tile_of_the_table(index):
-    inputs = inputs_of(1, 70, 197, 1, 32, dtype=torch.bfloat16) | {"mask": random(1, 1, 70, 197, dtype=torch.bfloat16)}
+    inputs = inputs_of(1, 40, 197, 1, 32, dtype=torch.bfloat16) | {"mask": random(1, 1, 40, 197, dtype=torch.bfloat16)}
     rules = [rule for rule in tuning.TABLE if rule.operation.startswith("attention") and index < len(rule.candidates)]
     tiles = {(rule.operation, tuple(rule.candidates[index].items())) for rule in rules}
     for operation, tile in sorted(tiles):
@@ -575,7 +575,7 @@ def test_a_picture_does_not_depend_on_those_beside_it(path):
         assert torch.equal(attention(**{name: tensor[1:2] for name, tensor in inputs.items()}), whole[1:2])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(2, 70), st.integers(1, 2)),
     dim=st.sampled_from(range(16, 129, 8)),

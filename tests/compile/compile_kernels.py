@@ -124,6 +124,7 @@ def attention_cases(quick: bool) -> Iterator[Case]:
         yield from attention_calls(256, tokens, 12, 64, options=("dropout",))
         yield from attention_calls(256, tokens, 12, 64, options=("cu_seqlens",))
         yield from attention_calls(256, tokens, 12, 64, queries=1)
+    yield "197", lambda: attention.dropout_mask(meta(1, dtype=torch.int64), 256, 12, 197, 197, 0.1)
     for tokens in (50, 256):
         yield from attention_calls(256, tokens, 12, 64)
     for dim in (32, 48, 96, 128):
