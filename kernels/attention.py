@@ -817,7 +817,8 @@ def _short_backward_tile(sizes: Sizes, call: Call, choice: tuning.Choice) -> dic
     num_warps = max(
         4, keys // choice["keys_per_warp"]
     )  # the sums of so many keys' gradients fit into a warp's registers
-    return _loop_tile(sizes, call, choice["rows"], keys, num_warps, choice["num_stages"])
+    tile = _loop_tile(sizes, call, choice["rows"], keys, num_warps, choice["num_stages"])
+    return tile | {"DIMS": _pieces(sizes.dim, MAX_HEAD_DIM, 1)}  # 48 cut into 32 + 16 spills, padded to 64 it does not
 
 
 def _forward_outputs(query: Tensor, value: Tensor, call: Call) -> tuple[Tensor, Tensor]:
