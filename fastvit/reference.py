@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -285,13 +286,31 @@ def attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """softmax(query key^T * scale + mask) value for each head (Vaswani et al. 2017, eq. 1), heads side by side.
 
     query: [B, Nq, heads, head_dim]; key, value: [B, Nk, heads, head_dim]; any strides. scale: 1 / sqrt(head_dim) if
-    None. mask: broadcastable to [B, heads, Nq, Nk]; boolean (True: may be attended to) or added to the scores.
-    dropout_p: chance that a probability is dropped. Returns [B, Nq, heads * head_dim].
+    None. mask: broadcastable to [B, heads, Nq, Nk]; boolean (True: may be attended to) or added to the scores. A row
+    whose every key is hidden gives zeros. dropout_p: chance that a probability is dropped.
+    cu_seqlens: int32 [B + 1], pictures of different sizes one after the other: query, key and value are [tokens, heads,
+    head_dim], and picture i, from cu_seqlens[i] to cu_seqlens[i + 1], attends to itself. mask is then broadcastable to
+    [B, heads, max_seqlen, max_seqlen]. Returns [B, Nq, heads * head_dim] or [tokens, heads * head_dim].
     """
+    if cu_seqlens is not None:
+        if max_seqlen is None:
+            raise InputError("max_seqlen: expected the tokens of the largest picture, got None")
+        bounds = cu_seqlens.tolist()
+        pictures = []
+        for index, (first, end) in enumerate(pairwise(bounds)):
+            own_mask = None
+            if mask is not None:
+                full = mask.expand(len(bounds) - 1, query.shape[1], max_seqlen, max_seqlen)
+                own_mask = full[index : index + 1, :, : end - first, : end - first]
+            parts = (tensor[None, first:end] for tensor in (query, key, value))
+            pictures.append(attention(*parts, scale=scale, dropout_p=dropout_p, mask=own_mask)[0])
+        return torch.cat(pictures)
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale
     )
@@ -301,17 +320,23 @@ def attention(
 def attention_packed(
     qkv: Tensor,
     *,
-    num_heads: int,
+    num_heads: int | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
-    """`attention` of the three parts of one tensor, as a matrix product with the joined weights gives it.
-
-    qkv: [B, N, 3 * heads * head_dim]: query, key, value; the rest as in `attention`. Returns [B, N, heads * head_dim].
-    """
-    query, key, value = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-    return attention(query, key, value, scale=scale, dropout_p=dropout_p, mask=mask)
+    """`attention` of the three parts of qkv [B, N, 3, heads, head_dim], or [B, N, 3 * heads * head_dim] with num_heads;
+    with cu_seqlens the same without B."""
+    if qkv.ndim == (3 if cu_seqlens is None else 2):
+        if num_heads is None:
+            raise InputError("num_heads: expected the number of heads in qkv's last dimension, got None")
+        qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    query, key, value = qkv.unbind(-3)
+    return attention(
+        query, key, value, scale=scale, dropout_p=dropout_p, mask=mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+    )
 
 
 def attention_probabilities(
@@ -322,7 +347,12 @@ def attention_probabilities(
     Arguments as in `attention`. Returns [B, heads, Nq, Nk] in query's dtype; no dropout is applied.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key).float() * scale
+    exact = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
+        scores = torch.einsum("bqhd,bkhd->bhqk", query.to(exact), key.to(exact)) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(dim=-1).to(query.dtype)
+    probabilities = scores.softmax(dim=-1)
+    if mask is not None:  # a row whose every key is hidden: zeros, as in `attention`, and not NaN
+        probabilities = probabilities.masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0)
+    return probabilities.to(query.dtype)
