@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from transformers import ViTConfig
 
+    from fastvit.attention_interface import register_attention
     from fastvit.auto import register, unregister
     from fastvit.errors import InputError
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
     "register": "fastvit.auto",
+    "register_attention": "fastvit.attention_interface",
     "unregister": "fastvit.auto",
 }
 
@@ -40,6 +42,7 @@ __all__ = [
     "backend",
     "convert",
     "register",
+    "register_attention",
     "unregister",
 ]
 

@@ -36,7 +36,10 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from fastvit import ops
+from fastvit.attention_interface import register_attention
 from fastvit.errors import InputError
+
+register_attention()  # transformers checks the names that `attn_implementation` may have
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:

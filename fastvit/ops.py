@@ -36,6 +36,8 @@ KERNELS = {
     "patch_embed": "patch_embed",
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
+    "attention": "attention",
+    "attention_packed": "attention",
     "layer_norm_linear": "layer_norm_gelu",
     "add_layer_norm_linear": "layer_norm_gelu",
     "layer_norm_gelu": "layer_norm_gelu",
@@ -157,6 +159,19 @@ def _activation(*args: Any, **kwargs: Any) -> str | None:
     return None if args[-1] in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {args[-1]!r}"
 
 
+def _head_dim(query: Any, *args: Any, **kwargs: Any) -> str | None:
+    return _lacks_head_dim(query.shape[-1])
+
+
+def _packed_head_dim(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any) -> str | None:
+    is_flat = qkv.dim() == (3 if cu_seqlens is None else 2)
+    return _lacks_head_dim(qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1])
+
+
+def _lacks_head_dim(dim: int) -> str | None:
+    return None if 16 <= dim <= 128 and dim % 8 == 0 else f"the kernel has no head dim {dim}: 16 to 128, multiples of 8"
+
+
 # The operations; each is documented where it is defined.
 patch_embed = _chosen(reference.patch_embed, like=1)
 layer_norm = _chosen(reference.layer_norm)
@@ -165,8 +180,8 @@ layer_norm_linear = _chosen(reference.layer_norm_linear)
 add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
 layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
 add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
-attention = reference.attention
-attention_packed = reference.attention_packed
+attention = _chosen(reference.attention, lacks=_head_dim)
+attention_packed = _chosen(reference.attention_packed, lacks=_packed_head_dim)
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 join_tokens = reference.join_tokens
