@@ -52,7 +52,7 @@ attention.targets = {"forward": {"speed_up": 1.3, "of_floor": 0.65}, "backward":
 
 @attention.provider("fastvit", kernel="attention")
 def ours(qkv: Tensor | Sequence[Tensor]) -> Tensor:
-    return ops.attention(*split(qkv))
+    return ops.attention_packed(qkv) if isinstance(qkv, Tensor) else ops.attention(*qkv)
 
 
 def sdpa(qkv: Tensor | Sequence[Tensor]) -> Tensor:
