@@ -23,6 +23,7 @@ import torch
 
 from fastvit import reference
 from fastvit.errors import InputError
+from fastvit.kernels.checks import DTYPES
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +45,6 @@ KERNELS = {
     "feed_forward": "feed_forward",
     "add_layer_norm_feed_forward": "feed_forward",
 }
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what every kernel takes
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
 
 _backend = os.environ.get("FASTVIT_BACKEND") or "auto"

@@ -39,9 +39,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 SHORT = 256  # keys whose scores fit into registers at once
 ENOUGH_PROGRAMS = 256  # about two on each multiprocessor of an H100
@@ -1140,7 +1140,7 @@ def _call(query, key, scale, dropout_p, mask, cu_seqlens, max_seqlen, seed) -> C
         # On the device, and read there by the kernel: no wait, and a CUDA graph draws anew each time it is replayed.
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=query.device)
     else:
-        _check_tensor("seed", seed, (1,), (torch.int64,), query.device)
+        check_tensor("seed", seed, (1,), (torch.int64,), query.device)
     if mask is not None:
         mask = _broadcast_mask(
             mask, _sizes(query, key, Call(None, cu_seqlens, max_seqlen, None, 0.0, 0.0)), query.device
@@ -1157,7 +1157,7 @@ def _broadcast_mask(mask: Tensor, sizes: Sizes, device: torch.device) -> Tensor:
     )
     if not fits:
         raise ValueError(f"mask: expected something broadcastable to {list(shape)}, got {list(mask.shape)}")
-    _check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), device)
+    check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), device)
     return mask[(None,) * (4 - mask.ndim)]
 
 
@@ -1173,7 +1173,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None,
             raise ValueError(f"query: expected [tokens, H, D] with cu_seqlens, got {list(query.shape)}")
         if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
             raise ValueError(f"cu_seqlens: expected [B + 1], got {list(cu_seqlens.shape)}")
-        _check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, (torch.int32,), query.device)
+        check_tensor("cu_seqlens", cu_seqlens, cu_seqlens.shape, (torch.int32,), query.device)
         if max_seqlen is None or max_seqlen < 1:
             raise ValueError(f"max_seqlen: expected the tokens of the largest picture, got {max_seqlen}")
         key_shape = query.shape
@@ -1182,15 +1182,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None,
         raise ValueError(
             f"query: expected a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}"
         )
-    _check_tensor("query", query, query.shape, DTYPES, query.device)
-    _check_tensor("key", key, key_shape, (query.dtype,), query.device)
-    _check_tensor("value", value, key_shape, (query.dtype,), query.device)
-
-
-def _check_tensor(name: str, tensor: Tensor, shape, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} like query, got {tensor.device}")
+    check_tensor("query", query, query.shape, DTYPES, query.device)
+    check_tensor("key", key, key_shape, (query.dtype,), query.device)
+    check_tensor("value", value, key_shape, (query.dtype,), query.device)

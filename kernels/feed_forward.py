@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import linear
-from fastvit.kernels.gelu import as_rows, check_tensor, without_autocast
+from fastvit.kernels.checks import check_tensor
+from fastvit.kernels.gelu import as_rows, without_autocast
 from fastvit.kernels.layer_norm_gelu import (
     as_norm,
     autocast,

@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The names of the configuration files, to the formula that the kernels know.
 FORMULAS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
@@ -331,15 +331,6 @@ def swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def check_activation(activation: str) -> None:
     if activation not in FORMULAS:
         raise ValueError(f"activation: expected one of {', '.join(FORMULAS)}, got {activation!r}")
-
-
-def check_tensor(name: str, tensor: Tensor, shape, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} like x, got {tensor.device}")
 
 
 def _check(x: Tensor, bias: Tensor | None) -> None:

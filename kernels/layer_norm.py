@@ -26,9 +26,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
 
 
@@ -482,11 +482,11 @@ def add_layer_norm(
     Raises ValueError for shapes, dtypes or devices that do not fit. Second derivatives are not supported.
     """
     _check(x, weight, bias)
-    _check_tensor("residual", residual, x.shape, DTYPES, x.device)
+    check_tensor("residual", residual, x.shape, DTYPES, x.device)
     if scale is not None:
-        _check_tensor("scale", scale, weight.shape, DTYPES, x.device)
+        check_tensor("scale", scale, weight.shape, DTYPES, x.device)
     if row_scale is not None:
-        _check_tensor("row_scale", row_scale, x.shape[:1] if x.ndim > 1 else (1,), (torch.float32,), x.device)
+        check_tensor("row_scale", row_scale, x.shape[:1] if x.ndim > 1 else (1,), (torch.float32,), x.device)
     summed, y, _ = _add_layer_norm(x, residual, weight, bias, scale, row_scale, eps)
     return summed, y
 
@@ -494,15 +494,6 @@ def add_layer_norm(
 def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_DIM:
         raise ValueError(f"x: expected [..., D] with D from 1 to {MAX_DIM}, got {list(x.shape)}")
-    _check_tensor("x", x, x.shape, DTYPES, x.device)
-    _check_tensor("weight", weight, x.shape[-1:], DTYPES, x.device)
-    _check_tensor("bias", bias, x.shape[-1:], (weight.dtype,), x.device)
-
-
-def _check_tensor(name: str, tensor: Tensor, shape, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype not in dtypes:
-        raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} like x, got {tensor.device}")
+    check_tensor("x", x, x.shape, DTYPES, x.device)
+    check_tensor("weight", weight, x.shape[-1:], DTYPES, x.device)
+    check_tensor("bias", bias, x.shape[-1:], (weight.dtype,), x.device)

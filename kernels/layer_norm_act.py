@@ -18,14 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import (
-    DTYPES,
     FORMULAS,
     activate,
     activate_with_slope,
     as_rows,
     check_activation,
-    check_tensor,
     sum_partials,
 )
 from fastvit.kernels.tuning import cdiv, next_power_of_2

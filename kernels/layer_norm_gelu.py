@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, linear, tuning
-from fastvit.kernels.gelu import DTYPES, as_rows, check_activation, check_tensor, without_autocast
+from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers

@@ -31,13 +31,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import (
-    DTYPES,
     FORMULAS,
     activate,
     activate_with_slope,
     as_rows,
-    check_tensor,
     launch_backward,
     sum_partials,
     without_autocast,

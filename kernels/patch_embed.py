@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -355,7 +356,6 @@ def _sum_patches(
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUM_BLOCK = 1024
 
 
@@ -832,13 +832,8 @@ def _check(pixels, weight, bias, cls_token, pos_embed, patch_size, mean, std, ma
     ):
         if tensor is None:
             continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
         allowed = (torch.bool,) if name == "mask" else (weight.dtype,) if name == "bias" else DTYPES
-        if tensor.dtype not in allowed:
-            raise ValueError(f"{name}: expected {' or '.join(map(str, allowed))}, got {tensor.dtype}")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name}: expected device {weight.device}, weight's, got {tensor.device}")
+        check_tensor(name, tensor, shape, allowed, weight.device)
     if pixels.device != weight.device:
         raise ValueError(f"pixels: expected device {weight.device}, weight's, got {pixels.device}")
 

@@ -1,0 +1,22 @@
+"""What every operation asks of its tensors before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what every kernel takes
+
+
+def check_tensor(
+    name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
+) -> None:
+    """Raise ValueError, with the argument, what was expected and what was given, unless the tensor is as it must be."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} like the others, got {tensor.device}")
