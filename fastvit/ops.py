@@ -99,10 +99,8 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
         return f"the tensors are on {device_type!r}, kernels run on GPUs"
     if device_type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device_index)
-        if major < 8 and dtype == torch.bfloat16:
-            return f"this GPU (sm_{major}{minor}) has no bfloat16; use float16"
-        if (major, minor) < (7, 5):
-            return f"this GPU (sm_{major}{minor}) is older than sm_75, the oldest that Triton compiles for"
+        if major < 8:
+            return f"this GPU (sm_{major}{minor}) is older than sm_80, the first whose tensor cores Triton uses"
     module = importlib.import_module(f"fastvit.kernels.{KERNELS[operation]}")
     _kernels[operation] = getattr(module, operation)
     return None if dtype in DTYPES else f"the kernel has no {dtype}"
