@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastvit.errors import InputError
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
     from fastvit.ops import backend
+    from fastvit.quantization import quantize
     from fastvit.weights import convert
 
 _MODULE_OF = {
@@ -26,6 +27,7 @@ _MODULE_OF = {
     "ViTPreTrainedModel": "fastvit.modeling",
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
+    "quantize": "fastvit.quantization",
     "register": "fastvit.auto",
     "unregister": "fastvit.auto",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "ViTPreTrainedModel",
     "backend",
     "convert",
+    "quantize",
     "register",
     "unregister",
 ]

@@ -40,7 +40,14 @@ KERNELS = {
     "add_layer_norm_linear": "layer_norm_gelu",
     "feed_forward": "feed_forward",
     "add_layer_norm_feed_forward": "feed_forward",
+    "quantize_rows": "quantize",
+    "layer_norm_fp8": "quantize",
+    "add_layer_norm_fp8": "quantize",
+    "bias_gelu_fp8": "quantize",
+    "linear_fp8": "quantize",
 }
+# On a GPU that lacks it, plain PyTorch is many times slower than what fp8 is to replace: an error, not a fallback.
+NO_FALLBACK = ("linear_fp8",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what every kernel takes
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
 
@@ -107,6 +114,9 @@ def why_not_triton(
             return f"this GPU (sm_{major}{minor}) is older than sm_75, the oldest that Triton compiles for"
     module = importlib.import_module(f"fastvit.kernels.{KERNELS[operation]}")
     _kernels[operation] = getattr(module, operation)
+    needs = getattr(module, "why_not_on", None)
+    if device_type == "cuda" and needs and (reason := needs(*torch.cuda.get_device_capability(device_index))):
+        return reason
     if dtype not in DTYPES:
         return f"the kernel has no {dtype}"
     return None if variant is None else module.why_not(variant)
@@ -122,6 +132,8 @@ def _runs_on_triton(
         if reason is not None:
             raise InputError(f"backend: 'triton' cannot compute {operation}: {reason}")
         return True
+    if reason is not None and device_type == "cuda" and operation in NO_FALLBACK:
+        raise InputError(f"{operation}: {reason}; fastvit.backend('reference') computes it slowly")
     # The interpreter proves kernels; it is no way to compute anything unless asked for.
     chosen = reason is None and device_type == "cuda"
     _announce(operation, device_type, chosen, reason)
@@ -165,6 +177,11 @@ add_layer_norm = _chosen(reference.add_layer_norm)
 layer_norm_linear = _chosen(reference.layer_norm_linear)
 add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
 add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, variant=_last)  # the activation
+quantize_rows = _chosen(reference.quantize_rows)
+layer_norm_fp8 = _chosen(reference.layer_norm_fp8)
+add_layer_norm_fp8 = _chosen(reference.add_layer_norm_fp8)
+bias_gelu_fp8 = _chosen(reference.bias_gelu_fp8, variant=_last)  # the activation
+linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are float32 as every kernel takes
 attention = reference.attention
 attention_packed = reference.attention_packed
 attention_probabilities = reference.attention_probabilities

@@ -286,8 +286,8 @@ def linear_fp8(
 ) -> Tensor:
     """(values * scale) @ (weight * weight_scale)^T + bias: a linear layer of quantised rows, rounded to bfloat16.
 
-    values: [..., K] e4m3; scale: [..., 1] float32; weight: [F, K] e4m3; weight_scale: [F, 1] float32; bias: [F].
-    Returns [..., F] bfloat16.
+    values: [..., K] e4m3; scale: [..., 1] float32; weight: [F, K] e4m3; weight_scale: [F, 1] float32; bias: [F]
+    bfloat16. Returns [..., F] bfloat16.
     """
     with torch.autocast(values.device.type, enabled=False):  # the products are exact in float32
         x, weight = values.float() * scale, weight.float() * weight_scale

@@ -199,10 +199,9 @@ def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
     """[rows, K] x [F, K] -> [rows, F] bfloat16, by PyTorch's product with a factor for each row of both.
 
     It wants the left operand in rows and the right one in columns, which is weight's own layout, K and F multiples of
-    16, and a bias of bfloat16. Hopper's faster accumulation would keep 14 bits of a sum, which the stated error does
-    not contain: off, as partial sums of 128 products then go to float32.
+    16, and a bias of the output's dtype. Fast accumulation is off: on Hopper it would keep a sum in about 14 bits, an
+    error that the stated one does not contain. Without it, sums of 128 products are added up in float32.
     """
-    bias = None if bias is None else bias.to(torch.bfloat16)
     return torch._scaled_mm(
         values, weight.t(), scale, weight_scale.t(), bias, out_dtype=torch.bfloat16, use_fast_accum=False
     )
@@ -307,20 +306,21 @@ def linear_fp8(
     """(values * scale) @ (weight * weight_scale)^T + bias, in bfloat16.
 
     values: [..., K] and scale: [..., 1], as from `quantize_rows`; weight: [F, K] and weight_scale: [F, 1] likewise;
-        bias: [F] or None, rounded to bfloat16. K and F are multiples of 16.
+        bias: [F] bfloat16 or None. K and F are multiples of 16.
     Returns [..., F]. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    if values.ndim == 0 or weight.ndim != 2 or weight.shape[1] != values.shape[-1]:
-        raise ValueError(f"weight: expected [units, {list(values.shape)[-1:]}], got {list(weight.shape)}")
-    for size in weight.shape:
-        if size == 0 or size % 16:
-            raise ValueError(f"weight: expected sizes that are multiples of 16, got {list(weight.shape)}")
+    if values.ndim == 0:
+        raise ValueError("values: expected [..., K], got []")
+    if weight.ndim != 2 or weight.shape[1] != values.shape[-1]:
+        raise ValueError(f"weight: expected [units, {values.shape[-1]}], got {list(weight.shape)}")
+    if 0 in weight.shape or weight.shape[0] % 16 or weight.shape[1] % 16:
+        raise ValueError(f"weight: expected sizes that are multiples of 16, got {list(weight.shape)}")
     check_tensor("values", values, values.shape, (FP8,), values.device)
     check_tensor("scale", scale, (*values.shape[:-1], 1), (torch.float32,), values.device)
     check_tensor("weight", weight, weight.shape, (FP8,), values.device)
     check_tensor("weight_scale", weight_scale, (weight.shape[0], 1), (torch.float32,), values.device)
     if bias is not None:
-        check_tensor("bias", bias, weight.shape[:1], DTYPES, values.device)
+        check_tensor("bias", bias, weight.shape[:1], (torch.bfloat16,), values.device)
     rows = values.reshape(-1, values.shape[-1]).contiguous()
     out = product(rows, scale.reshape(-1, 1).contiguous(), weight.contiguous(), weight_scale, bias)
     return out.view(*values.shape[:-1], weight.shape[0])
