@@ -378,9 +378,9 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 
 
 def small_model(dtype=torch.float32, **config) -> fastvit.ViTForImageClassification:
-    model = fastvit.ViTForImageClassification(ViTConfig(**{**SMALL, **config})).to(DEVICE, dtype).eval()
+    model = fastvit.ViTForImageClassification(ViTConfig(**{**SMALL, **config})).eval()
     randomise(model)
-    return model
+    return model.to(DEVICE, dtype)
 
 
 def small_pixels(dtype=torch.float32) -> Tensor:
@@ -457,7 +457,7 @@ def test_attentions_and_hidden_states_are_those_of_the_model_up_to_the_error(imp
 def test_the_last_block_for_the_class_token_alone_gives_that_token(masked):
     model = fastvit.quantize(small_model(), "fp8").vit
     mask = torch.ones(2, 17, device=DEVICE)
-    mask[0, 5:9] = 0
+    mask[0, 2:] = 0
     with torch.no_grad():
         whole = model(small_pixels(), attention_mask=mask if masked else None).last_hidden_state
         alone = model(small_pixels(), attention_mask=mask if masked else None, class_token_only=True).last_hidden_state
@@ -465,8 +465,8 @@ def test_the_last_block_for_the_class_token_alone_gives_that_token(masked):
     assert alone.shape == (2, 1, 48)
     # Another number of rows may be added up in another order, which moves a bfloat16 by a step, and e4m3 then, too.
     torch.testing.assert_close(alone, whole[:, :1], rtol=0.02, atol=0.02)
-    assert torch.equal(unmasked[1], alone[1])  # whose mask leaves every token
-    assert torch.equal(unmasked[0], alone[0]) != masked
+    torch.testing.assert_close(alone[1], unmasked[1], rtol=0.02, atol=0.02)  # whose mask leaves every token
+    assert (relative_error(unmasked[0], alone[0]) > 0.05) == masked
 
 
 def test_an_additive_mask_does_what_a_boolean_one_does():
