@@ -104,14 +104,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if bias is None else bias.to(torch.bfloat16))
 
-    def forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        """values [..., K], scale [..., 1] -> [..., F] bfloat16."""
-        return ops.linear_fp8(values, scale, self.weight, self.scale, self.bias)
-
-    def units(self, first: int, last: int, values: Tensor, scale: Tensor) -> Tensor:
-        """The outputs from `first` to before `last` alone."""
-        bias = None if self.bias is None else self.bias[first:last]
-        return ops.linear_fp8(values, scale, self.weight[first:last], self.scale[first:last], bias)
+    def forward(self, values: Tensor, scale: Tensor, units: slice = slice(None), with_bias: bool = True) -> Tensor:
+        """values [..., K], scale [..., 1] -> [..., F] bfloat16, of some units only and without the bias if asked."""
+        bias = self.bias[units] if with_bias and self.bias is not None else None
+        return ops.linear_fp8(values, scale, self.weight[units], self.scale[units], bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Part of `.to`, `.float` and the like: the numbers go to another device, but stay what they are."""
@@ -130,8 +126,8 @@ class Fp8Linear(nn.Module):
 class Fp8ViTLayer(nn.Module):
     """A block of `fastvit.modeling`, made of four products in fp8.
 
-    What a product reads is quantised where it is made: by the LayerNorm, by the activation, and after attention. Query,
-    key, value and the residual stream are as before; what comes out of a product is bfloat16.
+    What a product reads is quantised where it is made: by the LayerNorm, by the activation, and after attention. What
+    comes out of it, query, key and value too, is bfloat16; the residual stream keeps the model's dtype.
     """
 
     gradient_checkpointing = False  # as the encoder asks of every block
@@ -184,15 +180,14 @@ class Fp8ViTLayer(nn.Module):
             query, key, value = self.query_key_value(values, scale).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
             return query, key, value
         size = values.shape[-1]
-        query = self.query_key_value.units(0, size, values[:, :1], scale[:, :1])
-        key_value = self.query_key_value.units(size, 3 * size, values, scale)
+        query = self.query_key_value(values[:, :1], scale[:, :1], slice(0, size))
+        key_value = self.query_key_value(values, scale, slice(size, None))
         key, value = key_value.unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         return query.unflatten(-1, (self.num_heads, -1)), key, value
 
     def feed_forward(self, values: Tensor, scale: Tensor) -> Tensor:
-        first = self.intermediate
-        hidden = ops.linear_fp8(values, scale, first.weight, first.scale)  # the activation adds the bias, in float32
-        return self.output(*ops.bias_gelu_fp8(hidden, first.bias, self.activation))
+        hidden = self.intermediate(values, scale, with_bias=False)  # the activation adds it, in float32
+        return self.output(*ops.bias_gelu_fp8(hidden, self.intermediate.bias, self.activation))
 
 
 def normed(x: Tensor, residual: Tensor | None, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
