@@ -256,6 +256,10 @@ def quantize_cases(quick: bool) -> Iterator[Case]:
         for width in (8192, quantize.MAX_WIDTH):
             x, bias = meta(256, width, dtype=torch.bfloat16), meta(width, dtype=torch.bfloat16)
             yield f"{width} gelu, bfloat16", lambda a=(x, bias, "gelu"): quantize._launch_activation(*a)
+        x, vector, one = meta(256, 197, 768), meta(768), meta(1)
+        yield "768 first, float32", lambda: quantize._launch_layer_norm(x, None, vector, vector, 1e-6)
+        yield "one value", lambda: quantize._launch_layer_norm(meta(1, 1), meta(1, 1), one, one, 1e-6)
+        yield "one value", lambda: quantize._launch_activation(meta(1, 1), one, "gelu")
 
 
 # Each function yields the launches to compile: all that the models use, or, `quick`, the few that CI has time for.
