@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastvit.errors import InputError
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
     from fastvit.ops import backend
+    from fastvit.quantization import quantize
     from fastvit.weights import convert
 
 _MODULE_OF = {
@@ -27,6 +28,7 @@ _MODULE_OF = {
     "ViTPreTrainedModel": "fastvit.modeling",
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
+    "quantize": "fastvit.quantization",
     "register": "fastvit.auto",
     "register_attention": "fastvit.attention_interface",
     "unregister": "fastvit.auto",
@@ -41,6 +43,7 @@ __all__ = [
     "ViTPreTrainedModel",
     "backend",
     "convert",
+    "quantize",
     "register",
     "register_attention",
     "unregister",

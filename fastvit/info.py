@@ -48,7 +48,8 @@ def who_computes(operation: str, device: torch.device) -> str:
         if reason is None:
             answers[dtype] = "Triton kernel"
         else:
-            answers[dtype] = f"an error ({reason})" if asked == "triton" else f"plain PyTorch ({reason})"
+            is_error = asked == "triton" or (device.type == "cuda" and operation in ops.NO_FALLBACK)
+            answers[dtype] = f"an error ({reason})" if is_error else f"plain PyTorch ({reason})"
     if len(set(answers.values())) == 1:
         return answers[torch.float32]
     return "; ".join(f"{str(dtype).removeprefix('torch.')}: {answer}" for dtype, answer in answers.items())

@@ -44,7 +44,14 @@ KERNELS = {
     "layer_norm_gelu": "layer_norm_gelu",
     "feed_forward": "feed_forward",
     "add_layer_norm_feed_forward": "feed_forward",
+    "quantize_rows": "quantize",
+    "layer_norm_fp8": "quantize",
+    "add_layer_norm_fp8": "quantize",
+    "bias_gelu_fp8": "quantize",
+    "linear_fp8": "quantize",
 }
+# On a GPU that lacks it, plain PyTorch is many times slower than what fp8 is to replace: an error, not a fallback.
+NO_FALLBACK = ("linear_fp8",)
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
 
 _backend = os.environ.get("FASTVIT_BACKEND") or "auto"
@@ -103,6 +110,9 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
             return f"this GPU (sm_{major}{minor}) is older than sm_80, the first whose tensor cores Triton uses"
     module = importlib.import_module(f"fastvit.kernels.{KERNELS[operation]}")
     _kernels[operation] = getattr(module, operation)
+    needs = getattr(module, "why_not_on", None)
+    if device_type == "cuda" and needs and (reason := needs(*torch.cuda.get_device_capability(device_index))):
+        return reason
     return None if dtype in DTYPES else f"the kernel has no {dtype}"
 
 
@@ -116,6 +126,8 @@ def _runs_on_triton(
         if reason is not None:
             raise InputError(f"backend: 'triton' cannot compute {operation}: {reason}")
         return True
+    if reason is not None and device_type == "cuda" and operation in NO_FALLBACK:
+        raise InputError(f"{operation}: {reason}; fastvit.backend('reference') computes it slowly")
     # The interpreter proves kernels; it is no way to compute anything unless asked for.
     chosen = reason is None and device_type == "cuda"
     _announce(operation, device_type, chosen, reason)
@@ -180,6 +192,11 @@ layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
 add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
 attention = _chosen(reference.attention, lacks=_head_dim)
 attention_packed = _chosen(reference.attention_packed, lacks=_packed_head_dim)
+quantize_rows = _chosen(reference.quantize_rows)
+layer_norm_fp8 = _chosen(reference.layer_norm_fp8)
+add_layer_norm_fp8 = _chosen(reference.add_layer_norm_fp8)
+bias_gelu_fp8 = _chosen(reference.bias_gelu_fp8, lacks=_activation)
+linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are float32 as every kernel takes
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 join_tokens = reference.join_tokens

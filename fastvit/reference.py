@@ -246,6 +246,55 @@ def add_layer_norm_feed_forward(
     return residual, feed_forward(normed, weight1, bias1, weight2, bias2, activation)
 
 
+# Inference in 8 bits: rows of e4m3 numbers (a sign, 4 bits of exponent, 3 of mantissa: +-448, and 6 % from one to the
+# next), each with a float32 factor. Micikevicius et al. 2022, arXiv:2209.05433. What is computed between two matrix
+# products is float32 and rounded once, to e4m3.
+E4M3_MAX = 448.0
+SMALLEST_SCALE = 2.0**-126  # float32's smallest normal number, whose reciprocal is still finite
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x as values * scale: the largest number of each row becomes 448, all are rounded to the nearest e4m3 number.
+
+    x: [..., D]. Returns values [..., D] of torch.float8_e4m3fn and scale [..., 1] float32. Rows of zeros, and numbers
+    below 2^-126, are zeros; a row that holds NaN or an infinity has such a scale, and becomes NaN when multiplied out.
+    """
+    x = x.float()
+    scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    return (x * (1 / scale)).to(torch.float8_e4m3fn), scale
+
+
+def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """quantize_rows(layer_norm(x)). Arguments as in `layer_norm`; returns as in `quantize_rows`."""
+    return quantize_rows(layer_norm(x.float(), weight.float(), bias.float(), eps))
+
+
+def add_layer_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + residual, and the two of layer_norm_fp8 of that). Arguments as in `add_layer_norm`."""
+    residual = x + residual
+    return residual, *layer_norm_fp8(residual, weight, bias, eps)
+
+
+def bias_gelu_fp8(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> tuple[Tensor, Tensor]:
+    """quantize_rows(bias_gelu(x, bias)). Arguments as in `bias_gelu`; returns as in `quantize_rows`."""
+    return quantize_rows(bias_gelu(x.float(), None if bias is None else bias.float(), activation))
+
+
+def linear_fp8(
+    values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """(values * scale) @ (weight * weight_scale)^T + bias: a linear layer of quantised rows, rounded to bfloat16.
+
+    values: [..., K] e4m3; scale: [..., 1] float32; weight: [F, K] e4m3; weight_scale: [F, 1] float32; bias: [F]
+    bfloat16. Returns [..., F] bfloat16.
+    """
+    with torch.autocast(values.device.type, enabled=False):  # the products are exact in float32
+        x, weight = values.float() * scale, weight.float() * weight_scale
+        return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
+
+
 class GeluLinear(torch.autograd.Function):
     """gelu(hidden) @ weight^T + bias, keeping `hidden` for backward and not gelu(hidden)."""
 

@@ -113,6 +113,13 @@ TABLE = (
     # elements: the most values of a row that one thread holds, and then num_warps: the fewest warps of a program.
     Rule("layer_norm_act_forward", None, None, None, ({"elements": 32, "num_warps": 4},)),
     Rule("layer_norm_act_backward", None, None, None, ({"elements": 16, "num_warps": 4, "waves": 2},)),
+    # As in layer_norm_forward: whole rows in registers, 40 values a thread. A feed-forward's rows of 3,072 to 5,120
+    # values take four warps each.
+    Rule("(layer_norm|activation)_fp8", None, None, None, (
+        {"elements": 40, "num_warps": 4},
+        {"elements": 24, "num_warps": 4},
+        {"elements": 40, "num_warps": 8},
+    )),
     # cuBLAS with other kernels around it comes first until ours is measured against it: it is known to be fast. Full
     # float32 products run on the ordinary units, where there is nothing to gain on it; nor is there for an interpreter.
     Rule(MATRIX_OPERATIONS, None, torch.float32, None, (CUBLAS,)),

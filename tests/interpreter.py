@@ -2,6 +2,8 @@
 
 - bfloat16 values are 16 raw bits there: casting to it cuts bits off instead of rounding, and arithmetic or `tl.dot` on
   it works on the raw bits. Here casts round to nearest even as GPUs do, and so does arithmetic, through float32.
+- casting float32 to float8_e4m3fn loses the carry of a mantissa that rounds up to the next power of two, does not round
+  ties to even and does not know subnormal results. Here PyTorch rounds; beyond 448 the result is 448, as on a GPU.
 - a loop whose bounds are known at run time only fails on Triton 3.6 with NumPy 2.4, which no longer turns an array of
   one element into an integer.
 
@@ -9,6 +11,7 @@ Seen on Triton 3.6 to 3.9. Nothing here touches the compiler; on a GPU this modu
 """
 
 import numpy as np
+import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -50,6 +53,17 @@ def mend_cast(cast):
     return cast_impl
 
 
+def mend_float8(convert):
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if dst_type.scalar != tl.float8e4nv:
+            return convert(self, src, dst_type, rounding_mode)
+        values = np.ascontiguousarray(widen(src).data, dtype=np.float32)
+        rounded = torch.from_numpy(values).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    return create_fp_to_fp
+
+
 def mend_dot(dot):
     def create_dot(self, a, b, d, *rest):
         return dot(self, widen(a), widen(b), d, *rest)
@@ -76,6 +90,7 @@ def mend_arithmetic(function):
 def install() -> None:
     """Mend the interpreter of this process. `triton` must have been imported with TRITON_INTERPRET=1."""
     InterpreterBuilder.cast_impl = mend_cast(InterpreterBuilder.cast_impl)
+    InterpreterBuilder.create_fp_to_fp = mend_float8(InterpreterBuilder.create_fp_to_fp)
     InterpreterBuilder.create_dot = mend_dot(InterpreterBuilder.create_dot)
     InterpreterBuilder.binary_op = mend_arithmetic(InterpreterBuilder.binary_op)
     InterpreterBuilder.unary_op = mend_arithmetic(InterpreterBuilder.unary_op)

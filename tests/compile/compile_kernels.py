@@ -29,7 +29,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
-from fastvit.kernels import attention, gelu, layer_norm, layer_norm_act, layer_norm_gelu, linear, patch_embed, tuning
+from fastvit.kernels import (
+    attention,
+    gelu,
+    layer_norm,
+    layer_norm_act,
+    layer_norm_gelu,
+    linear,
+    patch_embed,
+    quantize,
+    tuning,
+)
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = (192, 384, 768, 1024, 1280)  # ViT-Ti, S, B, L, H
@@ -308,6 +318,30 @@ def attention_calls(
     yield label, lambda: attention._launch_backward(*arguments)
 
 
+def quantize_cases(quick: bool) -> Iterator[Case]:
+    """Rows in e4m3 between the products of a quantised block; a block's LayerNorms read bfloat16 or float32."""
+    for dim in (192, 768, 1280) if quick else WIDTHS:
+        x, residual = meta(256, 197, dim, dtype=torch.bfloat16), meta(256, 197, dim)
+        vector, float_vector = meta(dim, dtype=torch.bfloat16), meta(dim)
+        hidden, units = meta(256, 197, 4 * dim, dtype=torch.bfloat16), meta(4 * dim, dtype=torch.bfloat16)
+        yield f"{dim} rows, bfloat16", lambda a=(x, None, None): quantize._launch_activation(*a)
+        yield f"{dim} first, bfloat16", lambda a=(x, None, vector, vector, 1e-6): quantize._launch_layer_norm(*a)
+        yield f"{dim} add, bfloat16", lambda a=(x, x, vector, vector, 1e-6): quantize._launch_layer_norm(*a)
+        mixed = (x, residual, float_vector, float_vector, 1e-6)
+        yield f"{dim} add, bfloat16+float32", lambda a=mixed: quantize._launch_layer_norm(*a)
+        for activation in ("gelu",) if quick else ("gelu", "gelu_new", "quick_gelu"):
+            label = f"{4 * dim} {activation}, bfloat16"
+            yield label, lambda a=(hidden, units, activation): quantize._launch_activation(*a)
+    if not quick:
+        for width in (8192, quantize.MAX_WIDTH):
+            x, bias = meta(256, width, dtype=torch.bfloat16), meta(width, dtype=torch.bfloat16)
+            yield f"{width} gelu, bfloat16", lambda a=(x, bias, "gelu"): quantize._launch_activation(*a)
+        x, vector, one = meta(256, 197, 768), meta(768), meta(1)
+        yield "768 first, float32", lambda: quantize._launch_layer_norm(x, None, vector, vector, 1e-6)
+        yield "one value", lambda: quantize._launch_layer_norm(meta(1, 1), meta(1, 1), one, one, 1e-6)
+        yield "one value", lambda: quantize._launch_activation(meta(1, 1), one, "gelu")
+
+
 # Each function yields the launches to compile: all that the models use, or, `quick`, the few that CI has time for.
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "layer_norm": layer_norm_cases,
@@ -316,7 +350,10 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "smallest": smallest_cases,
     "feed_forward": feed_forward_cases,
     "gelu": gelu_cases,
+    "quantize": quantize_cases,
 }
+# What a kind of GPU cannot do: sm_80 has no conversion to e4m3, and the product is written for NVIDIA's.
+WITHOUT = {"sm_80": ("quantize",), "gfx942": ("quantize",)}
 
 
 def record(call: Callable[[], object], target: str) -> list[Launch]:
@@ -424,6 +461,8 @@ def compile_all(operations: list[str], target: str, quick: bool) -> Iterator[dic
     """One row of results for each kernel and case; launches that compile to the same code are not repeated."""
     seen = set()
     for operation in operations:
+        if operation in WITHOUT.get(target, ()):
+            continue
         for label, call in CASES[operation](quick):
             for launch in record(call, target):
                 key = (source(launch).hash(), str(launch.options))
