@@ -24,7 +24,7 @@ def main(mode: str) -> None:
     rank = dist.get_rank()
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        image_size=16, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
     model = ViTForImageClassification(config)
     pixels, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 1, 0])
