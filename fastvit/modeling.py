@@ -274,7 +274,7 @@ class ViTSelfAttention(nn.Module):
     def project(self, hidden_states: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
         """Each projection of [B, N, D] as [B, N, heads, head_dim], from one matrix product where they are plain."""
         if all(is_plain(projection, nn.Linear) for projection in projections):
-            projected = F.linear(hidden_states, *joined(projections))
+            projected = ops.linear(hidden_states, *joined(projections))
             return projected.unflatten(-1, (len(projections), self.num_heads, self.head_dim)).unbind(2)
         return tuple(
             projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)) for projection in projections
@@ -401,7 +401,7 @@ class ViTLayer(GradientCheckpointingLayer):
             residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
         dropout_p = attention.dropout_prob if self.training else 0.0
         context = ops.attention_packed(qkv, num_heads=attention.num_heads, dropout_p=dropout_p, mask=attention_mask)
-        branch = output.dropout(F.linear(context, output.dense.weight, output.dense.bias))
+        branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
         norm, feed_forward = (
             (after.weight, after.bias, after.eps),
             (first.weight, first.bias, second.weight, second.bias),

@@ -200,5 +200,6 @@ linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are floa
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 join_tokens = reference.join_tokens
+linear = reference.linear
 normalize_pixels = reference.normalize_pixels
 ACTIVATIONS = reference.ACTIVATIONS

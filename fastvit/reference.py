@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit import onednn
 from fastvit.errors import InputError
+from fastvit.onednn import linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def patch_embed(
     # A convolution whose stride is its kernel is one matrix product over the patches, [B * P, C * ph * pw] x [.., D].
     patches = pixels.reshape(batch, channels, rows, patch_height, columns, patch_width)
     patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
-    tokens = F.linear(patches, weight.reshape(hidden_size, -1), bias)  # [B, P, D]
+    tokens = linear(patches, weight.reshape(hidden_size, -1), bias)  # [B, P, D]
 
     return join_tokens(tokens, cls_token, pos_embed, mask_token=mask_token, mask=mask)
 
@@ -149,16 +151,21 @@ def feed_forward(
     x: [..., D]; weight1: [F, D]; bias1: [F]; weight2: [D, F]; bias2: [D]; activation: a key of `ACTIVATIONS`.
     Returns [..., D]. For GELU the activation is not kept for backward but recomputed: a third of what the block keeps.
     """
-    hidden = F.linear(x, weight1, bias1)  # [..., F]
+    records = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight1, bias1, weight2, bias2)
+    )
+    if activation in GELU_FORMS and not records and onednn.takes(x, weight1):
+        return linear(onednn.product(x, weight1, bias1, gelu=GELU_FORMS[activation]), weight2, bias2)
+    hidden = linear(x, weight1, bias1)  # [..., F]
     if activation not in GELU_FORMS or torch.compiler.is_compiling():  # a compiler decides by itself what to keep
-        return F.linear(ACTIVATIONS[activation](hidden), weight2, bias2)
+        return linear(ACTIVATIONS[activation](hidden), weight2, bias2)
     if torch.is_autocast_enabled(hidden.device.type):
         weight2 = weight2.to(hidden.dtype)
         bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
-    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight2.requires_grad)):
+    if not records:
         # Nobody else holds `hidden`. Overwriting it matters on a CPU: touching a new tensor of this size for the first
         # time costs several times the arithmetic.
-        return F.linear(torch.ops.aten.gelu_(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)
+        return linear(torch.ops.aten.gelu_(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)
     return GeluLinear.apply(hidden, weight2, bias2, GELU_FORMS[activation])
 
 
@@ -172,8 +179,8 @@ def swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     x: [..., 2 F]; bias: [2 F]. Returns [..., F].
     """
-    gate, linear = (x if bias is None else x + bias).chunk(2, dim=-1)
-    return F.silu(gate) * linear
+    gate, value = (x if bias is None else x + bias).chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
 def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str = "gelu") -> Tensor:
@@ -183,14 +190,14 @@ def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activati
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + x @ weight^T + bias. x: [..., K]; weight: [D, K]; bias: [D]; residual: [..., D]. Returns [..., D]."""
-    return F.linear(x, weight, bias) + residual
+    return linear(x, weight, bias) + residual
 
 
 def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """layer_norm(x) @ weight^T + bias. x: [..., D]; the norm's [D]; weight: [F, D]; bias: [F]. Returns [..., F]."""
-    return F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
 
 
 def add_layer_norm_linear(
@@ -198,7 +205,7 @@ def add_layer_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """(x + residual, layer_norm_linear of it). x, residual: [..., D]. Returns [..., D] and [..., F]."""
     residual, normed = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
-    return residual, F.linear(normed, weight, bias)
+    return residual, linear(normed, weight, bias)
 
 
 def layer_norm_gelu(
@@ -300,7 +307,7 @@ class GeluLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        return F.linear(F.gelu(hidden, approximate=approximate), weight, bias)
+        return linear(F.gelu(hidden, approximate=approximate), weight, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -313,11 +320,11 @@ class GeluLinear(torch.autograd.Function):
         rows = grad_output.flatten(0, -2)
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ F.gelu(hidden, approximate=ctx.approximate).flatten(0, -2)
+            grad_weight = linear(rows.t(), F.gelu(hidden, approximate=ctx.approximate).flatten(0, -2).t())
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         if ctx.needs_input_grad[0]:
-            grad_hidden = grad_output @ weight
+            grad_hidden = linear(grad_output, weight.t())
             if torch.is_grad_enabled():  # a gradient of this gradient is wanted
                 grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate=ctx.approximate)
             else:
