@@ -16,8 +16,9 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -50,6 +51,21 @@ KERNELS = {
     "bias_gelu_fp8": "quantize",
     "linear_fp8": "quantize",
 }
+
+
+class Faster(NamedTuple):
+    """Where PyTorch's own operation was measured to be faster than our kernel: there `auto` takes PyTorch's."""
+
+    operation: str
+    device: str  # a regular expression for the GPU's name
+    dtypes: tuple[torch.dtype, ...]
+    keys: int  # at this many tokens to attend to, or more
+    measured: str  # where: a folder of benchmarks/results
+
+
+# Nothing has been measured on a GPU yet.
+FASTER_IN_PYTORCH: tuple[Faster, ...] = ()
+
 # On a GPU that lacks it, plain PyTorch is many times slower than what fp8 is to replace: an error, not a fallback.
 NO_FALLBACK = ("linear_fp8",)
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
@@ -116,10 +132,29 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
     return None if dtype in DTYPES else f"the kernel has no {dtype}"
 
 
+def why_pytorch_is_faster(operation: str, device_name: str, dtype: torch.dtype, keys: int) -> str | None:
+    """The line of `FASTER_IN_PYTORCH` that holds here, in words, or None."""
+    for row in FASTER_IN_PYTORCH:
+        if (
+            operation.startswith(row.operation)
+            and re.search(row.device, device_name)
+            and dtype in row.dtypes
+            and keys >= row.keys
+        ):
+            return f"its own is faster from {row.keys} tokens on, as measured in {row.measured}"
+    return None
+
+
 # A compiler that traces an operation takes the answer as a constant; it depends on nothing that it has not asked about.
 @torch.compiler.assume_constant_result
 def _runs_on_triton(
-    operation: str, asked: str, device_type: str, device_index: int | None, dtype: torch.dtype, lacks: str | None
+    operation: str,
+    asked: str,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    lacks: str | None,
+    keys: int,
 ) -> bool:
     reason = why_not_triton(operation, device_type, device_index, dtype) or lacks
     if asked == "triton":
@@ -128,6 +163,8 @@ def _runs_on_triton(
         return True
     if reason is not None and device_type == "cuda" and operation in NO_FALLBACK:
         raise InputError(f"{operation}: {reason}; fastvit.backend('reference') computes it slowly")
+    if reason is None and device_type == "cuda":
+        reason = why_pytorch_is_faster(operation, torch.cuda.get_device_name(device_index), dtype, keys)
     # The interpreter proves kernels; it is no way to compute anything unless asked for.
     chosen = reason is None and device_type == "cuda"
     _announce(operation, device_type, chosen, reason)
@@ -140,13 +177,27 @@ def _announce(operation: str, device_type: str, chosen: bool, reason: str | None
     logger.info("%s on %s is computed by %s", operation, device_type, by)
 
 
+def _threshold(keys: int) -> int:
+    """The highest number of keys in `FASTER_IN_PYTORCH` that is reached: all that the choice needs to know of them, so
+    that a compiled model takes other numbers of tokens without being compiled again."""
+    reached = 0
+    for row in FASTER_IN_PYTORCH:
+        if reached < row.keys <= keys:
+            reached = row.keys
+    return reached
+
+
 def _chosen(
-    definition: Callable[P, R], *, like: int = 0, lacks: Callable[P, str | None] = lambda *args, **kwargs: None
+    definition: Callable[P, R],
+    *,
+    like: int = 0,
+    lacks: Callable[P, str | None] = lambda *args, **kwargs: None,
+    keys: Callable[P, int] = lambda *args, **kwargs: 0,
 ) -> Callable[P, R]:
     """`definition`, a function of `fastvit.reference`, or its kernel of the same name and signature.
 
-    Which is decided at each call by the device and dtype of the tensor that is argument number `like`, and by `lacks`,
-    which says what of these arguments the kernel does not have.
+    Which is decided at each call by the device and dtype of the tensor that is argument number `like`, by `lacks`,
+    which says what of these arguments the kernel does not have, and by `keys`, the tokens to attend to.
     """
     operation = definition.__name__
 
@@ -154,8 +205,8 @@ def _chosen(
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if _backend != "reference":
             x: Any = args[like]
-            lacking = lacks(*args, **kwargs)
-            if _runs_on_triton(operation, _backend, x.device.type, x.device.index, x.dtype, lacking):
+            facts = x.device.type, x.device.index, x.dtype, lacks(*args, **kwargs), _threshold(keys(*args, **kwargs))
+            if _runs_on_triton(operation, _backend, *facts):
                 return _kernels[operation](*args, **kwargs)
         return definition(*args, **kwargs)
 
@@ -178,6 +229,14 @@ def _packed_head_dim(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any 
     return _lacks_head_dim(qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1])
 
 
+def _keys(query: Any, key: Any, *args: Any, max_seqlen: int | None = None, **kwargs: Any) -> int:
+    return key.shape[1] if max_seqlen is None else max_seqlen
+
+
+def _packed_keys(qkv: Any, *, max_seqlen: int | None = None, **kwargs: Any) -> int:
+    return qkv.shape[1] if max_seqlen is None else max_seqlen
+
+
 def _lacks_head_dim(dim: int) -> str | None:
     return None if 16 <= dim <= 128 and dim % 8 == 0 else f"the kernel has no head dim {dim}: 16 to 128, multiples of 8"
 
@@ -190,8 +249,8 @@ layer_norm_linear = _chosen(reference.layer_norm_linear)
 add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
 layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
 add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
-attention = _chosen(reference.attention, lacks=_head_dim)
-attention_packed = _chosen(reference.attention_packed, lacks=_packed_head_dim)
+attention = _chosen(reference.attention, lacks=_head_dim, keys=_keys)
+attention_packed = _chosen(reference.attention_packed, lacks=_packed_head_dim, keys=_packed_keys)
 quantize_rows = _chosen(reference.quantize_rows)
 layer_norm_fp8 = _chosen(reference.layer_norm_fp8)
 add_layer_norm_fp8 = _chosen(reference.add_layer_norm_fp8)

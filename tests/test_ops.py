@@ -112,6 +112,45 @@ def test_what_auto_chose_is_said_once(caplog):
     assert said[0].startswith(f"layer_norm on {DEVICE} is computed by {expected}")
 
 
+def test_where_pytorch_was_measured_to_be_faster_it_is_taken(monkeypatch, caplog):
+    row = ops.Faster("attention", "H[12]00", (torch.bfloat16, torch.float16), 1025, "benchmarks/results/some-gpu")
+    monkeypatch.setattr(ops, "FASTER_IN_PYTORCH", (row,))
+    why = ops.why_pytorch_is_faster
+    expected = "its own is faster from 1025 tokens on, as measured in benchmarks/results/some-gpu"
+    assert why("attention", "NVIDIA H100 80GB HBM3", torch.bfloat16, 4097) == expected
+    assert why("attention_packed", "NVIDIA H200", torch.float16, 1025) == expected
+    assert why("attention", "NVIDIA H100 80GB HBM3", torch.bfloat16, 1024) is None
+    assert why("attention", "NVIDIA H100 80GB HBM3", torch.float32, 4097) is None
+    assert why("attention", "NVIDIA A100", torch.bfloat16, 4097) is None
+    assert why("layer_norm", "NVIDIA H100 80GB HBM3", torch.bfloat16, 4097) is None
+
+    monkeypatch.setattr(ops, "why_not_triton", lambda *case: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    ops._announce.cache_clear()
+    with caplog.at_level(logging.INFO, "fastvit"):
+        for asked, keys, triton in (("auto", 4097, False), ("auto", 197, True), ("triton", 4097, True)):
+            facts = "cuda", 0, torch.bfloat16, None, ops._threshold(keys)
+            assert ops._runs_on_triton("attention", asked, *facts) == triton
+    assert any(expected in record.getMessage() for record in caplog.records)
+
+
+def test_how_many_tokens_are_attended_to():
+    query, key = torch.empty(2, 5, 3, 16), torch.empty(2, 7, 3, 16)
+    assert ops._keys(query, key, key, dropout_p=0.0) == 7
+    assert ops._keys(query[0], key[0], key[0], cu_seqlens=None, max_seqlen=4) == 4
+    assert ops._packed_keys(torch.empty(2, 9, 144), num_heads=3) == 9
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["separate", "fused", "normalizing"])
+def test_the_model_is_the_same_whichever_way_its_products_are_computed(name):
+    from operations import variant
+
+    model, pixels = small_model()
+    with variant(name):
+        assert_same_model(model, pixel_values=pixels, labels=torch.tensor([0, 1], device=DEVICE))
+
+
 @needs_triton
 def test_an_activation_without_a_kernel_is_plain_pytorchs():
     from fastvit.kernels.gelu import FORMULAS
@@ -231,6 +270,22 @@ def test_a_compiled_model_follows_a_change_of_backend():
     assert len(graphs) == 2
     assert torch.ops.fastvit.layer_norm.default not in graphs[0]
     assert torch.ops.fastvit.layer_norm.default in graphs[1]
+
+
+@needs_triton
+def test_a_compiled_model_takes_any_number_of_tokens():
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda q: ops.attention(q, q, q), backend=count, fullgraph=True, dynamic=True)
+    with fastvit.backend("triton"):
+        for tokens in (5, 9, 20):
+            query = torch.randn(2, tokens, 2, 16, device=DEVICE)
+            torch.testing.assert_close(compiled(query), ops.attention(query, query, query))
+    assert len(graphs) == 1
 
 
 @needs_triton
