@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from transformers import ViTConfig
 
+    from fastvit.adapters.swap import optimize, restore
     from fastvit.attention_interface import register_attention
     from fastvit.auto import register, unregister
     from fastvit.errors import InputError
@@ -27,8 +28,10 @@ _MODULE_OF = {
     "ViTPreTrainedModel": "fastvit.modeling",
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
+    "optimize": "fastvit.adapters.swap",
     "register": "fastvit.auto",
     "register_attention": "fastvit.attention_interface",
+    "restore": "fastvit.adapters.swap",
     "unregister": "fastvit.auto",
 }
 
@@ -41,8 +44,10 @@ __all__ = [
     "ViTPreTrainedModel",
     "backend",
     "convert",
+    "optimize",
     "register",
     "register_attention",
+    "restore",
     "unregister",
 ]
 

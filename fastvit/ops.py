@@ -44,6 +44,7 @@ KERNELS = {
     "layer_norm_gelu": "layer_norm_gelu",
     "feed_forward": "feed_forward",
     "add_layer_norm_feed_forward": "feed_forward",
+    "swiglu": "gelu",
 }
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
 
@@ -182,6 +183,7 @@ attention = _chosen(reference.attention, lacks=_head_dim)
 attention_packed = _chosen(reference.attention_packed, lacks=_packed_head_dim)
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
+swiglu = _chosen(reference.swiglu)
 join_tokens = reference.join_tokens
 normalize_pixels = reference.normalize_pixels
 ACTIVATIONS = reference.ACTIVATIONS
