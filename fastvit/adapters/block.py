@@ -170,8 +170,17 @@ def drop_path_of(module: nn.Module) -> nn.Module | None:
     return None if type(module) is nn.Identity and not is_hooked(module) else module
 
 
+def examine(adapter: Adapter, layer: nn.Module) -> tuple[Block, None] | tuple[None, str]:
+    """The parts of a block as they are now; or None, and why the block has to compute itself."""
+    try:
+        block = adapter.block(layer)
+    except AttributeError:
+        return None, "its parts are not where they were expected; another version of its library?"
+    reason = why_left(block)
+    return (block, None) if reason is None else (None, reason)
+
+
 def why_left(block: Block) -> str | None:
-    """Why this block, as it is now, has to compute itself; None where ours may."""
     if block.lacks:
         return block.lacks
     feed_forward = block.feed_forward
@@ -277,8 +286,7 @@ def compute(block: Any, inputs: Inputs) -> Tensor:
             branch = ops.feed_forward(normed, *first, *second, activation)
 
     branch, row_scale = finish(branch, block.after_feed_forward)
-    if block.after_feed_forward.scale is not None:
-        branch = branch * block.after_feed_forward.scale
     if row_scale is not None:
         branch = branch * row_scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
-    return residual + branch
+    scale = block.after_feed_forward.scale
+    return residual + branch if scale is None else torch.addcmul(residual, branch, scale)

@@ -48,10 +48,14 @@ class Report:
     parameters: int = 0  # how many numbers the replaced blocks hold
 
     def __str__(self) -> str:
-        families = [f"{count} blocks of {family}" for family, count in Counter(self.replaced.values()).items()]
+        families = [f"{blocks_counted(count)} of {family}" for family, count in Counter(self.replaced.values()).items()]
         lines = [f"replaced: {', '.join(families) or 'nothing'} ({self.parameters:,} parameters)"]
-        lines += [f"left: {count} blocks: {reason}" for reason, count in Counter(self.left.values()).items()]
+        lines += [f"left: {blocks_counted(count)}: {reason}" for reason, count in Counter(self.left.values()).items()]
         return "\n".join(lines)
+
+
+def blocks_counted(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"
 
 
 class Optimized:
@@ -72,9 +76,8 @@ def optimized_class(original: Any) -> Any:
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        block = adapter.block(self)
-        reason = blocks.why_left(block)
-        if reason is None:
+        block, reason = blocks.examine(adapter, self)
+        if block is not None:
             inputs = adapter.inputs(self, *args, **kwargs)
             reason = blocks.why_inputs_left(inputs)
         if reason is not None:
@@ -118,13 +121,17 @@ def optimize(model: nn.Module) -> Report:
         adapter = adapters().get(blocks.name_of(original))
         if adapter is None:
             continue
-        reason, can_change = why_left(module, adapter)
+        refusal = adapter.refuses(module)
+        if "forward" in vars(module) and not is_done:
+            refusal = "its forward was replaced (a device map?)"
+        reason = refusal or blocks.examine(adapter, module)[1]
         if reason is not None:
             report.left[name] = reason
         else:
             report.replaced[name] = adapter.family
             report.parameters += sum(parameter.numel() for parameter in module.parameters())
-        if not is_done and (reason is None or can_change):
+        # Other reasons may go away: hooks are removed, LoRA is merged.
+        if not is_done and refusal is None:
             module.__class__ = optimized_class(original)
     if not (report.replaced or report.left):
         raise InputError(
@@ -133,19 +140,6 @@ def optimize(model: nn.Module) -> Report:
         )
     logger.info("optimize: %s", report)
     return report
-
-
-def why_left(layer: Any, adapter: Adapter) -> tuple[str | None, bool]:
-    """Why a block computes itself, and whether that may change without another call of `optimize`."""
-    if "forward" in layer.__dict__:
-        return "its forward was replaced (a device map?)", False
-    if reason := adapter.refuses(layer):
-        return reason, False
-    try:
-        block = adapter.block(layer)
-    except AttributeError as error:
-        return f"it is not built as expected, perhaps by another version of its library: {error}", False
-    return blocks.why_left(block), True
 
 
 def restore(model: nn.Module) -> int:
