@@ -566,6 +566,29 @@ def test_half_precision(name, autocast, backend):
         assert relative_error(our_result, right) < 1.25 * relative_error(their_result, right)
 
 
+@EACH
+def test_attention_dropout_is_the_models(name):
+    """With a rate of one nothing is left to chance, and nothing of attention."""
+    model = built(name, train=True)
+    without = results(model)
+    found = 0
+    for module in model.modules():
+        for attribute in ("attention_dropout", "dropout_prob", "dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 1.0)
+                found += 1
+        if hasattr(module, "attn_drop"):
+            module.attn_drop.p = 1.0
+            found += 1
+    assert found >= MODELS[name][1]
+    expected, evaluated = results(model), results(model.eval())
+    assert relative_error(expected["output"], without["output"]) > 1e-3
+    fastvit.optimize(model)
+    with fastvit.backend("reference"), only_ours(model):
+        assert_close(results(model), evaluated)
+        assert relative_error(results(model.train())["output"], expected["output"]) < 1e-5
+
+
 def test_dropout_is_drawn_in_training_alone():
     options = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
     model = model_of("ViTModel", "ViTConfig", options).to(DEVICE)
