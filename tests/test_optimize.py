@@ -480,6 +480,17 @@ def test_masks(kind, backend):
         assert relative_error(layer(x, attention_mask=mask), expected) < 1e-5
 
 
+def test_a_mask_is_added_to_beits_bias():
+    model = built("BEiT")
+    layer, x, mask = model.layers[0], torch.randn(2, 5, 48, device=DEVICE), torch.randn(2, 1, 5, 5, device=DEVICE)
+    expected = layer(x, mask, resolution=(28, 28))
+    assert relative_error(layer(x, resolution=(28, 28)), expected) > 1e-3
+    fastvit.optimize(model)
+    with fastvit.backend("reference"), only_ours(model):
+        assert relative_error(layer(x, mask, resolution=(28, 28)), expected) < 1e-5
+        assert relative_error(layer(x, mask, False, (28, 28)), expected) < 1e-5
+
+
 def test_calls_that_ask_for_more_are_the_blocks_own(said):
     model = built("ViT")
     layer, x = model.layers[0], torch.randn(2, 5, 48, device=DEVICE)
@@ -497,7 +508,12 @@ def test_calls_that_ask_for_more_are_the_blocks_own(said):
 
 
 def test_timm_blocks_with_other_insides_compute_themselves():
+    layers = pytest.importorskip("timm.layers", reason="timm is not installed", exc_type=ImportError)
     for options, reason in (
+        (  # the gate is the second half
+            {"mlp_layer": layers.GluMlp, "act_layer": nn.SiLU},
+            "it has norms or gates inside attention or feed-forward",
+        ),
         ({"qk_norm": True}, "it has norms or gates inside attention or feed-forward"),
         ({"proj_drop_rate": 0.1}, "there is dropout inside the feed-forward"),
     ):
