@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from transformers import ViTConfig
 
+    from fastvit.adapters.swap import optimize, restore
     from fastvit.attention_interface import register_attention
     from fastvit.auto import register, unregister
     from fastvit.errors import InputError
@@ -28,9 +29,11 @@ _MODULE_OF = {
     "ViTPreTrainedModel": "fastvit.modeling",
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
+    "optimize": "fastvit.adapters.swap",
     "quantize": "fastvit.quantization",
     "register": "fastvit.auto",
     "register_attention": "fastvit.attention_interface",
+    "restore": "fastvit.adapters.swap",
     "unregister": "fastvit.auto",
 }
 
@@ -43,9 +46,11 @@ __all__ = [
     "ViTPreTrainedModel",
     "backend",
     "convert",
+    "optimize",
     "quantize",
     "register",
     "register_attention",
+    "restore",
     "unregister",
 ]
 

@@ -50,6 +50,7 @@ KERNELS = {
     "add_layer_norm_fp8": "quantize",
     "bias_gelu_fp8": "quantize",
     "linear_fp8": "quantize",
+    "swiglu": "gelu",
 }
 
 
@@ -258,6 +259,7 @@ bias_gelu_fp8 = _chosen(reference.bias_gelu_fp8, lacks=_activation)
 linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are float32 as every kernel takes
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
+swiglu = _chosen(reference.swiglu)
 join_tokens = reference.join_tokens
 linear = reference.linear
 normalize_pixels = reference.normalize_pixels

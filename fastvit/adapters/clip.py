@@ -1,0 +1,34 @@
+"""The vision towers of transformers' CLIP and SigLIP; their text towers, of the same blocks, are left as they are."""
+
+from typing import Any
+
+from fastvit.adapters.block import Adapter, Block, Branch, FeedForward
+
+
+def block(layer: Any) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    return Block(
+        norm1=layer.layer_norm1,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        num_heads=attention.num_heads,
+        attention_scale=attention.scale,
+        attention_dropout=attention.dropout if attention.training else 0.0,
+        projection=attention.out_proj,
+        after_attention=Branch(),
+        norm2=layer.layer_norm2,
+        feed_forward=FeedForward((mlp.fc1,), mlp.fc2, mlp.activation_fn),
+        after_feed_forward=Branch(),
+        bypassed=(attention, mlp),
+        attention_implementation=attention.config._attn_implementation,
+    )
+
+
+def refuses(layer: Any) -> str | None:
+    kind = layer.self_attn.config.model_type
+    return None if kind.endswith("_vision_model") else f"it belongs to a {kind}, which is no vision tower"
+
+
+ADAPTERS = [
+    Adapter("CLIP vision", "transformers.models.clip.modeling_clip.CLIPEncoderLayer", block, refuses=refuses),
+    Adapter("SigLIP vision", "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer", block, refuses=refuses),
+]

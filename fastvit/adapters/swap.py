@@ -1,0 +1,161 @@
+"""`fastvit.optimize` and `fastvit.restore`.
+
+A block is given our forward by giving it another class: a subclass of its own, with the same name, that differs in
+`forward` alone. So parameters, hooks, `isinstance`, state dicts and the model's own gradient checkpointing stay as they
+are, a compiler sees an ordinary module, and a copy or a pickle of the model is optimized too. Giving the class back
+undoes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastvit.adapters import block as blocks
+from fastvit.adapters.block import Adapter
+from fastvit.errors import InputError
+
+logger = logging.getLogger("fastvit")
+
+# The modules beside this one that have `ADAPTERS`.
+FAMILIES = ("vit", "dinov2", "clip", "timm", "yolos", "beit", "dinov3")
+
+
+@functools.cache
+def adapters() -> dict[str, Adapter]:
+    """Class of a block -> its adapter."""
+    modules = [importlib.import_module(f"fastvit.adapters.{name}") for name in FAMILIES]
+    return {adapter.class_name: adapter for module in modules for adapter in module.ADAPTERS}
+
+
+def supported() -> list[str]:
+    """The names of the families that `optimize` knows."""
+    return list(dict.fromkeys(adapter.family for adapter in adapters().values()))
+
+
+@dataclass
+class Report:
+    """What `optimize` did to a model: names of blocks."""
+
+    replaced: dict[str, str] = field(default_factory=dict)  # -> family
+    left: dict[str, str] = field(default_factory=dict)  # -> why it computes itself
+    parameters: int = 0  # how many numbers the replaced blocks hold
+
+    def __str__(self) -> str:
+        families = [f"{blocks_counted(count)} of {family}" for family, count in Counter(self.replaced.values()).items()]
+        lines = [f"replaced: {', '.join(families) or 'nothing'} ({self.parameters:,} parameters)"]
+        lines += [f"left: {blocks_counted(count)}: {reason}" for reason, count in Counter(self.left.values()).items()]
+        return "\n".join(lines)
+
+
+def blocks_counted(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"
+
+
+class Optimized:
+    """A block with our forward; always beside the block's own class."""
+
+    _fastvit_original: ClassVar[type[nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # Generated classes cannot be found by name, which is what a pickle keeps: it keeps the original's.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (new_optimized, (self._fastvit_original,), *reduced[2:])
+
+
+@functools.cache
+def optimized_class(original: Any) -> Any:
+    """The subclass of a block's class that has our forward."""
+    adapter = adapters()[blocks.name_of(original)]
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        block, reason = blocks.examine(adapter, self)
+        if block is not None:
+            inputs = adapter.inputs(self, *args, **kwargs)
+            reason = blocks.why_inputs_left(inputs)
+        if reason is not None:
+            blocks.announce_left(adapter.family, reason)
+            return original.forward(self, *args, **kwargs)
+        return blocks.compute(block, inputs)
+
+    names = {
+        "forward": forward,
+        "_fastvit_original": original,
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    # The same name: device maps and FSDP's policies name the classes that must not be split.
+    return type(original)(original.__name__, (Optimized, original), names)
+
+
+def new_optimized(original: Any) -> nn.Module:
+    """What a pickle or a copy of an optimized block calls before it gives the block its attributes."""
+    kind = optimized_class(original)
+    return kind.__new__(kind)
+
+
+def optimize(model: nn.Module) -> Report:
+    """Let our operations compute the blocks of `model`, in place; `fastvit.restore(model)` undoes it.
+
+    The model keeps its modules, parameters, names, state dict and hooks, and computes the same. A block whose parts are
+    watched by hooks, wrapped (LoRA), quantised or asked for attention maps computes itself, for as long as that holds;
+    why is in what is returned and in the log (logger "fastvit", INFO). May be called twice. Optimize before FSDP2's
+    `fully_shard`, which changes classes too.
+
+    Raises InputError for a model without a block of a family that is known; the error lists them.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    report = Report()
+    for name, module in model.named_modules():
+        is_done = isinstance(module, Optimized)
+        original: Any = module._fastvit_original if is_done else type(module)
+        adapter = adapters().get(blocks.name_of(original))
+        if adapter is None:
+            continue
+        refusal = adapter.refuses(module)
+        if "forward" in vars(module) and not is_done:
+            refusal = "its forward was replaced (a device map?)"
+        reason = refusal or blocks.examine(adapter, module)[1]
+        if reason is not None:
+            report.left[name] = reason
+        else:
+            report.replaced[name] = adapter.family
+            report.parameters += sum(parameter.numel() for parameter in module.parameters())
+        # Other reasons may go away: hooks are removed, LoRA is merged.
+        if not is_done and refusal is None:
+            module.__class__ = optimized_class(original)
+    if not (report.replaced or report.left):
+        raise InputError(
+            f"model: {type(model).__name__} has no block that optimize knows; it knows those of"
+            f" {', '.join(supported())} (fastvit's own models need no optimizing)"
+        )
+    logger.info("optimize: %s", report)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Give the blocks of `model` their own forward back, exactly as before `fastvit.optimize`; returns how many.
+
+    Raises InputError, before it changes anything, if something has wrapped a block since: that has to go first.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Optimized)}
+    for name, module in found.items():
+        if type(module) is not optimized_class(module._fastvit_original) or "forward" in module.__dict__:
+            raise InputError(
+                f"model: {name or 'it'} was wrapped after optimize ({blocks.name_of(type(module))},"
+                " or its forward was replaced); undo that before restore"
+            )
+    for module in found.values():
+        module.__class__ = module._fastvit_original
+    return len(found)

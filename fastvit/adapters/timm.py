@@ -1,0 +1,42 @@
+"""timm's VisionTransformer (DeiT, AugReg, DINOv2, SigLIP and the others of its `Block`)."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastvit.adapters.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of, name_of
+
+ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
+
+
+def block(layer: Any) -> Block:
+    attention, mlp, gated = layer.attn, layer.mlp, name_of(type(layer.mlp)) == "timm.layers.mlp.GluMlp"
+    extras: list[Any] = [getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
+    extras = [extra for extra in (*extras, mlp.norm) if extra is not None]
+    lacks = None
+    if name_of(type(attention)) not in ATTENTION or not (gated or name_of(type(mlp)) == "timm.layers.mlp.Mlp"):
+        lacks = f"it has {type(attention).__name__} and {type(mlp).__name__}"
+    elif any(type(extra) is not nn.Identity for extra in extras) or (gated and mlp.gate_last):
+        lacks = "it has norms or gates inside attention or feed-forward"
+    scales = [getattr(scale, "gamma", None) for scale in (layer.ls1, layer.ls2)]
+    return Block(
+        norm1=layer.norm1,
+        qkv=(attention.qkv,),
+        num_heads=attention.num_heads,
+        attention_scale=attention.scale,
+        attention_dropout=attention.attn_drop.p if attention.training else 0.0,
+        projection=attention.proj,
+        after_attention=Branch((attention.proj_drop,), scales[0], drop_path_of(layer.drop_path1)),
+        norm2=layer.norm2,
+        feed_forward=FeedForward((mlp.fc1,), mlp.fc2, mlp.act, gated, mlp.drop1.p if mlp.training else 0.0),
+        after_feed_forward=Branch((mlp.drop2,), scales[1], drop_path_of(layer.drop_path2)),
+        bypassed=(attention, attention.attn_drop, mlp, mlp.drop1, layer.ls1, layer.ls2, *extras),
+        lacks=lacks,
+    )
+
+
+def inputs(layer: nn.Module, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Inputs:
+    return Inputs(x, attn_mask, {"is_causal": is_causal})
+
+
+ADAPTERS = [Adapter("timm VisionTransformer", "timm.models.vision_transformer.Block", block, inputs)]
