@@ -31,7 +31,7 @@ def report() -> str:
     for device in devices[:1]:
         lines.append(f"operations on {device}:")
         for operation in ops.KERNELS:
-            lines.append(f"  {operation:<24}{who_computes(operation, device)}")
+            lines.append(f"  {operation:<30}{who_computes(operation, device)}")
     return "\n".join(lines)
 
 
