@@ -1,6 +1,6 @@
 """Float32 matrix products on x86 processors by oneDNN, which PyTorch ships beside MKL and uses for half precision only.
 
-On an AMD EPYC with AVX-512 MKL was measured to need about twice as long; on Intel's processors nobody has compared them.
+On an AMD EPYC with AVX-512 MKL was measured to need about twice as long; on Intel's processors nobody compared them.
 The product is oneDNN's float32 one, no lower precision (error against float64 within 1.5 times MKL's).
 `torch.backends.mkldnn.flags(enabled=False)` turns it off.
 """
