@@ -402,12 +402,10 @@ class ViTLayer(GradientCheckpointingLayer):
         dropout_p = attention.dropout_prob if self.training else 0.0
         context = ops.attention_packed(qkv, num_heads=attention.num_heads, dropout_p=dropout_p, mask=attention_mask)
         branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
-        norm, feed_forward = (
-            (after.weight, after.bias, after.eps),
-            (first.weight, first.bias, second.weight, second.bias),
-        )
+        norm = (after.weight, after.bias, after.eps)
+        linears = (first.weight, first.bias, second.weight, second.bias)
         residual, branch = ops.add_layer_norm_feed_forward(
-            branch, residual, *norm, *feed_forward, self.intermediate.activation
+            branch, residual, *norm, *linears, self.intermediate.activation
         )
         return self.output.dropout(branch), residual
 

@@ -273,6 +273,8 @@ def choose(
     if key not in _chosen:
         options = candidates(*key)
         mode = os.environ.get("FASTVIT_AUTOTUNE", "")
+        if mode not in ("", "0", "1"):
+            raise ValueError(f"FASTVIT_AUTOTUNE: expected 0, 1 or nothing, got {mode!r}")
         choice: Choice | None = None
         if device.type != "cuda" or mode == "0" or len(options) == 1:
             choice = options[0]

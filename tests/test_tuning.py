@@ -84,6 +84,12 @@ def test_what_was_measured_is_kept_and_used_by_the_next_process(monkeypatch):
     assert tuning.choose(*CASE, GPU, never) == options[0]
 
 
+def test_an_unknown_mode_is_named(monkeypatch):
+    monkeypatch.setenv("FASTVIT_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match="FASTVIT_AUTOTUNE: expected 0, 1 or nothing, got 'yes'"):
+        tuning.choose(*CASE, GPU, never)
+
+
 def test_a_choice_is_made_once_in_a_process(monkeypatch):
     monkeypatch.setattr(tuning, "read_cache", lambda: {})
     first = tuning.choose(*CASE, GPU, never)
