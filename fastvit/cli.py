@@ -20,15 +20,17 @@ COMMANDS = {
 def report_errors(command: Callable[[], object]) -> int:
     """Run `command` and return the exit code: the integer that it returns, or 0.
 
-    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143.
     """
-    from fastvit.errors import InputError
+    from fastvit.errors import InputError, Stopped
 
     try:
         code = command()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         return 130
     return code if isinstance(code, int) else 0

@@ -1,4 +1,4 @@
-"""The one error for what a user gave: a file, an option, a checkpoint."""
+"""The one error for what a user gave (a file, an option, a checkpoint), and the end that a signal asked for."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     The command line prints the message on one line and exits with code 2; as a library it is an ordinary exception.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work in good order; the command line exits with 128 + its number, as shells have it."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum

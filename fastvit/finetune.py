@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import numpy as np
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
     TrainingArguments,
@@ -27,12 +28,14 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
 from fastvit import report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
-from fastvit.errors import InputError
+from fastvit.errors import InputError, Stopped
+from fastvit.files import WriteError, remove_folder, whole_files, write_text
 from fastvit.images import Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
@@ -61,14 +64,7 @@ def remove_run(folder: Path) -> None:
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
     for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary file in the same folder, then rename: the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        remove_folder(checkpoint)
 
 
 def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:
@@ -149,7 +145,7 @@ def make_image_sets(
             print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
             for reason in list(cache.skipped.values())[:10]:
                 print(f"  {reason}")
-        sets[name] = ImageSet(cache, split.labels, augment)
+        sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed)
         if len(sets[name]) == 0:
             raise InputError(f"{images.name}: no picture left in split {name!r}")
     return sets
@@ -194,7 +190,7 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
         num_train_epochs=options.epochs,
         max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=max(options.batch_size, 32),
+        per_device_eval_batch_size=options.batch_size if options.auto_batch else max(options.batch_size, 32),
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
@@ -215,7 +211,6 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
         eval_steps=options.eval_steps,
         save_strategy="steps",
         save_steps=options.eval_steps,
-        save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=has_validation,
         metric_for_best_model="accuracy" if has_validation else None,
         report_to=options.report_to,
@@ -229,7 +224,20 @@ def accuracy(prediction) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
-    """Everything from options to files; returns the metrics of validation and of the test split, if there are any."""
+    """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
+
+    With --auto-batch as often as it takes to find a batch that the memory holds.
+    """
+    options = take_up(options)
+    while True:
+        try:
+            return run_once(options)
+        except OutOfMemory as error:
+            options = with_smaller_batch(options, error)
+        clear_device_cache(garbage_collection=True)
+
+
+def run_once(options: argparse.Namespace) -> dict[str, float]:
     transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
     set_seed(options.seed)
     output_dir = Path(options.output_dir)
@@ -256,12 +264,13 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         enable()
 
     # From here on the folder is written; whatever was wrong with the input has been said.
-    if options.overwrite:
-        remove_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
-    save_examples(images, output_dir / "examples.png")
-    processor.save_pretrained(output_dir)
+    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's: the first of several processes
+        if options.overwrite:
+            remove_run(output_dir)
+        with whole_files(output_dir) as folder:
+            write_text(folder / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
+            save_examples(images, folder / "examples.png")
+            processor.save_pretrained(folder)
     print(f"example pictures: {output_dir / 'examples.png'}")
 
     interrupt = StopOnInterrupt()
@@ -274,8 +283,9 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=accuracy,
-        callbacks=[StopOnNonFiniteLoss(), interrupt],
+        callbacks=[interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
+        keep_checkpoints=options.keep_checkpoints,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -288,13 +298,26 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     )
     try:
         with interrupt:
-            result = trainer.train(resume_from_checkpoint=True if options.resume else None)
+            result = trainer.train(resume_from_checkpoint=last_checkpoint(options) if options.resume else None)
+        if interrupt.signum is None:
+            return finish(trainer, result, images, sets, options)
+    except WriteError as error:
+        raise WriteError(f"{error}; {what_stands(options)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
+            raise
+        advice = "--gradient-checkpointing or a smaller --image-size"
+        if options.batch_size > 1:
+            advice = f"--auto-batch, a smaller --batch-size, {advice}"
+        raise OutOfMemory(
+            f"training: out of memory with {options.batch_size} picture(s) a batch after step"
+            f" {trainer.state.global_step} ({str(error).splitlines()[0] if str(error) else 'MemoryError'});"
+            f" try {advice}; {what_stands(options)}"
+        ) from None
     finally:
         progress.close()
-    if interrupt.interrupted:
-        print(f"stopped at step {trainer.state.global_step}; go on with the same command and --resume")
-        raise KeyboardInterrupt
-    return finish(trainer, result, images, sets, options)
+    print(f"stopped at step {trainer.state.global_step}; {what_stands(options)}")
+    raise Stopped(interrupt.signum)
 
 
 def run_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -303,11 +326,67 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in once and value is not None}
 
 
+def last_checkpoint(options: argparse.Namespace) -> str | None:
+    return get_last_checkpoint(options.output_dir) if Path(options.output_dir).is_dir() else None
+
+
+def what_stands(options: argparse.Namespace) -> str:
+    """How to go on after a run has ended early."""
+    checkpoint = last_checkpoint(options)
+    begin = f"{checkpoint} is whole" if checkpoint else "there is no checkpoint yet"
+    return f"{begin}: the same command with --resume goes on from {'it' if checkpoint else 'the beginning'}"
+
+
+def take_up(options: argparse.Namespace) -> argparse.Namespace:
+    """With --resume: says where the run goes on, with what other options; keeps the batch that --auto-batch found."""
+    if not options.resume:
+        return options
+    if last_checkpoint(options) is None:
+        print(f"note: there is no checkpoint in {options.output_dir}; the run starts from the beginning")
+    config = Path(options.output_dir) / "config.yaml"
+    if not config.exists():
+        return options
+    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    found = {name: before[name] for name in ("batch_size", "gradient_accumulation")}
+    if options.auto_batch and math.prod(found.values()) == options.batch_size * options.gradient_accumulation:
+        options = argparse.Namespace(**vars(options) | found)
+    now = run_options(options)
+    for name in sorted((now.keys() | before.keys()) - {"output_dir"}):
+        if now.get(name) != before.get(name):
+            print(f"note: {name} is {now.get(name)}; before, the run had {before.get(name)}")
+    return options
+
+
+class OutOfMemory(InputError):
+    """A batch was too large for the memory."""
+
+
+def with_smaller_batch(options: argparse.Namespace, error: OutOfMemory) -> argparse.Namespace:
+    """Options for a half of the pictures a batch (or a third, ...: a whole number) and as many more batches a step.
+
+    The run goes on from its last checkpoint. Raises `error` where that cannot help or was not asked for: of several
+    processes, one alone cannot start again.
+    """
+    batch = options.batch_size
+    if not options.auto_batch or batch == 1 or PartialState().num_processes > 1:
+        raise error
+    factor = next(factor for factor in range(2, batch + 1) if batch % factor == 0)
+    smaller = {"batch_size": batch // factor, "gradient_accumulation": options.gradient_accumulation * factor}
+    print(
+        f"out of memory with {batch} pictures a batch; going on with {smaller['batch_size']},"
+        f" {smaller['gradient_accumulation']} batches a step"
+    )
+    return argparse.Namespace(**vars(options) | smaller | {"overwrite": False, "resume": True})
+
+
 def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, ImageSet], options) -> dict[str, float]:
     """Metrics, model, model card."""
     output_dir = Path(options.output_dir)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    result.metrics["train_loss"] = mean_loss(trainer.state.log_history)  # Trainer's is of this process's steps
+    if result.metrics["train_samples_per_second"] > 0 or not (output_dir / "train_results.json").exists():
+        # Else there was nothing left to train, and the speed is known from before.
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     trainer.save_model()
 
@@ -333,6 +412,15 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
     print(f"\nmodel, metrics and model card: {output_dir}")
     print(f"try it: fastvit predict {output_dir} IMAGE")
     return metrics
+
+
+def mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean loss over all steps, from the logs of the means between them."""
+    total, last = 0.0, 0.0
+    for log in log_history:
+        if "loss" in log:
+            total, last = total + log["loss"] * (log["step"] - last), log["step"]
+    return total / last
 
 
 CARD = """

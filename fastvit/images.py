@@ -12,8 +12,9 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,12 @@ def cache_images(
     finished = cache_dir / digest
     if not finished.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
+        needed, free = int(np.prod(shape)), shutil.disk_usage(cache_dir).free
+        if needed > free:  # writing to a mapped file on a full disk is no exception but the end of the process
+            raise InputError(
+                f"{description}: the pictures need {needed / 2**30:.1f} GiB in {cache_dir}, {free / 2**30:.1f} GiB are"
+                " free; FASTVIT_CACHE_DIR names another folder"
+            )
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".decoding-", ignore_cleanup_errors=True) as partial:
             images = np.lib.format.open_memmap(f"{partial}/images.npy", mode="w+", dtype=np.uint8, shape=shape)
             skipped = _decode_all(load, images, resample, skip_bad, description)
@@ -147,10 +154,34 @@ class Augment:
         return np.asarray(crop)
 
 
-class ImageSet(torch.utils.data.Dataset):
-    """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}."""
+@contextlib.contextmanager
+def random_numbers_of(seed: int) -> Iterator[None]:
+    """Inside, torch's generator on the CPU draws what `seed` says; afterwards it goes on as if nothing had happened."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also set the generators of GPUs
+        yield
+    finally:
+        torch.set_rng_state(state)
 
-    def __init__(self, cache: ImageCache, labels: Sequence[int] | np.ndarray, augment: Augment | None = None):
+
+class ImageSet(torch.utils.data.Dataset):
+    """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}.
+
+    augment: changes a picture, uint8 [h, w, 3] -> uint8 [H, W, 3], with random numbers of torch's generator. They are
+        those of (seed, epoch, picture), whoever asks for the picture and whatever was asked for before, so that a run
+        that goes on from a checkpoint sees what it would have seen.
+    """
+
+    def __init__(
+        self,
+        cache: ImageCache,
+        labels: Sequence[int] | np.ndarray,
+        augment: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        seed: int = 0,
+    ):
+        self.seed, self.epoch = seed, 0
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
         self.labels = [int(labels[index]) for index in self.indices]
@@ -159,7 +190,13 @@ class ImageSet(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
-        image = self.images[self.indices[item]]
-        pixels = self.augment(image) if self.augment is not None else image
+        pixels = self.images[self.indices[item]]
+        if self.augment is not None:
+            seed = int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
+            with random_numbers_of(seed):
+                pixels = self.augment(pixels)
         return {"pixel_values": torch.from_numpy(np.array(pixels)), "labels": self.labels[item]}
