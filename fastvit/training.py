@@ -185,6 +185,10 @@ class FineTuner(Trainer):
             self._save_checkpoint(self.model_wrapped, trial=None)
             return TrainOutput(self.state.global_step, math.nan, {})
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:  # Trainer goes on from the last checkpoint with one more step
+            super()._run_epoch(*args, **kwargs)
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # a loader of pictures draws a seed for its workers
