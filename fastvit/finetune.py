@@ -61,10 +61,10 @@ RUN_FILES = (
 
 
 def remove_run(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):  # first, while config.yaml still says what they are of
+        remove_folder(checkpoint)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        remove_folder(checkpoint)
 
 
 def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:
@@ -72,6 +72,7 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
+        "problem_type": "single_label_classification",
         "attention_probs_dropout_prob": options.attention_dropout,
         "hidden_dropout_prob": options.hidden_dropout,
     }
@@ -348,7 +349,8 @@ def take_up(options: argparse.Namespace) -> argparse.Namespace:
         return options
     before = yaml.safe_load(config.read_text(encoding="utf-8"))
     found = {name: before[name] for name in ("batch_size", "gradient_accumulation")}
-    if options.auto_batch and math.prod(found.values()) == options.batch_size * options.gradient_accumulation:
+    same_steps = math.prod(found.values()) == options.batch_size * options.gradient_accumulation
+    if options.auto_batch and same_steps and found["batch_size"] < options.batch_size:
         options = argparse.Namespace(**vars(options) | found)
     now = run_options(options)
     for name in sorted((now.keys() | before.keys()) - {"output_dir"}):

@@ -9,6 +9,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -189,6 +191,11 @@ class FineTuner(Trainer):
         if self.state.global_step < self.state.max_steps:  # Trainer goes on from the last checkpoint with one more step
             super()._run_epoch(*args, **kwargs)
 
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        loader.base_dataloader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # a loader of pictures draws a seed for its workers
@@ -288,6 +295,19 @@ class FineTuner(Trainer):
             **optimizer_kwargs,
         )
         return self.optimizer
+
+
+def start_worker(start: Callable[[int], None] | None, worker_id: int) -> None:
+    """What a process that prepares batches does first; `start` is what Trainer has it do.
+
+    Schedulers and terminals send signals to all processes of a run. The main one still needs batches for its last step,
+    and ends the others; should it be gone, they end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
+    if start is not None:
+        start(worker_id)
 
 
 def depth_from_top(name: str, num_layers: int) -> int:

@@ -394,7 +394,7 @@ def test_wrong_checkpoints_are_one_clear_line(kind, tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size: expected a number above 0, got 0"),
         (["--label-smoothing", "1.5"], "--label-smoothing: expected 0 or more and below 1, got 1.5"),
         (["--layer-decay", "0"], "--layer-decay: expected above 0 and at most 1, got 0.0"),
-        (["--resume"], "--resume: there is no checkpoint in out"),
+        (["--keep-checkpoints", "-1"], "--keep-checkpoints: expected 0 or more, got -1"),
         (["--resume", "--overwrite"], "not both"),
         (["--dataset", "beans"], "--data-dir: give a folder or a --dataset, not both"),
         (["--validation-fraction", "1.5"], "validation_fraction: expected a number between 0 and 1, got 1.5"),
