@@ -8,9 +8,11 @@ import gc
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -101,6 +103,8 @@ def start_server() -> None:
 def warm_up() -> None:
     """What a first run imports and allocates, done once for all that are forked from here."""
     tqdm.tqdm.monitor_interval = 0  # a thread
+    # The usual lock is one of all forked processes, and one that is killed may hold it.
+    tqdm.tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         process = os.getcwd(), os.dup(1), os.dup(2)  # noqa: PTH109
@@ -167,6 +171,20 @@ def half_way_through(name: str, number: int) -> None:
 
     torch.save = half_of(torch.save)
     modeling_utils.safe_save_file = half_of(modeling_utils.safe_save_file)
+
+
+def half_way_through_a_deletion() -> None:
+    """kill -9 when some of the files of an old checkpoint have been deleted."""
+    delete = shutil.rmtree
+
+    def rmtree(path, **kwargs):
+        if any(Path(path).glob("*")) and "checkpoint-" in Path(path).name:
+            for file in sorted(Path(path).iterdir())[:3]:
+                file.unlink()
+            kill()
+        delete(path, **kwargs)
+
+    shutil.rmtree = rmtree
 
 
 def after_a_checkpoint() -> None:

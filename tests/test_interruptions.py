@@ -124,6 +124,14 @@ def test_half_a_checkpoint_is_none(name, number, standing, finished, tmp_path):
     resume(tmp_path, finished)
 
 
+def test_half_a_checkpoint_that_was_to_be_deleted_is_none(finished, tmp_path):
+    run = Run(tmp_path, "--keep-checkpoints", "1", fault=fault.half_way_through_a_deletion)
+    assert run.end() == -signal.SIGKILL, run.log()
+    (half,) = (tmp_path / "out" / PARTIAL).glob("deleted-checkpoint-*")
+    assert half.name.removeprefix("deleted-") not in check_checkpoints(tmp_path / "out")
+    resume(tmp_path, finished)
+
+
 def test_half_a_model_is_none(finished, tmp_path):
     run = Run(tmp_path, fault=fault.half_way_through, given=("model.safetensors", 6))  # after five checkpoints
     assert run.end() == -signal.SIGKILL, run.log()
