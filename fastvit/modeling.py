@@ -319,7 +319,7 @@ class ViTSelfAttention(nn.Module):
         """
         if isinstance(attention_mask, Packing):
             query, key, value = self.project(hidden_states, self.query, self.key, self.value)
-            context, probabilities = self.attend_packed(query, key, value, attention_mask, output_attentions)
+            context, probabilities = self.context_of_packed(query, key, value, attention_mask, output_attentions)
             return class_tokens_of(context, attention_mask) if class_token_only else context, probabilities
         if class_token_only:
             (query,) = self.project(hidden_states[:, :1], self.query)
@@ -327,9 +327,9 @@ class ViTSelfAttention(nn.Module):
             attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
         else:
             query, key, value = self.project(hidden_states, self.query, self.key, self.value)
-        return self.attend(query, key, value, attention_mask, output_attentions)
+        return self.context_of(query, key, value, attention_mask, output_attentions)
 
-    def attend(
+    def context_of(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, output_attentions: bool
     ) -> tuple[Tensor, Tensor | None]:
         """[B, Nq, heads, head_dim], twice [B, N, heads, head_dim] -> context and probabilities as in `forward`."""
@@ -345,15 +345,15 @@ class ViTSelfAttention(nn.Module):
             return context, None
         return context, ops.attention_probabilities(query, key, mask=attention_mask)
 
-    def attend_packed(
+    def context_of_packed(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, output_attentions: bool
     ) -> tuple[Tensor, list[Tensor] | None]:
-        """`attend` of packed pictures [1, N, heads, head_dim]: one by one only where probabilities are needed."""
+        """`context_of` packed pictures [1, N, heads, head_dim]: one by one only where probabilities are needed."""
         if not output_attentions and self.config._attn_implementation != "eager":
             dropout_p = self.dropout_prob if self.training else 0.0
             return attend(ops.attention, query, key, value, mask=packing, dropout_p=dropout_p), None
         parts = zip(*(pictures_of(tensor, packing) for tensor in (query, key, value)), strict=True)
-        results = [self.attend(q[None], k[None], v[None], None, output_attentions) for q, k, v in parts]
+        results = [self.context_of(q[None], k[None], v[None], None, output_attentions) for q, k, v in parts]
         contexts, probabilities = zip(*results, strict=True)
         return torch.cat(contexts, dim=1), [maps[0] for maps in probabilities] if output_attentions else None
 
@@ -485,8 +485,8 @@ class ViTLayer(GradientCheckpointingLayer):
         else:
             residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
         dropout_p = attention.dropout_prob if self.training else 0.0
-        options = {"num_heads": attention.num_heads, "dropout_p": dropout_p}
-        context = attend(ops.attention_packed, qkv, mask=attention_mask, **options)
+        heads = attention.num_heads
+        context = attend(ops.attention_packed, qkv, mask=attention_mask, num_heads=heads, dropout_p=dropout_p)
         branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
         norm = (after.weight, after.bias, after.eps)
         linears = (first.weight, first.bias, second.weight, second.bias)
@@ -555,10 +555,11 @@ class ViTEncoder(nn.Module):
         num_blocks: int | None = None,
     ) -> BaseModelOutput:
         if num_blocks is not None and not 0 <= num_blocks <= len(self.layer):
-            raise InputError(f"num_blocks: expected at most {len(self.layer)}, got {num_blocks}")
+            raise InputError(f"num_blocks: expected 0 to {len(self.layer)}, got {num_blocks}")
         layers = list(self.layer)[:num_blocks]
         asked = indices_asked_for(output_hidden_states, len(layers) + 1)
         all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
+        shorten = class_token_only and not (output_attentions or output_hidden_states)
         residual = None
         # Who watches the blocks, by a hook or by asking for what they compute, sees sums. With checkpointing, what goes
         # from block to block is kept for backward: one tensor is less than two.
@@ -566,8 +567,7 @@ class ViTEncoder(nn.Module):
         for index, layer in enumerate(layers):
             is_last = index == len(layers) - 1
             carry = not (watched or is_last or index + 1 in asked)
-            only_class_token = class_token_only and is_last
-            output = layer(hidden_states, residual, attention_mask, output_attentions, only_class_token, carry)
+            output = layer(hidden_states, residual, attention_mask, output_attentions, shorten and is_last, carry)
             if carry:
                 hidden_states, residual = output
                 all_hidden_states.append(None)
@@ -579,6 +579,8 @@ class ViTEncoder(nn.Module):
             else:
                 hidden_states = output
             all_hidden_states.append(hidden_states if index + 1 in asked else None)
+        if class_token_only and not (shorten and layers):
+            hidden_states = class_tokens_of(hidden_states, attention_mask)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
@@ -825,14 +827,8 @@ class ViTModel(ViTPreTrainedModel):
             mask = mask if mask.is_floating_point() else mask.bool()
 
         embeddings = self.embeddings(pixel_values, bool_masked_pos, is_list or bool(interpolate_pos_encoding))
-        last_for_class_token = class_token_only and not (output_attentions or output_hidden_states)
-        encoded = self.encoder(
-            embeddings, mask, output_attentions, output_hidden_states, last_for_class_token, num_blocks
-        )
-        hidden_states = encoded.last_hidden_state
-        if class_token_only and not last_for_class_token:
-            hidden_states = class_tokens_of(hidden_states, mask)
-        hidden_states = self.layernorm(hidden_states)
+        encoded = self.encoder(embeddings, mask, output_attentions, output_hidden_states, class_token_only, num_blocks)
+        hidden_states = self.layernorm(encoded.last_hidden_state)
         pooler_output = None
         if self.pooler is not None:
             is_packed = isinstance(mask, Packing) and not class_token_only

@@ -336,6 +336,14 @@ def test_tuples_are_returned_where_asked_for():
     assert len(tokens[0]) == len(SIZES) and pooled.shape == (len(SIZES), CONFIG["hidden_size"])
 
 
+def test_class_tokens_of_no_blocks():
+    model = small(fastvit.ViTModel).eval()
+    found = model(pictures(), class_token_only=True, num_blocks=0).last_hidden_state
+    for own, picture in zip(found, pictures(), strict=True):
+        expected = alone(model, picture, class_token_only=True, num_blocks=0).last_hidden_state
+        torch.testing.assert_close(own, expected[0])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
