@@ -214,6 +214,13 @@ def _chosen(
     return function
 
 
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether our kernels are to compute operations on tensors like `x`, or plain PyTorch, which fuses nothing."""
+    if _backend == "reference":
+        return False
+    return _backend == "triton" or (x.device.type == "cuda" and why_not_triton_anywhere() is None)
+
+
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
