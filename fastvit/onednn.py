@@ -39,13 +39,13 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     They are float32, or bfloat16 when no gradient is recorded.
     """
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()))
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
