@@ -574,10 +574,15 @@ def test_page_shows_speed_ups_escapes_names_and_joins_folders(tmp_path):
         ({"speed_up": 2.5}, "2.5x: missed"),
         ({"memory": 0.75}, "0.75x the memory: met"),
         ({"memory": 0.25}, "0.25x the memory: missed"),
+        ({"over PyTorch": 2.0}, "2x PyTorch: met"),
+        ({"over PyTorch": 2.1}, "2.1x PyTorch: missed"),
+        ({"over timm": 1.0}, "1x timm: not measured"),
+        ({"images_per_s": 12000}, "12,000 images/s: missed"),
     ],
 )
 def test_targets_are_named_met_or_missed(targets, says):
-    records = [record(targets=targets, peak_bytes=500), record("PyTorch", median=2.0, targets=targets)]
+    records = [record(targets=targets, peak_bytes=500, images_per_s=100.0)]
+    records.append(record("PyTorch", median=2.0, targets=targets))
     (comparison,) = report.comparisons([result(*records)])
     assert report.against_targets(comparison) == says
     (comparison,) = report.comparisons([result(records[0] | {"status": "wrong", "ms": None})])
