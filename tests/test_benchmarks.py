@@ -374,7 +374,7 @@ def test_list_names_every_operation_and_runs_nothing(capsys):
     on_gpu = capsys.readouterr().out.splitlines()
     assert "attention ViT-B/16 224, batch 256, packed qkv bfloat16" in on_gpu[: len(on_gpu) // 2]
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {*command.KERNELS, "bench_model", "bench_coldstart"}
+    assert files == {*command.KERNELS, *command.MODELS, "bench_coldstart"}
 
 
 @pytest.mark.parametrize(
