@@ -566,7 +566,7 @@ class ViTEncoder(nn.Module):
         layers = list(self.layer)[:num_blocks]
         asked = indices_asked_for(output_hidden_states, len(layers) + 1)
         all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
-        shorten = class_token_only and not (output_attentions or output_hidden_states)
+        shorten = class_token_only and not (output_attentions or asked)
         residual = None
         # Who watches the blocks, by a hook or by asking for what they compute, sees sums. With checkpointing, what goes
         # from block to block is kept for backward: one tensor is less than two.
@@ -590,7 +590,7 @@ class ViTEncoder(nn.Module):
             hidden_states = class_tokens_of(hidden_states, attention_mask)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
