@@ -46,6 +46,7 @@ class Run:
         given: tuple = (),
     ):
         folder.mkdir(exist_ok=True)
+        (folder / "log").touch()
         self.folder = folder
         self.options = only or [*OPTIONS, "--output-dir", "out", *options]
         self.process = server().Process(target=train, args=(str(folder), self.options, fault, given))

@@ -228,7 +228,7 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "go on with the same command and --resume" in out
+    assert "is whole: the same command with --resume goes on from it" in out
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
 

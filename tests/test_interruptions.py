@@ -62,8 +62,9 @@ def check_same(folder: Path, expected: Path) -> None:
     for index, state in first["state"].items():
         assert all(torch.equal(value, second["state"][index][name]) for name, value in state.items())
     states = [json.loads((f / "out" / "trainer_state.json").read_text()) for f in (folder, expected)]
-    losses = [{log["step"]: log["loss"] for log in state["log_history"] if "loss" in log} for state in states]
-    assert losses[0] == losses[1]
+    for name in ("loss", "eval_loss"):
+        logged = [{log["step"]: log[name] for log in state["log_history"] if name in log} for state in states]
+        assert logged[0] == logged[1], name
     assert states[0]["best_metric"] == states[1]["best_metric"]
     assert states[0]["best_global_step"] == states[1]["best_global_step"]
     assert not (folder / "out" / PARTIAL).exists()
