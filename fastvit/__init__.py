@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from fastvit.errors import InputError
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
     from fastvit.ops import backend
+    from fastvit.predictor import Prediction, Predictor
     from fastvit.quantization import quantize
     from fastvit.weights import convert
 
 _MODULE_OF = {
     "InputError": "fastvit.errors",
+    "Prediction": "fastvit.predictor",
+    "Predictor": "fastvit.predictor",
     "ViTConfig": "transformers",
     "ViTForImageClassification": "fastvit.modeling",
     "ViTForMaskedImageModeling": "fastvit.modeling",
@@ -39,6 +42,8 @@ _MODULE_OF = {
 
 __all__ = [
     "InputError",
+    "Prediction",
+    "Predictor",
     "ViTConfig",
     "ViTForImageClassification",
     "ViTForMaskedImageModeling",
