@@ -42,6 +42,17 @@ def probabilities(model: ViTForImageClassification, processor, images: list[Imag
     return model(pixels).logits.float().softmax(dim=-1).cpu().numpy()
 
 
+@torch.inference_mode()
+def attention_maps(model: ViTForImageClassification, pixels: torch.Tensor) -> tuple[np.ndarray, tuple[int, int]]:
+    """What one picture's tokens look at: float32 [layers, heads, tokens, tokens], and the patches down and across.
+
+    pixels: float [1, 3, height, width] or uint8 [1, height, width, 3].
+    """
+    maps = torch.cat(model(pixels.to(model.device), output_attentions=True).attentions).float().cpu().numpy()
+    height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
+    return maps, model.vit.embeddings.patch_embeddings.grid((height, width))
+
+
 def batches(items: list, size: int) -> Iterator[list]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
@@ -126,7 +137,6 @@ def evaluate(argv: list[str]) -> None:
         print(report.format_metrics(confusion, names))
 
 
-@torch.inference_mode()
 def attention(argv: list[str]) -> None:
     """`fastvit attention MODEL IMAGE -o map.png`"""
     parser = _parser("attention", "Draw where the class token looks: per block, and rolled out through all blocks.")
@@ -135,8 +145,6 @@ def attention(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     model, processor = load(options.model, options.device)
     image = decode_image(options.image)
-    pixels = processor(images=[image], return_tensors="pt").pixel_values.to(model.device)
-    maps = torch.cat(model(pixels, output_attentions=True).attentions).float().cpu().numpy()  # [layers, heads, N, N]
-    grid = model.vit.embeddings.patch_embeddings.grid(tuple(pixels.shape[2:]))
+    maps, grid = attention_maps(model, processor(images=[image], return_tensors="pt").pixel_values)
     report.save_image(report.attention_sheet(image, maps, grid), Path(options.output))
     print(f"written: {options.output}")
