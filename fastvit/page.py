@@ -34,7 +34,7 @@ from fastvit.images import ImageSet
 from fastvit.loading import load_pretrained
 from fastvit.modeling import as_pair
 from fastvit.options import build_parser
-from fastvit.predict import attention_maps
+from fastvit.predict import with_attention
 from fastvit.run_log import curve
 
 REPORT_FILE = "report.html"
@@ -187,8 +187,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
     for index in map(int, worst):
         pixels = pictures.pixels(index)
         picture = Image.fromarray(pixels)
-        maps, grid = attention_maps(model, torch.from_numpy(pixels)[None])
-        heat = report.attention_rollout(maps)[0, 1:].reshape(grid)
+        _, maps, grid = with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
             Mistake(
                 index + 1,
@@ -196,7 +195,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
                 names[int(predicted[index])],
                 float(shares[index, predicted[index]]),
                 picture,
-                report.overlay_heatmap(picture, heat),
+                report.rollout_overlay(picture, maps, grid),
             )
         )
     return found

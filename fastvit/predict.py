@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,15 +43,25 @@ def probabilities(model: ViTForImageClassification, processor, images: list[Imag
     return model(pixels).logits.float().softmax(dim=-1).cpu().numpy()
 
 
-@torch.inference_mode()
-def attention_maps(model: ViTForImageClassification, pixels: torch.Tensor) -> tuple[np.ndarray, tuple[int, int]]:
-    """What one picture's tokens look at: float32 [layers, heads, tokens, tokens], and the patches down and across.
+class Attended(NamedTuple):
+    """What a model makes of one picture: probabilities [C], attention maps [layers, heads, tokens, tokens], float32,
+    and the patches down and across."""
 
-    pixels: float [1, 3, height, width] or uint8 [1, height, width, 3].
-    """
-    maps = torch.cat(model(pixels.to(model.device), output_attentions=True).attentions).float().cpu().numpy()
+    probabilities: np.ndarray
+    maps: np.ndarray
+    grid: tuple[int, int]
+
+
+@torch.inference_mode()
+def with_attention(model: ViTForImageClassification, pixels: torch.Tensor) -> Attended:
+    """pixels: one picture, float [1, 3, height, width] or uint8 [1, height, width, 3]."""
+    output = model(pixels.to(model.device), output_attentions=True)
     height, width = pixels.shape[1:3] if pixels.dtype == torch.uint8 else pixels.shape[2:]
-    return maps, model.vit.embeddings.patch_embeddings.grid((height, width))
+    return Attended(
+        output.logits[0].float().softmax(dim=-1).cpu().numpy(),
+        torch.cat(output.attentions).float().cpu().numpy(),
+        model.vit.embeddings.patch_embeddings.grid((height, width)),
+    )
 
 
 def batches(items: list, size: int) -> Iterator[list]:
@@ -145,6 +156,6 @@ def attention(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     model, processor = load(options.model, options.device)
     image = decode_image(options.image)
-    maps, grid = attention_maps(model, processor(images=[image], return_tensors="pt").pixel_values)
-    report.save_image(report.attention_sheet(image, maps, grid), Path(options.output))
+    attended = with_attention(model, processor(images=[image], return_tensors="pt").pixel_values)
+    report.save_image(report.attention_sheet(image, attended.maps, attended.grid), Path(options.output))
     print(f"written: {options.output}")

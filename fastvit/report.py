@@ -352,6 +352,21 @@ def _checked_attentions(attentions: np.ndarray) -> np.ndarray:
     return attentions
 
 
+def rollout_overlay(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The picture under a map of what the class token rests on, through all layers; arguments as `attention_sheet`."""
+    return overlay_heatmap(image, attention_rollout(_checked_grid(attentions, grid))[0, 1:].reshape(grid))
+
+
+def _checked_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    attentions = _checked_attentions(attentions)
+    rows, columns = grid
+    if attentions.shape[-1] != 1 + rows * columns:
+        raise ValueError(
+            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
+        )
+    return attentions
+
+
 def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
     """What the class token looks at: the picture, the rollout over all layers, and each layer by itself.
 
@@ -363,14 +378,8 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
     Returns:
         An RGB picture: picture and rollout on top, then the layers, six to a row, each the mean over its heads.
     """
-    attentions = _checked_attentions(attentions)
-    rows, columns = grid
-    if attentions.shape[-1] != 1 + rows * columns:
-        raise ValueError(
-            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
-        )
-    of_rollout = attention_rollout(attentions)[0, 1:].reshape(grid)
-    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, rows, columns)
+    attentions = _checked_grid(attentions, grid)
+    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, *grid)
 
     num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
     large = 2 * _LAYER_TILE + _GAP
@@ -385,7 +394,7 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
 
     picture = ImageOps.contain(as_rgb(image), (large, large))
     place("picture", picture, _GAP, _GAP, large)
-    place("rollout of all layers", overlay_heatmap(picture, of_rollout), _GAP + large + _GAP, _GAP, large)
+    place("rollout of all layers", rollout_overlay(picture, attentions, grid), _GAP + large + _GAP, _GAP, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         left, top = _GAP + column * step, top_of_layers + row * (label + step)
