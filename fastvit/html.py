@@ -53,7 +53,7 @@ def short(text: object, length: int = NAME_LENGTH) -> str:
 
 def breakable(text: str) -> Markup:
     """A name that may be broken into lines after its underscores and hyphens."""
-    return Markup(re.sub("([_-])", r"\1<wbr>", escape(text)))
+    return Markup(re.sub("([_-])", r"\1<wbr>", str(escape(text))))
 
 
 def percent(value: float) -> str:
