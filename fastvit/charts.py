@@ -45,7 +45,7 @@ class Axes:
         log: bool = False,
         round_x: bool = True,
     ):
-        self.width, self.height, self.left, self.bottom, self.right, self.top = width, height, left, bottom, 14, 20
+        self.width, self.height, self.left, self.bottom, self.right, self.top = width, height, left, bottom, 20, 20
         self.log = log
         self.x_ticks = powers_of_ten(*x) if log else round_ticks(*x)
         self.y_ticks = powers_of_ten(*y) if log else round_ticks(*y)

@@ -134,7 +134,7 @@ def of_run(
     config = model.config
     architecture = (
         f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {parameters:.1f} M parameters,"
-        f" pictures of {' × '.join(map(str, as_pair(config.image_size)))}"
+        f" pictures of {'×'.join(map(str, as_pair(config.image_size)))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
     return RunReport(

@@ -1,7 +1,13 @@
-"""A headless Chromium for tests of pages. `browser` is the fixture; it skips where there is no Chromium."""
+"""A headless Chromium for tests of pages. `browser` is the fixture; it skips where there is no Chromium.
 
+python tests/browser.py runs/leaves/report.html docs/report.png    # the picture in the README
+"""
+
+import contextlib
 import json
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +15,7 @@ import pytest
 
 ARGUMENTS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-    "disable-component-update", "disable-sync",
+    "disable-component-update", "disable-sync", "hide-scrollbars",
 )  # fmt: skip
 
 
@@ -19,9 +25,9 @@ class Browser:
     def __init__(self, driver):
         self.driver = driver
 
-    def open(self, url: str, *, width: int = 1280, dark: bool = False) -> None:
+    def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         self.requests(), self.console()  # those of the page before
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
@@ -53,23 +59,45 @@ class Browser:
         actions.perform()
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory) -> Iterator[Browser]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("Chromium and its driver are not installed")
+@contextlib.contextmanager
+def chromium(profile: Path) -> Iterator[Browser]:
+    """A Chromium that keeps what it keeps in the empty folder `profile`."""
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (*ARGUMENTS, f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+    options.binary_location = shutil.which("chromium") or ""
+    for argument in (*ARGUMENTS, f"user-data-dir={profile}"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         yield Browser(driver)
     finally:
         driver.quit()
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory) -> Iterator[Browser]:
+    pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
+        pytest.skip("Chromium and its driver are not installed")
+    with chromium(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
+
+
+def picture_of(page: Path, out: Path, *, height: int = 1600) -> None:
+    """The top of a page as a PNG of 256 colours, 1280 pixels wide."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as opened:
+        opened.open(file_url(page), height=height)
+        opened.driver.save_screenshot(str(out))
+    Image.open(out).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
+
+
 def file_url(path: Path) -> str:
     return path.resolve().as_uri()
+
+
+if __name__ == "__main__":
+    picture_of(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -116,7 +116,7 @@ def test_confusion_matrix_and_metrics_stand_in_tables_with_captions_and_scopes()
     text = text_of(html)
     assert "class 2 0.900 0.818 0.857 11" in text
     assert "class 1 , taken for class 2 at 98.7 % validation picture 7" in text
-    assert "epochs 3.0 4.0" in text and "1 options at their defaults" in text
+    assert "epochs 3.0 4.0" in text and "Options at their defaults (1)" in text
 
 
 def test_headings_are_a_ladder_and_links_lead_somewhere():
