@@ -85,14 +85,11 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
         yield opened
 
 
-def picture_of(page: Path, out: Path, *, height: int = 1600) -> None:
-    """The top of a page as a PNG of 256 colours, 1280 pixels wide."""
-    from PIL import Image
-
+def picture_of(page: Path, out: Path, *, height: int = 1480) -> None:
+    """The top of a page as a PNG, 1280 pixels wide."""
     with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as opened:
         opened.open(file_url(page), height=height)
         opened.driver.save_screenshot(str(out))
-    Image.open(out).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
 
 
 def file_url(path: Path) -> str:
