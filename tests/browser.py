@@ -85,7 +85,7 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
         yield opened
 
 
-def picture_of(page: Path, out: Path, *, height: int = 1480) -> None:
+def picture_of(page: Path, out: Path, *, height: int = 1530) -> None:
     """The top of a page as a PNG, 1280 pixels wide."""
     with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as opened:
         opened.open(file_url(page), height=height)
