@@ -21,7 +21,6 @@ from fastvit.benchmarks.harness import (
     Settings,
     ceilings,
     describe,
-    device_name,
     environment,
     free,
     name_of,
@@ -29,6 +28,7 @@ from fastvit.benchmarks.harness import (
     slug,
 )
 from fastvit.errors import InputError
+from fastvit.info import device_name
 
 KERNELS = ("bench_layer_norm", "bench_patch_embed", "bench_attention", "bench_layer_norm_gelu")
 MODELS = ("bench_model", "bench_quantize")

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import fastvit
-from fastvit import report
+from fastvit import page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.errors import InputError
@@ -37,7 +37,8 @@ from fastvit.images import Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
-from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss
+from fastvit.run_log import LOG_FILE
+from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
@@ -48,8 +49,10 @@ RUN_FILES = (
     "config.yaml",
     "eval_results.json",
     "examples.png",
+    LOG_FILE,
     "model.safetensors",
     "preprocessor_config.json",
+    page.REPORT_FILE,
     "test_results.json",
     "train_results.json",
     "trainer_state.json",
@@ -264,7 +267,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     processor.save_pretrained(output_dir)
     print(f"example pictures: {output_dir / 'examples.png'}")
 
-    interrupt = StopOnInterrupt()
+    interrupt, log = StopOnInterrupt(), WriteLog(output_dir)
     precision = precision_of(options, model.config.hidden_size)
     trainer = FineTuner(
         model=model,
@@ -274,7 +277,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=accuracy,
-        callbacks=[StopOnNonFiniteLoss(), interrupt],
+        callbacks=[log, StopOnNonFiniteLoss(), interrupt],
         layer_decay=options.layer_decay,
     )
     trainer.remove_callback(ProgressCallback)
@@ -287,14 +290,18 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
     )
     try:
-        with interrupt:
+        with log, interrupt:
             result = trainer.train(resume_from_checkpoint=True if options.resume else None)
     finally:
         progress.close()
     if interrupt.interrupted:
         print(f"stopped at step {trainer.state.global_step}; go on with the same command and --resume")
+        log.append("end", outcome="interrupted", reason="go on with --resume")
         raise KeyboardInterrupt
-    return finish(trainer, result, images, sets, options)
+    with log:
+        metrics = finish(trainer, result, images, sets, options)
+    log.append("end", outcome="finished", reason="")
+    return metrics
 
 
 def run_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -312,11 +319,12 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
     trainer.save_model()
 
     metrics: dict[str, float] = {}
-    reports = []
+    reports, predictions = [], {}
     for name, prefix in ((VALIDATION, "eval"), (TEST, "test")):
         if name not in sets:
             continue
         output = trainer.predict(sets[name], metric_key_prefix=prefix)
+        predictions[name] = (output.label_ids, output.predictions)
         confusion = report.confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(images.class_names))
         split_metrics = {**output.metrics, f"{prefix}_macro_f1": report.classification_metrics(confusion)["macro_f1"]}
         split_metrics["epoch"] = trainer.state.epoch
@@ -328,9 +336,15 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
     trainer.model_card = model_card(options, images, metrics, "\n".join(reports))
     trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        shown = page.of_run(
+            options, images, sets, predictions, trainer.state, trainer.args.device, result.metrics["train_runtime"]
+        )
+        write_text(output_dir / page.REPORT_FILE, page.render(shown))
     if options.push_to_hub:
         trainer.push_to_hub()
     print(f"\nmodel, metrics and model card: {output_dir}")
+    print(f"a page to look at: {output_dir / page.REPORT_FILE}")
     print(f"try it: fastvit predict {output_dir} IMAGE")
     return metrics
 

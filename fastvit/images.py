@@ -234,6 +234,9 @@ class ImageSet(torch.utils.data.Dataset):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
+        return {"pixel_values": torch.from_numpy(self.pixels(item)), "labels": self.labels[item]}
+
+    def pixels(self, item: int) -> np.ndarray:
+        """uint8 [H, W, 3], augmented anew each time if the set augments; its memory is nobody else's."""
         image = self.images[self.indices[item]]
-        pixels = self.augment(image) if self.augment is not None else image
-        return {"pixel_values": torch.from_numpy(np.array(pixels)), "labels": self.labels[item]}
+        return np.array(self.augment(image) if self.augment is not None else image)

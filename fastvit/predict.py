@@ -7,13 +7,40 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fastvit.errors import InputError
 from fastvit.images import decode_image
 from fastvit.predictor import Prediction, Predictor
+
+
+class Attended(NamedTuple):
+    """What a model makes of one picture: probabilities [C], attention maps [layers, heads, tokens, tokens], float32,
+    and the patches down and across."""
+
+    probabilities: np.ndarray
+    maps: np.ndarray
+    grid: tuple[int, int]
+
+
+@torch.inference_mode()
+def with_attention(model: Any, pixels: torch.Tensor) -> Attended:
+    """pixels: one picture, uint8 [1, height, width, 3]."""
+    output = model(pixels.to(model.device), output_attentions=True)
+    return Attended(
+        output.logits[0].float().softmax(dim=-1).cpu().numpy(),
+        torch.cat(output.attentions).float().cpu().numpy(),
+        model.vit.embeddings.grid_of(pixels),
+    )
+
+
+def pixels_of(predictor: Predictor, picture: Image.Image) -> torch.Tensor:
+    """A picture as the predictor's model takes it, uint8 [1, height, width, 3]."""
+    return torch.from_numpy(predictor.preprocessor(picture).copy())[None]
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -95,7 +122,6 @@ def evaluate(argv: list[str]) -> None:
         print(report.format_metrics(confusion, names))
 
 
-@torch.inference_mode()
 def attention(argv: list[str]) -> None:
     """`fastvit attention MODEL IMAGE -o map.png`"""
     from fastvit import report
@@ -106,9 +132,6 @@ def attention(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     image = decode_image(options.image)
     with Predictor(options.model, options.device) as predictor:
-        model, preprocess = predictor.model, predictor.preprocessor
-    pixels = torch.from_numpy(preprocess(image).copy())[None].to(model.device)
-    maps = torch.cat(model(pixels, output_attentions=True).attentions).float().cpu().numpy()  # [layers, heads, N, N]
-    grid = model.vit.embeddings.patch_embeddings.grid(preprocess.image_size)
-    report.save_image(report.attention_sheet(image, maps, grid), Path(options.output))
+        attended = with_attention(predictor.model, pixels_of(predictor, image))
+    report.save_image(report.attention_sheet(image, attended.maps, attended.grid), Path(options.output))
     print(f"written: {options.output}")
