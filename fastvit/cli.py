@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -22,12 +23,14 @@ def report_errors(command: Callable[[], object]) -> int:
 
     What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
     """
-    from fastvit.errors import InputError
+    from fastvit.errors import InputError, printable
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -68,10 +71,10 @@ def finetune(argv: list[str]) -> None:
     run(parse_options(argv))
 
 
-def use_model(name: str, argv: list[str]) -> None:
+def use_model(name: str, argv: list[str]) -> object:
     from fastvit import predict
 
-    getattr(predict, name)(argv)
+    return getattr(predict, name)(argv)
 
 
 def benchmark(argv: list[str]) -> int:

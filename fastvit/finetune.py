@@ -7,10 +7,13 @@ logging, several devices) is Trainer's; here is what is particular to pictures.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import math
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from PIL import Image
 from transformers import (
     TrainingArguments,
     ViTConfig,
@@ -31,10 +35,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 import fastvit
 from fastvit import report
 from fastvit.cli import report_errors
-from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
+from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, Split, load_images
 from fastvit.errors import InputError
 from fastvit.images import Augment, ImageSet, cache_images
-from fastvit.loading import load_config, load_pretrained
+from fastvit.loading import load_config, load_image_settings, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
 from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss
@@ -115,11 +119,11 @@ def image_processor_for(options: argparse.Namespace, model: ViTForImageClassific
     height, width = as_pair(model.config.image_size)
     settings: dict[str, Any] = {}
     if options.from_scratch is None:
-        try:
-            base = ViTImageProcessorPil.from_pretrained(options.model)
-            settings = {"image_mean": base.image_mean, "image_std": base.image_std, "resample": base.resample}
-        except (OSError, ValueError):
+        base = load_image_settings(options.model, model.config)
+        if base is None:
             print(f"note: {options.model} has no image processor; mean and standard deviation 0.5 are used")
+        else:
+            settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
@@ -167,12 +171,22 @@ def print_counts(images: ImageDataset) -> None:
     print(f"  {'together':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
 
 
+def thumbnails(split: Split, indices: np.ndarray) -> Iterator[Image.Image]:
+    """Small versions of the pictures that can be decoded: whole photographs of 20 classes would fill a memory."""
+    for index in indices:
+        with contextlib.suppress(InputError):
+            picture = split.load(int(index))
+            picture.thumbnail((256, 256))
+            yield picture
+
+
 def save_examples(images: ImageDataset, path: Path, per_class: int = 8) -> None:
     """A picture of `per_class` training pictures of each class."""
     train = images.splits[TRAIN]
     examples = {}
     for label, name in enumerate(images.class_names[:20]):
-        examples[name] = [train.load(int(index)) for index in np.flatnonzero(train.labels == label)[:per_class]]
+        good = thumbnails(train, np.flatnonzero(train.labels == label))
+        examples[name] = list(itertools.islice(good, per_class))
     report.save_image(report.example_grid(examples), path)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ from transformers import ViTImageProcessorPil
 
 from fastvit import report
 from fastvit.datasets import load_images
-from fastvit.errors import InputError
+from fastvit.errors import InputError, printable
 from fastvit.images import decode_image
-from fastvit.loading import load_pretrained
+from fastvit.loading import load_image_processor, load_pretrained
 from fastvit.modeling import ViTForImageClassification
+
+T = TypeVar("T", bound=Hashable)
 
 
 def load(model: str, device: str | None) -> tuple[ViTForImageClassification, ViTImageProcessorPil]:
@@ -28,11 +32,7 @@ def load(model: str, device: str | None) -> tuple[ViTForImageClassification, ViT
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device: cannot use {device!r} ({str(error).splitlines()[0]})") from None
     classifier = load_pretrained(model).to(device).eval()
-    try:
-        processor = ViTImageProcessorPil.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model}: expected an image processor (preprocessor_config.json) ({error})") from None
-    return classifier, processor
+    return classifier, load_image_processor(model, classifier.config)
 
 
 @torch.inference_mode()
@@ -48,7 +48,21 @@ def batches(items: list, size: int) -> Iterator[list]:
 
 
 def class_names_of(model: ViTForImageClassification) -> list[str]:
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+    names = model.config.id2label
+    if sorted(names) != list(range(model.num_labels)):
+        raise InputError(f"{model.name_or_path}: config.json: id2label: expected names for 0 to {model.num_labels - 1}")
+    return [str(names[index]) for index in range(model.num_labels)]
+
+
+def decode_good(load: Callable[[T], Image.Image], sources: Iterable[T]) -> dict[T, Image.Image]:
+    """The pictures that can be decoded, by what they are loaded from; for each of the others a line on stderr."""
+    pictures = {}
+    for source in sources:
+        try:
+            pictures[source] = load(source)
+        except InputError as error:
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+    return pictures
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -60,8 +74,8 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def predict(argv: list[str]) -> None:
-    """`fastvit predict MODEL IMAGE...`"""
+def predict(argv: list[str]) -> int:
+    """`fastvit predict MODEL IMAGE...`; what cannot be decoded is told and passed over, and the exit code is then 2."""
     parser = _parser("predict", "Name what is in pictures.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show")
@@ -72,16 +86,22 @@ def predict(argv: list[str]) -> None:
         raise InputError(f"--top: expected at least 1, got {options.top}")
     model, processor = load(options.model, options.device)
     names = class_names_of(model)
+    bad = 0
     for paths in batches(options.images, options.batch_size):
-        for path, row in zip(paths, probabilities(model, processor, [decode_image(p) for p in paths]), strict=True):
+        images = decode_good(decode_image, paths)
+        bad += len(set(paths)) - len(images)
+        if not images:
+            continue
+        for path, row in zip(images, probabilities(model, processor, list(images.values())), strict=True):
             best = row.argsort()[::-1][: options.top]
             if options.json:
                 classes = [{"label": names[i], "probability": round(float(row[i]), 6)} for i in best]
-                print(json.dumps({"image": path, "classes": classes}, ensure_ascii=False))
+                print(json.dumps({"image": path, "classes": classes}, ensure_ascii=not path.isprintable()))
             else:
-                print(path)
+                print(printable(path))
                 for i in best:
-                    print(f"  {row[i]:7.2%}  {names[i]}")
+                    print(f"  {row[i]:7.2%}  {printable(names[i])}")
+    return 2 if bad else 0
 
 
 def evaluate(argv: list[str]) -> None:
@@ -93,6 +113,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--image-column", help="column with the pictures [found by name]")
     parser.add_argument("--label-column", help="column with the classes [found by name]")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     options = parser.parse_args(argv)
     images = load_images(
@@ -113,16 +134,29 @@ def evaluate(argv: list[str]) -> None:
 
     split = images.splits[split_name]
     labels = np.array([names.index(images.class_names[label]) for label in split.labels])
-    predictions = [
-        probabilities(model, processor, [split.load(index) for index in indices]).argmax(-1)
-        for indices in batches(list(range(len(split))), options.batch_size)
-    ]
-    confusion = report.confusion_matrix(labels, np.concatenate(predictions), len(names))
+    measured: list[int] = []
+    predictions: list[np.ndarray] = []
+    for indices in batches(list(range(len(split))), options.batch_size):
+        if options.skip_bad_images:
+            pictures = decode_good(split.load, indices)
+        else:
+            pictures = {index: split.load(index) for index in indices}
+        if pictures:
+            measured += pictures
+            predictions.append(probabilities(model, processor, list(pictures.values())).argmax(-1))
+    if not measured:
+        raise InputError(f"{images.name}: no picture left in split {split_name!r}")
+    confusion = report.confusion_matrix(labels[measured], np.concatenate(predictions), len(names))
     metrics = report.classification_metrics(confusion)
+    skipped = len(split) - len(measured)
     if options.json:
-        print(json.dumps({"split": split_name, "class_names": names, **metrics, "confusion": confusion.tolist()}))
+        found = {"split": split_name, "class_names": names, "skipped": skipped, **metrics}
+        print(json.dumps({**found, "confusion": confusion.tolist()}))
     else:
-        print(f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(split)} pictures\n")
+        print(
+            f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(measured)} pictures"
+            + (f", {skipped} skipped\n" if skipped else "\n")
+        )
         print(report.format_metrics(confusion, names))
 
 
