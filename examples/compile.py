@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="google/vit-base-patch16-224", help="hub id or folder (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="%(default)s")
-    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16 (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="%(default)s")
     parser.add_argument("--repeats", type=int, default=20, help="calls that are timed (%(default)s)")
     parser.add_argument("--compiler", default="inductor", help="torch.compile's backend (%(default)s)")
     parser.add_argument("--mode", help='torch.compile\'s mode: "reduce-overhead" takes CUDA graphs, for instance')

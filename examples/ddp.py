@@ -30,7 +30,8 @@ def main() -> None:
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
     options = parser.parse_args()
 
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    # Without `cpu`, processes on a machine without a GPU would not know of each other.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
     set_seed(0)
     with accelerator.main_process_first():  # one process fills the cache, the others read it
         if options.data_dir:

@@ -1,7 +1,7 @@
 """Train LoRA adapters on query and value, and the classifier; everything else stays as it was pretrained.
 
     python examples/lora.py                           # google/vit-base-patch16-224-in21k on beans, from the hub
-    python examples/lora.py --data-dir my-pictures    # my-pictures/train/CLASS/*.jpg and my-pictures/validation/CLASS/*.jpg
+    python examples/lora.py --data-dir my-pictures    # my-pictures/CLASS/*.jpg, with or without train/ and validation/
 
 Writes the adapters, and beside them, under merged/, a model of the usual kind with the adapters added to its weights.
 Needs the package peft.
@@ -33,6 +33,9 @@ def main() -> None:
     else:
         pictures = load_dataset(options.dataset)
     label = "labels" if "labels" in pictures["train"].features else "label"
+    if "validation" not in pictures:
+        held_out = pictures["train"].train_test_split(0.15, stratify_by_column=label, seed=0)
+        pictures["train"], pictures["validation"] = held_out["train"], held_out["test"]
     names = pictures["train"].features[label].names
 
     processor = AutoImageProcessor.from_pretrained(options.model)

@@ -1,7 +1,9 @@
 """Fine-tune a ViT with transformers' Trainer: an ordinary script, in which one import was swapped.
 
     python examples/swap_import.py                           # google/vit-base-patch16-224-in21k on beans, from the hub
-    python examples/swap_import.py --data-dir my-pictures    # my-pictures/CLASS/*.jpg, with or without train/ and validation/
+    python examples/swap_import.py --data-dir my-pictures    # my-pictures/CLASS/*.jpg
+
+Pictures for validation are those under validation/ (then the others are under train/), or else drawn from all.
 """
 
 import argparse
