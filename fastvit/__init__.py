@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from fastvit.attention_interface import register_attention
     from fastvit.auto import register, unregister
     from fastvit.errors import InputError
+    from fastvit.features import Features
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
     from fastvit.ops import backend
     from fastvit.quantization import quantize
     from fastvit.weights import convert
 
 _MODULE_OF = {
+    "Features": "fastvit.features",
     "InputError": "fastvit.errors",
     "ViTConfig": "transformers",
     "ViTForImageClassification": "fastvit.modeling",
@@ -38,6 +40,7 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Features",
     "InputError",
     "ViTConfig",
     "ViTForImageClassification",
