@@ -40,8 +40,8 @@ def _server(tmp_path_factory):
             ["datasets", "fastvit.modeling", "peft", "test_examples", "transformers.trainer"]
         )
         forkserver.ensure_running()
-        yield
-        forkserver._forkserver._stop()  # it would live, and hold what it imported, as long as the tests
+    yield
+    forkserver._forkserver._stop()  # it would live, and hold what it imported, as long as the tests
 
 
 @pytest.fixture(scope="module")
