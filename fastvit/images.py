@@ -92,7 +92,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as its EXIF orientation says, RGB; raises InputError for pixels that leave open what they are."""
+    """A decoded picture as its EXIF orientation says, in RGB; raises InputError for 32 bits a channel."""
     method = UPRIGHT.get(orientation_of(image))
     picture = to_rgb(image)
     return picture if method is None else picture.transpose(method)
@@ -138,7 +138,7 @@ if hasattr(os, "register_at_fork"):  # where a thread held it, the fork has no s
 def to_image(source: Any, name: str | None = None) -> Image.Image:
     """An upright RGB picture from anything that holds one; raises InputError naming it (`name`, or the file).
 
-    source: a path; the bytes of a file, or an open one; a PIL image, treated as one of a file by `decode_image`; an array
+    source: a path; the bytes of a file, or an open one; a PIL image, for which the same holds as for a file; an array
     or tensor, as `array_to_image` takes it; or a function without arguments that returns one of these.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
