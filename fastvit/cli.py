@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,14 +21,18 @@ COMMANDS = {
 def report_errors(command: Callable[[], object]) -> int:
     """Run `command` and return the exit code: the integer that it returns, or 0.
 
-    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130. Of several processes that train one
+    model the first one of each machine speaks, and any that had an error of its own.
     """
-    from fastvit.errors import InputError
+    from fastvit.errors import InputError, ProcessError
 
     try:
         code = command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, ProcessError) and "RANK" in os.environ:
+            print(f"error: process {os.environ['RANK']}: {error}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -6,8 +6,9 @@ picture. Reading and caching is done by the `datasets` library.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fastvit.images import decode_image
 # Short names of data sets on the hub.
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
@@ -116,21 +117,14 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _read(
-    hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
-) -> ImageDataset:
-    """A hub data set or an image folder, through the `datasets` library."""
+@contextlib.contextmanager
+def read_errors(source: str) -> Iterator[None]:
+    """Turn what the `datasets` library raises for a missing or broken data set into one clear line."""
     import datasets
 
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
-    source = hub_id or str(data_dir)
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
     try:
-        if data_dir is not None:
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
-        else:
-            loaded = datasets.load_dataset(hub_id)
+        yield
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(f"dataset: there is no {source!r} on the hub, or it is private ({error})") from None
     except ConnectionError:
@@ -142,12 +136,28 @@ def _read(
         reason = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"{source}: expected pictures, one folder a class ({reason})") from None
 
-    splits = {_split_name(name): split for name, split in loaded.items()}
+
+def _read(
+    hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
+) -> ImageDataset:
+    """A hub data set or an image folder, through the `datasets` library."""
+    import datasets
+
+    source = hub_id or str(data_dir)
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
+    with read_errors(source):
+        if data_dir is not None:
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
+        else:
+            loaded = datasets.load_dataset(hub_id)
+
+    splits = {split_name(name): split for name, split in loaded.items()}
     if TRAIN not in splits:
         raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
     features = splits[TRAIN].features
-    image_column = _find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
-    label_column = _find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
+    label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
     # Test splits on the hub often come without labels: -1 everywhere.
     splits = {name: split for name, split in splits.items() if -1 not in split[label_column][:]}
     class_names = _class_names(splits, label_column, source)
@@ -158,13 +168,11 @@ def _read(
     )
 
 
-def _split_name(name: str) -> str:
+def split_name(name: str) -> str:
     return VALIDATION if name in ("val", "valid", "dev", "eval") else name
 
 
-def _find_column(
-    kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str
-) -> str:
+def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
     """The column for images or labels: the one given, or one with the usual name or type."""
     if given is not None:
         if given not in features:

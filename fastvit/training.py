@@ -9,12 +9,15 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from fastvit.distributed import agreement_group, on_any_process
 from fastvit.errors import InputError
+from fastvit.streaming import Stream, stream_loader
 
 
 class NonFiniteLoss(InputError):
@@ -40,7 +43,10 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Several processes agree after each step, so that all stop after the same one.
+    """
 
     def __init__(self):
         self.interrupted = False
@@ -57,7 +63,11 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = True
         print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again to stop at once)", file=sys.stderr)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.group = agreement_group()
+
     def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = on_any_process(self.interrupted, self.group)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -103,6 +113,31 @@ class FineTuner(Trainer):
         self.layer_decay = layer_decay
         self.model_card: ModelCard | None = None
         super().__init__(*args, **kwargs)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # accelerate passes over FSDP where the devices are CPUs. PyTorch does not.
+            state = self.accelerator.state
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self):
+        if isinstance(self.train_dataset, Stream):
+            return stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
+        return super().get_train_dataloader()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.is_fsdp_enabled and _internal_call:
+            # Shards are written later. Without their folder some processes would find the best checkpoint, some not;
+            # with the config in it, `accelerate merge-weights` makes a model of them.
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if self.args.should_save:
+                self.model.config.save_pretrained(output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.model_card is None:
