@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -35,7 +34,14 @@ def joined_processes(cpu: bool) -> Iterator[PartialState]:
 
     All have read their options when this begins, so that what the first one writes next surprises none.
     """
-    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=WAIT)
+    cpu = cpu or not torch.cuda.is_available()
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        # torchrun keeps its store when it starts again; the addresses of processes that are gone must not be found.
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=WAIT))
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "gloo" if cpu else "cuda:nccl,cpu:gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=WAIT)
+    state = PartialState(cpu=cpu)
     with contextlib.ExitStack() as stack:
         if not state.is_main_process:
             transformers.utils.logging.set_verbosity_error()
@@ -45,17 +51,12 @@ def joined_processes(cpu: bool) -> Iterator[PartialState]:
     state.destroy_process_group()
 
 
-def agreement_group() -> dist.ProcessGroup | None:
-    """For `on_any_process`; every process must ask for it at the same point. None where there is one process."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-
-def on_any_process(flag: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether `flag` is set on any process. Through Gloo on the CPU, so that no GPU is waited for."""
-    if group is None:
+def on_any_process(flag: bool) -> bool:
+    """Whether `flag` is set on any process; all must ask at the same point. Goes by the CPU: no GPU is waited for."""
+    if not dist.is_initialized():
         return flag
     flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, group=group)
+    dist.all_reduce(flags)
     return bool(flags)
 
 

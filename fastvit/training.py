@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastvit.distributed import agreement_group, on_any_process
+from fastvit.distributed import on_any_process
 from fastvit.errors import InputError
 from fastvit.streaming import Stream, stream_loader
 
@@ -63,11 +63,8 @@ class StopOnInterrupt(TrainerCallback):
         self.interrupted = True
         print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again to stop at once)", file=sys.stderr)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.group = agreement_group()
-
     def on_step_end(self, args, state, control, **kwargs):
-        self.interrupted = on_any_process(self.interrupted, self.group)
+        self.interrupted = on_any_process(self.interrupted)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
