@@ -80,7 +80,10 @@ class StreamedDataset(ImageDataset):
 
     def examples(self, count: int = 256) -> Split:
         """The first training pictures."""
-        return _in_memory(self, itertools.islice(self.train, count))
+        split = _in_memory(self, itertools.islice(self.train, count))
+        if split is None:
+            raise InputError(f"{self.name}: expected labels with the training pictures, found -1")
+        return split
 
 
 def stream_images(
@@ -161,9 +164,8 @@ def stream_images(
         rows = splits[name]
         if max_eval_samples is not None:
             rows = rows.shuffle(seed=seed, buffer_size=1000).take(max_eval_samples)
-        # Test splits on the hub often come without labels: -1 everywhere.
-        if next(iter(rows), {label_column: -1})[label_column] != -1:
-            images.splits[name] = _in_memory(images, rows)
+        if split := _in_memory(images, rows):
+            images.splits[name] = split
     return images
 
 
@@ -196,10 +198,12 @@ def _collect_labels(train, label_column: str, source: str) -> list[Any]:
     return broadcast_object_list([values])[0]
 
 
-def _in_memory(images: StreamedDataset, rows) -> Split:
-    """A split of encoded pictures that are held in memory."""
+def _in_memory(images: StreamedDataset, rows) -> Split | None:
+    """A split of encoded pictures that are held in memory; None without labels, which test splits have as -1."""
     digest, encoded, labels = hashlib.sha256(), [], []
     for row in rows:
+        if row[images.label_column] == -1:
+            return None
         name, data = images.encoded(row)
         digest.update(data)
         encoded.append((name, data))
