@@ -280,7 +280,7 @@ def accuracy(prediction) -> dict[str, float]:
     """Accuracy, and the loss of every picture once: Trainer's own counts those twice that fill up the last batches."""
     logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
     loss = torch.nn.functional.cross_entropy(logits, labels)
-    return {"accuracy": float((logits.argmax(-1) == labels).float().mean()), "loss": float(loss)}
+    return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
