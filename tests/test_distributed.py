@@ -159,14 +159,14 @@ def test_evaluation_counts_every_picture_once(processes, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_start_the_module(launcher, tmp_path):
     command = {
-        "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-        + ["--mixed_precision", "no", "--dynamo_backend", "no"],
+        "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+        "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+        " --dynamo_backend no",
     }[launcher]
     argv = [*RUN, "--batch-size", "4", "--max-steps", "1", "--output-dir", "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTVIT_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", *command, "-m", "fastvit.finetune", *argv],
+        [sys.executable, "-m", *command.split(), "-m", "fastvit.finetune", *argv],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
