@@ -73,10 +73,10 @@ def finetune(argv: list[str]) -> None:
     run(parse_options(argv))
 
 
-def use_model(name: str, argv: list[str]) -> None:
+def use_model(name: str, argv: list[str]) -> int | None:
     from fastvit import predict
 
-    getattr(predict, name)(argv)
+    return getattr(predict, name)(argv)
 
 
 def benchmark(argv: list[str]) -> int:
