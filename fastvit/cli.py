@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable
 
 COMMANDS = {
     "finetune": "train a ViT to tell your pictures apart",
+    "watch": "show a run of finetune while it goes on",
     "predict": "name what is in pictures",
     "evaluate": "measure a model on labelled pictures",
     "attention": "draw where the class token looks",
+    "demo": "serve a page on this machine: drop a picture, see classes and attention",
     "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
     "benchmark": "time fastvit beside its rivals on this machine",
     "info": "say which devices and versions are here, and which backend computes each operation",
@@ -20,14 +24,20 @@ COMMANDS = {
 def report_errors(command: Callable[[], object]) -> int:
     """Run `command` and return the exit code: the integer that it returns, or 0.
 
-    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143.
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143. Of several processes
+    that train one model the first one of each machine speaks, and any that had an error of its own.
     """
-    from fastvit.errors import InputError, Stopped
+    from fastvit.errors import InputError, ProcessError, Stopped, printable
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, ProcessError) and "RANK" in os.environ:
+            print(f"error: process {os.environ['RANK']}: {printable(str(error))}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.signum
@@ -56,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         return report_errors(lambda: finetune(rest))
     if name == "convert":
         return report_errors(lambda: convert(rest))
+    if name == "watch":
+        return report_errors(lambda: watch(rest))
+    if name == "demo":
+        return report_errors(lambda: demo(rest))
     if name == "benchmark":
         return report_errors(lambda: benchmark(rest))
     if name == "info":
@@ -70,10 +84,22 @@ def finetune(argv: list[str]) -> None:
     run(parse_options(argv))
 
 
-def use_model(name: str, argv: list[str]) -> None:
+def use_model(name: str, argv: list[str]) -> int | None:
     from fastvit import predict
 
-    getattr(predict, name)(argv)
+    return getattr(predict, name)(argv)
+
+
+def watch(argv: list[str]) -> int:
+    from fastvit.watch import main
+
+    return main(argv)
+
+
+def demo(argv: list[str]) -> None:
+    from fastvit.demo import main
+
+    main(argv)
 
 
 def benchmark(argv: list[str]) -> int:

@@ -7,12 +7,15 @@ logging, several devices) is Trainer's; here is what is particular to pictures.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
 import transformers
@@ -21,29 +24,35 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
+    TrainerState,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
     default_data_collator,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import report
+from fastvit import page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
+from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
 from fastvit.errors import InputError, Stopped
 from fastvit.files import WriteError, remove_folder, whole_files, write_text
-from fastvit.images import Augment, ImageSet, cache_images
-from fastvit.loading import load_config, load_pretrained
+from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
+from fastvit.loading import load_config, load_image_settings, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
-from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss
+from fastvit.run_log import LOG_FILE
+from fastvit.streaming import Stream, StreamedDataset, stream_images
+from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
+    MARKER,
     "README.md",
     "all_results.json",
     "classification_report.txt",
@@ -51,8 +60,10 @@ RUN_FILES = (
     "config.yaml",
     "eval_results.json",
     "examples.png",
+    LOG_FILE,
     "model.safetensors",
     "preprocessor_config.json",
+    page.REPORT_FILE,
     "test_results.json",
     "train_results.json",
     "trainer_state.json",
@@ -112,18 +123,23 @@ def image_processor_for(options: argparse.Namespace, model: ViTForImageClassific
     height, width = as_pair(model.config.image_size)
     settings: dict[str, Any] = {}
     if options.from_scratch is None:
-        try:
-            base = ViTImageProcessorPil.from_pretrained(options.model)
-            settings = {"image_mean": base.image_mean, "image_std": base.image_std, "resample": base.resample}
-        except (OSError, ValueError):
+        base = load_image_settings(options.model, model.config)
+        if base is None:
             print(f"note: {options.model} has no image processor; mean and standard deviation 0.5 are used")
+        else:
+            settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
+def decode_size(size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:
+    """Pictures that will be cropped are decoded a seventh larger, so that crops keep their detail."""
+    return (math.ceil(size[0] * 8 / 7), math.ceil(size[1] * 8 / 7)) if augment else size
+
+
 def make_image_sets(
-    options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil
+    options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil, processes: PartialState
 ) -> dict[str, ImageSet]:
-    """Every split decoded and cached; training pictures a seventh larger, so that crops keep their detail."""
+    """Every split decoded and cached: by the first process of a machine, into a file that all of them read."""
     size = (processor.size["height"], processor.size["width"])
     cache_home = Path(os.environ.get("FASTVIT_CACHE_DIR") or Path.home() / ".cache" / "fastvit")
     sets = {}
@@ -132,16 +148,18 @@ def make_image_sets(
         if limit is not None and limit < len(split):
             split = split.select(np.sort(np.random.default_rng(options.seed).permutation(len(split))[:limit]))
         augment = Augment(size) if name == TRAIN and options.augment else None
-        cache = cache_images(
-            split.load,
-            len(split),
-            tuple(math.ceil(side * 8 / 7) for side in size) if augment else size,
-            resample=processor.resample,
-            skip_bad=options.skip_bad_images,
-            key=split.key,
-            cache_dir=cache_home / "images",
-            description=f"decoding {name}",
-        )
+        with processes.local_main_process_first():
+            cache = cache_images(
+                split.load,
+                len(split),
+                decode_size(size, augment),
+                resample=processor.resample,
+                skip_bad=options.skip_bad_images,
+                key=split.key,
+                cache_dir=cache_home / "images",
+                memory_limit=MEMORY_CACHE_BYTES if processes.num_processes == 1 else 0,
+                description=f"decoding {name}",
+            )
         if cache.skipped:
             print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
             for reason in list(cache.skipped.values())[:10]:
@@ -164,15 +182,6 @@ def print_counts(images: ImageDataset) -> None:
     print(f"  {'together':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
 
 
-def save_examples(images: ImageDataset, path: Path, per_class: int = 8) -> None:
-    """A picture of `per_class` training pictures of each class."""
-    train = images.splits[TRAIN]
-    examples = {}
-    for label, name in enumerate(images.class_names[:20]):
-        examples[name] = [train.load(int(index)) for index in np.flatnonzero(train.labels == label)[:per_class]]
-    report.save_image(report.example_grid(examples), path)
-
-
 def precision_of(options: argparse.Namespace, hidden_size: int) -> str:
     """bf16, fp16 or fp32; auto is bf16 where it is the faster: on most GPUs, and for wide models on CPUs with AMX."""
     if options.precision != "auto":
@@ -184,12 +193,45 @@ def precision_of(options: argparse.Namespace, hidden_size: int) -> str:
     return "bf16" if has_amx and hidden_size >= 192 else "fp32"
 
 
-def training_arguments(options: argparse.Namespace, precision: str, has_validation: bool) -> TrainingArguments:
+def make_stream(
+    options: argparse.Namespace, images: StreamedDataset, processor: ViTImageProcessorPil, processes: PartialState
+) -> Stream:
+    """This process's training pictures; after --resume, those that come next."""
+    size = (processor.size["height"], processor.size["width"])
+    augment = Augment(size) if options.augment else None
+    stream = Stream(
+        images,
+        decode_size(size, augment),
+        augment,
+        resample=processor.resample,
+        seed=options.seed,
+        shuffle_buffer=options.shuffle_buffer,
+        skip_bad=options.skip_bad_images,
+        rank=processes.process_index,
+        world_size=processes.num_processes,
+    )
+    if options.resume and (checkpoint := last_checkpoint(options)):
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        stream.resume_after(state.global_step * options.gradient_accumulation, options.batch_size)
+    return stream
+
+
+def max_steps_of(options: argparse.Namespace, images: ImageDataset, processes: PartialState) -> int:
+    """Steps to train for; -1 leaves that to the number of epochs. A stream has no end, so that it needs a number."""
+    if options.max_steps > 0 or not isinstance(images, StreamedDataset) or images.num_train is None:
+        return options.max_steps
+    pictures_a_step = options.batch_size * options.gradient_accumulation * processes.num_processes
+    return math.ceil(options.epochs * images.num_train / pictures_a_step)
+
+
+def training_arguments(
+    options: argparse.Namespace, precision: str, has_validation: bool, max_steps: int
+) -> TrainingArguments:
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
         output_dir=options.output_dir,
         num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
+        max_steps=max_steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size if options.auto_batch else max(options.batch_size, 32),
         learning_rate=options.learning_rate,
@@ -203,6 +245,10 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
         torch_compile=options.compile,
         use_cpu=options.cpu or not torch.cuda.is_available(),
         seed=options.seed,
+        data_seed=options.seed,
+        ddp_find_unused_parameters=False,
+        fsdp=True if options.fsdp else None,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"},
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
         remove_unused_columns=False,
@@ -221,7 +267,10 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
 
 
 def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+    """Accuracy, and the loss of every picture once: Trainer's own counts those twice that fill up the last batches."""
+    logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
@@ -229,34 +278,58 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     With --auto-batch as often as it takes to find a batch that the memory holds.
     """
-    options = take_up(options)
-    while True:
-        try:
-            return run_once(options)
-        except OutOfMemory as error:
-            options = with_smaller_batch(options, error)
-        clear_device_cache(garbage_collection=True)
+    with joined_processes(options.cpu) as processes:
+        options = take_up(options)
+        while True:
+            try:
+                return fine_tune(options, processes)
+            except OutOfMemory as error:
+                options = with_smaller_batch(options, error)
+            clear_device_cache(garbage_collection=True)
 
 
-def run_once(options: argparse.Namespace) -> dict[str, float]:
+def load_data(options: argparse.Namespace, processes: PartialState) -> ImageDataset:
+    if options.streaming:
+        return stream_images(
+            options.dataset,
+            options.data_dir,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            class_names=options.class_names,
+            max_eval_samples=options.max_eval_samples,
+            seed=options.seed,
+            need_length=options.max_steps <= 0,
+            need_validation=options.validation_fraction != 0,
+        )
+    with processes.local_main_process_first():
+        return load_images(
+            options.dataset,
+            options.data_dir,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            validation_fraction=options.validation_fraction,
+            seed=options.seed,
+            image_size=options.image_size or 64,
+            generated_images=options.generated_images,
+        )
+
+
+def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str, float]:
+    """The work of one of `processes`."""
     transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
     set_seed(options.seed)
     output_dir = Path(options.output_dir)
-    images = load_images(
-        options.dataset,
-        options.data_dir,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        validation_fraction=options.validation_fraction,
-        seed=options.seed,
-        image_size=options.image_size or 64,
-        generated_images=options.generated_images,
-    )
+    images = load_data(options, processes)
     print_counts(images)
     model = load_model(options, images.class_names)
     processor = image_processor_for(options, model)
     model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
-    sets = make_image_sets(options, images, processor)
+    sets = make_image_sets(options, images, processor, processes)
+    train_set: Stream | ImageSet
+    if isinstance(images, StreamedDataset):
+        train_set = make_stream(options, images, processor, processes)
+    else:
+        train_set = sets[TRAIN]
     if options.freeze_backbone:
         model.vit.requires_grad_(False)
     if options.gradient_checkpointing:
@@ -265,26 +338,22 @@ def run_once(options: argparse.Namespace) -> dict[str, float]:
         enable()
 
     # From here on the folder is written; whatever was wrong with the input has been said.
-    if int(os.environ.get("RANK", "0")) == 0:  # torchrun's: the first of several processes
-        if options.overwrite:
-            remove_run(output_dir)
-        with whole_files(output_dir) as folder:
-            write_text(folder / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
-            save_examples(images, folder / "examples.png")
-            processor.save_pretrained(folder)
+    with processes.main_process_first():
+        if processes.is_main_process:
+            begin_run(options, images, processor)
     print(f"example pictures: {output_dir / 'examples.png'}")
 
-    interrupt = StopOnInterrupt()
+    interrupt, log = StopOnInterrupt(), WriteLog(output_dir)
     precision = precision_of(options, model.config.hidden_size)
     trainer = FineTuner(
         model=model,
-        args=training_arguments(options, precision, VALIDATION in sets),
-        train_dataset=sets[TRAIN],
+        args=training_arguments(options, precision, VALIDATION in sets, max_steps_of(options, images, processes)),
+        train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=accuracy,
-        callbacks=[interrupt, StopOnNonFiniteLoss()],
+        callbacks=[log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
         keep_checkpoints=options.keep_checkpoints,
     )
@@ -294,14 +363,33 @@ def run_once(options: argparse.Namespace) -> dict[str, float]:
     trainer.add_callback(progress)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        f"training {parameters / 1e6:.1f} M parameters on {len(sets[TRAIN])} pictures of"
+        f"training {parameters / 1e6:.1f} M parameters on {number_of_pictures(images)} pictures of"
         f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
+        + (f" and {processes.num_processes - 1} more" if processes.num_processes > 1 else "")
     )
+    if processes.num_processes > 1:
+        accelerate.utils.set_seed(options.seed, device_specific=True)  # other dropout on each
     try:
-        with interrupt:
-            result = trainer.train(resume_from_checkpoint=last_checkpoint(options) if options.resume else None)
-        if interrupt.signum is None:
-            return finish(trainer, result, images, sets, options)
+        with log, early_end_is_said(trainer, options):
+            with interrupt, lost_process_is_said(output_dir):
+                result = trainer.train(resume_from_checkpoint=last_checkpoint(options) if options.resume else None)
+            signum = interrupt.signum if interrupt.asked_to_stop() else None
+            metrics = finish(trainer, result, images, sets, options) if signum is None else {}
+    finally:
+        progress.close()
+    if signum is not None:
+        print(f"stopped at step {trainer.state.global_step}; {what_stands(options)}")
+        log.append("end", outcome="interrupted", reason="go on with --resume")
+        raise Stopped(signum)
+    log.append("end", outcome="finished", reason="")
+    return metrics
+
+
+@contextlib.contextmanager
+def early_end_is_said(trainer: FineTuner, options: argparse.Namespace) -> Iterator[None]:
+    """Adds to what ended training or the writing of its results what stands on the disk, and how to go on."""
+    try:
+        yield
     except WriteError as error:
         raise WriteError(f"{error}; {what_stands(options)}") from error
     except (MemoryError, RuntimeError) as error:
@@ -315,10 +403,24 @@ def run_once(options: argparse.Namespace) -> dict[str, float]:
             f" {trainer.state.global_step} ({str(error).splitlines()[0] if str(error) else 'MemoryError'});"
             f" try {advice}; {what_stands(options)}"
         ) from None
-    finally:
-        progress.close()
-    print(f"stopped at step {trainer.state.global_step}; {what_stands(options)}")
-    raise Stopped(interrupt.signum)
+
+
+def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil) -> None:
+    """The folder and the files that stand in it from the start."""
+    output_dir = Path(options.output_dir)
+    if options.overwrite:
+        remove_run(output_dir)
+    with whole_files(output_dir) as folder:
+        if launch := launch_id():
+            write_text(folder / MARKER, launch)
+        write_text(folder / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
+        examples = images.examples(num_classes=20, per_class=8, side=256)
+        report.save_image(report.example_grid(examples), folder / "examples.png")
+        processor.save_pretrained(folder)
+
+
+def number_of_pictures(images: ImageDataset) -> str:
+    return "streamed" if isinstance(images, StreamedDataset) else f"{len(images.splits[TRAIN]):,}"
 
 
 def run_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -390,14 +492,17 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    if trainer.is_fsdp_enabled:  # checkpoints were sharded; the result is one file
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
 
     metrics: dict[str, float] = {}
-    reports = []
+    reports, predictions = [], {}
     for name, prefix in ((VALIDATION, "eval"), (TEST, "test")):
         if name not in sets:
             continue
         output = trainer.predict(sets[name], metric_key_prefix=prefix)
+        predictions[name] = (output.label_ids, output.predictions)
         confusion = report.confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(images.class_names))
         split_metrics = {**output.metrics, f"{prefix}_macro_f1": report.classification_metrics(confusion)["macro_f1"]}
         split_metrics["epoch"] = trainer.state.epoch
@@ -407,11 +512,25 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
         print(f"\n{reports[-1]}", end="")
     if trainer.is_world_process_zero():
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
+        (output_dir / MARKER).unlink(missing_ok=True)
     trainer.model_card = model_card(options, images, metrics, "\n".join(reports))
     trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        shown = page.of_run(
+            options,
+            images,
+            number_of_pictures(images),
+            sets,
+            predictions,
+            trainer.state,
+            trainer.args.device,
+            result.metrics["train_runtime"],
+        )
+        write_text(output_dir / page.REPORT_FILE, page.render(shown))
     if options.push_to_hub:
         trainer.push_to_hub()
     print(f"\nmodel, metrics and model card: {output_dir}")
+    print(f"a page to look at: {output_dir / page.REPORT_FILE}")
     print(f"try it: fastvit predict {output_dir} IMAGE")
     return metrics
 
@@ -479,7 +598,7 @@ def model_card(options: argparse.Namespace, images: ImageDataset, metrics: dict[
         name=name,
         classes=classes,
         origin=origin,
-        pictures=len(images.splits[TRAIN]),
+        pictures=number_of_pictures(images),
         dataset=images.name,
         reports=reports,
         version=fastvit.__version__,

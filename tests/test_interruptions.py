@@ -188,6 +188,14 @@ def test_sigterm_from_outside_ends_with_a_checkpoint_within_ten_seconds(finished
     assert f"out/{checkpoint} is whole" in run.log()
 
 
+def test_evaluation_that_is_made_up_for_may_be_interrupted_too(finished, tmp_path):
+    for _ in range(2):
+        run = Run(tmp_path, "--resume", fault=fault.signal_at, given=(signal.SIGTERM, 6, "prediction_step"))
+        assert run.end() == 143, run.log()
+        assert check_checkpoints(tmp_path / "out")[-1] == "checkpoint-6"
+    resume(tmp_path, finished)
+
+
 def test_workers_that_get_the_signal_too_bring_the_last_step_to_its_end(finished, tmp_path):
     run = Run(tmp_path, "--workers", "2", fault=fault.signal_to_all_at, given=(5,))
     started = time.perf_counter()
