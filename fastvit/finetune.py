@@ -7,6 +7,8 @@ logging, several devices) is Trainer's; here is what is particular to pictures.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import os
 import shutil
@@ -20,24 +22,35 @@ import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
+    EarlyStoppingCallback,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
-    default_data_collator,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import report
+from fastvit import calibration, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.errors import InputError
+from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
-from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss
+from fastvit.recipes import (
+    MixPictures,
+    RandAugment,
+    RecipeTuner,
+    TargetLoss,
+    add_adapters,
+    class_weights,
+    merge_adapters,
+)
+from fastvit.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
@@ -48,20 +61,28 @@ RUN_FILES = (
     "config.yaml",
     "eval_results.json",
     "examples.png",
+    "folds.json",
     "model.safetensors",
     "preprocessor_config.json",
+    "reliability_test.png",
+    "reliability_validation.png",
     "test_results.json",
     "train_results.json",
     "trainer_state.json",
     "training_args.bin",
 )
+ADAPTER = "adapter"  # what --lora trained, by itself
 
 
 def remove_run(folder: Path) -> None:
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    for part in (*folder.glob("checkpoint-*"), *folder.glob(ADAPTER)):
+        shutil.rmtree(part)
+    for fold in folder.glob("fold-*"):
+        remove_run(fold)
+        with contextlib.suppress(OSError):  # somebody's own files are in it
+            fold.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -78,6 +99,7 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
         "label2id": {name: index for index, name in enumerate(class_names)},
         "attention_probs_dropout_prob": options.attention_dropout,
         "hidden_dropout_prob": options.hidden_dropout,
+        "drop_path_rate": options.drop_path,
     }
     if options.from_scratch is not None:
         hidden_size, num_layers, num_heads = SIZES[options.from_scratch]
@@ -134,11 +156,11 @@ def make_image_sets(
         limit = options.max_train_samples if name == TRAIN else options.max_eval_samples
         if limit is not None and limit < len(split):
             split = split.select(np.sort(np.random.default_rng(options.seed).permutation(len(split))[:limit]))
-        augment = Augment(size) if name == TRAIN and options.augment else None
+        crop = Augment(size) if name == TRAIN and options.augment else None
         cache = cache_images(
             split.load,
             len(split),
-            tuple(math.ceil(side * 8 / 7) for side in size) if augment else size,
+            tuple(math.ceil(side * 8 / 7) for side in size) if crop else size,
             resample=processor.resample,
             skip_bad=options.skip_bad_images,
             key=split.key,
@@ -149,7 +171,9 @@ def make_image_sets(
             print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
             for reason in list(cache.skipped.values())[:10]:
                 print(f"  {reason}")
-        sets[name] = ImageSet(cache, split.labels, augment)
+        augment = RandAugment(*options.randaugment, first=crop) if name == TRAIN and options.randaugment else crop
+        with_seeds = name == TRAIN and bool(options.mixup or options.cutmix)
+        sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds)
         if len(sets[name]) == 0:
             raise InputError(f"{images.name}: no picture left in split {name!r}")
     return sets
@@ -217,6 +241,7 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
         save_steps=options.eval_steps,
         save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=has_validation,
+        restore_callback_states_from_checkpoint=True,  # early stopping's patience
         metric_for_best_model="accuracy" if has_validation else None,
         report_to=options.report_to,
         push_to_hub=options.push_to_hub is not None,
@@ -224,36 +249,68 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
     )
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def run(options: argparse.Namespace) -> dict[str, float]:
-    """Everything from options to files; returns the metrics of validation and of the test split, if there are any."""
-    transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
-    set_seed(options.seed)
-    output_dir = Path(options.output_dir)
-    images = load_images(
-        options.dataset,
-        options.data_dir,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        validation_fraction=options.validation_fraction,
-        seed=options.seed,
-        image_size=options.image_size or 64,
-        generated_images=options.generated_images,
-    )
-    print_counts(images)
-    model = load_model(options, images.class_names)
-    processor = image_processor_for(options, model)
-    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
-    sets = make_image_sets(options, images, processor)
+def ready_to_train(options: argparse.Namespace, model: ViTForImageClassification) -> Any:
+    """The model with what is to be trained of it, and adapters if they are asked for."""
     if options.freeze_backbone:
         model.vit.requires_grad_(False)
     if options.gradient_checkpointing:
         # The method's new name from transformers 5.2x on.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
+    return model if options.lora is None else add_adapters(model, options.lora)
+
+
+def loss_of(options: argparse.Namespace, train: ImageSet, num_classes: int) -> TargetLoss | None:
+    """The loss, where it is not the model's own with Trainer's label smoothing."""
+    weights = None
+    if options.class_balanced is not None:
+        weights = class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
+    elif not (options.mixup or options.cutmix):
+        return None
+    return TargetLoss(weights, options.label_smoothing)
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def read_images(options: argparse.Namespace) -> ImageDataset:
+    """The pictures that the options name, with one of the folds for validation if that is asked for."""
+    images = load_images(
+        options.dataset,
+        options.data_dir,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        validation_fraction=options.validation_fraction if options.fold is None else 0,
+        seed=options.seed,
+        image_size=options.image_size or 64,
+        generated_images=options.generated_images,
+    )
+    return images if options.fold is None else take_fold(images, options.folds, options.fold, options.seed)
+
+
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
+
+    With folds, the metrics' means over the folds.
+    """
+    if options.folds is not None and options.fold is None:
+        return run_folds(options)
+    transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
+    set_seed(options.seed)
+    output_dir = Path(options.output_dir)
+    images = read_images(options)
+    print_counts(images)
+    model = load_model(options, images.class_names)
+    processor = image_processor_for(options, model)
+    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
+    sets = make_image_sets(options, images, processor)
+    if options.early_stopping is not None and VALIDATION not in sets:
+        raise InputError(f"--early-stopping: expected a validation split, {images.name} has none")
+    if options.calibrate and VALIDATION not in sets:
+        raise InputError(f"--calibrate: expected a validation split, {images.name} has none")
+    model = ready_to_train(options, model)
+    mix = MixPictures(len(images.class_names), options.mixup, options.cutmix)
 
     # From here on the folder is written; whatever was wrong with the input has been said.
     if options.overwrite:
@@ -266,17 +323,21 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     interrupt = StopOnInterrupt()
     precision = precision_of(options, model.config.hidden_size)
-    trainer = FineTuner(
+    trainer = RecipeTuner(
         model=model,
         args=training_arguments(options, precision, VALIDATION in sets),
         train_dataset=sets[TRAIN],
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
-        data_collator=default_data_collator,
+        data_collator=mix,
+        compute_loss_func=loss_of(options, sets[TRAIN], len(images.class_names)),
         compute_metrics=accuracy,
         callbacks=[StopOnNonFiniteLoss(), interrupt],
         layer_decay=options.layer_decay,
+        ema_decay=options.ema,
     )
+    if options.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress = Progress()
@@ -297,22 +358,52 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     return finish(trainer, result, images, sets, options)
 
 
+def run_folds(options: argparse.Namespace) -> dict[str, float]:
+    """Train every fold in a folder of its own, and write the mean and the spread of the metrics."""
+    output_dir = Path(options.output_dir)
+    if options.overwrite:
+        remove_run(output_dir)
+    runs = []
+    for fold in range(1, options.folds + 1):
+        folder = output_dir / f"fold-{fold}"
+        print(f"\nfold {fold} of {options.folds}")
+        # A run ends with its model card: with one, there is nothing to go on with.
+        if not (options.resume and (folder / "README.md").exists()):
+            resume = options.resume and folder.is_dir() and get_last_checkpoint(folder) is not None
+            given = {"output_dir": str(folder), "fold": fold, "resume": resume, "overwrite": not resume}
+            run(argparse.Namespace(**{**vars(options), **given}))
+        runs.append(json.loads((folder / "all_results.json").read_text()))
+        if fold == 1:  # what was wrong with the input has been said
+            write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
+    summary = summarize_folds(runs)
+    write_text(output_dir / "folds.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{options.folds} folds, mean ± standard deviation")
+    for name, figures in summary.items():
+        print(f"  {name:<16}{figures['mean']:.4f} ± {figures['standard_deviation']:.4f}")
+    print(f"\nmodels and metrics: {output_dir}")
+    return {name: figures["mean"] for name, figures in summary.items()}
+
+
 def run_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `config.yaml` holds: every option that shapes the run, so that --config with it repeats the run."""
     once = ("config", "overwrite", "resume")
     return {name: value for name, value in vars(options).items() if name not in once and value is not None}
 
 
-def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, ImageSet], options) -> dict[str, float]:
+def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, ImageSet], options) -> dict[str, float]:
     """Metrics, model, model card."""
     output_dir = Path(options.output_dir)
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    if options.lora is not None:
+        merge_adapters(trainer, output_dir / ADAPTER)
     trainer.save_model()
+    trainer.flip = options.flip
 
     metrics: dict[str, float] = {}
     reports = []
+    temperature = 1.0
     for name, prefix in ((VALIDATION, "eval"), (TEST, "test")):
         if name not in sets:
             continue
@@ -320,6 +411,21 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
         confusion = report.confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(images.class_names))
         split_metrics = {**output.metrics, f"{prefix}_macro_f1": report.classification_metrics(confusion)["macro_f1"]}
         split_metrics["epoch"] = trainer.state.epoch
+        if options.calibrate:
+            if name == VALIDATION:
+                temperature = calibration.fit_temperature(output.predictions, output.label_ids)
+                trainer.model.config.calibration_temperature = temperature
+                if trainer.is_world_process_zero():
+                    trainer.model.config.save_pretrained(output_dir)
+                metrics["temperature"] = temperature
+                print(f"\ntemperature {temperature:.3f}, fitted on {name}")
+            diagrams = {
+                title: calibration.reliability(calibration.softmax(output.predictions, divisor), output.label_ids)
+                for title, divisor in (("before", 1.0), ("after", temperature))
+            }
+            for title, diagram in diagrams.items():
+                split_metrics[f"{prefix}_calibration_error_{title}"] = diagram.expected_calibration_error
+            report.save_image(calibration.reliability_plot(diagrams), output_dir / f"reliability_{name}.png")
         trainer.save_metrics(prefix, split_metrics)
         metrics |= split_metrics
         reports.append(f"{name}: {report.format_metrics(confusion, images.class_names)}\n")

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +147,36 @@ class Augment:
         return np.asarray(crop)
 
 
-class ImageSet(torch.utils.data.Dataset):
-    """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}."""
+@contextlib.contextmanager
+def random_numbers_of(seed: int) -> Iterator[None]:
+    """Inside, torch's generator on the CPU draws what `seed` says; afterwards it goes on as if nothing had happened."""
+    state = torch.get_rng_state()
+    try:
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also set the generators of GPUs
+        yield
+    finally:
+        torch.set_rng_state(state)
 
-    def __init__(self, cache: ImageCache, labels: Sequence[int] | np.ndarray, augment: Augment | None = None):
+
+class ImageSet(torch.utils.data.Dataset):
+    """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}.
+
+    augment: changes a picture, uint8 [h, w, 3] -> uint8 [H, W, 3], with random numbers of torch's generator. They are
+        those of (seed, epoch, picture), whoever asks for the picture and whatever was asked for before, so that a run
+        that goes on from a checkpoint sees what it would have seen.
+    with_seeds: each picture brings its seed ("seed": int), for what is drawn for a batch.
+    """
+
+    def __init__(
+        self,
+        cache: ImageCache,
+        labels: Sequence[int] | np.ndarray,
+        augment: Callable[[np.ndarray], np.ndarray] | None = None,
+        *,
+        seed: int = 0,
+        with_seeds: bool = False,
+    ):
+        self.seed, self.epoch, self.with_seeds = seed, 0, with_seeds
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
         self.labels = [int(labels[index]) for index in self.indices]
@@ -159,7 +185,19 @@ class ImageSet(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
-        image = self.images[self.indices[item]]
-        pixels = self.augment(image) if self.augment is not None else image
-        return {"pixel_values": torch.from_numpy(np.array(pixels)), "labels": self.labels[item]}
+        pixels = self.images[self.indices[item]]
+        seed = int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
+        if self.augment is not None:
+            with random_numbers_of(seed):
+                pixels = self.augment(pixels)
+        entry: dict[str, torch.Tensor | int] = {
+            "pixel_values": torch.from_numpy(np.array(pixels)),
+            "labels": self.labels[item],
+        }
+        if self.with_seeds:
+            entry["seed"] = seed
+        return entry

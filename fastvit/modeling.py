@@ -342,12 +342,27 @@ class ViTOutput(nn.Module):
         return self.dropout(self.dense(hidden_states))
 
 
-class ViTLayer(GradientCheckpointingLayer):
-    """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3)."""
+def drop_path_rates(config: ViTConfig) -> list[float]:
+    """Each block's chance to lose a branch while training, from 0 in the first to config.drop_path_rate in the last.
 
-    def __init__(self, config: ViTConfig):
+    Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382. Without config.drop_path_rate, 0.
+    """
+    last, count = getattr(config, "drop_path_rate", None) or 0.0, config.num_hidden_layers
+    if not 0 <= last < 1:
+        raise InputError(f"config.drop_path_rate: expected 0 or more and below 1, got {last}")
+    return [last * index / (count - 1) if count > 1 else last for index in range(count)]
+
+
+class ViTLayer(GradientCheckpointingLayer):
+    """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3).
+
+    drop_path_rate: the chance that a picture goes without attention(...), and without mlp(...), while training.
+    """
+
+    def __init__(self, config: ViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
         self.config = config
+        self.drop_path_rate = drop_path_rate
         self.attention = ViTAttention(config)
         self.intermediate = ViTIntermediate(config)
         self.output = ViTOutput(config)
@@ -379,8 +394,8 @@ class ViTLayer(GradientCheckpointingLayer):
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
             residual = residual[:, :1]
-        residual, normed = add_and_norm(branch, residual, self.layernorm_after)
-        branch = self.feed_forward(normed)
+        residual, normed = add_and_norm(self.drop_path(branch), residual, self.layernorm_after)
+        branch = self.drop_path(self.feed_forward(normed))
         if carry:
             return branch, residual
         hidden_states = branch + residual
@@ -401,13 +416,21 @@ class ViTLayer(GradientCheckpointingLayer):
             residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
         dropout_p = attention.dropout_prob if self.training else 0.0
         context = ops.attention_packed(qkv, num_heads=attention.num_heads, dropout_p=dropout_p, mask=attention_mask)
-        branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
+        branch = self.drop_path(output.dropout(ops.linear(context, output.dense.weight, output.dense.bias)))
         norm = (after.weight, after.bias, after.eps)
         linears = (first.weight, first.bias, second.weight, second.bias)
         residual, branch = ops.add_layer_norm_feed_forward(
             branch, residual, *norm, *linears, self.intermediate.activation
         )
-        return self.output.dropout(branch), residual
+        return self.drop_path(self.output.dropout(branch)), residual
+
+    def drop_path(self, branch: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]: zero for some pictures, larger by as much for the others; only while training."""
+        if not (self.training and self.drop_path_rate):
+            return branch
+        kept = 1 - self.drop_path_rate
+        mask = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(kept)
+        return branch * mask / kept  # 1 / kept is never rounded to bfloat16, which would scale every branch wrongly
 
     def is_fusable(self) -> bool:
         """Whether nothing watches or replaces a part of the block, so that `fused` may stand in for the parts."""
@@ -456,7 +479,7 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.layer = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([ViTLayer(config, rate) for rate in drop_path_rates(config)])
         self.gradient_checkpointing = False
 
     def forward(

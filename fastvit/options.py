@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cpu", action="store_true", help="do not use a GPU")
     group.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation and splits")
 
+    group = parser.add_argument_group("recipes", "What may make the model better; docs/recipes.md measures it.")
+    group.add_argument("--randaugment", nargs=2, type=int, metavar=("N", "M"), help="N operations of strength M < 30")
+    group.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="blend pictures by Beta(ALPHA, ALPHA)")
+    group.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste boxes of other pictures")
+    group.add_argument("--drop-path", type=float, default=0.0, metavar="RATE", help="chance to skip the last block")
+    group.add_argument("--ema", type=float, metavar="DECAY", help="keep a running mean of the weights, such as 0.99")
+    group.add_argument(
+        "--class-balanced",
+        type=float,
+        nargs="?",
+        const=0.999,
+        metavar="BETA",
+        help="weigh classes by effective number; 1: by inverse frequency [without BETA: 0.999]",
+    )
+    group.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, not the weights (peft)")
+    group.add_argument("--early-stopping", type=int, metavar="N", help="stop after N evaluations without a better one")
+    group.add_argument("--flip", action="store_true", help="evaluate with the mean over picture and mirror image")
+    group.add_argument("--calibrate", action="store_true", help="fit the temperature of the probabilities at the end")
+    group.add_argument("--folds", type=int, metavar="K", help="cross-validation: K models, each in a sub-folder")
+    group.add_argument("--fold", type=int, metavar="I", help="of these, only the I-th (1 to K), in the folder itself")
+
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", metavar="FOLDER", help="where everything goes [runs/DATASET]")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
@@ -145,6 +167,10 @@ def _checked(name: str, action: argparse.Action, value: Any) -> Any:
     """A value from a file, converted and checked as argparse does for the command line."""
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(action.nargs, int):
+        if not isinstance(value, list) or len(value) != action.nargs:
+            raise InputError(f"--config: {name}: expected a list of {action.nargs} values, got {value!r}")
+        return [_checked(name, _one_of(action), entry) for entry in value]
     try:
         if isinstance(action.type, type):
             value = action.type(value)
@@ -155,6 +181,35 @@ def _checked(name: str, action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and value not in action.choices:
         raise InputError(f"--config: {name}: expected one of {', '.join(action.choices)}, got {value!r}")
     return value
+
+
+def _one_of(action: argparse.Action) -> argparse.Action:
+    """What one of the values of an option with several is."""
+    single = copy.copy(action)
+    single.nargs = None
+    return single
+
+
+def _check_recipes(options: argparse.Namespace) -> None:
+    def check(name: str, holds: bool, expected: str) -> None:
+        if getattr(options, name) is not None and not holds:
+            raise InputError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(options, name)}")
+
+    operations, magnitude = options.randaugment or (1, 1)
+    check("randaugment", 1 <= operations <= 15 and 0 < magnitude < 30, "N from 1 to 15 and M from 1 to 29")
+    for name in ("mixup", "cutmix"):
+        check(name, 0 <= getattr(options, name) < float("inf"), "a number of at least 0")
+    check("drop_path", 0 <= options.drop_path < 1, "0 or more and below 1")
+    check("ema", 0 < (options.ema or 0) < 1, "a number between 0 and 1")
+    check("class_balanced", 0 <= (options.class_balanced or 0) <= 1, "a number from 0 to 1")
+    check("lora", (options.lora or 0) >= 1, "a rank of at least 1")
+    check("early_stopping", (options.early_stopping or 0) >= 1, "at least 1 evaluation")
+    check("folds", (options.folds or 0) >= 2, "at least 2 folds")
+    check("fold", 1 <= (options.fold or 0) <= (options.folds or 0), "1 to the number of --folds")
+    if options.lora is not None and options.from_scratch is not None:
+        raise InputError("--lora: expected a pretrained --model, whose weights stay; got --from-scratch")
+    if options.lora is not None and options.freeze_backbone:
+        raise InputError("--lora: give --lora or --freeze-backbone, not both")
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -175,6 +230,7 @@ def _check_options(options: argparse.Namespace) -> None:
             )
     if not 0 < options.layer_decay <= 1:
         raise InputError(f"--layer-decay: expected above 0 and at most 1, got {options.layer_decay}")
+    _check_recipes(options)
     output_dir = Path(options.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output-dir: {output_dir} is a file")
@@ -182,7 +238,10 @@ def _check_options(options: argparse.Namespace) -> None:
         raise InputError(
             f"--output-dir: {output_dir} already holds a run; give --overwrite, --resume or another folder"
         )
-    if options.resume and get_last_checkpoint(output_dir if output_dir.is_dir() else ".") is None:
+    has_checkpoint = output_dir.is_dir() and get_last_checkpoint(output_dir) is not None
+    if options.folds is not None and options.fold is None:  # the checkpoints are in the folds' folders
+        has_checkpoint = any(output_dir.glob("fold-*"))
+    if options.resume and not has_checkpoint:
         raise InputError(f"--resume: there is no checkpoint in {output_dir}")
 
 

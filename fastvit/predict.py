@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from fastvit import report
+from fastvit.calibration import reliability, temperature_of
 from fastvit.datasets import load_images
 from fastvit.errors import InputError
 from fastvit.images import decode_image
@@ -36,10 +37,18 @@ def load(model: str, device: str | None) -> tuple[ViTForImageClassification, ViT
 
 
 @torch.inference_mode()
-def probabilities(model: ViTForImageClassification, processor, images: list[Image.Image]) -> np.ndarray:
-    """Class probabilities float32 [B, C] of upright RGB pictures."""
+def probabilities(
+    model: ViTForImageClassification, processor, images: list[Image.Image], flip: bool = False
+) -> np.ndarray:
+    """Class probabilities float32 [B, C] of upright RGB pictures, calibrated if the model is.
+
+    flip: of the mean of the logits for the picture and for its mirror image.
+    """
     pixels = processor(images=images, return_tensors="pt").pixel_values.to(model.device)
-    return model(pixels).logits.float().softmax(dim=-1).cpu().numpy()
+    logits = model(pixels).logits.float()
+    if flip:
+        logits = (logits + model(pixels.flip(-1)).logits.float()) / 2
+    return (logits / temperature_of(model.config)).softmax(dim=-1).cpu().numpy()
 
 
 def batches(items: list, size: int) -> Iterator[list]:
@@ -60,6 +69,10 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_flip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--flip", action="store_true", help="the mean over each picture and its mirror image")
+
+
 def predict(argv: list[str]) -> None:
     """`fastvit predict MODEL IMAGE...`"""
     parser = _parser("predict", "Name what is in pictures.")
@@ -67,13 +80,15 @@ def predict(argv: list[str]) -> None:
     parser.add_argument("--top", type=int, default=5, help="how many classes to show")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", action="store_true", help="one JSON object a picture and line")
+    _add_flip(parser)
     options = parser.parse_args(argv)
     if options.top < 1:
         raise InputError(f"--top: expected at least 1, got {options.top}")
     model, processor = load(options.model, options.device)
     names = class_names_of(model)
     for paths in batches(options.images, options.batch_size):
-        for path, row in zip(paths, probabilities(model, processor, [decode_image(p) for p in paths]), strict=True):
+        pictures = [decode_image(path) for path in paths]
+        for path, row in zip(paths, probabilities(model, processor, pictures, options.flip), strict=True):
             best = row.argsort()[::-1][: options.top]
             if options.json:
                 classes = [{"label": names[i], "probability": round(float(row[i]), 6)} for i in best]
@@ -94,6 +109,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--label-column", help="column with the classes [found by name]")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    _add_flip(parser)
     options = parser.parse_args(argv)
     images = load_images(
         options.dataset,
@@ -113,16 +129,19 @@ def evaluate(argv: list[str]) -> None:
 
     split = images.splits[split_name]
     labels = np.array([names.index(images.class_names[label]) for label in split.labels])
-    predictions = [
-        probabilities(model, processor, [split.load(index) for index in indices]).argmax(-1)
+    rows = [
+        probabilities(model, processor, [split.load(index) for index in indices], options.flip)
         for indices in batches(list(range(len(split))), options.batch_size)
     ]
-    confusion = report.confusion_matrix(labels, np.concatenate(predictions), len(names))
-    metrics = report.classification_metrics(confusion)
+    predicted = np.concatenate(rows)
+    confusion = report.confusion_matrix(labels, predicted.argmax(-1), len(names))
+    error = reliability(predicted, labels).expected_calibration_error
+    metrics = {**report.classification_metrics(confusion), "calibration_error": error}
     if options.json:
         print(json.dumps({"split": split_name, "class_names": names, **metrics, "confusion": confusion.tolist()}))
     else:
-        print(f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(split)} pictures\n")
+        print(f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(split)} pictures")
+        print(f"probabilities are off by {error:.2%} (expected calibration error)\n")
         print(report.format_metrics(confusion, names))
 
 
