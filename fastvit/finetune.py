@@ -171,7 +171,10 @@ def make_image_sets(
             print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
             for reason in list(cache.skipped.values())[:10]:
                 print(f"  {reason}")
-        augment = RandAugment(*options.randaugment, first=crop) if name == TRAIN and options.randaugment else crop
+        augment: Augment | RandAugment | None = crop
+        if name == TRAIN and options.randaugment is not None:
+            operations, magnitude = options.randaugment
+            augment = RandAugment(operations, magnitude, first=crop)
         with_seeds = name == TRAIN and bool(options.mixup or options.cutmix)
         sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds)
         if len(sets[name]) == 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -274,7 +275,9 @@ def add_adapters(model: Any, rank: int) -> Any:
     """
     peft = require("peft", "lora", "--lora")
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["query", "value"], modules_to_save=["classifier"])
-    return peft.get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's use of an old name
+        return peft.get_peft_model(model, config)
 
 
 def merge_adapters(trainer: RecipeTuner, folder: Path) -> None:

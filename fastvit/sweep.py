@@ -115,6 +115,8 @@ class Sweep:
 
     def model_of(self, trial: Any) -> Any:
         """A new model for a trial; everything else that its options change is changed as well."""
+        if trial is not None:
+            self.propose(trial)  # Trainer makes the model first; a trial proposes the same again when asked again
         proposed = {} if trial is None else trial.params
         options = argparse.Namespace(**{**vars(self.options), **proposed})
         if self.trainer is not None:
@@ -166,7 +168,7 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
         sampler = optuna.samplers.TPESampler(seed=options.seed + len(finished))
         sweep.search(trials - len(finished), **study, sampler=sampler, load_if_exists=True)
     done = optuna.load_study(**study)
-    ranked = sorted(finished_trials(done), key=lambda trial: trial.value if trial.value is not None else -1.0)[::-1]
+    ranked = sorted(finished_trials(done), key=lambda trial: (trial.state.name, -(trial.value or 0), trial.number))
     if not any(trial.state.name == "COMPLETE" for trial in ranked):
         raise InputError("fastvit sweep: no trial came to its end; try --search learning-rate=LOW:HIGH, lower")
     names = list(space)
