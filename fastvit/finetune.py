@@ -121,15 +121,17 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
         )
         return ViTForImageClassification(config)
 
-    size = {} if options.image_size is None else {"image_size": options.image_size}
-    if size:
-        patch_size = as_pair(load_config(options.model).patch_size)
+    config = load_config(options.model)
+    config.update(labels)
+    if options.image_size is not None:
+        config.image_size = options.image_size
+        patch_size = as_pair(config.patch_size)
         if any(options.image_size % side for side in patch_size):
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
             )
     # The classifier is the one part that may not fit: other classes. Everything else must.
-    return load_pretrained(options.model, ignore_mismatched_sizes=True, **labels, **size)
+    return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
 
 
 def image_processor_for(options: argparse.Namespace, model: ViTForImageClassification) -> ViTImageProcessorPil:

@@ -40,16 +40,37 @@ def require(library: str, extra: str, option: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def policy(magnitude: int) -> list[list[tuple[str, float, float]]]:
+    """The operations of RandAugment, each as kornia writes it: its name, and its value at magnitude 0 and 30.
+
+    kornia's own policy, like the paper's code, runs from dark to bright and from solarised to not, so that 15 changes
+    nothing and 1 almost everything. Here a larger magnitude is a larger change: what goes both ways is two operations,
+    and what falls has its one value for this magnitude, since kornia takes no falling range.
+    """
+    strength = magnitude / 30
+    rising = {"color": 0.9, "contrast": 0.9, "brightness": 0.5, "sharpness": 0.9}  # kornia's brightness is a sum
+    falling = {"solarize": 1 - strength, **{name: 1 - reach * strength for name, reach in rising.items()}}
+    return [
+        *([(name, 0.0, 1.0)] for name in ("auto_contrast", "equalize", "invert")),
+        *([(name, -0.3, 0.3)] for name in ("shear_x", "shear_y")),
+        *([(name, -0.1, 0.1)] for name in ("translate_x", "translate_y")),
+        [("rotate", -30.0, 30.0)],
+        [("posterize", 4.0, 8.0)],
+        [("solarize_add", 0.0, 0.43)],
+        *([(name, 1.0, 1 + reach)] for name, reach in rising.items()),
+        *([(name, value, value)] for name, value in falling.items()),
+    ]
+
+
 class RandAugment:
     """Random operations on a picture, all of one strength (Cubuk et al. 2020, arXiv:1909.13719); by kornia.
 
-    operations: how many, out of 15; magnitude: their strength, above 0 and below 30; first: what is done before.
+    operations: how many; magnitude: their strength, above 0 and below 30; first: what is done before.
     """
 
     def __init__(self, operations: int, magnitude: int, first: Callable[[np.ndarray], np.ndarray] | None = None):
-        self.augment = require("kornia.augmentation.auto", "augment", "--randaugment").RandAugment(
-            operations, magnitude
-        )
+        auto = require("kornia.augmentation.auto", "augment", "--randaugment")
+        self.augment = auto.RandAugment(operations, magnitude, policy(magnitude))
         self.first = first
 
     @torch.no_grad()

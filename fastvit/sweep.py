@@ -166,10 +166,14 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
                 created.set_user_attr(name, value)
         # Proposals depend on the seed and the trials so far. The same seed again would repeat the first random ones.
         sampler = optuna.samplers.TPESampler(seed=options.seed + len(finished))
-        sweep.search(trials - len(finished), **study, sampler=sampler, load_if_exists=True)
+        try:
+            sweep.search(trials - len(finished), **study, sampler=sampler, load_if_exists=True)
+        except ValueError:
+            if is_any_complete(optuna.load_study(**study).trials):
+                raise  # else it is that there is no best trial, which is said below
     done = optuna.load_study(**study)
     ranked = sorted(finished_trials(done), key=lambda trial: (trial.state.name, -(trial.value or 0), trial.number))
-    if not any(trial.state.name == "COMPLETE" for trial in ranked):
+    if not is_any_complete(ranked):
         raise InputError("fastvit sweep: no trial came to its end; try --search learning-rate=LOW:HIGH, lower")
     names = list(space)
     rows = [[trial.number, trial.state.name.lower(), trial.value, *map(trial.params.get, names)] for trial in ranked]
@@ -187,6 +191,10 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
 def finished_trials(study: Any) -> list[Any]:
     """Those that came to an end, or were ended for staying behind; not those that were interrupted."""
     return [trial for trial in study.trials if trial.state.name in ("COMPLETE", "PRUNED")]
+
+
+def is_any_complete(trials: Sequence[Any]) -> bool:
+    return any(trial.state.name == "COMPLETE" for trial in trials)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
