@@ -15,6 +15,7 @@ import contextlib
 import io
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -48,10 +49,8 @@ TUNED = ["--batch-size", "32", "--weight-decay", "0.05", "--warmup", "0.1", "--s
 SWITCHES: dict[str, list[str]] = {
     "plain": [],
     "--randaugment 2 9": [],
-    "--mixup 0.2": [],
     "--cutmix 1.0": [],
     "--mixup 0.8 --cutmix 1.0": [],
-    "--label-smoothing 0.1": [],
     "--drop-path 0.1": [],
     "--ema 0.98": [],
     "--layer-decay 0.8": [],
@@ -63,7 +62,7 @@ EXPERIMENTS: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
     "unequal": (
         "beans photographs, 150, 50 and 15 of the classes to train on, 48 x 48, from scratch",
         BEANS,
-        {"plain": [], "--class-balanced": [], "--class-balanced 1": []},
+        {"plain": [], "--class-balanced": []},
     ),
     "tuned": (
         "the first set, from a model that was trained on 2,400 drawn leaves",
@@ -74,7 +73,6 @@ EXPERIMENTS: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
             "--lora 8": ["--learning-rate", "2e-3"],
             "--freeze-backbone": ["--learning-rate", "5e-3"],
             "--mixup 0.8 --cutmix 1.0": ["--learning-rate", "5e-4"],
-            "--randaugment 2 9": ["--learning-rate", "5e-4"],
         },
     ),
 }
@@ -231,6 +229,78 @@ def results() -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# Student's t for 95 % of a mean's interval, by degrees of freedom.
+STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+
+def verdict(differences: list[float]) -> str:
+    """Whether 0 is outside the 95 % interval of the mean difference between runs of the same seeds."""
+    if len(differences) < 2:
+        return "one seed"
+    error = statistics.stdev(differences) / len(differences) ** 0.5 * STUDENT[len(differences) - 1]
+    mean = statistics.mean(differences)
+    word = "within the noise" if abs(mean) <= error else "better" if mean > 0 else "worse"
+    return f"{100 * mean:+.1f} ± {100 * error:.1f}: {word}"
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def row(name: str, lines: list[dict], plain: dict[int, dict], metric: str) -> str:
+    values, ratio = [line[metric] for line in lines], "1"
+    change = "" if name == "plain" else verdict([line[metric] - plain[line["seed"]][metric] for line in lines])
+    if name != "plain":
+        ratio = f"{statistics.mean(line['seconds'] / plain[line['seed']]['seconds'] for line in lines):.2f}"
+    code = name if name == "plain" else f"`{name}`"
+    return f"| {code} | {spread(values)} | {change} | {len(lines)} | {ratio} |"
+
+
+def tables() -> str:
+    """What is known so far, as Markdown."""
+    parts = []
+    for experiment, (title, _, switches) in EXPERIMENTS.items():
+        lines = [line for line in results() if line["data"] == experiment]
+        plain = {line["seed"]: line for line in lines if line["switch"] == "plain"}
+        metric = "macro_f1" if experiment == "unequal" else "accuracy"
+        label = {"accuracy": "accuracy", "macro_f1": "macro F1"}[metric]
+        parts.append(f"### {title[0].upper()}{title[1:]}\n")
+        parts.append(f"| switch | {label} % | against plain, 95 % interval | seeds | training time |")
+        parts.append("|---|---:|---|---:|---:|")
+        names = [
+            "plain",
+            *(() if metric == "macro_f1" else ("--flip",)),
+            *(name for name in switches if name != "plain"),
+        ]
+        for name in names:
+            chosen = [line for line in lines if line["switch"] == name and line["seed"] in plain]
+            if chosen:
+                parts.append(row(name, chosen, plain, metric))
+        parts.append("")
+    parts += ["### Calibration of the plain models, on the test pictures\n"]
+    parts += ["| data | temperature | calibration error % before | after | seeds |", "|---|---:|---:|---:|---:|"]
+    for experiment in EXPERIMENTS:
+        lines = [line for line in results() if line["data"] == experiment and line["switch"] == "plain"]
+        if lines:
+            temperature = statistics.mean(line["temperature"] for line in lines)
+            errors = [spread([line[f"calibration_error{end}"] for line in lines]) for end in ("", "_calibrated")]
+            parts.append(f"| {experiment} | {temperature:.2f} | {errors[0]} | {errors[1]} | {len(lines)} |")
+    return "\n".join(parts)
+
+
+def write_tables() -> None:
+    begin, end = (
+        "<!-- results: benchmarks/recipes.py table writes what is between these two lines -->",
+        "<!-- /results -->",
+    )
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{PAGE}: expected the two lines that the tables go between")
+    finetune.write_text(PAGE, f"{before}{begin}\n\n{tables()}\n\n{end}{after}")
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Measure the switches of fastvit finetune.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -242,6 +312,8 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.command == "run":
         run(options.beans, options.work, options.seeds)
+    else:
+        write_tables()
 
 
 if __name__ == "__main__":
