@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -191,6 +192,9 @@ def flipped(experiment: str, work: Path) -> dict[str, float]:
 def run(beans: Path, work: Path, seeds: int) -> None:
     torch.set_num_threads(1)
     vars(finetune)["RecipeTuner"] = TimedTuner  # what `finetune.run` trains with
+    read = functools.cache(lambda folder: load_images(data_dir=folder))
+    read_leaves = finetune.read_images
+    vars(finetune)["read_images"] = lambda options: read(options.data_dir) if options.data_dir else read_leaves(options)
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     make_pictures(beans, work)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

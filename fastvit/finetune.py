@@ -430,7 +430,8 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
             }
             for title, diagram in diagrams.items():
                 split_metrics[f"{prefix}_calibration_error_{title}"] = diagram.expected_calibration_error
-            report.save_image(calibration.reliability_plot(diagrams), output_dir / f"reliability_{name}.png")
+            if trainer.is_world_process_zero():
+                report.save_image(calibration.reliability_plot(diagrams), output_dir / f"reliability_{name}.png")
         trainer.save_metrics(prefix, split_metrics)
         metrics |= split_metrics
         reports.append(f"{name}: {report.format_metrics(confusion, images.class_names)}\n")

@@ -188,16 +188,18 @@ class ImageSet(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def seed_of(self, item: int) -> int:
+        return int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
+
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
         pixels = self.images[self.indices[item]]
-        seed = int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
         if self.augment is not None:
-            with random_numbers_of(seed):
+            with random_numbers_of(self.seed_of(item)):
                 pixels = self.augment(pixels)
         entry: dict[str, torch.Tensor | int] = {
             "pixel_values": torch.from_numpy(np.array(pixels)),
             "labels": self.labels[item],
         }
         if self.with_seeds:
-            entry["seed"] = seed
+            entry["seed"] = self.seed_of(item)
         return entry

@@ -249,4 +249,5 @@ def is_run(folder: Path) -> bool:
     return folder.is_dir() and (
         any((folder / name).exists() for name in ("config.yaml", "model.safetensors", "trainer_state.json"))
         or get_last_checkpoint(folder) is not None
+        or any(is_run(fold) for fold in folder.glob("fold-*"))
     )

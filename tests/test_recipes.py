@@ -443,6 +443,8 @@ def test_folds_are_trained_in_their_folders_and_resumed(capsys):
     assert same_tensors(second, load_file("out/fold-2/model.safetensors")) and read("out/folds.json") == summary
     assert main(["--config", "out/fold-1/config.yaml", "--output-dir", "again"]) == 0
     assert same_tensors(load_file(first), load_file("again/model.safetensors"))
+    for name in ("config.yaml", "folds.json"):  # as if it had been stopped in the first fold
+        Path("out", name).unlink()
     assert main(options) == 2
     finetune.remove_run(Path("out"))
     assert not any(Path("out").iterdir())
