@@ -191,7 +191,8 @@ class UpdateAverage(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.start_average()
+        if self.trainer.average is None:
+            self.trainer.start_average()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.average.update_parameters(self.trainer.model)
@@ -208,7 +209,6 @@ class RecipeTuner(FineTuner):
     def __init__(self, *args, ema_decay: float | None = None, **kwargs):
         self.ema_decay, self.flip = ema_decay, False
         self.average: AveragedModel | None = None
-        self.resumed_from: str | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(FollowEpochs())
         if ema_decay is not None:
@@ -218,7 +218,9 @@ class RecipeTuner(FineTuner):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.resumed_from = checkpoint
+        if self.ema_decay is not None and checkpoint is not None:
+            self.start_average()
+            self.load_average(checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -228,8 +230,6 @@ class RecipeTuner(FineTuner):
     def start_average(self) -> None:
         """Called when the model is on its device; the first update makes the average equal to its weights."""
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
-        if self.resumed_from is not None:
-            self.load_average(self.resumed_from)
 
     def load_average(self, checkpoint: str) -> None:
         assert self.average is not None
@@ -244,6 +244,7 @@ class RecipeTuner(FineTuner):
             self.load_average(self.state.best_model_checkpoint)
 
     def train(self, *args, **kwargs):
+        self.average = None  # a sweep trains more than once
         result = super().train(*args, **kwargs)
         if self.average is not None:
             copy_weights(self.average.module, self.model)
