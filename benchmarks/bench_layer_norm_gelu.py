@@ -72,7 +72,8 @@ def add_variant(name: str, fits: Callable[[Mapping[str, int]], bool]) -> None:
 
 
 add_variant("separate", lambda tile: not tile["fused"])
-add_variant("GELU in the product", lambda tile: bool(tile["fused"]) and not tile["normalize"])
+add_variant("GELU in the product", lambda tile: bool(tile["fused"]) and not (tile["normalize"] or "persistent" in tile))
+add_variant("GELU in the persistent product", lambda tile: "persistent" in tile)
 add_variant("LayerNorm and GELU in the product", lambda tile: bool(tile["fused"] and tile["normalize"]))
 
 layer_norm_gelu.provider("PyTorch")(chain)

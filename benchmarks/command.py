@@ -31,6 +31,7 @@ from fastvit.benchmarks.harness import (
 from fastvit.errors import InputError
 
 KERNELS = ("bench_layer_norm", "bench_patch_embed", "bench_attention", "bench_layer_norm_gelu")
+MODELS = ("bench_model", "bench_quantize")
 SUITES = {
     "kernels": "each operation beside PyTorch, compilers and other kernels",
     "model": "the whole model beside transformers' and timm's",
@@ -107,7 +108,7 @@ def tasks_of(options: argparse.Namespace, device: torch.device, dtypes: list[tor
     if options.suite in ("kernels", "memory", "all"):
         modules += KERNELS
     if options.suite in ("model", "memory", "all"):
-        modules.append("bench_model")
+        modules += MODELS
     tasks = []
     for module in modules:
         for operation in importlib.import_module(f"fastvit.benchmarks.{module}").OPERATIONS:

@@ -210,8 +210,9 @@ class Operation:
     baseline = "PyTorch"  # whose error in the same dtype is the measure of everybody's
     seconds = 0.2  # of timing for a provider and pass
     variants: Sequence[str] = ("",)
-    targets: Mapping[str, Mapping[str, float]] = {}  # pass -> what is wanted on a GPU at the first shape:
-    # speed_up: times as fast as the best other; of_floor: of the speed that the ceilings allow; memory: of the other's
+    # pass -> what is wanted on a GPU at the first shape. speed_up: over the best other; "over NAME": over one provider,
+    # not compiled; of_floor: of the speed that the ceilings allow; memory: of the best other's; images_per_s
+    targets: Mapping[str, Mapping[str, float]] = {}
 
     def __init__(
         self,
@@ -333,6 +334,10 @@ class Operation:
 
     def kept_bytes(self, steps: dict[str, Step], case: Any) -> int | None:
         return bytes_kept(steps["backward"].prepare, tree_leaves(case.inputs))
+
+    def targets_at(self, shape: Shape, device: torch.device) -> Mapping[str, Mapping[str, float]]:
+        """pass -> what is wanted there."""
+        return self.targets if shape.tier == 0 and device.type == "cuda" else {}
 
     def rate(self, shape: Shape) -> float | None:
         """How many pictures a pass handles, where that is the question."""
@@ -755,8 +760,8 @@ def run_case(
         for name in operation.passes:
             who = {"provider": label, "registered": provider.name, "ours": label.startswith(OURS)}
             record = common | {"pass": name, **who, **verdict}
-            if shape.tier == 0 and device.type == "cuda" and not settings.quick and name in operation.targets:
-                record["targets"] = dict(operation.targets[name])
+            if not settings.quick and (targets := operation.targets_at(shape, device).get(name)):
+                record["targets"] = dict(targets)
             records[label, name] = record | {"first_call_s": first.get(name)}
 
     costs = operation.costs(shape, dtype)

@@ -193,13 +193,19 @@ def memory(record: dict[str, Any] | None) -> str:
 def against_targets(comparison: Comparison) -> str:
     """What was wanted and whether it was reached: "1.3x met, 65 % missed"; empty where nothing was asked."""
     found = []
-    ours, rival = comparison.ours, comparison.rival
+    ours, rival, everybody = comparison.ours, comparison.rival, comparison.everybody
     for kind, wanted in (comparison.record.get("targets") or {}).items():
         reached: float | None
         if kind == "speed_up":
             text, reached = f"{wanted:g}x", comparison.speed_up
         elif kind == "of_floor":
             text, reached = f"{percent(wanted)} of floor", ours.get("of_floor") if ours else None
+        elif kind == "images_per_s":
+            text, reached = f"{wanted:,g} images/s", ours.get("images_per_s") if ours else None
+        elif kind.startswith("over "):
+            name = kind.removeprefix("over ")
+            theirs = next((one["ms"]["median"] for one in everybody if one["provider"] == name and one.get("ms")), None)
+            text, reached = f"{wanted:g}x {name}", theirs / ours["ms"]["median"] if theirs and ours else None
         else:
             peaks = [one.get("peak_bytes") if one else None for one in (ours, rival)]
             text, reached = f"{wanted:g}x the memory", peaks[0] / peaks[1] if peaks[0] and peaks[1] else None

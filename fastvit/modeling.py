@@ -76,6 +76,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and type(module.weight) in PLAIN_WEIGHTS and not is_hooked(module)
 
 
+def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x), by our linear operation where `layer` is a plain nn.Linear. [..., D] -> [..., units]."""
+    return ops.linear(x, layer.weight, layer.bias) if is_plain(layer, nn.Linear) else layer(x)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the hidden size."""
 
@@ -272,13 +277,15 @@ class ViTSelfAttention(nn.Module):
         return context, ops.attention_probabilities(query, key, mask=attention_mask)
 
     def project(self, hidden_states: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
-        """Each projection of [B, N, D] as [B, N, heads, head_dim], from one matrix product where they are plain."""
-        if all(is_plain(projection, nn.Linear) for projection in projections):
-            projected = ops.linear(hidden_states, *joined(projections))
-            return projected.unflatten(-1, (len(projections), self.num_heads, self.head_dim)).unbind(2)
-        return tuple(
-            projection(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)) for projection in projections
-        )
+        """Each projection of [B, N, D] as [B, N, heads, head_dim]; where they are plain, from one matrix product.
+
+        On a CPU three products are as fast as one, and the joined weight need not be made.
+        """
+        if hidden_states.device.type == "cpu" or not all(is_plain(layer, nn.Linear) for layer in projections):
+            projected = tuple(apply_linear(projection, hidden_states) for projection in projections)
+        else:
+            projected = ops.linear(hidden_states, *joined(projections)).chunk(len(projections), dim=-1)
+        return tuple(part.unflatten(-1, (self.num_heads, self.head_dim)) for part in projected)
 
 
 def joined(projections: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
@@ -296,7 +303,7 @@ class ViTSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(self.dense(hidden_states))
+        return self.dropout(apply_linear(self.dense, hidden_states))
 
 
 class ViTAttention(nn.Module):
@@ -383,7 +390,7 @@ class ViTLayer(GradientCheckpointingLayer):
         A block ends with a residual add and the next begins with a LayerNorm, which are one operation. With `carry` the
         block leaves that add to the next one: it returns its branch and its residual, and takes such a pair.
         """
-        if not (class_token_only or output_attentions) and self.is_fusable():
+        if not (class_token_only or output_attentions) and ops.has_kernels(hidden_states) and self.is_fusable():
             branch, residual = self.fused(hidden_states, residual, attention_mask)
             return (branch, residual) if carry else branch + residual
 

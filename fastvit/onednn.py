@@ -1,13 +1,15 @@
-"""Float32 matrix products on x86 processors by oneDNN, which PyTorch ships beside MKL and uses for half precision only.
+"""Matrix products on x86 processors by oneDNN, and attention made of them.
 
-On an AMD EPYC with AVX-512 MKL was measured to need about twice as long; on Intel's processors nobody compared them.
-The product is oneDNN's float32 one, no lower precision (error against float64 within 1.5 times MKL's).
-`torch.backends.mkldnn.flags(enabled=False)` turns it off.
+In float32 PyTorch takes MKL's product, which needed about twice as long on an AMD EPYC with AVX-512; on Intel's nobody
+compared them. The product is oneDNN's float32 one, no lower precision (error against float64 within 1.5 times
+MKL's). In bfloat16 PyTorch takes oneDNN too, but with GELU and bias as passes of their own, and attention as many small
+products. `torch.backends.mkldnn.flags(enabled=False)` turns all of it off.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -24,15 +26,26 @@ def is_there() -> bool:
     )
 
 
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16, but not in tiles (AMX): those serve PyTorch's own attention well."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
+
+
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these tensors is oneDNN's: plain float32 tensors on the CPU, and nobody traces."""
+    """Whether the product of these tensors is oneDNN's: plain tensors on the CPU, and nobody traces.
+
+    They are float32, or bfloat16 when no gradient is recorded.
+    """
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == weight.dtype
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()))
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
@@ -76,3 +89,69 @@ class Linear(torch.autograd.Function):
         grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+# Scores that are computed at a time: few enough for the cache, enough for both cores; and the fewest worth the trouble.
+SCORES_AT_A_TIME, FEWEST_SCORES = 2**19, 2**18
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attention` computes this (shapes as there): bfloat16 inference of some size."""
+    batch, queries, heads, _ = query.shape
+    return (
+        query.dtype == value.dtype == torch.bfloat16
+        and takes(query, key)
+        and key.shape[-1] == value.shape[-1]
+        and batch * heads * queries * key.shape[1] >= FEWEST_SCORES
+    )
+
+
+kept = threading.local()
+
+
+def scratch_of(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16), torch.empty(size)
+
+
+def scratch(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for `size` scores: two of bfloat16, one of float32.
+
+    What `SCORES_AT_A_TIME` needs, 4 MB, is kept for each thread: touching new memory takes longer than multiplying.
+    """
+    if size > SCORES_AT_A_TIME:
+        return scratch_of(size)
+    if not hasattr(kept, "scratch"):
+        with torch.inference_mode(False):
+            kept.scratch = scratch_of(SCORES_AT_A_TIME)
+    return kept.scratch
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(query key^T * scale) value, many heads a product. Not differentiable.
+
+    query: [B, Nq, heads, head_dim]; key, value: [B, Nk, heads, head_dim]; bfloat16. scale: 1 / sqrt(head_dim) if None.
+    Returns [B, Nq, heads * head_dim].
+
+    PyTorch's own multiplies 64 queries of one head at a time, too little work for a call. A bfloat16 product rounds the
+    scores, to a hundredth of a score of 4: what it rounded off is computed by a second product, of which oneDNN
+    subtracts the first before it rounds. The sum of both is as good as a float32 score.
+    """
+    batch, queries, heads, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    query, key, value = (x.transpose(1, 2).reshape(batch * heads, -1, head_dim) for x in (query, key, value))
+    key = key.transpose(1, 2)
+    context = torch.empty_like(query)
+    count = min(len(query), max(1, SCORES_AT_A_TIME // (queries * key.shape[-1])))
+    rounded, rest, exact = (
+        buffer[: count * queries * key.shape[-1]].view(count, queries, -1)
+        for buffer in scratch(count * queries * key.shape[-1])
+    )
+    for first in range(0, len(query), count):
+        part = slice(first, first + count)
+        size = len(query[part])
+        scores, probabilities = exact[:size], rounded[:size]
+        torch.baddbmm(rounded[:size], query[part], key[part], beta=0, alpha=scale, out=rounded[:size])
+        torch.baddbmm(rounded[:size], query[part], key[part], beta=-1, alpha=scale, out=rest[:size])
+        torch.softmax(scores.copy_(rounded[:size]).add_(rest[:size]), -1, out=scores)
+        torch.bmm(probabilities.copy_(scores), value[part], out=context[part])
+    return context.view(batch, heads, queries, head_dim).transpose(1, 2).flatten(2)

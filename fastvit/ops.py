@@ -214,6 +214,16 @@ def _chosen(
     return function
 
 
+def has_kernels(x: torch.Tensor) -> bool:
+    """Whether our kernels are to compute operations on tensors like `x`, or plain PyTorch, which fuses nothing."""
+    return _backend != "reference" and (_backend == "triton" or _device_has_kernels(x.device.type))
+
+
+@torch.compiler.assume_constant_result
+def _device_has_kernels(device_type: str) -> bool:
+    return device_type == "cuda" and why_not_triton_anywhere() is None
+
+
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 

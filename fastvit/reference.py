@@ -367,6 +367,8 @@ def attention(
             parts = (tensor[None, first:end] for tensor in (query, key, value))
             pictures.append(attention(*parts, scale=scale, dropout_p=dropout_p, mask=own_mask)[0])
         return torch.cat(pictures)
+    if mask is None and dropout_p == 0 and onednn.attends(query, key, value):
+        return onednn.attention(query, key, value, scale)
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale
     )

@@ -14,6 +14,12 @@ then rounds it to the product's dtype: the very numbers a LayerNorm kernel would
 the weight by the norm's and correcting out = rstd * (x @ W'^T - mean * sum(W')) afterwards, keeps the loop free of it,
 but loses the digits of mean / std: a row of nearly equal values comes out as noise.)
 
+On GPUs whose copy engine takes tiles by descriptor (TMA: sm_90 and newer) a choice may be `persistent`: one or two
+programs for each multiprocessor, working through tile after tile, so that the next tile's operands come in while the
+epilogue of this one runs, and no address of x or weight is computed by a thread. Only for operands as they are:
+descriptors copy straight to shared memory, which leaves nothing to normalise on the way, and want rows on 16-byte
+boundaries.
+
 cuBLAS is hard to beat at the product itself. What these kernels can gain, on ViT-B at batch 256 (an H100 at 3.0 TB/s):
 the activation's pass of its own 207 us forward, writing and reading the gradient 207 us backward, the residual's pass
 77 us, writing the normalised rows 26 us. Programs of neighbouring tiles run at the same time and share their rows and
@@ -29,6 +35,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
@@ -49,14 +56,13 @@ from fastvit.kernels.tuning import cdiv
 
 
 @triton.jit
-def _place(rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
-    """Which tile is this program's: GROUP tiles of rows for one of columns, then the next of columns, and so on."""
-    program = tl.program_id(0)
+def _place(tile, rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column of a tile by its number: GROUP tiles of rows for one of columns, then the next of columns, ..."""
     row_tiles = tl.cdiv(rows, ROWS)
     col_tiles: tl.constexpr = (UNITS + COLS - 1) // COLS
-    first = program // (GROUP * col_tiles) * GROUP
+    first = tile // (GROUP * col_tiles) * GROUP
     height = tl.minimum(row_tiles - first, GROUP)
-    within = program % (GROUP * col_tiles)
+    within = tile % (GROUP * col_tiles)
     return first + within % height, within // height
 
 
@@ -89,6 +95,23 @@ def _product(
             a = (a.to(tl.float32) - mean) * rstd * norm_weight[None, :] + norm_bias[None, :]
         b = tl.load(b_units + depth[:, None] * stride_b_depth, b_mask, other=0.0)
         acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _product_by_descriptor(
+    a, b, row, unit,  # descriptors of [rows, depth] and [units, depth]; where the tile begins
+    DEPTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, DEPTH_FIRST: tl.constexpr,
+):  # fmt: skip
+    """As `_product`, the operands as they are. DEPTH_FIRST: b is [depth, units]. What lies outside is read as 0."""
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, DEPTH, STEP):
+        left = a.load([row, start])
+        if DEPTH_FIRST:
+            right = b.load([start, unit])
+        else:
+            right = b.load([unit, start]).T
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     return acc
 
 
@@ -133,7 +156,7 @@ def _linear_fwd(
     UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = _place(rows, UNITS, ROWS, COLS, GROUP)
+    row_tile, col_tile = _place(tl.program_id(0), rows, UNITS, ROWS, COLS, GROUP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     unit = col_tile * COLS + tl.arange(0, COLS)
     acc = _product(
@@ -146,6 +169,28 @@ def _linear_fwd(
         _store_linear(
             quarters[i], row, unit, rows, bias_ptr, residual_ptr, pre_ptr, out_ptr, stride_residual, UNITS, FORMULA
         )
+
+
+@triton.jit
+def _linear_fwd_persistent(
+    x, weight,                                      # in:  descriptors of [rows, depth], [units, depth]
+    bias_ptr, residual_ptr,                         # in:  [units] or None, [rows, units] or None
+    pre_ptr, out_ptr,                               # out: [rows, units] or None, [rows, units]
+    stride_residual, rows, programs,
+    UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(rows, ROWS) * ((UNITS + COLS - 1) // COLS)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        row_tile, col_tile = _place(tile, rows, UNITS, ROWS, COLS, GROUP)
+        acc = _product_by_descriptor(x, weight, row_tile * ROWS, col_tile * COLS, DEPTH, ROWS, COLS, STEP, False)
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        quarters = _quarters(acc, ROWS, COLS)
+        for i in tl.static_range(4):
+            unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
+            _store_linear(
+                quarters[i], row, unit, rows, bias_ptr, residual_ptr, pre_ptr, out_ptr, stride_residual, UNITS, FORMULA
+            )
 
 
 @triton.jit
@@ -173,7 +218,7 @@ def _linear_activation_bwd(
     UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = _place(rows, UNITS, ROWS, COLS, GROUP)
+    row_tile, col_tile = _place(tl.program_id(0), rows, UNITS, ROWS, COLS, GROUP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     unit = col_tile * COLS + tl.arange(0, COLS)
     grad_y = _product(
@@ -184,6 +229,31 @@ def _linear_activation_bwd(
     for i in tl.static_range(4):
         unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
         _store_slope(quarters[i], row_tile, row, unit, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr, UNITS, FORMULA)
+
+
+@triton.jit
+def _linear_activation_bwd_persistent(
+    grad_out, weight,                               # in:  descriptors of [rows, depth], [depth, units]
+    pre_ptr,                                        # in:  [rows, units]
+    grad_pre_ptr, y_ptr,                            # out: [rows, units], [rows, units] or None
+    partial_ptr,                                    # out: [row tiles, units] float32 or None
+    rows, programs,
+    UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(rows, ROWS) * ((UNITS + COLS - 1) // COLS)
+    for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+        row_tile, col_tile = _place(tile, rows, UNITS, ROWS, COLS, GROUP)
+        grad_y = _product_by_descriptor(
+            grad_out, weight, row_tile * ROWS, col_tile * COLS, DEPTH, ROWS, COLS, STEP, True
+        )
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        quarters = _quarters(grad_y, ROWS, COLS)
+        for i in tl.static_range(4):
+            unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
+            _store_slope(
+                quarters[i], row_tile, row, unit, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr, UNITS, FORMULA
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,6 +276,20 @@ def _tile(choice: tuning.Choice) -> dict[str, int]:
     }
 
 
+def descriptor_of(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorDescriptor | None:
+    """A descriptor that copies `block` = (rows, columns) of `matrix` at a time, where the choice is for one.
+
+    None where the hardware cannot: a row that does not begin on a 16-byte boundary, or is not contiguous. The choice's
+    tile is then computed by the kernel that reads by address.
+    """
+    fits = (
+        matrix.stride(1) == 1
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and (matrix.device.type == "meta" or matrix.data_ptr() % 16 == 0)
+    )
+    return TensorDescriptor.from_tensor(matrix, list(block)) if choice.get("persistent") and fits else None
+
+
 def launch_linear(
     choice: tuning.Choice,
     x: Tensor,
@@ -224,13 +308,21 @@ def launch_linear(
     pre = torch.empty_like(out) if keep_pre else out.new_empty(0)
     if rows == 0:
         return pre, out
-    grid = (cdiv(rows, choice["rows"]) * cdiv(units, choice["columns"]),)
+    tiles = cdiv(rows, choice["rows"]) * cdiv(units, choice["columns"])
+    described = (
+        descriptor_of(choice, x, choice["rows"], choice["depth"]),
+        descriptor_of(choice, weight, choice["columns"], choice["depth"]),
+    )
+    stride_residual = 0 if residual is None else residual.stride(0)
+    outputs = (residual, pre if keep_pre else None, out)
+    settings = {"UNITS": units, "DEPTH": depth, "FORMULA": activation and FORMULAS[activation], **_tile(choice)}
     with torch.cuda.device_of(x):
-        _linear_fwd[grid](
-            x, weight, bias, *(norm or (None, None, None)), residual, pre if keep_pre else None, out,
-            x.stride(0), 0 if residual is None else residual.stride(0), rows,
-            UNITS=units, DEPTH=depth, FORMULA=activation and FORMULAS[activation], **_tile(choice),
-        )  # fmt: skip
+        if norm is not None or None in described:
+            norm = norm or (None, None, None)
+            _linear_fwd[(tiles,)](x, weight, bias, *norm, *outputs, x.stride(0), stride_residual, rows, **settings)
+        else:
+            programs = min(tiles, choice["persistent"] * tuning.describe(x.device).multiprocessors)
+            _linear_fwd_persistent[(programs,)](*described, bias, *outputs, stride_residual, rows, programs, **settings)
     return pre, out
 
 
@@ -264,11 +356,19 @@ def launch_linear_activation_backward(
     grad_bias = pre.new_empty(units if bias_grad else 0)
     row_tiles = cdiv(rows, choice["rows"])
     partial = pre.new_empty(row_tiles, units, dtype=torch.float32) if bias_grad else None
+    tiles = row_tiles * cdiv(units, choice["columns"])
+    described = (
+        descriptor_of(choice, grad_out, choice["rows"], choice["depth"]),
+        descriptor_of(choice, weight, choice["depth"], choice["columns"]),
+    )
+    outputs = (pre, grad_pre, y if with_y else None, partial)
+    settings = {"UNITS": units, "DEPTH": weight.shape[0], "FORMULA": FORMULAS[activation], **_tile(choice)}
     with torch.cuda.device_of(pre):
-        _linear_activation_bwd[(row_tiles * cdiv(units, choice["columns"]),)](
-            grad_out, weight, pre, grad_pre, y if with_y else None, partial, grad_out.stride(0), rows,
-            UNITS=units, DEPTH=weight.shape[0], FORMULA=FORMULAS[activation], **_tile(choice),
-        )  # fmt: skip
+        if None in described:
+            _linear_activation_bwd[(tiles,)](grad_out, weight, *outputs, grad_out.stride(0), rows, **settings)
+        else:
+            programs = min(tiles, choice["persistent"] * tuning.describe(pre.device).multiprocessors)
+            _linear_activation_bwd_persistent[(programs,)](*described, *outputs, rows, programs, **settings)
     if partial is not None:
         sum_partials(partial, grad_bias)
     return grad_pre, grad_bias, y

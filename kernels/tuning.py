@@ -127,18 +127,22 @@ TABLE = (
     # normalize: LayerNorm on the product's way in (26 us less memory traffic for a ViT-B at batch 256, but its operand
     # passes through registers), or its rows written before. 128 x 128: the sums leave room for a second program on the
     # multiprocessor (124 registers), which multiplies while the first one computes its activation; 256 columns read the
-    # rows half as often.
+    # rows half as often. persistent: programs a multiprocessor that take tile after tile, by descriptor (TMA).
     Rule("layer_norm_(linear|gelu)", None, None, WGMMA, (
         CUBLAS,
         {"fused": 1, "normalize": 0, **matrix(128, 128, 64, 8, 3)},
         {"fused": 1, "normalize": 1, **matrix(128, 128, 64, 8, 3)},
+        {"fused": 1, "normalize": 0, "persistent": 2, **matrix(128, 128, 64, 8, 3)},
         {"fused": 1, "normalize": 0, **matrix(128, 256, 64, 8, 4)},
         {"fused": 1, "normalize": 1, **matrix(128, 256, 64, 8, 4)},
+        {"fused": 1, "normalize": 0, "persistent": 1, **matrix(128, 256, 64, 8, 4)},
     )),
     Rule("linear_.*", None, None, WGMMA, (
         CUBLAS,
         {"fused": 1, **matrix(128, 128, 64, 8, 3)},
         {"fused": 1, **matrix(128, 256, 64, 8, 4)},
+        {"fused": 1, "persistent": 2, **matrix(128, 128, 64, 8, 3)},
+        {"fused": 1, "persistent": 1, **matrix(128, 256, 64, 8, 4)},
     )),
     # 64 KiB of shared memory, and the epilogue takes all of it.
     Rule("layer_norm_(linear|gelu)", None, None, "gfx.*", (

@@ -21,6 +21,7 @@ TILE = {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
 VARIANTS = {
     "separate": {"fused": 0},
     "fused": {"fused": 1, "normalize": 0, **TILE},
+    "persistent": {"fused": 1, "normalize": 0, "persistent": 2, **TILE},
     "normalizing": {"fused": 1, "normalize": 1, **TILE},
 }
 

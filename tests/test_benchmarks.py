@@ -374,7 +374,7 @@ def test_list_names_every_operation_and_runs_nothing(capsys):
     on_gpu = capsys.readouterr().out.splitlines()
     assert "attention ViT-B/16 224, batch 256, packed qkv bfloat16" in on_gpu[: len(on_gpu) // 2]
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {*command.KERNELS, "bench_model", "bench_coldstart"}
+    assert files == {*command.KERNELS, *command.MODELS, "bench_coldstart"}
 
 
 @pytest.mark.parametrize(
@@ -574,10 +574,15 @@ def test_page_shows_speed_ups_escapes_names_and_joins_folders(tmp_path):
         ({"speed_up": 2.5}, "2.5x: missed"),
         ({"memory": 0.75}, "0.75x the memory: met"),
         ({"memory": 0.25}, "0.25x the memory: missed"),
+        ({"over PyTorch": 2.0}, "2x PyTorch: met"),
+        ({"over PyTorch": 2.1}, "2.1x PyTorch: missed"),
+        ({"over timm": 1.0}, "1x timm: not measured"),
+        ({"images_per_s": 12000}, "12,000 images/s: missed"),
     ],
 )
 def test_targets_are_named_met_or_missed(targets, says):
-    records = [record(targets=targets, peak_bytes=500), record("PyTorch", median=2.0, targets=targets)]
+    records = [record(targets=targets, peak_bytes=500, images_per_s=100.0)]
+    records.append(record("PyTorch", median=2.0, targets=targets))
     (comparison,) = report.comparisons([result(*records)])
     assert report.against_targets(comparison) == says
     (comparison,) = report.comparisons([result(records[0] | {"status": "wrong", "ms": None})])

@@ -1,5 +1,8 @@
 """A linear layer that adds to the residual stream: as exact as PyTorch's against float64, by cuBLAS or our product."""
 
+import contextlib
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,13 +12,15 @@ from torch.utils.checkpoint import checkpoint
 from fastvit import reference
 
 pytest.importorskip("triton")
-from operations import DEVICE, VIEWS, assert_close, assert_same, check, random, results, variant, view_of
+from operations import DEVICE, VARIANTS, VIEWS, assert_close, assert_same, check, random, results, variant, view_of
 
 from fastvit.kernels import linear as kernels
+from fastvit.kernels import tuning
 from fastvit.kernels.linear import linear_residual
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-EVERY_WAY = pytest.mark.parametrize("way", ["separate", "fused"])
+WAYS = ["separate", "fused", "persistent"]
+EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 
 
 def inputs_of(*shape, units, dtype=torch.float32, residual_dtype=None, bias=True, scale=1.0):
@@ -98,7 +103,7 @@ def test_views_give_what_contiguous_tensors_give(way, kind):
     units=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     residual_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    way=st.sampled_from(["separate", "fused"]),
+    way=st.sampled_from(WAYS),
     bias=st.booleans(),
 )
 def test_any_shape_and_dtype(shape, units, dtype, residual_dtype, way, bias):
@@ -199,3 +204,41 @@ def test_bad_input_is_named_before_anything_is_launched(changes, message, monkey
     inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16, units=24).items()}
     with pytest.raises(ValueError, match=message):
         linear_residual(**(inputs | changes))
+
+
+def test_descriptors_are_for_rows_on_16_byte_boundaries():
+    choice = VARIANTS["persistent"]
+    matrix = torch.zeros(6, 40, dtype=torch.bfloat16, device=DEVICE)
+    assert kernels.descriptor_of(choice, matrix, 32, 64).block_shape == [32, 64]
+    assert kernels.descriptor_of(VARIANTS["fused"], matrix, 32, 64) is None
+    for unfit in (matrix[:, 1:33], matrix[:, ::2], matrix[:, :36].contiguous(), matrix.t()):
+        assert kernels.descriptor_of(choice, unfit, 32, 64) is None
+
+
+@pytest.mark.parametrize("units", [40, 36], ids=["by descriptor", "by address"])
+def test_the_persistent_kernels_compute_what_they_can(units):
+    inputs = inputs_of(5, 70, 48, units=units, dtype=torch.bfloat16)
+    called = []
+
+    class Spy:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(kernels, name)
+
+        def __getitem__(self, grid):
+            called.append((self.name, grid))
+            return self.kernel[grid]
+
+    names = ("_linear_fwd", "_linear_fwd_persistent", "_linear_activation_bwd", "_linear_activation_bwd_persistent")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(kernels, name, Spy(name)))
+        stack.enter_context(variant("persistent"))
+        linear_residual(**inputs)
+        pre, weight = random(350, units, dtype=torch.bfloat16), random(48, units, dtype=torch.bfloat16)
+        grad_out = random(350, 48, dtype=torch.bfloat16)
+        kernels.linear_activation_backward(grad_out, weight, pre, "gelu", bias_grad=True, with_y=True)
+    # Rows of 48 values are on such boundaries either way, those of [48, 36] are not.
+    suffix = "_persistent" if units == 40 else ""
+    assert [name for name, _ in called] == ["_linear_fwd_persistent", f"_linear_activation_bwd{suffix}"]
+    programs = 2 * tuning.describe(inputs["x"].device).multiprocessors
+    assert called[0][1] == (min(11, programs),)

@@ -1,4 +1,6 @@
-"""Float32 products on the CPU by oneDNN: the same numbers and gradients as PyTorch's, and only where it may be."""
+"""Products on the CPU by oneDNN, and attention made of them: PyTorch's numbers and gradients, only where it may be."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -81,7 +83,7 @@ def test_second_derivatives_are_right():
 
 def test_what_it_does_not_take_is_pytorchs():
     x, weight, bias = operands(grad=False)
-    assert not onednn.takes(x.bfloat16(), weight.bfloat16())
+    assert not onednn.takes(x.bfloat16(), weight.bfloat16())  # a gradient may be recorded
     assert not onednn.takes(x.double(), weight.double())
     assert not onednn.takes(x[:0], weight)
     assert not onednn.takes(x.to("meta"), weight.to("meta"))
@@ -93,3 +95,101 @@ def test_what_it_does_not_take_is_pytorchs():
     assert onednn.linear(x[:0], weight, bias).shape == (0, 7, 40)
     compiled = torch.compile(lambda *tensors: onednn.linear(*tensors), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not onednn.has_bfloat16(), reason="the processor has no bfloat16 products, or has tiles for them"
+)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("gelu", [None, "none", "tanh"])
+@torch.no_grad()
+def test_bfloat16_products_are_no_worse_than_pytorchs(gelu):
+    x, weight, bias = (tensor.bfloat16() for tensor in operands((2, 197), 192, 768, grad=False))
+    assert onednn.takes(x, weight)
+
+    def theirs(*tensors):
+        return F.linear(*tensors) if gelu is None else F.gelu(F.linear(*tensors), approximate=gelu)
+
+    exact = theirs(x.double(), weight.double(), bias.double())
+    found, expected = onednn.product(x, weight, bias, gelu=gelu), theirs(x, weight, bias)
+    assert errors(found, exact)[0] <= 1.05 * errors(expected, exact)[0]
+
+
+def heads(batch, queries, keys, num_heads, head_dim, layout="apart"):
+    generator = torch.Generator().manual_seed(0)
+    if layout == "packed":
+        qkv = torch.randn(batch, queries, 3, num_heads, head_dim, generator=generator).bfloat16()
+        return qkv.unbind(2)
+    return [
+        torch.randn(batch, tokens, num_heads, head_dim, generator=generator).bfloat16()
+        for tokens in (queries, keys, keys)
+    ]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((8, 197, 197, 3, 64), "packed"),
+        ((2, 257, 257, 4, 80), "packed"),
+        ((1, 197, 577, 7, 96), "apart"),
+        ((1, 1025, 1025, 1, 32), "apart"),  # more scores a head than are computed at a time
+        ((64, 65, 65, 3, 32), "apart"),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_attention_is_no_worse_than_pytorchs(shape, layout, scale):
+    query, key, value = heads(*shape, layout)
+    assert onednn.attends(query, key, value)
+    found = reference.attention(query, key, value, scale=scale)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not onednn.attends(query, key, value)
+        expected = reference.attention(query, key, value, scale=scale)
+    exact = reference.attention(query.double(), key.double(), value.double(), scale=scale)
+    assert found.shape == exact.shape
+    # The larger the scores the more one probability stands out; PyTorch's rounds it before it divides by the sum: to 1.
+    assert errors(found, exact)[0] <= (1.25 if scale is None else 1.3) * errors(expected, exact)[0]
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_large_scores_keep_their_precision():
+    query, key, value = heads(8, 197, 197, 3, 64)
+    query = query * 8  # scores of 30 and more, where a rounded score is off by a tenth
+    exact = reference.attention(query.double(), key.double(), value.double())
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected = reference.attention(query, key, value)
+    assert errors(onednn.attention(query, key, value), exact)[0] <= 1.3 * errors(expected, exact)[0]
+
+
+@needs_bfloat16
+def test_attention_that_it_does_not_compute_is_pytorchs():
+    query, key, value = heads(8, 197, 197, 3, 64)
+    assert not onednn.attends(query, key, value)  # a gradient may be recorded
+    with torch.no_grad():
+        assert onednn.attends(query, key, value)
+        assert not onednn.attends(query[:1], key[:1], value[:1])  # too little work
+        assert not onednn.attends(*(x.float() for x in (query, key, value)))
+        mask = torch.ones(197, 197, dtype=torch.bool).tril()
+        found = reference.attention(query, key, value, mask=mask)
+        exact = reference.attention(query.double(), key.double(), value.double(), mask=mask)
+        torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.02)
+
+
+@needs_bfloat16
+def test_threads_do_not_share_their_scratch():
+    cases = [[x.roll(i) for x in heads(2, 197, 197, 8, 64)] for i in range(4)]
+
+    @torch.no_grad()
+    def run(case):
+        return [onednn.attention(*case) for _ in range(8)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, cases))
+    for case, outputs in zip(cases, found, strict=True):
+        (expected, *_) = run(case)
+        assert all(torch.equal(output, expected) for output in outputs)

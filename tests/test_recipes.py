@@ -35,13 +35,11 @@ SHORT = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--loggin
 def pictures(tmp_path_factory) -> Path:
     """Drawn leaves: 6 of each class to train on, 3 to validate and 2 to test."""
     root = tmp_path_factory.mktemp("leaves") / "pictures"
-    for split, count in (("train", 6), ("validation", 3), ("test", 2)):
+    for split, count, first in (("train", 6, 0), ("validation", 3, 10), ("test", 2, 20)):
         for label in leaves.CLASSES:
             (root / split / label).mkdir(parents=True)
-            for number in range(count):
-                leaves.draw_leaf(label, seed=hash((split, number)) % 1000, size=24).save(
-                    root / split / label / f"{number}.png"
-                )
+            for number in range(first, first + count):
+                leaves.draw_leaf(label, seed=number, size=24).save(root / split / label / f"{number}.png")
     return root
 
 
@@ -357,9 +355,9 @@ def test_flip_and_temperature_are_what_predict_and_evaluate_use(pictures, capsys
     flipped = json.loads(capsys.readouterr().out)
     assert flipped["accuracy"] == pytest.approx(metrics["eval_accuracy"])
     assert flipped["calibration_error"] == pytest.approx(metrics["eval_calibration_error_after"], abs=1e-5)
-    assert cli.main(["predict", "out", "pictures/test/healthy/0.png", "--json", "--flip", "--device", "cpu"]) == 0
+    assert cli.main(["predict", "out", "pictures/test/healthy/20.png", "--json", "--flip", "--device", "cpu"]) == 0
     answer = {e["label"]: e["probability"] for e in json.loads(capsys.readouterr().out)["classes"]}
-    picture = [Image.open("pictures/test/healthy/0.png").convert("RGB")]
+    picture = [Image.open("pictures/test/healthy/20.png").convert("RGB")]
     assert answer["healthy"] == pytest.approx(probabilities(model, processor, picture, flip=True)[0, 2], abs=1e-5)
     for split in ("validation", "test"):
         assert Image.open(f"out/reliability_{split}.png").size[0] > 600

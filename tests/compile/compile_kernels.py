@@ -28,6 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.kernels import (
     attention,
@@ -185,7 +186,7 @@ def choices(label: str, operation: str, call: Callable[[tuning.Choice], object],
         if index < len(candidates):
             call(candidates[index])
 
-    for index in range(3 if quick else 5):
+    for index in range(4 if quick else 7):
         yield f"{label}, choice {index}", lambda index=index: choose(index)
 
 
@@ -386,6 +387,9 @@ def source(launch: Launch) -> ASTSource:
         if name in constants or value is None or (whole and value == 1):
             signature[name], constexprs[name] = "constexpr", value
             continue
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{mangle_type(value.base)[1:]}{value.block_shape}>"
+            continue
         signature[name] = mangle_type(value)
         if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -411,7 +415,8 @@ def inspect(launch: Launch, target: Target) -> dict[str, int]:
         "spill_instructions": count(r"\b(STL|LDL)\b", code),
         "loads": count(r"\bLDG\.", code),
         "loads_128": count(r"\bLDG\.\S*\.(128|256)", code),
-        "async_copies": count(r"\b(LDGSTS|UTMALDG)", code),
+        "async_copies": count(r"\bLDGSTS", code),
+        "descriptor_copies": count(r"\bUTMALDG", code),
         "stores": count(r"\bSTG\.", code),
         "stores_128": count(r"\bSTG\.\S*\.(128|256)", code),
         "wgmma": count(r"\bHGMMA", code),

@@ -20,6 +20,9 @@ MATRIX_KERNELS = {
     "_linear_fwd",
     "_linear_activation_bwd",
 }
+# The same where operands are copied by descriptor.
+DESCRIPTOR_KERNELS = {"_linear_fwd_persistent", "_linear_activation_bwd_persistent"}
+DESCRIPTOR_TARGETS = ("sm_90", "sm_100")
 # Kernels bound by memory: they must load 16 bytes a thread on NVIDIA's GPUs.
 MEMORY_KERNELS = {
     "_layer_norm_fwd",
@@ -60,7 +63,9 @@ def rows(request, reports):
 
 
 def test_kernels_compile_without_spilling(rows):
-    expected = MATRIX_KERNELS | MEMORY_KERNELS | (FP8_KERNELS if rows[0]["target"] in FP8_TARGETS else set())
+    expected = MATRIX_KERNELS | MEMORY_KERNELS
+    expected |= FP8_KERNELS if rows[0]["target"] in FP8_TARGETS else set()
+    expected |= DESCRIPTOR_KERNELS if rows[0]["target"] in DESCRIPTOR_TARGETS else set()
     assert {row["kernel"] for row in rows} >= expected
     if rows[0]["target"] in ("sm_80", "sm_90"):
         spilling = [(row["kernel"], row["case"]) for row in rows if row["spill_bytes"] or row["spill_instructions"]]
@@ -73,5 +78,7 @@ def test_kernels_use_the_instructions_they_are_built_for(rows):
         # AMD's waves are twice as wide: the same tile is 8 bytes a lane, and as many bytes a load.
         if row["kernel"] in MEMORY_KERNELS | FP8_KERNELS and row["target"] != "gfx942":
             assert row["loads_128"] > 0, name
-        if row["kernel"] in MATRIX_KERNELS and "float32" not in row["case"].split(",")[0]:
+        if row["kernel"] in DESCRIPTOR_KERNELS:
+            assert row["descriptor_copies"] > 0, name
+        if row["kernel"] in MATRIX_KERNELS | DESCRIPTOR_KERNELS and "float32" not in row["case"].split(",")[0]:
             assert row["wgmma" if row["target"] == "sm_90" else "mma"] > 0, name
