@@ -206,6 +206,8 @@ def _check_recipes(options: argparse.Namespace) -> None:
     check("early_stopping", (options.early_stopping or 0) >= 1, "at least 1 evaluation")
     check("folds", (options.folds or 0) >= 2, "at least 2 folds")
     check("fold", 1 <= (options.fold or 0) <= (options.folds or 0), "1 to the number of --folds")
+    if options.folds is not None and options.push_to_hub is not None:
+        raise InputError("--folds: its models are for measuring; give --folds or --push-to-hub, not both")
     if options.lora is not None and options.from_scratch is not None:
         raise InputError("--lora: expected a pretrained --model, whose weights stay; got --from-scratch")
     if options.lora is not None and options.freeze_backbone:

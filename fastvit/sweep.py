@@ -153,17 +153,16 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
     finished: list[Any] = []
     if (folder / STUDY).exists():
         before = optuna.load_study(**study)
-        if before.user_attrs != told:
+        if before.trials and before.user_attrs != told:
             raise InputError(f"--output-dir: {folder} holds a search with other options; give another folder")
         finished = finished_trials(before)
         print(f"{folder / STUDY}: {len(finished)} trials are there")
     if len(finished) < trials:
         sweep = Sweep(options, space)
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / STUDY).exists():
-            created = optuna.create_study(**study, direction="maximize")
-            for name, value in told.items():
-                created.set_user_attr(name, value)
+        opened = optuna.create_study(**study, direction="maximize", load_if_exists=True)
+        for name, value in told.items():
+            opened.set_user_attr(name, value)
         # Proposals depend on the seed and the trials so far. The same seed again would repeat the first random ones.
         sampler = optuna.samplers.TPESampler(seed=options.seed + len(finished))
         try:

@@ -335,6 +335,13 @@ def test_early_stopping_counts_on_after_a_resume():
     assert read("out/trainer_state.json")["global_step"] == 4
 
 
+def test_resume_from_a_checkpoint_without_an_average_says_so(capsys):
+    options = [*SCRATCH, "--output-dir", "out", "--batch-size", "4", "--eval-steps", "1"]
+    assert main([*options, "--max-steps", "1"]) == 0
+    assert main([*options, "--max-steps", "2", "--resume", "--ema", "0.9"]) == 2
+    assert "--ema: expected a checkpoint with average.pt, found none in out/checkpoint-1" in capsys.readouterr().err
+
+
 def test_flip_and_temperature_are_what_predict_and_evaluate_use(pictures, capsys):
     assert main([*SCRATCH, *SHORT, "--output-dir", "out", "--flip", "--calibrate", "--no-augment"]) == 0
     metrics, temperature = read("out/eval_results.json"), read("out/config.json")["calibration_temperature"]
@@ -572,6 +579,7 @@ def test_recipes_are_off_by_default():
         (["--folds", "1"], "--folds: expected at least 2 folds, got 1"),
         (["--fold", "2"], "--fold: expected 1 to the number of --folds, got 2"),
         (["--early-stopping", "0"], "--early-stopping: expected at least 1 evaluation, got 0"),
+        (["--folds", "2", "--push-to-hub", "me/mine"], "give --folds or --push-to-hub, not both"),
         (["--folds", "7"], "--folds: expected at least 7 pictures of every class"),
         (["--folds", "2", "--resume"], "--resume: there is no checkpoint in out"),
         (["--config", "recipe.yaml"], "--config: randaugment: expected a list of 2 values, got 3"),
