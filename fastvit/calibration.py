@@ -86,8 +86,8 @@ _BAR, _GAP_COLOUR = (70, 110, 170), (226, 140, 90)
 
 def reliability_plot(diagrams: dict[str, Reliability]) -> Image.Image:
     """Accuracy over confidence, one diagram beside the other: a bar as high as the accuracy in its bin, and in orange
-    what lies between it and the confidence. Calibrated answers end on the diagonal. Under each bar, how many pictures
-    of all are in the bin, as a strip of grey.
+    what lies between it and the confidence. Bars of a calibrated model end on the diagonal. The darker the strip under
+    a bar, the more pictures are in the bin.
     """
     width = _MARGIN + len(diagrams) * (_SIDE + _MARGIN)
     sheet = Image.new("RGB", (width, _SIDE + 2 * _MARGIN + 24), _PAPER)
@@ -104,7 +104,8 @@ def reliability_plot(diagrams: dict[str, Reliability]) -> Image.Image:
             x = (left + round(index * step) + 1, left + round((index + 1) * step) - 1)
             heights = [bottom - round(part * _SIDE) for part in (diagram.accuracy[index], diagram.confidence[index])]
             draw.rectangle((x[0], heights[0], x[1], bottom), fill=_BAR)
-            draw.rectangle((x[0], min(heights), x[1], max(heights)), fill=_GAP_COLOUR)
+            inset = (x[1] - x[0]) // 4  # narrower, so that the accuracy shows where it is the higher
+            draw.rectangle((x[0] + inset, min(heights), x[1] - inset, max(heights)), fill=_GAP_COLOUR)
             grey = 235 - round(200 * count / diagram.counts.max())
             draw.rectangle((x[0], bottom + 4, x[1], bottom + 10), fill=(grey, grey, grey))
         draw.line((left, bottom, left + _SIDE, top), fill=_FAINT)
