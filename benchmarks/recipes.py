@@ -60,6 +60,11 @@ SWITCHES: dict[str, list[str]] = {
 EXPERIMENTS: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
     "beans": ("beans photographs, 100 of each class to train on, 48 x 48, from scratch", BEANS, SWITCHES),
     "digits": ("handwritten digits, 20 of each class to train on, 16 x 16, from scratch", DIGITS, SWITCHES),
+    "longer": (
+        "the first set, four times as many epochs",
+        [*BEANS, "--epochs", "100"],
+        {"plain": [], "--randaugment 2 9": [], "--mixup 0.8 --cutmix 1.0": [], "--drop-path 0.1": []},
+    ),
     "unequal": (
         "beans photographs, 150, 50 and 15 of the classes to train on, 48 x 48, from scratch",
         BEANS,
@@ -151,10 +156,14 @@ def pretrain(folder: Path) -> None:
         ]))  # fmt: skip
 
 
+def folder_of(experiment: str, work: Path) -> Path:
+    return work / ("beans" if experiment in ("tuned", "longer") else experiment)
+
+
 def train(experiment: str, switch: str, seed: int, work: Path) -> dict[str, float]:
     """One line of results: metrics on the test split, calibration before and after, processor seconds."""
     _, recipe, switches = EXPERIMENTS[experiment]
-    pictures = work / ("beans" if experiment == "tuned" else experiment)
+    pictures = folder_of(experiment, work)
     output = work / "run"
     start = ["--model", str(work / "leaves")] if experiment == "tuned" else []
     changes = [] if switch == "plain" else switch.split()
@@ -178,7 +187,7 @@ def train(experiment: str, switch: str, seed: int, work: Path) -> dict[str, floa
 def flipped(experiment: str, work: Path) -> dict[str, float]:
     """The model that was trained last, with the mean over pictures and their mirror images."""
     model, processor = load(str(work / "run"), "cpu")
-    split = load_images(data_dir=work / ("beans" if experiment == "tuned" else experiment)).splits["test"]
+    split = load_images(data_dir=folder_of(experiment, work)).splits["test"]
     rows = np.concatenate([
         probabilities(model, processor, [split.load(index) for index in indices], flip=True)
         for indices in batches(list(range(len(split))), 64)
