@@ -1,5 +1,6 @@
 """How long until the first prediction: importing, making a model, and what is compiled or tuned on the way?
 
+Once for the model alone, with random weights, and once from a saved folder and a picture file to the name of a class.
 Every sample is a process of its own. Its caches (Triton's, the compiler's, our tuning) are in a folder that is empty
 the first time and kept for the second.
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import fastvit
+from fastvit import leaves
+from fastvit.benchmarks.bench_predictor import PHOTOGRAPH, save_model
 from fastvit.benchmarks.harness import OURS, Settings, Shape, describe, name_of, quantiles
 
 PROGRAM = """
@@ -40,14 +43,42 @@ first = time.perf_counter()
 print(json.dumps({{"import": imported - start, "make the model": made - imported, "first prediction": first - made,
                    "all": first - start}}))
 """
+# From a folder and a file to the name of a class.
+SERVING = """
+import json, time
+start = time.perf_counter()
+if {provider!r}.startswith("fastvit"):
+    from fastvit import Predictor
+    imported = time.perf_counter()
+    answer = Predictor({folder!r}, {device!r}, {dtype!r})
+else:
+    from transformers import pipeline
+    imported = time.perf_counter()
+    answer = pipeline("image-classification", {folder!r}, device={device!r}, dtype={dtype!r})
+made = time.perf_counter()
+answer({file!r})
+first = time.perf_counter()
+print(json.dumps({{"import": imported - start, "make the model": made - imported, "first prediction": first - made,
+                   "all": first - start}}))
+"""
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "FASTVIT_CACHE_DIR": "fastvit"}
 CACHED = ("empty caches", "filled caches")
+SERVERS = ("fastvit Predictor", "transformers pipeline")
+PICTURE = "leaf.jpg"
 PHASES = ("import", "make the model", "first prediction", "all")
 
 
-def start_once(provider: str, shape: Shape, dtype: str, device: str, caches: Path) -> dict[str, float]:
-    """Seconds of each phase, in a new process."""
-    program = PROGRAM.format(
+def save_for_serving(shape: Shape, folder: Path) -> None:
+    """A model, its image processor and a picture."""
+    save_model(shape, str(folder))
+    leaves.draw_leaf(leaves.CLASSES[0], seed=0, size=PHOTOGRAPH).save(folder / PICTURE)
+
+
+def start_once(provider: str, shape: Shape, dtype: str, device: str, caches: Path, folder: Path) -> dict[str, float]:
+    """Seconds of each phase, in a new process. folder: of a saved model with a picture."""
+    program = (SERVING if provider in SERVERS else PROGRAM).format(
+        folder=str(folder),
+        file=str(folder / PICTURE),
         provider=provider,
         compiled=provider.endswith("compiled"),
         dtype=dtype,
@@ -74,9 +105,12 @@ def run(settings: Settings, dtype: Any, tick: Callable[[str], object] = lambda w
     shape = Shape("micro", 64, 1) if settings.quick else Shape("base", 224, 1)
     few = settings.quick or settings.brief
     compiles = settings.full or (settings.device.type == "cuda" and not few)
-    providers = ["fastvit", "transformers"] + (["fastvit compiled", "transformers compiled"] if compiles else [])
+    providers = ["fastvit", "transformers", *SERVERS]
+    providers += ["fastvit compiled", "transformers compiled"] if compiles else []
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {}
     failed: dict[str, str] = {}
+    saved = tempfile.TemporaryDirectory()
+    save_for_serving(shape, Path(saved.name))
     for number in range(1 if few else 3):
         for provider in providers:
             if provider in failed or (number and provider.endswith("compiled")):  # compiling takes minutes: once
@@ -87,7 +121,9 @@ def run(settings: Settings, dtype: Any, tick: Callable[[str], object] = lambda w
                         continue
                     tick(f"{provider}, {caches}")
                     try:
-                        took = start_once(provider, shape, name_of(dtype), settings.device.type, Path(folder))
+                        took = start_once(
+                            provider, shape, name_of(dtype), settings.device.type, Path(folder), Path(saved.name)
+                        )
                     except RuntimeError as error:
                         failed[provider] = describe(error)
                         break

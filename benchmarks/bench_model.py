@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +60,7 @@ def forward_flops(shape: Shape) -> float:
 
 
 class Model(Operation):
-    passes = (INFERENCE, TRAINING)
+    passes: Sequence[str] = (INFERENCE, TRAINING)
     hides_launch = False
     baseline = "transformers"
     seconds = 2.0
@@ -189,7 +189,7 @@ class Model(Operation):
         inferred: Any = steps[INFERENCE].run(None)
         return {"logits": inferred.clone(), **found}
 
-    def kept_bytes(self, steps: dict[str, Step], case: Any) -> int:
+    def kept_bytes(self, steps: dict[str, Step], case: Any) -> int | None:
         known = [case.pixels, case.labels]
         for models in case.models.values():
             for model in models:

@@ -21,7 +21,6 @@ from fastvit.benchmarks.harness import (
     Settings,
     ceilings,
     describe,
-    device_name,
     environment,
     free,
     name_of,
@@ -29,15 +28,17 @@ from fastvit.benchmarks.harness import (
     slug,
 )
 from fastvit.errors import InputError
+from fastvit.info import device_name
 
 KERNELS = ("bench_layer_norm", "bench_patch_embed", "bench_attention", "bench_layer_norm_gelu")
 MODELS = ("bench_model", "bench_quantize")
 SUITES = {
     "kernels": "each operation beside PyTorch, compilers and other kernels",
     "model": "the whole model beside transformers' and timm's",
+    "predictor": "pictures in files to classes, beside transformers' pipeline",
     "memory": "what the operations and the model need, nothing timed",
     "coldstart": "how long until the first prediction",
-    "all": "kernels, model and coldstart",
+    "all": "kernels, model, predictor and coldstart",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -109,6 +110,8 @@ def tasks_of(options: argparse.Namespace, device: torch.device, dtypes: list[tor
         modules += KERNELS
     if options.suite in ("model", "memory", "all"):
         modules += MODELS
+    if options.suite in ("predictor", "all"):
+        modules.append("bench_predictor")
     tasks = []
     for module in modules:
         for operation in importlib.import_module(f"fastvit.benchmarks.{module}").OPERATIONS:

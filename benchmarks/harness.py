@@ -12,7 +12,6 @@ right, the cost that says how fast it could be, and providers, one small functio
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import gc
@@ -21,12 +20,10 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastvit import onednn, ops
+from fastvit import info, onednn, ops
 from fastvit.options import SIZES
 
 OURS = "fastvit"  # how the names of our own providers begin
@@ -606,26 +603,8 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def output_of(*command: str, cwd: Path | None = None) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def installed(package: str) -> str | None:
@@ -636,19 +615,16 @@ def installed(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    here = Path(__file__).resolve().parent
-    # A copy of the tree without its history is told by FASTVIT_COMMIT what it is a copy of.
-    commit = os.environ.get("FASTVIT_COMMIT") or output_of("git", "rev-parse", "HEAD", cwd=here)
+    commit, commit_is_all = info.commit()
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": device_name(device),
+        "device": info.device_name(device),
         "device_type": device.type,
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: installed(name) for name in PACKAGES},
         "commit": commit,
-        "commit_is_all": commit is not None
-        and not output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here),
+        "commit_is_all": commit_is_all,
         "settings": {
             name: value for name, value in sorted(os.environ.items()) if name.startswith(("FASTVIT_", "TRITON_"))
         },
@@ -657,7 +633,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = info.output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found |= {
             "driver": driver.splitlines()[0] if driver else None,
             "cuda": torch.version.cuda or torch.version.hip,

@@ -33,7 +33,7 @@ from fastvit.calibration import reliability
 from fastvit.datasets import load_images
 from fastvit.images import decode_image
 from fastvit.options import parse_options
-from fastvit.predict import batches, load, probabilities
+from fastvit.predictor import Prediction, Predictor
 from fastvit.recipes import RecipeTuner
 
 RESULTS = Path(__file__).parent / "results" / "recipes" / "runs.jsonl"
@@ -186,12 +186,11 @@ def train(experiment: str, switch: str, seed: int, work: Path) -> dict[str, floa
 
 def flipped(experiment: str, work: Path) -> dict[str, float]:
     """The model that was trained last, with the mean over pictures and their mirror images."""
-    model, processor = load(str(work / "run"), "cpu")
     split = load_images(data_dir=folder_of(experiment, work)).splits["test"]
-    rows = np.concatenate([
-        probabilities(model, processor, [split.load(index) for index in indices], flip=True)
-        for indices in batches(list(range(len(split))), 64)
-    ])  # fmt: skip
+    pictures = [split.load(index) for index in range(len(split))]
+    with Predictor(str(work / "run"), "cpu", flip=True, workers=1) as predictor:
+        answers = predictor.stream(pictures, raise_errors=True)
+        rows = np.stack([answer.probabilities for answer in answers if isinstance(answer, Prediction)])
     return {
         "accuracy": float((rows.argmax(-1) == split.labels).mean()),
         "calibration_error_calibrated": reliability(rows, split.labels).expected_calibration_error,

@@ -13,10 +13,8 @@ provider, with its `status`:
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -24,7 +22,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
+from fastvit.charts import Axes
 from fastvit.errors import InputError
+from fastvit.html import render_template
 
 SCHEMA = 1
 MARKERS = (
@@ -464,55 +466,37 @@ def roofs(result: dict[str, Any], dtype: str) -> tuple[float, float] | None:
     return (measured["copy_gb_per_s"] / 1e3, product) if product else None
 
 
-def roofline_svg(results: Sequence[dict[str, Any]], dtype: str) -> str:
+def roofline_svg(results: Sequence[dict[str, Any]], dtype: str) -> Markup:
     """Speed over arithmetic intensity, both logarithmic, under the two ceilings of the run; empty without points."""
     points = roofline_points(results, dtype)
     roof = next((found for found in (roofs(result, dtype) for result in results) if found), None)
     if not points or roof is None:
-        return ""
+        return Markup("")
     bandwidth, product = roof
-    width, height, left, right, top, bottom = 760, 420, 64, 16, 16, 48
     intensities = [point.intensity for point in points] + [product / bandwidth]
     speeds = [point.speed for point in points] + [product]
-    x_low, x_high = math.floor(math.log10(min(intensities))), math.ceil(math.log10(max(intensities) * 1.01))
-    y_low, y_high = math.floor(math.log10(min(speeds))), math.ceil(math.log10(max(speeds) * 1.01))
-
-    def x(value: float) -> float:
-        return left + (math.log10(value) - x_low) / (x_high - x_low) * (width - left - right)
-
-    def y(value: float) -> float:
-        return height - bottom - (math.log10(value) - y_low) / (y_high - y_low) * (height - top - bottom)
-
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="roofline, {html.escape(dtype)}">']
-    for power in range(x_low, x_high + 1):
-        at = x(10.0**power)
-        parts.append(f'<path class="grid" d="M{at:.1f} {top}V{height - bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{height - bottom + 16}" text-anchor="middle">{10.0**power:g}</text>')
-    for power in range(y_low, y_high + 1):
-        at = y(10.0**power)
-        parts.append(f'<path class="grid" d="M{left} {at:.1f}H{width - right}"/>')
-        parts.append(f'<text x="{left - 6}" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
-    parts.append(
-        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">'
-        "FLOP per byte that must be moved</text>"
+    axes = Axes(
+        (min(intensities), max(intensities)), (min(speeds), max(speeds)), width=760, height=420, left=64, log=True
     )
-    parts.append(
-        f'<text transform="translate(14 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">TFLOP/s</text>'
-    )
-    ridge = product / bandwidth
-    start = max(10.0**x_low, 10.0**y_low / bandwidth)  # where the slope enters the plot
-    parts.append(
-        f'<path class="roof" d="M{x(start):.1f} {y(start * bandwidth):.1f}L{x(ridge):.1f} {y(product):.1f}'
-        f'H{width - right}"><title>copy {bandwidth * 1e3:,.4g} GB/s, matrix product {product:,.4g} TFLOP/s</title>'
-        "</path>"
-    )
+    ridge, lowest = product / bandwidth, axes.y_range[0]
+    start = max(axes.x_range[0], lowest / bandwidth)  # where the slope enters the plot
+    parts = [
+        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+            axes.width, axes.height, f"roofline, {dtype}"
+        ),
+        axes.frame("FLOP per byte that must be moved", "TFLOP/s"),
+        Markup('<path class="roof" d="M{:.1f} {:.1f}L{:.1f} {:.1f}H{}"><title>{}</title></path>').format(
+            axes.x(start), axes.y(start * bandwidth), axes.x(ridge), axes.y(product), axes.width - axes.right,
+            f"copy {bandwidth * 1e3:,.4g} GB/s, matrix product {product:,.4g} TFLOP/s",
+        ),
+    ]  # fmt: skip
     for point in sorted(points, key=lambda point: point.ours):  # ours on top
-        kind = "ours" if point.ours else "other"
         parts.append(
-            f'<circle class="{kind}" cx="{x(point.intensity):.1f}" cy="{y(point.speed):.1f}" r="5">'
-            f"<title>{html.escape(point.title)}</title></circle>"
+            Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="5"><title>{}</title></circle>').format(
+                "ours" if point.ours else "other", axes.x(point.intensity), axes.y(point.speed), point.title
+            )
         )
-    return "".join([*parts, "</svg>"])
+    return Markup("").join([*parts, Markup("</svg>")])
 
 
 def draw(results: Sequence[dict[str, Any]], folder: Path) -> str | None:
@@ -561,85 +545,38 @@ def draw(results: Sequence[dict[str, Any]], folder: Path) -> str | None:
 # The page
 # ---------------------------------------------------------------------------------------------------------------------
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d1f24; --faint: #6b7280; --line: #d7dae0; --paper: #fff;
-  --ours: #c2410c; --other: #2563eb }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7ea; --faint: #9aa1ac; --line: #3a3f48; --paper: #16181d; --ours: #fb923c; --other: #7aa2ff }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  margin: 2rem auto; max-width: 72rem; padding: 0 1rem }
-h2 { margin-top: 2.5rem }
-p, li { max-width: 46rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .25rem .6rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap }
-th.number, td.number { text-align: right }
-.slower { color: var(--ours); font-weight: 600 }
-small, figcaption { color: var(--faint) }
-figure { margin: 1rem 0 }
-summary { cursor: pointer; margin: .5rem 0 }
-svg { width: 100%; max-width: 760px; height: auto }
-svg text { font: 11px system-ui, sans-serif; fill: var(--faint) }
-.grid { stroke: var(--line); stroke-width: .5 }
-.roof { fill: none; stroke: var(--ink); stroke-width: 2 }
-.ours { fill: var(--ours) }
-.other { fill: none; stroke: var(--other); stroke-width: 2 }
-"""
-
-
-def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int], mark: int | None = None) -> str:
-    """numbers: columns aligned right. mark: the column of speed-ups, in which those below 1 stand out."""
-
-    def cell(tag: str, column: int, text: str) -> str:
-        classes = ["number"] if column in numbers else []
-        if tag == "td" and column == mark and text.endswith("x") and float(text[:-1]) < 1:
-            classes.append("slower")
-        return (
-            f'<{tag} class="{" ".join(classes)}">{html.escape(text)}</{tag}>'
-            if classes
-            else f"<{tag}>{html.escape(text)}</{tag}>"
-        )
-
-    lines = ["<tr>" + "".join(cell("th", column, text) for column, text in enumerate(header)) + "</tr>"]
-    lines += ["<tr>" + "".join(cell("td", column, text) for column, text in enumerate(row)) + "</tr>" for row in rows]
-    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
-
 
 def page(results: Sequence[dict[str, Any]]) -> str:
     """One HTML page that needs nothing but itself."""
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fastvit benchmarks</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>',
-        "<h1>fastvit benchmarks</h1>",
-        "<p>Everybody computed the same inputs in turn, was checked against the definition in higher precision first,"
-        " and is shown with the median. <em>Ours is</em>: times as fast as the best other. <em>Of floor</em>: how near"
-        " to the time that the run's own ceilings, a copy and a matrix product, allow.</p>",
-    ]
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
         runs.setdefault((result["environment"]["device"], result.get("source", "")), []).append(result)
-    for (device, source), of_run in runs.items():
-        parts.append(f"<h2>{html.escape(device)}</h2><p><small>{html.escape(where(of_run, source))}</small></p>")
-        dtypes = dict.fromkeys(record["dtype"] for result in of_run for record in result["records"])
-        for dtype in dtypes:
-            if svg := roofline_svg(of_run, dtype):
-                parts.append(
-                    f"<figure>{svg}<figcaption>Roofline, {html.escape(dtype)}: filled ours, hollow the best other; the"
-                    " line is what a copy and a matrix product reached in the same run. Inputs that stay in a cache can"
-                    " lie above it.</figcaption></figure>"
-                )
-        for result in of_run:
-            parts.append(f"<h3>{html.escape(result['operation'])}</h3>")
-            rows = [cells(comparison)[1:] for comparison in comparisons([result])]
-            parts.append(html_table(HEADER[1:], rows, {3, 4, 6, 7, 8, 9}, mark=6))
-            parts.append(f"<details><summary>everybody</summary>{everybody(result)}</details>")
-        if reasons := not_timed(of_run):
-            items = "".join(
-                f"<li>{html.escape(f'{what}: {status}: {reason}')}</li>" for what, status, reason in reasons
-            )
-            parts.append(f"<details><summary>not timed ({len(reasons)})</summary><ul>{items}</ul></details>")
-    return "\n".join([*parts, "</body></html>\n"])
+    return render_template(
+        "benchmarks.html",
+        header=HEADER[1:],
+        everybody_header=EVERYBODY,
+        runs=[
+            {
+                "device": device,
+                "where": where(of_run, source),
+                "rooflines": [
+                    (dtype, svg)
+                    for dtype in dict.fromkeys(record["dtype"] for result in of_run for record in result["records"])
+                    if (svg := roofline_svg(of_run, dtype))
+                ],
+                "operations": [
+                    {
+                        "name": result["operation"],
+                        "rows": [cells(comparison)[1:] for comparison in comparisons([result])],
+                        "everybody": everybody(result),
+                    }
+                    for result in of_run
+                ],
+                "not_timed": not_timed(of_run),
+            }
+            for (device, source), of_run in runs.items()
+        ],
+    )
 
 
 def where(results: Sequence[dict[str, Any]], source: str) -> str:
@@ -660,22 +597,14 @@ def where(results: Sequence[dict[str, Any]], source: str) -> str:
     return "; ".join(filter(None, [*text, source]))
 
 
-def everybody(result: dict[str, Any]) -> str:
-    header = (
-        "shape",
-        "dtype",
-        "pass",
-        "provider",
-        "ms",
-        "quartiles",
-        "rate",
-        "of floor",
-        "host µs",
-        "first call s",
-        "peak",
-        "kept",
-        "error",
-    )
+EVERYBODY = (
+    "shape", "dtype", "pass", "provider", "ms", "quartiles", "rate", "of floor", "host µs", "first call s", "peak",
+    "kept", "error",
+)  # fmt: skip
+
+
+def everybody(result: dict[str, Any]) -> list[list[str]]:
+    """A row for each provider that was timed or measured, under `EVERYBODY`."""
     rows = []
     for record in result["records"]:
         if record["status"] not in ("timed", "measured"):
@@ -696,4 +625,4 @@ def everybody(result: dict[str, Any]) -> str:
             size(record.get("kept_bytes")),
             "–" if error is None else f"{error:.1e}",
         ])  # fmt: skip
-    return html_table(header, rows, {4, 5, 6, 7, 8, 9, 10, 11, 12})
+    return rows

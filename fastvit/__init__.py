@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from fastvit.attention_interface import register_attention
     from fastvit.auto import register, unregister
     from fastvit.errors import InputError
+    from fastvit.features import Features
     from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
     from fastvit.ops import backend
+    from fastvit.predictor import Prediction, Predictor
     from fastvit.quantization import quantize
     from fastvit.weights import convert
 
 _MODULE_OF = {
+    "Features": "fastvit.features",
     "InputError": "fastvit.errors",
+    "Prediction": "fastvit.predictor",
+    "Predictor": "fastvit.predictor",
     "ViTConfig": "transformers",
     "ViTForImageClassification": "fastvit.modeling",
     "ViTForMaskedImageModeling": "fastvit.modeling",
@@ -38,7 +43,10 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "Features",
     "InputError",
+    "Prediction",
+    "Predictor",
     "ViTConfig",
     "ViTForImageClassification",
     "ViTForMaskedImageModeling",

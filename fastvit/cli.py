@@ -9,9 +9,11 @@ from collections.abc import Callable
 COMMANDS = {
     "finetune": "train a ViT to tell your pictures apart",
     "sweep": "look for good options to train with",
+    "watch": "show a run of finetune while it goes on",
     "predict": "name what is in pictures",
     "evaluate": "measure a model on labelled pictures",
     "attention": "draw where the class token looks",
+    "demo": "serve a page on this machine: drop a picture, see classes and attention",
     "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
     "benchmark": "time fastvit beside its rivals on this machine",
     "info": "say which devices and versions are here, and which backend computes each operation",
@@ -57,6 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         return report_errors(lambda: sweep(rest))
     if name == "convert":
         return report_errors(lambda: convert(rest))
+    if name == "watch":
+        return report_errors(lambda: watch(rest))
+    if name == "demo":
+        return report_errors(lambda: demo(rest))
     if name == "benchmark":
         return report_errors(lambda: benchmark(rest))
     if name == "info":
@@ -77,10 +83,22 @@ def sweep(argv: list[str]) -> None:
     main(argv)
 
 
-def use_model(name: str, argv: list[str]) -> None:
+def use_model(name: str, argv: list[str]) -> int | None:
     from fastvit import predict
 
-    getattr(predict, name)(argv)
+    return getattr(predict, name)(argv)
+
+
+def watch(argv: list[str]) -> int:
+    from fastvit.watch import main
+
+    return main(argv)
+
+
+def demo(argv: list[str]) -> None:
+    from fastvit.demo import main
+
+    main(argv)
 
 
 def benchmark(argv: list[str]) -> int:

@@ -32,7 +32,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import calibration, report
+from fastvit import calibration, page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.errors import InputError
@@ -50,7 +50,8 @@ from fastvit.recipes import (
     class_weights,
     merge_adapters,
 )
-from fastvit.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss
+from fastvit.run_log import LOG_FILE
+from fastvit.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
@@ -62,10 +63,12 @@ RUN_FILES = (
     "eval_results.json",
     "examples.png",
     "folds.json",
+    LOG_FILE,
     "model.safetensors",
     "preprocessor_config.json",
     "reliability_test.png",
     "reliability_validation.png",
+    page.REPORT_FILE,
     "test_results.json",
     "train_results.json",
     "trainer_state.json",
@@ -326,7 +329,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     processor.save_pretrained(output_dir)
     print(f"example pictures: {output_dir / 'examples.png'}")
 
-    interrupt = StopOnInterrupt()
+    interrupt, log = StopOnInterrupt(), WriteLog(output_dir)
     precision = precision_of(options, model.config.hidden_size)
     trainer = RecipeTuner(
         model=model,
@@ -337,7 +340,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         data_collator=mix,
         compute_loss_func=loss_of(options, sets[TRAIN], len(images.class_names)),
         compute_metrics=accuracy,
-        callbacks=[StopOnNonFiniteLoss(), interrupt],
+        callbacks=[log, StopOnNonFiniteLoss(), interrupt],
         layer_decay=options.layer_decay,
         ema_decay=options.ema,
     )
@@ -353,14 +356,18 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
     )
     try:
-        with interrupt:
+        with log, interrupt:
             result = trainer.train(resume_from_checkpoint=True if options.resume else None)
     finally:
         progress.close()
     if interrupt.interrupted:
         print(f"stopped at step {trainer.state.global_step}; go on with the same command and --resume")
+        log.append("end", outcome="interrupted", reason="go on with --resume")
         raise KeyboardInterrupt
-    return finish(trainer, result, images, sets, options)
+    with log:
+        metrics = finish(trainer, result, images, sets, options)
+    log.append("end", outcome="finished", reason="")
+    return metrics
 
 
 def run_folds(options: argparse.Namespace) -> dict[str, float]:
@@ -407,7 +414,7 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
     trainer.flip = options.flip
 
     metrics: dict[str, float] = {}
-    reports = []
+    reports, predictions = [], {}
     temperature = 1.0
     for name, prefix in ((VALIDATION, "eval"), (TEST, "test")):
         if name not in sets:
@@ -432,6 +439,7 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
                 split_metrics[f"{prefix}_calibration_error_{title}"] = diagram.expected_calibration_error
             if trainer.is_world_process_zero():
                 report.save_image(calibration.reliability_plot(diagrams), output_dir / f"reliability_{name}.png")
+        predictions[name] = (output.label_ids, output.predictions / temperature)
         trainer.save_metrics(prefix, split_metrics)
         metrics |= split_metrics
         reports.append(f"{name}: {report.format_metrics(confusion, images.class_names)}\n")
@@ -440,9 +448,15 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
     trainer.model_card = model_card(options, images, metrics, "\n".join(reports))
     trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        shown = page.of_run(
+            options, images, sets, predictions, trainer.state, trainer.args.device, result.metrics["train_runtime"]
+        )
+        write_text(output_dir / page.REPORT_FILE, page.render(shown))
     if options.push_to_hub:
         trainer.push_to_hub()
     print(f"\nmodel, metrics and model card: {output_dir}")
+    print(f"a page to look at: {output_dir / page.REPORT_FILE}")
     print(f"try it: fastvit predict {output_dir} IMAGE")
     return metrics
 

@@ -1,4 +1,4 @@
-"""From picture files to uint8 arrays: decode, resize, cache, augment.
+"""From pictures in any form to uint8 arrays: decode, resize, cache, augment.
 
 Pictures are decoded and resized once and kept as uint8; the model normalises them on its device. Resizing is Pillow's,
 as in transformers' PIL image processors, so that a model sees the same pixels in training and in a pipeline.
@@ -13,10 +13,12 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,78 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         raise InputError(f"{name}: expected an image, found a file that is none") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{name}: cannot be decoded ({error})") from None
+
+
+# Pillow decodes a file when its pixels are first asked for; two threads must not do that to one picture, nor read one
+# file object.
+_reading = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _reading
+    _reading = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # where a thread held it, the fork has no such thread to release it
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def to_image(source: Any, name: str | None = None) -> Image.Image:
+    """An upright RGB picture from anything that holds one; raises InputError naming it (`name`, or the file).
+
+    source: a path; the bytes of a file, or an open one; a PIL image, whose EXIF orientation is applied and whose alpha
+    is dropped, as in transformers' pipelines; an array or tensor, as `array_to_image` takes it; or a function without
+    arguments that returns one of these.
+    """
+    name = name or (str(source) if isinstance(source, (str, Path)) else "image")
+    if isinstance(source, (str, Path)):
+        return decode_image(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return decode_image(bytes(source), name)
+    if isinstance(source, Image.Image):
+        try:
+            with _reading:
+                return ImageOps.exif_transpose(source).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise InputError(f"{name}: cannot be decoded ({error})") from None
+    if isinstance(source, torch.Tensor):
+        return array_to_image(source.detach().cpu().numpy(), name)
+    if isinstance(source, np.ndarray):
+        return array_to_image(source, name)
+    if hasattr(source, "read"):
+        with _reading:
+            content = source.read()
+        if not isinstance(content, bytes):
+            raise InputError(f"{name}: expected a file opened for reading bytes, read {type(content).__name__}")
+        return decode_image(content, name)
+    if callable(source):
+        return to_image(source(), name)
+    raise InputError(
+        f"{name}: expected a path, bytes, a file, a PIL image, an array or a tensor, got {type(source).__name__}"
+    )
+
+
+def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
+    """An RGB picture from [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels; alpha is dropped.
+
+    uint8, or floating between 0 and 1. Raises InputError for any other, and where either end may be the channels.
+    """
+    channels_first, channels_last = (array.ndim == 3 and array.shape[end] in (1, 3, 4) for end in (0, 2))
+    if not (array.ndim == 2 or channels_first != channels_last) or 0 in array.shape:
+        raise InputError(
+            f"{name}: expected [height, width], or with 1, 3 or 4 channels at one end, got {list(array.shape)}"
+        )
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN too
+            raise InputError(f"{name}: expected floating pixels between 0 and 1, got {array.min()} to {array.max()}")
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise InputError(f"{name}: expected uint8 or floating pixels, got {array.dtype}")
+    if channels_first:
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
 
 
 @dataclass
@@ -192,14 +266,18 @@ class ImageSet(torch.utils.data.Dataset):
         return int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
-        pixels = self.images[self.indices[item]]
-        if self.augment is not None:
-            with random_numbers_of(self.seed_of(item)):
-                pixels = self.augment(pixels)
         entry: dict[str, torch.Tensor | int] = {
-            "pixel_values": torch.from_numpy(np.array(pixels)),
+            "pixel_values": torch.from_numpy(self.pixels(item)),
             "labels": self.labels[item],
         }
         if self.with_seeds:
             entry["seed"] = self.seed_of(item)
         return entry
+
+    def pixels(self, item: int) -> np.ndarray:
+        """uint8 [H, W, 3], augmented if the set augments; its memory is nobody else's."""
+        image = self.images[self.indices[item]]
+        if self.augment is not None:
+            with random_numbers_of(self.seed_of(item)):
+                image = self.augment(image)
+        return np.array(image)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -57,10 +60,42 @@ def who_computes(operation: str, device: torch.device) -> str:
 
 def describe(device: torch.device) -> str:
     if device.type == "cpu":
-        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        return device_name(device)
     properties = torch.cuda.get_device_properties(device)
     capability = f"capability {properties.major}.{properties.minor}"
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def output_of(*command: str, cwd: Path | None = None) -> str | None:
+    """What a program printed, or None where it is missing or failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> tuple[str | None, bool]:
+    """The commit that this code is of, if that is known, and whether it is the commit without changes.
+
+    FASTVIT_COMMIT tells a copy of the tree without its history what it is a copy of.
+    """
+    here = Path(__file__).resolve().parent
+    # An installed copy may lie in a repository that is not ours.
+    tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name, cwd=here) is not None
+    found = os.environ.get("FASTVIT_COMMIT") or (output_of("git", "rev-parse", "HEAD", cwd=here) if tracked else None)
+    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here)
+    return found, found is not None and not changes
 
 
 def installed_version(name: str) -> str:

@@ -10,7 +10,8 @@ modules here hold the parameters and say in which order they meet.
 Modules and parameters carry the names that the checkpoints on the Hugging Face hub carry
 (`vit.encoder.layer.0.attention.attention.query.weight`), so weights need no renaming in either direction.
 
-Shapes: B pictures, C channels, H x W pixels, P patches, N = P + 1 tokens, D hidden size.
+Shapes: B pictures, C channels, H x W pixels, P patches, N = P + 1 tokens, D hidden size. A list of pictures that differ
+in size runs as one sequence, [1, tokens of all, D], with a `Packing` in place of an attention mask (`fastvit.packing`).
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from transformers.utils.generic import can_return_tuple
 from fastvit import ops
 from fastvit.attention_interface import register_attention
 from fastvit.errors import InputError
+from fastvit.features import Features, blocks_to_take
+from fastvit.packing import Mask, Packing, attend, class_tokens_of, pack, pictures_of
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
 
@@ -137,9 +140,18 @@ class ViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
+        self, pixel_values: Tensor | list[Tensor], bool_masked_pos: Any = None, interpolate_pos_encoding: bool = False
     ) -> Tensor:
-        """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]."""
+        """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]; a list of pictures -> [1, tokens of all, D].
+
+        bool_masked_pos: [B, P], or a list of [P].
+        """
+        if isinstance(pixel_values, Tensor):
+            return self.dropout(self.embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
+        return self.dropout(self.embed_each(pixel_values, bool_masked_pos))
+
+    def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, interpolate_pos_encoding: bool) -> Tensor:
+        """A batch of pictures of one size -> [B, N, D], before dropout."""
         image_size = self.image_size_of(pixel_values)
         pos_embed: Tensor = self.position_embeddings
         if interpolate_pos_encoding:
@@ -157,7 +169,7 @@ class ViTEmbeddings(nn.Module):
 
         projection = self.patch_embeddings.projection
         if is_plain(projection, nn.Conv2d) and not is_hooked(self.patch_embeddings):
-            embeddings = ops.patch_embed(
+            return ops.patch_embed(
                 pixel_values,
                 projection.weight,
                 projection.bias,
@@ -169,24 +181,76 @@ class ViTEmbeddings(nn.Module):
                 mask_token=self.mask_token,
                 mask=bool_masked_pos,
             )
-        else:
-            patches = self.patch_embeddings(as_float_channels_first(pixel_values, self.config, projection.weight.dtype))
-            embeddings = ops.join_tokens(
-                patches, self.cls_token, pos_embed, mask_token=self.mask_token, mask=bool_masked_pos
-            )
-        return self.dropout(embeddings)
+        patches = self.patch_embeddings(as_float_channels_first(pixel_values, self.config, projection.weight.dtype))
+        return ops.join_tokens(patches, self.cls_token, pos_embed, mask_token=self.mask_token, mask=bool_masked_pos)
 
-    def image_size_of(self, pixel_values: Tensor) -> tuple[int, int]:
-        """(height, width) of the pictures, after checking that they are pictures."""
-        channels = self.patch_embeddings.num_channels
-        if pixel_values.dim() != 4 or channels not in (pixel_values.shape[1], pixel_values.shape[3]):
+    def embed_each(self, pictures: list[Tensor], masks: list[Tensor] | None) -> Tensor:
+        """Pictures of any sizes -> [1, tokens of all, D], in their order; those of one size are embedded together."""
+        same: dict[Any, list[int]] = {}
+        for index, picture in enumerate(pictures):
+            same.setdefault((picture.shape, picture.dtype), []).append(index)
+        tokens: dict[int, Tensor] = {}
+        for indices in same.values():
+            batch = torch.stack([pictures[index] for index in indices])
+            mask = None if masks is None else torch.stack([masks[index] for index in indices])
+            embeddings = self.embed(batch, mask, interpolate_pos_encoding=True)
+            tokens.update(zip(indices, embeddings.unbind(), strict=True))
+        return torch.cat([tokens[index] for index in range(len(pictures))]).unsqueeze(0)
+
+    def collate(self, pictures: Any, masks: Any) -> tuple[Any, Any, Packing | None]:
+        """A list of pictures, and the list of their masks if any, as `forward` takes them, and how it will pack them.
+
+        Pictures of one size are stacked: they are a batch like any other and need no packing. Raises InputError for
+        what is not a list of pictures, and for masks that don't fit.
+        """
+        if not isinstance(pictures, list | tuple):
+            raise InputError(f"pixel_values: expected a tensor or a list of tensors, got {type(pictures).__name__}")
+        if not pictures:
+            raise InputError("pixel_values: expected pictures, got an empty list")
+        patches = [rows * columns for rows, columns in self.grid_of(pictures)]
+        masks = None if masks is None else flat_masks(masks, patches)
+        if len({(picture.shape, picture.dtype) for picture in pictures}) == 1:
+            return torch.stack(list(pictures)), None if masks is None else torch.stack(masks), None
+        return list(pictures), masks, pack([1 + count for count in patches], pictures[0].device)
+
+    def grid_of(self, pixel_values: Tensor | Sequence[Tensor]) -> Any:
+        """(rows, columns) of patches in the pictures of a batch; of a list, a list of them."""
+        if isinstance(pixel_values, Tensor):
+            return self.patch_embeddings.grid(self.image_size_of(pixel_values))
+        return [
+            self.patch_embeddings.grid(self.image_size_of(picture, index)) for index, picture in enumerate(pixel_values)
+        ]
+
+    def image_size_of(self, pixel_values: Tensor, index: int | None = None) -> tuple[int, int]:
+        """(height, width) of the pictures in a batch, or of picture `index` in a list, after checking what they are."""
+        name, batch, rank = ("pixel_values", "batch, ", 4) if index is None else (f"pixel_values[{index}]", "", 3)
+        channels, patch_size = self.patch_embeddings.num_channels, self.patch_embeddings.patch_size
+        if not isinstance(pixel_values, Tensor):
+            raise InputError(f"{name}: expected a tensor, got {type(pixel_values).__name__}")
+        if pixel_values.dim() != rank or channels not in (pixel_values.shape[-3], pixel_values.shape[-1]):
             raise InputError(
-                f"pixel_values: expected [batch, {channels}, height, width] or [batch, height, width, {channels}]"
+                f"{name}: expected [{batch}{channels}, height, width] or [{batch}height, width, {channels}]"
                 f" (config.num_channels is {channels}), got {list(pixel_values.shape)}"
             )
         if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
-            raise InputError(f"pixel_values: expected floating or uint8 pixels, got {pixel_values.dtype}")
-        return as_pair(pixel_values.shape[2:] if pixel_values.shape[1] == channels else pixel_values.shape[1:3])
+            raise InputError(f"{name}: expected floating or uint8 pixels, got {pixel_values.dtype}")
+        image_size = as_pair(
+            pixel_values.shape[-2:] if pixel_values.shape[-3] == channels else pixel_values.shape[-3:-1]
+        )
+        if image_size[0] < patch_size[0] or image_size[1] < patch_size[1]:
+            raise InputError(f"{name}: expected room for one patch of {patch_size}, got {image_size} (height, width)")
+        return image_size
+
+
+def flat_masks(masks: Any, patches: Sequence[int]) -> list[Tensor]:
+    """The masks of a list of pictures with so many patches, each [P] or [rows, columns], as bool [P]."""
+    if not isinstance(masks, list | tuple) or len(masks) != len(patches):
+        given = f"{type(masks).__name__} of {len(masks)}"
+        raise InputError(f"bool_masked_pos: expected a list of {len(patches)} masks, one a picture, got {given}")
+    for index, (mask, count) in enumerate(zip(masks, patches, strict=True)):
+        if mask.numel() != count:
+            raise InputError(f"bool_masked_pos[{index}]: expected {count} values, one a patch, got {mask.numel()}")
+    return [mask.flatten().bool() for mask in masks]
 
 
 def image_mean_of(config: ViTConfig) -> tuple[float, ...]:
@@ -250,20 +314,30 @@ class ViTSelfAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         output_attentions: bool = False,
         class_token_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, N, D] -> context [B, Nq, D] and, when asked for, probabilities [B, heads, Nq, N]; Nq is N, or 1."""
-        queries = hidden_states[:, :1] if class_token_only else hidden_states
+    ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
+        """[B, N, D] -> context [B, Nq, D] and, when asked for, probabilities [B, heads, Nq, N]; Nq is N, or 1.
+
+        Packed pictures: [1, N, D] -> [1, N, D], or [B, 1, D], and for each picture [heads, its tokens, its tokens].
+        """
+        if isinstance(attention_mask, Packing):
+            query, key, value = self.project(hidden_states, self.query, self.key, self.value)
+            context, probabilities = self.context_of_packed(query, key, value, attention_mask, output_attentions)
+            return class_tokens_of(context, attention_mask) if class_token_only else context, probabilities
         if class_token_only:
-            (query,) = self.project(queries, self.query)
+            (query,) = self.project(hidden_states[:, :1], self.query)
             key, value = self.project(hidden_states, self.key, self.value)
+            attention_mask = None if attention_mask is None else attention_mask[:, :, :1]
         else:
             query, key, value = self.project(hidden_states, self.query, self.key, self.value)
-        if class_token_only and attention_mask is not None:
-            attention_mask = attention_mask[:, :, :1]
+        return self.context_of(query, key, value, attention_mask, output_attentions)
 
+    def context_of(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, output_attentions: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, Nq, heads, head_dim], twice [B, N, heads, head_dim] -> context and probabilities as in `forward`."""
         dropout_p = self.dropout_prob if self.training else 0.0
         if self.config._attn_implementation == "eager":
             probabilities = ops.attention_probabilities(query, key, mask=attention_mask)
@@ -275,6 +349,18 @@ class ViTSelfAttention(nn.Module):
         if not output_attentions:
             return context, None
         return context, ops.attention_probabilities(query, key, mask=attention_mask)
+
+    def context_of_packed(
+        self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, output_attentions: bool
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """`context_of` packed pictures [1, N, heads, head_dim]: one by one only where probabilities are needed."""
+        if not output_attentions and self.config._attn_implementation != "eager":
+            dropout_p = self.dropout_prob if self.training else 0.0
+            return attend(ops.attention, query, key, value, mask=packing, dropout_p=dropout_p), None
+        parts = zip(*(pictures_of(tensor, packing) for tensor in (query, key, value)), strict=True)
+        results = [self.context_of(q[None], k[None], v[None], None, output_attentions) for q, k, v in parts]
+        contexts, probabilities = zip(*results, strict=True)
+        return torch.cat(contexts, dim=1), [maps[0] for maps in probabilities] if output_attentions else None
 
     def project(self, hidden_states: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
         """Each projection of [B, N, D] as [B, N, heads, head_dim]; where they are plain, from one matrix product.
@@ -317,10 +403,10 @@ class ViTAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         output_attentions: bool = False,
         class_token_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
         context, probabilities = self.attention(hidden_states, attention_mask, output_attentions, class_token_only)
         return self.output(context), probabilities
 
@@ -380,12 +466,13 @@ class ViTLayer(GradientCheckpointingLayer):
         self,
         hidden_states: Tensor,
         residual: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         output_attentions: bool = False,
         class_token_only: bool = False,
         carry: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """[B, N, D] -> [B, N, D], or [B, 1, D] for the class token alone; with the attention maps when asked for.
+        Packed pictures go through as [1, N, D], and become [B, 1, D] likewise.
 
         A block ends with a residual add and the next begins with a LayerNorm, which are one operation. With `carry` the
         block leaves that add to the next one: it returns its branch and its residual, and takes such a pair.
@@ -400,17 +487,15 @@ class ViTLayer(GradientCheckpointingLayer):
             residual, normed = add_and_norm(hidden_states, residual, self.layernorm_before)
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
-            residual = residual[:, :1]
-        residual, normed = add_and_norm(self.drop_path(branch), residual, self.layernorm_after)
-        branch = self.drop_path(self.feed_forward(normed))
+            residual = class_tokens_of(residual, attention_mask)
+        residual, normed = add_and_norm(self.drop_path(branch, attention_mask), residual, self.layernorm_after)
+        branch = self.drop_path(self.feed_forward(normed), attention_mask)
         if carry:
             return branch, residual
         hidden_states = branch + residual
         return hidden_states if probabilities is None else (hidden_states, probabilities)
 
-    def fused(
-        self, hidden_states: Tensor, residual: Tensor | None, attention_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def fused(self, hidden_states: Tensor, residual: Tensor | None, attention_mask: Mask) -> tuple[Tensor, Tensor]:
         """The same block as four operations, each with the LayerNorm before it: returns the branch and the residual."""
         attention, output = self.attention.attention, self.attention.output
         before, after = self.layernorm_before, self.layernorm_after
@@ -422,21 +507,29 @@ class ViTLayer(GradientCheckpointingLayer):
         else:
             residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
         dropout_p = attention.dropout_prob if self.training else 0.0
-        context = ops.attention_packed(qkv, num_heads=attention.num_heads, dropout_p=dropout_p, mask=attention_mask)
-        branch = self.drop_path(output.dropout(ops.linear(context, output.dense.weight, output.dense.bias)))
+        heads = attention.num_heads
+        context = attend(ops.attention_packed, qkv, mask=attention_mask, num_heads=heads, dropout_p=dropout_p)
+        branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
+        branch = self.drop_path(branch, attention_mask)
         norm = (after.weight, after.bias, after.eps)
         linears = (first.weight, first.bias, second.weight, second.bias)
         residual, branch = ops.add_layer_norm_feed_forward(
             branch, residual, *norm, *linears, self.intermediate.activation
         )
-        return self.drop_path(self.output.dropout(branch)), residual
+        return self.drop_path(self.output.dropout(branch), attention_mask), residual
 
-    def drop_path(self, branch: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]: zero for some pictures, larger by as much for the others; only while training."""
+    def drop_path(self, branch: Tensor, attention_mask: Mask) -> Tensor:
+        """[B, N, D] or packed [1, N, D]: zero for some pictures, larger by as much for the others; only in training."""
         if not (self.training and self.drop_path_rate):
             return branch
         kept = 1 - self.drop_path_rate
-        mask = torch.empty(len(branch), 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(kept)
+        # The last block may have computed the class tokens alone; then there is one token a picture.
+        packing = attention_mask if isinstance(attention_mask, Packing) else None
+        is_packed = packing is not None and branch.shape[1] == sum(packing.lengths)
+        count = len(packing.lengths) if packing is not None and is_packed else len(branch)
+        mask = torch.empty(count, 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(kept)
+        if packing is not None and is_packed:
+            mask = mask.repeat_interleave(packing.cu_seqlens.diff(), 0, output_size=branch.shape[1]).view(1, -1, 1)
         return branch * mask / kept  # 1 / kept is never rounded to bfloat16, which would scale every branch wrongly
 
     def is_fusable(self) -> bool:
@@ -492,25 +585,29 @@ class ViTEncoder(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         output_attentions: bool = False,
         output_hidden_states: bool | int | Sequence[int] = False,
         class_token_only: bool = False,
+        num_blocks: int | None = None,
     ) -> BaseModelOutput:
-        asked = indices_asked_for(output_hidden_states, len(self.layer) + 1)
+        if num_blocks is not None and not 0 <= num_blocks <= len(self.layer):
+            raise InputError(f"num_blocks: expected 0 to {len(self.layer)}, got {num_blocks}")
+        layers = list(self.layer)[:num_blocks]
+        asked = indices_asked_for(output_hidden_states, len(layers) + 1)
         all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
+        shorten = class_token_only and not (output_attentions or asked)
         residual = None
         # Who watches the blocks, by a hook or by asking for what they compute, sees sums. With checkpointing, what goes
         # from block to block is kept for backward: one tensor is less than two.
-        watched = bool(output_hidden_states) or output_attentions
-        watched = watched or any(is_hooked(layer) or layer.gradient_checkpointing for layer in self.layer)
-        for index, layer in enumerate(self.layer):
-            is_last = index == len(self.layer) - 1
-            carry = not (watched or is_last)
-            only_class_token = class_token_only and is_last
-            output = layer(hidden_states, residual, attention_mask, output_attentions, only_class_token, carry)
+        watched = output_attentions or any(is_hooked(layer) or layer.gradient_checkpointing for layer in layers)
+        for index, layer in enumerate(layers):
+            is_last = index == len(layers) - 1
+            carry = not (watched or is_last or index + 1 in asked)
+            output = layer(hidden_states, residual, attention_mask, output_attentions, shorten and is_last, carry)
             if carry:
                 hidden_states, residual = output
+                all_hidden_states.append(None)
                 continue
             residual = None
             if output_attentions:
@@ -519,9 +616,11 @@ class ViTEncoder(nn.Module):
             else:
                 hidden_states = output
             all_hidden_states.append(hidden_states if index + 1 in asked else None)
+        if class_token_only and not (shorten and layers):
+            hidden_states = class_tokens_of(hidden_states, attention_mask)
         return BaseModelOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
@@ -639,6 +738,57 @@ class ViTPreTrainedModel(PreTrainedModel):
             resampled = resample_position_embeddings(embeddings.position_embeddings.detach(), old_grid, new_grid)
             embeddings.position_embeddings = nn.Parameter(resampled.contiguous())
 
+    def forward_features(
+        self, pixel_values: Tensor | Sequence[Tensor], *, class_token_only: bool = False, **kwargs: Any
+    ) -> Features:
+        """The tokens after the final LayerNorm: `Features` with cls_token, patch_tokens, patch_map and mean.
+
+        pixel_values: as `ViTModel` takes them, in any size: position embeddings are interpolated. class_token_only: for
+        the cls_token alone, a block's work less. kwargs: other arguments of `ViTModel`.
+        """
+        outputs = self.base_model(
+            pixel_values, interpolate_pos_encoding=True, class_token_only=class_token_only, return_dict=True, **kwargs
+        )
+        return Features(outputs.last_hidden_state, self.base_model.embeddings.grid_of(pixel_values))
+
+    def get_intermediate_layers(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """What some blocks give, as DINOv2's method of this name: patch tokens [B, P, D] for each block asked for.
+
+        n: so many blocks, the last ones, or the rising indices of blocks; blocks after the last asked for are not
+        computed. reshape: maps [B, D, rows, columns] instead. return_class_token: pairs of these and the class token
+        [B, D]. norm: after the final LayerNorm. pixel_values: as in `forward_features`; of a list, lists of [P, D] or
+        [D, rows, columns], and class tokens [B, D].
+        """
+        model = self.base_model
+        blocks = blocks_to_take(n, len(model.encoder.layer))
+        depths = [index + 1 for index in blocks]
+        outputs = model(
+            pixel_values,
+            interpolate_pos_encoding=True,
+            output_hidden_states=depths,
+            num_blocks=depths[-1],
+            return_dict=True,
+        )
+        grid = model.embeddings.grid_of(pixel_values)
+        layers = []
+        for depth in depths:
+            tokens = outputs.hidden_states[depth]
+            if norm and depth == depths[-1]:
+                tokens = outputs.last_hidden_state
+            elif norm:
+                tokens = model.layernorm(tokens) if isinstance(tokens, Tensor) else [*map(model.layernorm, tokens)]
+            features = Features(tokens, grid)
+            patches = features.patch_map if reshape else features.patch_tokens
+            layers.append((patches, features.cls_token) if return_class_token else patches)
+        return tuple(layers)
+
 
 # The arguments of `from_pretrained` that say where a checkpoint lies.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -673,54 +823,77 @@ class ViTModel(ViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor | None = None,
-        bool_masked_pos: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         class_token_only: bool = False,
+        num_blocks: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """
         pixel_values: [B, C, H, W] or [B, H, W, C]; floating and normalised, or uint8 as decoded: the model then
-            normalises by config.image_mean and config.image_std.
+            normalises by config.image_mean and config.image_std. Or a list of such pictures without B, of any sizes:
+            what is [B, ..] here and below is then a list of tensors without B (but pooler_output is [B, D] all the
+            same), position embeddings are interpolated, and each picture's numbers are those it has alone.
         bool_masked_pos: [B, P], true where a patch is replaced by the mask token.
         interpolate_pos_encoding: take pictures of another size than config.image_size.
         attention_mask: [B, N], true (1) for tokens that may be attended to, or broadcastable to [B, heads, N, N].
         output_attentions, output_hidden_states: return the maps of every block [B, heads, N, N], and the tokens before
             and after every block [B, N, D], the last of them before the final LayerNorm. Hidden states may be asked for
             by index, one or a list; the others are then None.
-        class_token_only: return the class token alone, [B, 1, D]. The last block is then computed for it alone: exact,
-            and a block's work less. Ignored when attentions or hidden states are asked for.
+        class_token_only: return the class token alone, [B, 1, D], of a list too. The last block is then computed for it
+            alone: exact, and a block's work less; not so when attentions or hidden states are asked for.
+        num_blocks: stop after so many blocks; the final LayerNorm and the pooler follow.
         """
         if pixel_values is None:
             raise InputError("pixel_values: expected pictures, got None")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if attention_mask is not None:
-            if attention_mask.dim() == 2:
-                attention_mask = attention_mask[:, None, None, :]
-            if not attention_mask.is_floating_point():
-                attention_mask = attention_mask.bool()
+        mask: Mask = attention_mask
+        is_list = not isinstance(pixel_values, Tensor)
+        if is_list:
+            if attention_mask is not None:
+                raise InputError("attention_mask: expected None with a list of pictures, which are not padded")
+            pixel_values, bool_masked_pos, mask = self.embeddings.collate(pixel_values, bool_masked_pos)
+        elif attention_mask is not None:
+            mask = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask
+            mask = mask if mask.is_floating_point() else mask.bool()
 
-        embeddings = self.embeddings(pixel_values, bool_masked_pos, bool(interpolate_pos_encoding))
-        encoded = self.encoder(
-            embeddings,
-            attention_mask,
-            output_attentions,
-            output_hidden_states,
-            class_token_only and not (output_attentions or output_hidden_states),
-        )
-        hidden_states = encoded.last_hidden_state[:, :1] if class_token_only else encoded.last_hidden_state
-        hidden_states = self.layernorm(hidden_states)
-        return BaseModelOutputWithPooling(
+        embeddings = self.embeddings(pixel_values, bool_masked_pos, is_list or bool(interpolate_pos_encoding))
+        encoded = self.encoder(embeddings, mask, output_attentions, output_hidden_states, class_token_only, num_blocks)
+        hidden_states = self.layernorm(encoded.last_hidden_state)
+        pooler_output = None
+        if self.pooler is not None:
+            is_packed = isinstance(mask, Packing) and not class_token_only
+            pooler_output = self.pooler(class_tokens_of(hidden_states, mask) if is_packed else hidden_states)
+        outputs = BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=self.pooler(hidden_states) if self.pooler is not None else None,
+            pooler_output=pooler_output,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+        return outputs_of_list(outputs, mask, class_token_only) if is_list else outputs
+
+
+def outputs_of_list(
+    outputs: BaseModelOutputWithPooling, mask: Mask, class_token_only: bool
+) -> BaseModelOutputWithPooling:
+    """What a list of pictures, stacked or packed, gave: a list of [N, D] or [heads, N, N] in place of each tensor."""
+
+    def listed(states: Any) -> Any:
+        return pictures_of(states, mask) if isinstance(states, Tensor) else states
+
+    if not class_token_only:
+        outputs.last_hidden_state = listed(outputs.last_hidden_state)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(listed(states) for states in outputs.hidden_states)
+    if outputs.attentions is not None:
+        outputs.attentions = tuple(listed(maps) for maps in outputs.attentions)
+    return outputs
 
 
 class ViTForImageClassification(ViTPreTrainedModel):
@@ -736,7 +909,7 @@ class ViTForImageClassification(ViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
         labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
@@ -780,8 +953,8 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: Tensor | None = None,
-        bool_masked_pos: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -789,8 +962,8 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         **kwargs: Any,
     ) -> MaskedImageModelingOutput:
         """
-        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels.
-        The other arguments are those of `ViTModel`. Returns the reconstruction [B, C, H, W].
+        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels of all pictures.
+        The other arguments are those of `ViTModel`. Returns the reconstruction [B, C, H, W]; of a list, a list.
         """
         if pixel_values is None:
             raise InputError("pixel_values: expected pictures, got None")
@@ -809,20 +982,41 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        rows, columns = self.vit.embeddings.patch_embeddings.grid(self.vit.embeddings.image_size_of(pixel_values))
-        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2)  # [B, D, rows, columns]
-        reconstruction = self.decoder(patches.unflatten(2, (rows, columns)))
+        is_list = not isinstance(pixel_values, Tensor)
+        batches: list[tuple[Any, Tensor, Any]] = [(pixel_values, outputs.last_hidden_state, bool_masked_pos)]
+        if is_list:  # as many batches of one
+            masks = [None] * len(pixel_values) if bool_masked_pos is None else bool_masked_pos
+            pictures = zip(pixel_values, outputs.last_hidden_state, masks, strict=True)
+            batches = [(pixels[None], tokens[None], mask) for pixels, tokens, mask in pictures]
+        reconstructions = [self.reconstruct(tokens, pixels) for pixels, tokens, _ in batches]
 
         loss = None
         if bool_masked_pos is not None:
-            target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
-            mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
-            mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
-            error = F.l1_loss(target, reconstruction, reduction="none") * mask
-            loss = error.sum() / (mask.sum() + 1e-5) / self.config.num_channels
+            pairs = zip(batches, reconstructions, strict=True)
+            errors = [self.masked_error(result, pixels, mask) for (pixels, _, mask), result in pairs]
+            error, count = (sum(parts) for parts in zip(*errors, strict=True))
+            loss = error / (count + 1e-5) / self.config.num_channels
+        reconstruction = [result[0] for result in reconstructions] if is_list else reconstructions[0]
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def reconstruct(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
+        """The tokens [B, N, D] of these pictures -> [B, C, H, W], without the pixels left over beside whole patches."""
+        return self.decoder(tokens[:, 1:].transpose(1, 2).unflatten(2, self.vit.embeddings.grid_of(pixel_values)))
+
+    def masked_error(
+        self, reconstruction: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sum of the absolute errors of masked pixels in all channels, and the number of masked pixels."""
+        rows, columns = self.vit.embeddings.grid_of(pixel_values)
+        patch_size = as_pair(self.config.patch_size)
+        mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
+        mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
+        target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
+        target = target[:, :, : mask.shape[2], : mask.shape[3]]
+        error = F.l1_loss(target, reconstruction, reduction="none") * mask
+        return error.sum(), mask.sum()

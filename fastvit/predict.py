@@ -4,60 +4,44 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
 
-from fastvit import report
 from fastvit.calibration import reliability, temperature_of
-from fastvit.datasets import load_images
 from fastvit.errors import InputError
 from fastvit.images import decode_image
-from fastvit.loading import load_pretrained
-from fastvit.modeling import ViTForImageClassification
+from fastvit.predictor import Prediction, Predictor
 
 
-def load(model: str, device: str | None) -> tuple[ViTForImageClassification, ViTImageProcessorPil]:
-    """The model on its device, ready to predict, and its image processor."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: cannot use {device!r} ({str(error).splitlines()[0]})") from None
-    classifier = load_pretrained(model).to(device).eval()
-    try:
-        processor = ViTImageProcessorPil.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{model}: expected an image processor (preprocessor_config.json) ({error})") from None
-    return classifier, processor
+class Attended(NamedTuple):
+    """What a model makes of one picture: probabilities [C], attention maps [layers, heads, tokens, tokens], float32,
+    and the patches down and across."""
+
+    probabilities: np.ndarray
+    maps: np.ndarray
+    grid: tuple[int, int]
 
 
 @torch.inference_mode()
-def probabilities(
-    model: ViTForImageClassification, processor, images: list[Image.Image], flip: bool = False
-) -> np.ndarray:
-    """Class probabilities float32 [B, C] of upright RGB pictures, calibrated if the model is.
-
-    flip: of the mean of the logits for the picture and for its mirror image.
-    """
-    pixels = processor(images=images, return_tensors="pt").pixel_values.to(model.device)
-    logits = model(pixels).logits.float()
-    if flip:
-        logits = (logits + model(pixels.flip(-1)).logits.float()) / 2
-    return (logits / temperature_of(model.config)).softmax(dim=-1).cpu().numpy()
+def with_attention(model: Any, pixels: torch.Tensor) -> Attended:
+    """pixels: one picture, uint8 [1, height, width, 3]."""
+    output = model(pixels.to(model.device), output_attentions=True)
+    return Attended(
+        (output.logits[0].float() / temperature_of(model.config)).softmax(dim=-1).cpu().numpy(),
+        torch.cat(output.attentions).float().cpu().numpy(),
+        model.vit.embeddings.grid_of(pixels),
+    )
 
 
-def batches(items: list, size: int) -> Iterator[list]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def class_names_of(model: ViTForImageClassification) -> list[str]:
-    return [model.config.id2label[index] for index in range(model.config.num_labels)]
+def pixels_of(predictor: Predictor, picture: Image.Image) -> torch.Tensor:
+    """A picture as the predictor's model takes it, uint8 [1, height, width, 3]."""
+    return torch.from_numpy(predictor.preprocessor(picture).copy())[None]
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
@@ -73,8 +57,8 @@ def _add_flip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--flip", action="store_true", help="the mean over each picture and its mirror image")
 
 
-def predict(argv: list[str]) -> None:
-    """`fastvit predict MODEL IMAGE...`"""
+def predict(argv: list[str]) -> int:
+    """`fastvit predict MODEL IMAGE...`; returns the exit code: 2 if a picture could not be used."""
     parser = _parser("predict", "Name what is in pictures.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show")
@@ -82,25 +66,31 @@ def predict(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a picture and line")
     _add_flip(parser)
     options = parser.parse_args(argv)
-    if options.top < 1:
-        raise InputError(f"--top: expected at least 1, got {options.top}")
-    model, processor = load(options.model, options.device)
-    names = class_names_of(model)
-    for paths in batches(options.images, options.batch_size):
-        pictures = [decode_image(path) for path in paths]
-        for path, row in zip(paths, probabilities(model, processor, pictures, options.flip), strict=True):
-            best = row.argsort()[::-1][: options.top]
-            if options.json:
-                classes = [{"label": names[i], "probability": round(float(row[i]), 6)} for i in best]
+    for name in ("top", "batch_size"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    code = 0
+    given = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip}
+    with Predictor(options.model, options.device, **given) as predictor:
+        for path, result in zip(options.images, predictor.stream(options.images), strict=True):
+            if isinstance(result, InputError):
+                print(f"error: {result}", file=sys.stderr)
+                code = 2
+            elif options.json:
+                classes = [{"label": label, "probability": round(score, 6)} for label, score in result.top]
                 print(json.dumps({"image": path, "classes": classes}, ensure_ascii=False))
             else:
                 print(path)
-                for i in best:
-                    print(f"  {row[i]:7.2%}  {names[i]}")
+                for label, score in result.top:
+                    print(f"  {score:7.2%}  {label}")
+    return code
 
 
 def evaluate(argv: list[str]) -> None:
     """`fastvit evaluate MODEL --data-dir FOLDER`"""
+    from fastvit import report
+    from fastvit.datasets import load_images
+
     parser = _parser("evaluate", "Measure a model on labelled pictures.")
     parser.add_argument("--dataset", metavar="ID", help="hub data set, 'beans', or 'generated'")
     parser.add_argument("--data-dir", metavar="FOLDER", help="or a folder of pictures: [SPLIT/] CLASS/")
@@ -121,21 +111,18 @@ def evaluate(argv: list[str]) -> None:
     split_name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
     if split_name not in images.splits:
         raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {split_name!r}")
-    model, processor = load(options.model, options.device)
-    names = class_names_of(model)
-    unknown = sorted(set(images.class_names) - set(names))
-    if unknown:
-        raise InputError(f"{images.name}: the model does not know the class(es) {', '.join(unknown[:10])}")
-
-    split = images.splits[split_name]
-    labels = np.array([names.index(images.class_names[label]) for label in split.labels])
-    rows = [
-        probabilities(model, processor, [split.load(index) for index in indices], options.flip)
-        for indices in batches(list(range(len(split))), options.batch_size)
-    ]
-    predicted = np.concatenate(rows)
-    confusion = report.confusion_matrix(labels, predicted.argmax(-1), len(names))
-    error = reliability(predicted, labels).expected_calibration_error
+    with Predictor(options.model, options.device, max_batch=options.batch_size, flip=options.flip) as predictor:
+        names = predictor.class_names
+        unknown = sorted(set(images.class_names) - set(names))
+        if unknown:
+            raise InputError(f"{images.name}: the model does not know the class(es) {', '.join(unknown[:10])}")
+        split = images.splits[split_name]
+        labels = np.array([names.index(images.class_names[label]) for label in split.labels])
+        pictures = (partial(split.load, index) for index in range(len(split)))
+        results = predictor.stream(pictures, raise_errors=True)
+        probabilities = np.stack([r.probabilities for r in results if isinstance(r, Prediction)])
+    confusion = report.confusion_matrix(labels, probabilities.argmax(-1), len(names))
+    error = reliability(probabilities, labels).expected_calibration_error
     metrics = {**report.classification_metrics(confusion), "calibration_error": error}
     if options.json:
         print(json.dumps({"split": split_name, "class_names": names, **metrics, "confusion": confusion.tolist()}))
@@ -145,17 +132,16 @@ def evaluate(argv: list[str]) -> None:
         print(report.format_metrics(confusion, names))
 
 
-@torch.inference_mode()
 def attention(argv: list[str]) -> None:
     """`fastvit attention MODEL IMAGE -o map.png`"""
+    from fastvit import report
+
     parser = _parser("attention", "Draw where the class token looks: per block, and rolled out through all blocks.")
     parser.add_argument("image", metavar="IMAGE", help="picture file")
     parser.add_argument("-o", "--output", default="attention.png", metavar="FILE", help="picture to write")
     options = parser.parse_args(argv)
-    model, processor = load(options.model, options.device)
     image = decode_image(options.image)
-    pixels = processor(images=[image], return_tensors="pt").pixel_values.to(model.device)
-    maps = torch.cat(model(pixels, output_attentions=True).attentions).float().cpu().numpy()  # [layers, heads, N, N]
-    grid = model.vit.embeddings.patch_embeddings.grid(tuple(pixels.shape[2:]))
-    report.save_image(report.attention_sheet(image, maps, grid), Path(options.output))
+    with Predictor(options.model, options.device) as predictor:
+        attended = with_attention(predictor.model, pixels_of(predictor, image))
+    report.save_image(report.attention_sheet(image, attended.maps, attended.grid), Path(options.output))
     print(f"written: {options.output}")

@@ -29,6 +29,7 @@ from fastvit.modeling import (
     is_plain,
     joined,
 )
+from fastvit.packing import Mask, Packing, attend, class_tokens_of, pictures_of
 
 
 def quantize(model: ViTPreTrainedModel, kind: str) -> ViTPreTrainedModel:
@@ -148,7 +149,7 @@ class Fp8ViTLayer(nn.Module):
         self,
         hidden_states: Tensor,
         residual: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         output_attentions: bool = False,
         class_token_only: bool = False,
         carry: bool = False,
@@ -157,14 +158,17 @@ class Fp8ViTLayer(nn.Module):
         if self.training or (torch.is_grad_enabled() and hidden_states.requires_grad):
             raise InputError("model: quantised to fp8, for inference alone: call eval(), and ask for no gradients")
         residual, values, scale = normed(hidden_states, residual, self.layernorm_before)
-        query, key, value = self.heads(values, scale, class_token_only)
-        if attention_mask is not None:
+        is_packed = isinstance(attention_mask, Packing)
+        query, key, value = self.heads(values, scale, class_token_only and not is_packed)
+        if isinstance(attention_mask, Tensor):
             attention_mask = attention_mask[:, :, :1] if class_token_only else attention_mask
             attention_mask = attention_mask.to(query.dtype) if attention_mask.is_floating_point() else attention_mask
-        context = ops.attention(query, key, value, mask=attention_mask)
+        context = attend(ops.attention, query, key, value, mask=attention_mask)
+        if class_token_only:
+            residual = class_tokens_of(residual, attention_mask)
+            context = class_tokens_of(context, attention_mask)
         branch = self.projection(*ops.quantize_rows(context))
 
-        residual = residual[:, :1] if class_token_only else residual
         residual, values, scale = normed(branch, residual, self.layernorm_after)
         branch = self.feed_forward(values, scale)
         if carry:
@@ -172,6 +176,9 @@ class Fp8ViTLayer(nn.Module):
         hidden_states = branch + residual
         if not output_attentions:
             return hidden_states
+        if isinstance(attention_mask, Packing):
+            pairs = zip(pictures_of(query, attention_mask), pictures_of(key, attention_mask), strict=True)
+            return hidden_states, [ops.attention_probabilities(query[None], key[None])[0] for query, key in pairs]
         return hidden_states, ops.attention_probabilities(query, key, mask=attention_mask)
 
     def heads(self, values: Tensor, scale: Tensor, class_token_only: bool) -> tuple[Tensor, Tensor, Tensor]:

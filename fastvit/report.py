@@ -116,7 +116,7 @@ def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
     if len(class_names) != len(confusion):
         raise ValueError(f"class_names: expected {len(confusion)} names, got {len(class_names)}")
     metrics = classification_metrics(confusion)
-    names = [_ellipsis(_printable(name), NAME_COLUMNS) for name in class_names]
+    names = [_ellipsis(printable(name), NAME_COLUMNS) for name in class_names]
     summary = (
         f"accuracy {metrics['accuracy']:.4f}   macro F1 {metrics['macro_f1']:.4f}   "
         f"{confusion.sum():,} pictures, {len(names)} classes"
@@ -143,20 +143,31 @@ def _format_matrix(confusion: np.ndarray, names: Sequence[str]) -> str:
     )
 
 
-def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str:
+def worst_confusions(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """(true class, predicted class, pictures, share of the true class), the most frequent 20 confusions first."""
     errors = confusion - np.diag(np.diag(confusion))
     order = np.argsort(-errors, axis=None, kind="stable")[:WORST_CONFUSIONS]
-    pairs = [
-        (int(true), int(predicted)) for true, predicted in zip(*np.unravel_index(order, errors.shape), strict=True)
+    return [
+        (
+            int(true),
+            int(predicted),
+            int(errors[true, predicted]),
+            float(errors[true, predicted] / confusion[true].sum()),
+        )
+        for true, predicted in zip(*np.unravel_index(order, errors.shape), strict=True)
+        if errors[true, predicted] > 0
     ]
+
+
+def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str:
     rows = [
-        ["", names[true], names[predicted], str(errors[true, predicted]), f"{errors[true, predicted] / support:.1%}"]
-        for true, predicted in pairs
-        if errors[true, predicted] > 0 and (support := confusion[true].sum()) > 0
+        ["", names[true], names[predicted], str(count), f"{share:.1%}"]
+        for true, predicted, count, share in worst_confusions(confusion)
     ]
     if not rows:
         return "No picture was confused."
-    return f"Most frequent confusions ({errors.sum():,} in all)\n" + _table(
+    mistakes = confusion.sum() - np.trace(confusion)
+    return f"Most frequent confusions ({mistakes:,} in all)\n" + _table(
         ["", "true", "predicted as", "pictures", "share of class"], rows, name_columns=(1, 2)
     )
 
@@ -176,7 +187,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: t
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """One line, without control characters and halves of surrogate pairs (file names may hold both)."""
     return "".join(
         " " if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character for character in text
@@ -220,7 +231,7 @@ def _write(
     colour: tuple[int, int, int] = _INK,
 ) -> None:
     """One line of text, shortened to `width` pixels."""
-    text, font = _printable(text), _font(size)
+    text, font = printable(text), _font(size)
     if draw.textlength(text, font=font) > width:
         kept = len(text)
         while kept and draw.textlength(text[:kept] + "…", font=font) > width:
@@ -264,10 +275,10 @@ def example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 9
 
 def _fit(picture: Image.Image, side: int) -> Image.Image:
     """The whole picture in a square, on light grey."""
-    return ImageOps.pad(_as_rgb(picture), (side, side), color=(238, 238, 238))
+    return ImageOps.pad(as_rgb(picture), (side, side), color=(238, 238, 238))
 
 
-def _as_rgb(picture: Image.Image) -> Image.Image:
+def as_rgb(picture: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white."""
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
@@ -310,7 +321,7 @@ def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     anchors = np.linspace(0, 1, len(_HEAT_COLOURS))
     colours = np.stack([np.interp(enlarged, anchors, channel) for channel in _HEAT_COLOURS.T], axis=-1)
     overlay = Image.fromarray((colours + 0.5).astype(np.uint8))
-    return Image.blend(_as_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
+    return Image.blend(as_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
 
 
 def attention_rollout(attentions: np.ndarray) -> np.ndarray:
@@ -341,6 +352,21 @@ def _checked_attentions(attentions: np.ndarray) -> np.ndarray:
     return attentions
 
 
+def rollout_overlay(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The picture under a map of what the class token rests on, through all layers; arguments as `attention_sheet`."""
+    return overlay_heatmap(image, attention_rollout(_checked_grid(attentions, grid))[0, 1:].reshape(grid))
+
+
+def _checked_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    attentions = _checked_attentions(attentions)
+    rows, columns = grid
+    if attentions.shape[-1] != 1 + rows * columns:
+        raise ValueError(
+            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
+        )
+    return attentions
+
+
 def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
     """What the class token looks at: the picture, the rollout over all layers, and each layer by itself.
 
@@ -352,14 +378,8 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
     Returns:
         An RGB picture: picture and rollout on top, then the layers, six to a row, each the mean over its heads.
     """
-    attentions = _checked_attentions(attentions)
-    rows, columns = grid
-    if attentions.shape[-1] != 1 + rows * columns:
-        raise ValueError(
-            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
-        )
-    of_rollout = attention_rollout(attentions)[0, 1:].reshape(grid)
-    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, rows, columns)
+    attentions = _checked_grid(attentions, grid)
+    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, *grid)
 
     num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
     large = 2 * _LAYER_TILE + _GAP
@@ -372,9 +392,9 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
         _write(ImageDraw.Draw(sheet), (left, top), title, width=side)
         sheet.paste(_fit(picture, side), (left, top + label))
 
-    picture = ImageOps.contain(_as_rgb(image), (large, large))
+    picture = ImageOps.contain(as_rgb(image), (large, large))
     place("picture", picture, _GAP, _GAP, large)
-    place("rollout of all layers", overlay_heatmap(picture, of_rollout), _GAP + large + _GAP, _GAP, large)
+    place("rollout of all layers", rollout_overlay(picture, attentions, grid), _GAP + large + _GAP, _GAP, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         left, top = _GAP + column * step, top_of_layers + row * (label + step)
@@ -398,7 +418,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"path: expected an existing folder, {path.parent} is none")
     if image_format == "JPEG":
-        image = _as_rgb(image)  # the format has no transparency
+        image = as_rgb(image)  # the format has no transparency
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         image.save(temporary, format=image_format)

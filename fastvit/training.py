@@ -1,4 +1,5 @@
-"""What `transformers.Trainer` lacks for fine-tuning: layer-wise learning rates, stopping well, a progress bar."""
+"""What `transformers.Trainer` lacks for fine-tuning: layer-wise learning rates, stopping well, speed and memory in its
+logs, a progress bar, a log that can be read while it is written."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from fastvit import run_log
 from fastvit.errors import InputError
 
 
@@ -63,21 +66,53 @@ class StopOnInterrupt(TrainerCallback):
             control.should_training_stop = True
 
 
-class Progress(ProgressCallback):
-    """Trainer's progress bar, with the loss and images a second in it, and a line for each evaluation."""
+class Meter(TrainerCallback):
+    """Images a second since the last reading, without evaluations and checkpoints, and memory, for Trainer's logs."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.start, self.start_step = time.perf_counter(), state.global_step
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.restart(state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.restart(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.restart(state)
+
+    def restart(self, state) -> None:
+        self.start, self.start_step = time.perf_counter(), state.global_step
+
+    def read(self, args, state) -> dict[str, float]:
+        used, most = memory_bytes(args.device)
+        readings = {"memory_gib": used / 2**30, "peak_memory_gib": most / 2**30}
+        if state.global_step > self.start_step:  # else it was just restarted
+            images = (state.global_step - self.start_step) * self.images_per_step
+            readings["images_per_second"] = images / (time.perf_counter() - self.start)
+        self.restart(state)
+        return readings
+
+
+def memory_bytes(device: torch.device) -> tuple[int, int]:
+    """(now, at most since the process began): what PyTorch holds of a GPU; on other devices what the process holds."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
+    info = psutil.Process().memory_info()
+    if sys.platform == "win32":
+        return info.rss, info.peak_wset
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return info.rss, most * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+
+
+class Progress(ProgressCallback):
+    """Trainer's progress bar, with the loss and images a second in it, and a line for each evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
             return
-        if "loss" in logs:
-            speed = (state.global_step - self.start_step) * self.images_per_step / (time.perf_counter() - self.start)
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:.0f} images/s")
-            self.start, self.start_step = time.perf_counter(), state.global_step
+        if "images_per_second" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['images_per_second']:.0f} images/s")
         if "eval_accuracy" in logs:
             result = f"validation accuracy {logs['eval_accuracy']:.2%}, loss {logs['eval_loss']:.3f}"
             self.training_bar.write(f"step {state.global_step}: {result}", file=sys.stdout)
@@ -88,9 +123,45 @@ class Progress(ProgressCallback):
             if bar is not None:
                 bar.close()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        super().on_evaluate(args, state, control, **kwargs)
-        self.start, self.start_step = time.perf_counter(), state.global_step
+
+class WriteLog(TrainerCallback):
+    """Writes `log.jsonl` (`fastvit.run_log`), which `fastvit watch` reads. As a context, it logs what ends training."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.step = 0
+        self.writes = False  # one process of several does
+
+    def append(self, event: str, **values) -> None:
+        if self.writes:
+            run_log.append(self.folder, event, self.step, **values)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.writes, self.step = state.is_world_process_zero, state.global_step
+        self.append(
+            "start",
+            max_steps=state.max_steps,
+            epochs=state.num_train_epochs,
+            device=str(args.device),
+            process=run_log.this_process(),
+        )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.append("log", **logs)
+
+    def on_save(self, args, state, control, **kwargs):
+        self.append("checkpoint", checkpoint=f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            self.append("end", outcome="interrupted" if interrupted else "failed", reason=str(error))
 
 
 class FineTuner(Trainer):
@@ -102,7 +173,14 @@ class FineTuner(Trainer):
     def __init__(self, *args, layer_decay: float = 1.0, **kwargs):
         self.layer_decay = layer_decay
         self.model_card: ModelCard | None = None
+        self.meter = Meter()
         super().__init__(*args, **kwargs)
+        self.add_callback(self.meter)
+
+    def log(self, logs, *args, **kwargs) -> None:
+        if "loss" in logs:
+            logs |= self.meter.read(self.args, self.state)
+        super().log(logs, *args, **kwargs)
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.model_card is None:

@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MICRO = Shape("micro", 32, 1)
 OPERATIONS = [
     operation
-    for module in (*command.KERNELS, "bench_model")
+    for module in (*command.KERNELS, "bench_model", "bench_predictor")
     for operation in importlib.import_module(f"fastvit.benchmarks.{module}").OPERATIONS
 ]
 
@@ -142,7 +142,7 @@ def test_nothing_is_begun_after_the_deadline(operation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_our_operations_are_right_at_toy_size(dtype):
-    for operation in OPERATIONS[:-1]:  # the model is in its own tests
+    for operation in OPERATIONS[:-2]:  # the model and the predictor are in their own tests
         for shape in operation.shapes(DEVICE, quick=True):
             records = list(harness.run_case(operation, shape, dtype, Settings(DEVICE, quick=True, memory_only=True)))
             assert all(record["status"] != "wrong" for record in records), records
@@ -374,7 +374,7 @@ def test_list_names_every_operation_and_runs_nothing(capsys):
     on_gpu = capsys.readouterr().out.splitlines()
     assert "attention ViT-B/16 224, batch 256, packed qkv bfloat16" in on_gpu[: len(on_gpu) // 2]
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {*command.KERNELS, *command.MODELS, "bench_coldstart"}
+    assert files == {*command.KERNELS, *command.MODELS, "bench_predictor", "bench_coldstart"}
 
 
 @pytest.mark.parametrize(
@@ -397,23 +397,24 @@ def test_cold_start_that_fails_is_reported(monkeypatch):
     coldstart = importlib.import_module("fastvit.benchmarks.bench_coldstart")
 
     def start_once(provider, *_):
-        if provider == "transformers":
+        if provider.startswith("transformers"):
             raise RuntimeError("no")
         return dict.fromkeys(coldstart.PHASES, 0.5)
 
     monkeypatch.setattr(coldstart, "start_once", start_once)
     records = list(coldstart.run(Settings(DEVICE, quick=True), torch.float32))
-    assert len(records) == 2 * 2 * len(coldstart.PHASES)
+    assert len(records) == 4 * 2 * len(coldstart.PHASES)
     assert all(one["ms"]["median"] == 500 for one in records if one["ours"])
     assert all(one["reason"] == "RuntimeError: no" and "ms" not in one for one in records if not one["ours"])
     late = list(coldstart.run(Settings(DEVICE, quick=True, deadline=0.0), torch.float32))
     assert {one["status"] for one in late} == {"left out"}
 
 
-def test_cold_start_runs_in_a_process_of_its_own(tmp_path):
-    took = importlib.import_module("fastvit.benchmarks.bench_coldstart").start_once(
-        "fastvit", MICRO, "float32", "cpu", tmp_path
-    )
+@pytest.mark.parametrize("provider", ["fastvit", "fastvit Predictor"])
+def test_cold_start_runs_in_a_process_of_its_own(provider, tmp_path):
+    coldstart = importlib.import_module("fastvit.benchmarks.bench_coldstart")
+    coldstart.save_for_serving(MICRO, tmp_path)
+    took = coldstart.start_once(provider, MICRO, "float32", "cpu", tmp_path, tmp_path)
     assert set(took) == {"import", "make the model", "first prediction", "all"}
     assert took["all"] == pytest.approx(sum(took.values()) - took["all"])
 

@@ -21,6 +21,7 @@ import fastvit
 from fastvit import cli, leaves
 from fastvit.finetune import load_model, main
 from fastvit.options import DEFAULT_MODEL, build_parser, parse_options
+from fastvit.run_log import RunLog
 from fastvit.training import FineTuner, depth_from_top
 
 TINY = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
@@ -51,6 +52,12 @@ def make_folder(root: Path, per_class: int = 4, classes=leaves.CLASSES, size: in
             drawn = label if label in leaves.CLASSES else "healthy"
             leaves.draw_leaf(drawn, seed=seed, size=size).save(root / label / f"{seed}.png")
     return root
+
+
+def read_log(folder: Path) -> RunLog:
+    log = RunLog(folder)
+    log.read()
+    return log
 
 
 def last_line(capsys) -> str:
@@ -179,6 +186,11 @@ def test_resume_goes_on_where_the_run_stopped(tmp_path):
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 6
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    log = read_log(tmp_path / "out")
+    assert [step for step, _ in log.curve("loss")] == [1, 2, 3, 4, 5, 6] and log.end["outcome"] == "finished"
+    assert log.curve("eval_accuracy") == [
+        (entry["step"], entry["eval_accuracy"]) for entry in state["log_history"] if "eval_accuracy" in entry
+    ]
 
 
 def test_second_run_needs_overwrite_and_then_replaces_the_first(tmp_path, capsys):
@@ -214,6 +226,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
     )
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+    log = read_log(tmp_path / "out")
+    assert log.end["outcome"] == "failed" and "the loss is nan" in log.end["reason"]
+    assert log.logs[-1]["step"] == 4 and log.logs[-1]["loss"] is None
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent the POSIX way")
@@ -231,6 +246,8 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert "go on with the same command and --resume" in out
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
+    log = read_log(tmp_path / "out")
+    assert log.end["outcome"] == "interrupted" and log.checkpoints[-1]["checkpoint"] == checkpoint.name
 
 
 def test_generated_leaves_are_the_offline_default(tmp_path, capsys):

@@ -23,7 +23,8 @@ from fastvit.folds import take_fold
 from fastvit.images import Augment, ImageCache, ImageSet
 from fastvit.modeling import drop_path_rates
 from fastvit.options import parse_options
-from fastvit.predict import load, probabilities
+from fastvit.packing import pack
+from fastvit.predictor import Predictor
 from fastvit.recipes import MixPictures, RandAugment, RecipeTuner, TargetLoss, UpdateAverage, class_weights
 
 CPU = ["--data-dir", "pictures", "--image-size", "16", "--precision", "fp32", "--cpu", "--learning-rate", "1e-3"]
@@ -98,8 +99,10 @@ def plain_logits(model, pixels: torch.Tensor) -> torch.Tensor:
     return model.classifier(model.vit.layernorm(hidden)[:, 0])
 
 
-@pytest.mark.parametrize("path", ["fused", "hidden states", "hooked", "checkpointed"])
-def test_drop_path_equals_its_definition_and_so_do_gradients(path):
+@pytest.mark.parametrize("path", ["fused", "in parts", "hidden states", "hooked", "checkpointed"])
+def test_drop_path_equals_its_definition_and_so_do_gradients(path, monkeypatch):
+    if path == "fused":  # as where there are kernels, by the operations' definitions
+        monkeypatch.setattr("fastvit.ops.has_kernels", lambda tensor: True)
     model = small_model(0.6).train()
     reference = small_model(0.6).train()
     if path == "hooked":
@@ -124,10 +127,20 @@ def test_drop_path_keeps_the_expectation():
     layer = small_model(0.25, layers=1).vit.encoder.layer[0].train()
     branch = torch.ones(20000, 2, 3, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    dropped = layer.drop_path(branch).float()
+    dropped = layer.drop_path(branch, None).float()
     assert set(dropped.unique().tolist()) == {0.0, torch.tensor(4 / 3).bfloat16().item()}
     assert torch.equal(dropped.amin((1, 2)), dropped.amax((1, 2)))  # whole pictures
     assert abs(dropped.mean().item() - 1) < 4 * (0.25 / 0.75 / 20000) ** 0.5 + 2**-8  # 4 sigma, and bfloat16's rounding
+
+
+def test_drop_path_drops_whole_pictures_of_a_packed_sequence():
+    layer = small_model(0.5, layers=1).vit.encoder.layer[0].train()
+    packing = pack([2, 5, 3] * 20, torch.device("cpu"))
+    torch.manual_seed(0)
+    dropped = layer.drop_path(torch.ones(1, 200, 4), packing)
+    pictures = [picture.unique().tolist() for picture in dropped[0].split(packing.lengths)]
+    assert all(values in ([0.0], [2.0]) for values in pictures) and pictures.count([0.0]) in range(10, 51)
+    assert len(layer.drop_path(torch.ones(60, 1, 4), packing).unique()) == 2  # the class tokens alone
 
 
 def test_without_drop_path_nothing_changes_and_nothing_is_drawn():
@@ -346,13 +359,15 @@ def test_flip_and_temperature_are_what_predict_and_evaluate_use(pictures, capsys
     assert main([*SCRATCH, *SHORT, "--output-dir", "out", "--flip", "--calibrate", "--no-augment"]) == 0
     metrics, temperature = read("out/eval_results.json"), read("out/config.json")["calibration_temperature"]
     capsys.readouterr()
-    model, processor = load("out", "cpu")
+    predictor = Predictor("out", "cpu", flip=True)
+    model = predictor.model
     images = [Image.open(path).convert("RGB") for path in sorted((pictures / "validation").glob("*/*.png"))]
     pixels = torch.stack([torch.from_numpy(np.array(image.resize((16, 16), 2))) for image in images])
     with torch.no_grad():
         logits = (model(pixels).logits + model(pixels.flip(2)).logits) / 2
     expected = (logits / temperature).softmax(1).numpy()
-    np.testing.assert_allclose(probabilities(model, processor, images, flip=True), expected, atol=1e-5)
+    for answer, row in zip(predictor(images), expected, strict=True):
+        np.testing.assert_allclose(answer.probabilities, row, atol=1e-5)
     labels = torch.arange(3).repeat_interleave(3)
     assert metrics["eval_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), abs=1e-5)
     assert metrics["eval_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
@@ -364,8 +379,9 @@ def test_flip_and_temperature_are_what_predict_and_evaluate_use(pictures, capsys
     assert flipped["calibration_error"] == pytest.approx(metrics["eval_calibration_error_after"], abs=1e-5)
     assert cli.main(["predict", "out", "pictures/test/healthy/20.png", "--json", "--flip", "--device", "cpu"]) == 0
     answer = {e["label"]: e["probability"] for e in json.loads(capsys.readouterr().out)["classes"]}
-    picture = [Image.open("pictures/test/healthy/20.png").convert("RGB")]
-    assert answer["healthy"] == pytest.approx(probabilities(model, processor, picture, flip=True)[0, 2], abs=1e-5)
+    shown = predictor("pictures/test/healthy/20.png")
+    assert answer["healthy"] == pytest.approx(shown.probabilities[2], abs=1e-5)
+    predictor.close()
     for split in ("validation", "test"):
         assert Image.open(f"out/reliability_{split}.png").size[0] > 600
 

@@ -1,0 +1,193 @@
+"""Line charts and axes as SVG, for pages that need nothing but themselves.
+
+Colours, line widths and type are the style sheet's (`templates/base.html`), so that charts follow light and dark mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from markupsafe import Markup
+
+MAX_POINTS = 400  # of a line; of more, neighbours are averaged
+
+Points = Sequence[tuple[float, float]]
+
+
+class Series(NamedTuple):
+    """name: in the legend; points: (x, y) by growing x; kind: the CSS class, first or second; dots: mark each point."""
+
+    name: str
+    points: Points
+    kind: str = "first"
+    dots: bool = False
+
+
+class Axes:
+    """Places values in a drawing of width x height and draws the grid behind them.
+
+    x, y: (lowest, highest) value shown, to which ticks are added: rounded outwards to a tick, or to a power of ten for
+    `log`.
+    """
+
+    def __init__(
+        self,
+        x: tuple[float, float],
+        y: tuple[float, float],
+        *,
+        width: int,
+        height: int,
+        left: int = 52,
+        bottom: int = 44,
+        log: bool = False,
+        round_x: bool = True,
+    ):
+        self.width, self.height, self.left, self.bottom, self.right, self.top = width, height, left, bottom, 20, 20
+        self.log = log
+        self.x_ticks = powers_of_ten(*x) if log else round_ticks(*x)
+        self.y_ticks = powers_of_ten(*y) if log else round_ticks(*y)
+        self.x_range = (self.x_ticks[0], self.x_ticks[-1]) if round_x else x
+        self.y_range = (self.y_ticks[0], self.y_ticks[-1])
+
+    def _share(self, value: float, bounds: tuple[float, float]) -> float:
+        low, high = bounds
+        if self.log:
+            value, low, high = math.log10(value), math.log10(low), math.log10(high)
+        return (value - low) / (high - low)
+
+    def x(self, value: float) -> float:
+        return self.left + self._share(value, self.x_range) * (self.width - self.left - self.right)
+
+    def y(self, value: float) -> float:
+        return self.height - self.bottom - self._share(value, self.y_range) * (self.height - self.top - self.bottom)
+
+    def frame(self, x_label: str, y_label: str, y_text: Callable[[float], str] = "{:g}".format) -> Markup:
+        """Grid lines, the numbers beside them, and what the axes mean."""
+        floor = self.height - self.bottom
+        parts = []
+        for tick in self.x_ticks:
+            if not self.x_range[0] <= tick <= self.x_range[1]:
+                continue
+            at = self.x(tick)
+            if self.log:
+                parts.append(Markup('<path class="grid" d="M{:.1f} {}V{}"/>').format(at, self.top, floor))
+            parts.append(
+                Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(at, floor + 17, thousands(tick))
+            )
+        for tick in self.y_ticks:
+            at = self.y(tick)
+            parts.append(
+                Markup('<path class="grid" d="M{} {:.1f}H{}"/>').format(self.left, at, self.width - self.right)
+            )
+            parts.append(
+                Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
+                    self.left - 7, at + 4, y_text(tick)
+                )
+            )
+        parts.append(
+            Markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                (self.left + self.width - self.right) / 2, self.height - 6, x_label
+            )
+        )
+        parts.append(
+            Markup(
+                '<text class="axis" transform="translate(12 {:.1f}) rotate(-90)" text-anchor="middle">{}</text>'
+            ).format((self.top + floor) / 2, y_label)
+        )
+        return Markup("").join(parts)
+
+
+def line_chart(
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str,
+    y_label: str = "",
+    from_zero: bool = True,
+    y_text: Callable[[float], str] = "{:g}".format,
+    mark: tuple[float, str] | None = None,
+) -> Markup:
+    """Lines over one x axis; empty if no series has a point.
+
+    y_text writes a value; mark is an x that gets a vertical line and a word. What the chart shows is also said in
+    words, for those who cannot see it.
+    """
+    series = [one for one in series if one.points]
+    if not series:
+        return Markup("")
+    xs = [x for one in series for x, _ in one.points]
+    ys = [y for one in series for _, y in one.points]
+    lowest, highest = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
+    axes = Axes((min(0.0, *xs), max(xs)), (lowest, highest), width=360, height=236, round_x=False)
+    says = "; ".join(in_words(one, x_label, y_text) for one in series)
+    parts = [
+        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+            axes.width, axes.height, f"{title}. {says}."
+        ),
+        axes.frame(x_label, y_label, y_text),
+    ]
+    if mark is not None:
+        at = axes.x(mark[0])
+        anchor, shift = ("end", 4) if at > axes.width / 2 else ("start", -4)
+        parts.append(
+            Markup(
+                '<path class="mark" d="M{0:.1f} {1}V{2}"/><text x="{3:.1f}" y="{4}" text-anchor="{5}">{6}</text>'
+            ).format(at, axes.top, axes.height - axes.bottom, at + shift, axes.top - 6, anchor, mark[1])
+        )
+    for one in series:
+        places = [(axes.x(x), axes.y(y)) for x, y in thinned(one.points)]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        parts.append(Markup('<path class="line {}" d="{}"/>').format(one.kind, path))
+        if one.dots or len(places) == 1:
+            parts += [
+                Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(one.kind, *p) for p in places
+            ]
+    parts.append(Markup("</svg>"))
+    return Markup("").join(parts)
+
+
+def in_words(series: Series, x_label: str, y_text: Callable[[float], str]) -> str:
+    """Where a line begins and ends, and its extremes."""
+    (first_x, first), (last_x, last) = series.points[0], series.points[-1]
+    if len(series.points) == 1:
+        return f"{series.name}: {y_text(first)} at {x_label} {first_x:g}"
+    low_x, low = min(series.points, key=lambda point: point[1])
+    high_x, high = max(series.points, key=lambda point: point[1])
+    return (
+        f"{series.name}: from {y_text(first)} at {x_label} {first_x:g} to {y_text(last)} at {x_label} {last_x:g},"
+        f" lowest {y_text(low)} at {low_x:g}, highest {y_text(high)} at {high_x:g}"
+    )
+
+
+def thinned(points: Points, count: int = MAX_POINTS) -> Points:
+    """At most `count` points: means of neighbours, as many of them together as it takes."""
+    if len(points) <= count:
+        return points
+    edges = [round(index * len(points) / count) for index in range(count + 1)]
+    groups = [points[start:end] for start, end in pairwise(edges)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` + 1 round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        high = low + (abs(low) or 1.0) * 0.1
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def powers_of_ten(low: float, high: float) -> list[float]:
+    return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high * 1.01)) + 1)]
+
+
+def thousands(value: float) -> str:
+    """1500 as 1,500 and 20000 as 20k; small numbers as they are."""
+    if abs(value) >= 10_000 and value % 100 == 0:
+        return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

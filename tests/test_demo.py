@@ -1,0 +1,149 @@
+"""The page that `fastvit demo` serves: what it answers, to whom, and that it asks nobody anything."""
+
+import importlib.util
+import json
+import re
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import Browser, browser  # noqa: F401
+from PIL import Image
+from transformers import ViTConfig, ViTImageProcessorPil
+
+import fastvit
+from fastvit import cli, demo, leaves
+from fastvit.predictor import Predictor
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
+NAMES = ["angular_leaf_spot", "<img src=x onerror=alert(1)>", "healthy"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8,
+        id2label=dict(enumerate(NAMES)), label2id={name: index for index, name in enumerate(NAMES)},
+    )  # fmt: skip
+    fastvit.ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked_for():
+    """The addresses that this process connects to, by the audit of its sockets."""
+    addresses: list[str] = []
+    over = False
+
+    def note(event, arguments):
+        if over:
+            return
+        if event == "socket.connect" and isinstance(arguments[1], tuple):
+            addresses.append(str(arguments[1][0]))
+        elif event == "socket.getaddrinfo":
+            addresses.append(str(arguments[0]))
+
+    sys.addaudithook(note)
+    yield addresses
+    over = True  # a hook cannot be taken back
+
+
+@pytest.fixture(scope="module")
+def url(model, asked_for, tmp_path_factory):
+    """The demo, served on loopback for as long as this file's tests run."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        page = demo.demo_page(str(model), "cpu")
+        try:
+            yield demo.serve(page)
+        finally:
+            page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "leaf.png"
+    leaves.draw_leaf("healthy", seed=3, size=48).save(path)
+    return path
+
+
+@needs_gradio
+def test_answers_are_those_of_predict_with_a_map_of_attention(url, model, picture):
+    from gradio_client import Client, handle_file
+
+    client = Client(url, verbose=False)
+    answer, attention = client.predict(handle_file(str(picture)), api_name="/predict")
+    found = {entry["label"]: entry["confidence"] for entry in answer["confidences"]}
+    with Predictor(model, "cpu") as predictor:
+        expected = predictor(picture).probabilities
+    assert found == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-5)
+    shown = np.asarray(Image.open(attention).convert("RGB")).astype(int)
+    assert shown.shape == (demo.SHOWN_SIDE, demo.SHOWN_SIDE, 3) and shown.std() > 5
+
+
+@needs_gradio
+def test_file_that_is_no_picture_is_said_to_be_none(url, tmp_path):
+    from gradio_client import Client, handle_file
+
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(Exception, match="The file: expected an image, found a file that is none"):
+        Client(url, verbose=False).predict(handle_file(str(tmp_path / "bad.png")), api_name="/predict")
+
+
+@needs_gradio
+def test_page_is_served_to_this_machine_alone_and_asks_nobody(url, asked_for):
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
+    html = urllib.request.urlopen(url).read().decode()
+    assert "fastvit" in html and "fonts.googleapis" not in html
+    assert json.load(urllib.request.urlopen(f"{url}config"))["analytics_enabled"] is False
+    port = int(url.rsplit(":", 1)[1].rstrip("/"))
+    others = {entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None)} - {
+        "127.0.0.1",
+        "127.0.1.1",
+        "::1",
+    }
+    for address in others:
+        with pytest.raises(OSError):
+            socket.create_connection((address, port), timeout=2).close()
+    assert "127.0.0.1" in asked_for
+    assert {one for one in asked_for if one not in {"127.0.0.1", "localhost", *others, socket.gethostname()}} == set()
+
+
+@needs_gradio
+def test_dropped_picture_is_named_in_a_browser_without_a_network(browser: Browser, url, picture):  # noqa: F811
+    browser.open(url)
+    browser.driver.implicitly_wait(20)
+    browser.driver.find_element("css selector", "input[type=file]").send_keys(str(picture))
+    label = browser.driver.find_element("css selector", "[data-testid=label-output-value], .output-class")
+    assert label.text in NAMES
+    assert browser.driver.find_element("css selector", "[data-testid=detailed-image], .image-frame img")
+    asked = browser.requests()
+    assert asked and all(one.startswith((url, "blob:", "ws://127.0.0.1")) for one in asked)
+
+
+def test_missing_gradio_is_one_clear_line(model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert cli.main(["demo", str(model)]) == 2
+    assert capsys.readouterr().err == ('error: demo: expected Gradio to be installed: pip install "fastvit[demo]"\n')
+
+
+@needs_gradio
+def test_port_that_is_taken_is_one_clear_line(model, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert cli.main(["demo", str(model), "--device", "cpu", "--port", str(port)]) == 2
+    assert f"error: --host, --port: cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "70000"])
+def test_impossible_port_is_one_clear_line(port, model, capsys):
+    assert cli.main(["demo", str(model), "--port", port]) == 2
+    assert capsys.readouterr().err == f"error: --port: expected 1 to 65535, got {port}\n"

@@ -1,0 +1,185 @@
+"""Features and intermediate layers are the hidden states under other names, and no more is computed than was asked."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from test_mixed_sizes import CONFIG, DEVICE, pictures, small
+from test_modeling import pair, relative_error
+from torch import Tensor
+
+import fastvit
+
+MODELS = [fastvit.ViTModel, fastvit.ViTForImageClassification, fastvit.ViTForMaskedImageModeling]
+SIZES = [(32, 32), (16, 40), (37, 21)]
+GRIDS = [(4, 4), (2, 5), (4, 2)]
+WIDTH, BLOCKS = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
+
+
+def batch(size=(24, 40)) -> Tensor:
+    return torch.stack(pictures([size, size]))
+
+
+def blocks_run(model, function) -> list[int]:
+    """The shapes of what each block that `function` makes the model compute returns."""
+    shapes, hooks = [], []
+    for layer in model.base_model.encoder.layer:
+        hooks.append(layer.register_forward_hook(lambda module, inputs, output: shapes.append(output.shape[1])))
+    function()
+    for hook in hooks:
+        hook.remove()
+    return shapes
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_features_are_the_tokens_of_the_backbone(model_class):
+    model = small(model_class).eval()
+    features = model.forward_features(batch())
+    tokens = model.base_model(batch(), interpolate_pos_encoding=True).last_hidden_state
+    assert isinstance(features, fastvit.Features) and features.grid == (3, 5)
+    assert torch.equal(features.tokens, tokens)
+    assert torch.equal(features.cls_token, tokens[:, 0])
+    assert torch.equal(features.patch_tokens, tokens[:, 1:])
+    assert torch.equal(features.mean, tokens[:, 1:].mean(1))
+    assert features.patch_map.shape == (2, WIDTH, 3, 5)
+    for row in range(3):
+        for column in range(5):
+            assert torch.equal(features.patch_map[:, :, row, column], tokens[:, 1 + row * 5 + column])
+
+
+def test_features_of_a_list():
+    model = small(fastvit.ViTForImageClassification).eval()
+    features = model.forward_features(pictures(SIZES))
+    assert features.grid == GRIDS
+    assert features.cls_token.shape == features.mean.shape == (3, WIDTH)
+    for index, picture in enumerate(pictures(SIZES)):
+        own = model.forward_features(picture[None])
+        for name in ("tokens", "patch_tokens", "patch_map", "cls_token", "mean"):
+            found, expected = getattr(features, name)[index], getattr(own, name)[0]
+            assert found.shape == expected.shape and relative_error(found, expected) < 1e-5, name
+        assert relative_error(model.classifier(features.cls_token)[index], model(pictures(SIZES)).logits[index]) < 1e-5
+
+
+@pytest.mark.parametrize("given", [batch(), pictures(SIZES)], ids=["batch", "list"])
+def test_the_class_token_alone_costs_no_whole_last_block(given):
+    model = small(fastvit.ViTModel).eval()
+    whole = model.forward_features(given)
+    found = []
+    shapes = blocks_run(model, lambda: found.append(model.forward_features(given, class_token_only=True)))
+    assert len(shapes) == BLOCKS and shapes[-1] == 1 and min(shapes[:-1]) > 1
+    assert relative_error(found[0].cls_token, whole.cls_token) < 1e-5
+    for name in ("patch_tokens", "patch_map", "mean"):
+        with pytest.raises(fastvit.InputError, match="expected patch tokens, got the class token alone"):
+            getattr(found[0], name)
+
+
+def test_other_arguments_of_the_model_are_passed_on():
+    model = small(fastvit.ViTForMaskedImageModeling).eval()
+    with torch.no_grad():
+        model.vit.embeddings.mask_token.fill_(0.5)
+    mask = torch.ones(2, 15, dtype=torch.bool, device=DEVICE)
+    masked = model.forward_features(batch(), bool_masked_pos=mask)
+    expected = model.vit(batch(), bool_masked_pos=mask, interpolate_pos_encoding=True).last_hidden_state
+    assert torch.equal(masked.tokens, expected)
+
+
+def test_intermediate_layers_equal_transformers_hidden_states(tmp_path):
+    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
+    pixels = torch.stack([picture.cpu() for picture in pictures([(32, 32)] * 2)])
+    states = theirs(pixels, output_hidden_states=True).hidden_states
+    assert isinstance(theirs, transformers.ViTForImageClassification) and len(states) == 4
+    for norm in (True, False):
+        found = ours.get_intermediate_layers(pixels, n=3, return_class_token=True, norm=norm)
+        assert len(found) == 3
+        for (patches, class_token), state in zip(found, states[1:], strict=True):
+            expected = theirs.vit.layernorm(state) if norm else state
+            assert relative_error(patches, expected[:, 1:]) < 1e-5
+            assert relative_error(class_token, expected[:, 0]) < 1e-5
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("given", [batch(), pictures(SIZES)], ids=["batch", "list"])
+def test_every_form_of_intermediate_layers(given, norm):
+    model = small(fastvit.ViTModel).eval()
+    states = model(given, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+    grids = GRIDS if isinstance(given, list) else [(3, 5)] * 2
+    for n, depths in ((1, [3]), (2, [2, 3]), ([0], [1]), ([0, 2], [1, 3]), ((-3, -2), [1, 2])):
+        maps = model.get_intermediate_layers(given, n, reshape=True, return_class_token=True, norm=norm)
+        flat = model.get_intermediate_layers(given, n, norm=norm)
+        assert isinstance(flat, tuple) and len(maps) == len(flat) == len(depths)
+        for (patch_map, class_token), patches, depth in zip(maps, flat, depths, strict=True):
+            assert class_token.shape == (len(grids), WIDTH)
+            for index, grid in enumerate(grids):
+                expected = model.layernorm(states[depth][index]) if norm else states[depth][index]
+                assert relative_error(class_token[index], expected[0]) < 1e-5
+                assert relative_error(patches[index], expected[1:]) < 1e-5
+                assert patch_map[index].shape == (WIDTH, *grid)
+                assert relative_error(patch_map[index].flatten(1).t(), expected[1:]) < 1e-5
+
+
+def test_blocks_after_the_last_asked_for_are_not_computed():
+    model = small(fastvit.ViTForImageClassification).eval()
+    for n, count in (([0], 1), ([0, 1], 2), (1, BLOCKS)):
+        assert len(blocks_run(model, lambda n=n: model.get_intermediate_layers(batch(), n))) == count
+    assert blocks_run(model, lambda: model.vit(batch(), interpolate_pos_encoding=True, num_blocks=2)) == [16, 16]
+
+
+def test_gradients_flow_through_features():
+    model = small(fastvit.ViTForImageClassification)
+    for given in (batch(), pictures(SIZES)):
+        features = model.forward_features(given)
+        (first,) = model.get_intermediate_layers(given, [0], return_class_token=True)
+        (features.mean.square().sum() + features.cls_token.square().sum() + first[1].square().sum()).backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert all((gradient is None) == name.startswith("classifier") for name, gradient in gradients.items())
+        model.zero_grad()
+
+
+def test_the_page_about_features_runs(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "features.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert len(snippets) == 5 and "[2, 192, 14, 14]" in capsys.readouterr().out
+    rows = [{"pixel_values": names["pictures"][0], "labels": 1}, {"pixel_values": names["pictures"][1], "labels": 0}]
+    assert names["model"](**names["collate"](rows)).logits.shape == (2, 3)
+    assert [list(tokens.shape) for tokens in names["backbone"].last_hidden_state] == [[197, 192], [161, 192], [37, 192]]
+
+
+def test_one_hidden_state_is_the_same_whatever_else_is_asked_for():
+    """A block that nobody watches leaves its residual add to the next; the one asked for returns the sum."""
+    model = small(fastvit.ViTModel).eval()
+    pixels = batch((32, 32))
+    every = model(pixels, output_hidden_states=True)
+    for index in range(BLOCKS + 1):
+        one = model(pixels, output_hidden_states=index if index == 0 else [index])
+        torch.testing.assert_close(one.hidden_states[index], every.hidden_states[index])
+        torch.testing.assert_close(one.last_hidden_state, every.last_hidden_state)
+        assert [state is not None for state in one.hidden_states] == [i == index for i in range(BLOCKS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("n", "message"),
+    [
+        (0, "n: expected 1 to 3 blocks, got 0"),
+        (4, "n: expected 1 to 3 blocks, got 4"),
+        ([], "n: expected rising indices of 3 blocks, from 0 to 2, got []"),
+        ([3], "got [3]"),
+        ([-4], "got [-4]"),
+        ([1, 0], "got [1, 0]"),
+        ([2, -1], "got [2, -1]"),
+    ],
+)
+def test_wrong_layers_are_named(n, message):
+    with pytest.raises(fastvit.InputError) as error:
+        small(fastvit.ViTModel).get_intermediate_layers(batch(), n)
+    assert message in str(error.value)
+
+
+def test_wrong_numbers_of_blocks_are_named():
+    for count in (-1, 4):
+        with pytest.raises(fastvit.InputError, match=f"num_blocks: expected 0 to 3, got {count}"):
+            small(fastvit.ViTModel)(batch((32, 32)), num_blocks=count)

@@ -1,0 +1,390 @@
+"""A list of pictures of different sizes gives what each of them gives alone: outputs, losses, gradients."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_modeling import randomise, relative_error
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ViTConfig
+
+import fastvit
+from fastvit import modeling, ops, reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(ops.why_not_triton_anywhere() is not None, reason="Triton is not installed")
+CONFIG = {
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 96,
+    "num_labels": 5,
+    "image_size": 32,
+    "patch_size": 8,
+}
+# The config's size twice and not side by side, one patch, wide, high, and sizes with pixels left over.
+SIZES = [(32, 32), (16, 40), (8, 8), (37, 21), (32, 32), (9, 60)]
+# Kernels are interpreted where there is no GPU: as little as shows a difference.
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TINY_SIZES = [(24, 32), (8, 17), (16, 16)]
+LABELS = torch.tensor([0, 1, 2, 3, 4, 1], device=DEVICE)
+
+
+def small(model_class, **config) -> nn.Module:
+    torch.manual_seed(0)
+    model = model_class(ViTConfig(**{**CONFIG, **config})).to(DEVICE)
+    randomise(model)
+    return model
+
+
+def pictures(sizes=SIZES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, *size, generator=generator).to(DEVICE) for size in sizes]
+
+
+def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    names = [name for name, _ in model.named_parameters()]
+    gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        if name.endswith("key.bias"):  # zero in theory, as softmax does not see a shift: both are rounding noise
+            assert found[name].abs().max() < 1e-5
+        else:
+            assert relative_error(found[name], gradient) < tolerance, name
+
+
+def alone(model: nn.Module, picture: Tensor, **options):
+    return model(picture[None], interpolate_pos_encoding=True, **options)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_classifier_and_every_gradient_equal_each_picture_alone(attn_implementation):
+    model = small(fastvit.ViTForImageClassification, attn_implementation=attn_implementation)
+    outputs = model(pictures(), labels=LABELS)
+    logits = torch.cat([alone(model, picture).logits for picture in pictures()])
+    loss = F.cross_entropy(logits, LABELS)
+    assert relative_error(outputs.logits, logits) < 1e-5
+    assert relative_error(outputs.loss, loss) < 1e-5
+    assert_same_gradients(gradients_of(model, outputs.loss), gradients_of(model, loss))
+
+
+@needs_triton
+def test_kernels_give_what_each_picture_gives_alone():
+    """Outputs and gradients of the packed kernels beside plain PyTorch on one picture after the other."""
+    model, given = small(fastvit.ViTForImageClassification, **TINY), pictures(TINY_SIZES)
+    with fastvit.backend("triton"):
+        found = model(given, labels=LABELS[:3])
+        found_gradients = gradients_of(model, found.loss)
+    with fastvit.backend("reference"):
+        logits = torch.cat([alone(model, picture).logits for picture in given])
+    assert relative_error(found.logits, logits) < 1e-5
+    assert_same_gradients(found_gradients, gradients_of(model, F.cross_entropy(logits, LABELS[:3])))
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_backbone_gives_the_tokens_of_each_picture(attn_implementation):
+    model = small(fastvit.ViTModel, attn_implementation=attn_implementation).eval()
+    with torch.no_grad():
+        outputs = model(pictures(), output_hidden_states=True, output_attentions=True)
+        plain = model(pictures())
+        class_tokens = model(pictures(), class_token_only=True)
+        for index, picture in enumerate(pictures()):
+            expected = alone(model, picture, output_hidden_states=True, output_attentions=True)
+            for found in (outputs, plain):
+                assert found.last_hidden_state[index].shape == expected.last_hidden_state[0].shape
+                assert relative_error(found.last_hidden_state[index], expected.last_hidden_state[0]) < 1e-5
+                assert relative_error(found.pooler_output[index], expected.pooler_output[0]) < 1e-5
+            assert relative_error(class_tokens.last_hidden_state[index], expected.last_hidden_state[0, :1]) < 1e-5
+            assert relative_error(class_tokens.pooler_output[index], expected.pooler_output[0]) < 1e-5
+            for field in ("hidden_states", "attentions"):
+                assert len(outputs[field]) == len(expected[field])
+                for found, states in zip(outputs[field], expected[field], strict=True):
+                    assert found[index].shape == states[0].shape
+                    assert relative_error(found[index], states[0]) < 1e-5
+    assert plain.hidden_states is None and plain.attentions is None
+
+
+def test_hidden_states_by_index_are_lists_too():
+    model = small(fastvit.ViTModel).eval()
+    every = model(pictures(), output_hidden_states=True).hidden_states
+    some = model(pictures(), output_hidden_states=[1, -1]).hidden_states
+    assert [states is None for states in some] == [True, False, True, False]
+    for found, expected in zip(some[1] + some[3], every[1] + every[3], strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_gradients_reach_every_output_of_the_backbone():
+    model = small(fastvit.ViTModel)
+    outputs = model(pictures(), output_hidden_states=[2])
+    found = sum(own.square().mean() for own in (*outputs.last_hidden_state, *outputs.hidden_states[2]))
+    expected = 0
+    for index, picture in enumerate(pictures()):
+        own = alone(model, picture, output_hidden_states=[2])
+        expected += own.last_hidden_state.square().mean() + own.hidden_states[2].square().mean()
+        expected += own.pooler_output[0, index]
+        found += outputs.pooler_output[index, index]
+    assert_same_gradients(gradients_of(model, found), gradients_of(model, expected))
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_the_last_block_runs_for_class_tokens_alone(attn_implementation):
+    model = small(fastvit.ViTForImageClassification, attn_implementation=attn_implementation)
+    whole = model(pictures(), labels=LABELS, output_hidden_states=True)
+    seen = []
+    hook = model.vit.encoder.layer[-1].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    short = model(pictures(), labels=LABELS)
+    hook.remove()
+    assert seen == [(len(SIZES), 1, CONFIG["hidden_size"])]
+    assert relative_error(short.logits, whole.logits) < 1e-5
+    assert_same_gradients(gradients_of(model, short.loss), gradients_of(model, whole.loss))
+
+
+def test_patches_that_are_not_square():
+    model = small(fastvit.ViTForImageClassification, patch_size=[8, 4], image_size=[24, 16]).eval()
+    sizes = [(24, 16), (16, 24), (8, 4), (31, 19)]
+    expected = torch.cat([alone(model, picture).logits for picture in pictures(sizes)])
+    assert relative_error(model(pictures(sizes)).logits, expected) < 1e-5
+
+
+def test_layouts_and_dtypes_may_differ_from_picture_to_picture():
+    model = small(fastvit.ViTForImageClassification).eval()
+    raw = torch.randint(0, 256, (3, 24, 40), dtype=torch.uint8, device=DEVICE)
+    floating = (raw / 255 - 0.5) / 0.5
+    as_read = raw.permute(1, 2, 0).contiguous()
+    given = [raw, as_read, floating, floating.permute(1, 2, 0), raw[:, :16]]
+    expected = torch.cat([alone(model, floating).logits, alone(model, floating[:, :16]).logits])
+    assert relative_error(model(given).logits, expected[[0, 0, 0, 0, 1]]) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_pictures_of_one_size_are_stacked(count, monkeypatch):
+    monkeypatch.setattr(modeling, "pack", lambda *arguments: pytest.fail("a batch like any other needs no packing"))
+    model = small(fastvit.ViTModel).eval()
+    batch = torch.stack(pictures([(24, 40)] * count))
+    found = model(tuple(batch), output_hidden_states=True, output_attentions=True)
+    expected = model(batch, interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True)
+    assert torch.equal(torch.stack(found.last_hidden_state), expected.last_hidden_state)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+    for field in ("hidden_states", "attentions"):
+        for states, own in zip(found[field], expected[field], strict=True):
+            assert isinstance(states, list) and torch.equal(torch.stack(states), own)
+
+
+def test_pictures_of_the_configs_size_need_no_interpolation_to_be_equal():
+    model = small(fastvit.ViTForImageClassification).eval()
+    batch = torch.stack(pictures([(32, 32)] * 3))
+    assert torch.equal(model(list(batch)).logits, model(batch).logits)
+
+
+def test_masked_image_modeling_of_any_sizes():
+    model = small(fastvit.ViTForMaskedImageModeling, encoder_stride=8)
+    generator = torch.Generator().manual_seed(3)
+    grids = [(height // 8, width // 8) for height, width in SIZES]
+    masks = [(torch.rand(grid, generator=generator) < 0.6).to(DEVICE) for grid in grids]  # [rows, columns], or flat
+    masks[1] = masks[1].flatten()
+    found = model(pictures(), bool_masked_pos=masks)
+    error = count = 0
+    for index, (picture, mask, grid) in enumerate(zip(pictures(), masks, grids, strict=True)):
+        own = alone(model, picture, bool_masked_pos=mask.flatten()[None])
+        assert found.reconstruction[index].shape == (3, grid[0] * 8, grid[1] * 8)
+        assert relative_error(found.reconstruction[index], own.reconstruction[0]) < 1e-5
+        masked = mask.sum() * 64
+        error, count = error + own.loss * (masked + 1e-5), count + masked
+    expected = error / (count + 1e-5)  # of all masked pixels, as for a batch
+    assert relative_error(found.loss, expected) < 1e-5
+    assert_same_gradients(gradients_of(model, found.loss), gradients_of(model, expected))
+    assert model(pictures()).loss is None
+
+
+def test_dropout_acts_in_training_only():
+    for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        model = small(fastvit.ViTForImageClassification, **{option: 0.5})
+        torch.manual_seed(0)
+        assert relative_error(model(pictures()).logits, model(pictures()).logits) > 1e-3, option
+        model.eval()
+        assert torch.equal(model(pictures()).logits, model(pictures()).logits)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method's name changes from transformers 5.2x on
+def test_gradient_checkpointing_changes_nothing(use_reentrant):
+    model = small(fastvit.ViTForImageClassification).train()
+    expected = gradients_of(model, model(pictures(), labels=LABELS).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.zero_grad()
+    model(pictures(), labels=LABELS).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+
+
+def test_autocast_is_as_accurate_as_each_picture_alone():
+    model = small(fastvit.ViTForImageClassification).eval()
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()([picture.double() for picture in pictures()]).logits
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            found = model(pictures()).logits
+            expected = torch.cat([alone(model, picture).logits for picture in pictures()])
+    assert found.dtype == expected.dtype
+    assert relative_error(found, exact) <= 1.25 * relative_error(expected, exact)
+
+
+def test_a_compiled_model_takes_lists():
+    model, given = small(fastvit.ViTForImageClassification, **TINY), pictures(TINY_SIZES[1:])
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = gradients_of(model, model(given, labels=LABELS[:2]).loss)
+    assert_same_gradients(gradients_of(model, compiled(given, labels=LABELS[:2]).loss), expected)
+
+
+@needs_triton
+def test_kernels_compile_as_one_graph():
+    model, given = small(fastvit.ViTForImageClassification, **TINY).eval(), pictures(TINY_SIZES[1:])
+    with fastvit.backend("triton"), torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(given).logits, model(given).logits)
+
+
+def test_a_part_that_is_watched_sees_the_packed_sequence():
+    model = small(fastvit.ViTForImageClassification).eval()
+    expected = model(pictures()).logits
+    tokens = sum(1 + height // 8 * (width // 8) for height, width in SIZES)
+    for name in ("attention.attention", "layernorm_after", "intermediate.dense", "output"):
+        seen = []
+        module = model.get_submodule(f"vit.encoder.layer.1.{name}")
+        hook = module.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].shape[:2]))
+        assert relative_error(model(pictures()).logits, expected) < 1e-5
+        hook.remove()
+        assert seen == [(1, tokens)], name
+
+
+def test_wrapped_projections_are_called_as_modules():
+    from peft import LoraConfig, get_peft_model
+
+    model = small(fastvit.ViTForImageClassification)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["query", "value", "dense", "projection"], r=4))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    found = wrapped(pictures()).logits
+    expected = torch.cat([alone(wrapped, picture).logits for picture in pictures()])
+    assert relative_error(found, expected) < 1e-5
+
+
+def test_a_model_in_fp8_takes_lists():
+    model = small(fastvit.ViTForImageClassification).bfloat16()
+    given = [picture.bfloat16() for picture in pictures()]
+    with fastvit.backend("reference"), torch.no_grad():
+        fastvit.quantize(model, "fp8")
+        for options in ({}, {"output_attentions": True}):
+            found = model(given, **options)
+            expected = [alone(model, picture, **options) for picture in given]
+            assert relative_error(found.logits, torch.cat([own.logits for own in expected])) < 1e-2
+        for index, own in enumerate(expected):
+            for maps, other in zip(found.attentions, own.attentions, strict=True):
+                assert relative_error(maps[index], other[0]) < 1e-2
+
+
+class LargestTensor(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_no_scores_between_pictures_are_computed():
+    """Memory grows with the tokens of all pictures, and with their square for no more than one picture."""
+    model = small(fastvit.ViTForImageClassification)
+    sizes = [(64, 64), (64, 56), (56, 64)] * 6
+    tokens = sum(1 + height * width // 64 for height, width in sizes)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with fastvit.backend("reference"), LargestTensor() as largest:
+            model(pictures(sizes), labels=LABELS.repeat(3)).loss.backward()
+        assert largest.elements <= tokens * 3 * CONFIG["hidden_size"] < tokens**2
+
+
+def test_attention_is_one_operation_for_all_pictures(monkeypatch):
+    """With kernels a block launches as often for a list as for a batch."""
+    calls = []
+
+    def attention(query, key, value, *, cu_seqlens, max_seqlen, **options):
+        calls.append((query.shape[0], cu_seqlens.tolist(), max_seqlen))
+        return reference.attention(query, key, value, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **options)
+
+    monkeypatch.setattr(ops, "attention", attention)
+    with fastvit.backend("reference"):
+        small(fastvit.ViTModel)(pictures())
+    assert calls == [(64, [0, 17, 28, 30, 39, 56, 64], 17)] * CONFIG["num_hidden_layers"]
+
+
+def test_tuples_are_returned_where_asked_for():
+    model = small(fastvit.ViTForImageClassification).eval()
+    (logits,) = model(pictures(), return_dict=False)
+    assert torch.equal(logits, model(pictures()).logits)
+    tokens, pooled = model.vit(pictures(), return_dict=False), small(fastvit.ViTModel)(pictures(), return_dict=False)[1]
+    assert len(tokens[0]) == len(SIZES) and pooled.shape == (len(SIZES), CONFIG["hidden_size"])
+
+
+def test_class_tokens_of_no_blocks():
+    model = small(fastvit.ViTModel).eval()
+    found = model(pictures(), class_token_only=True, num_blocks=0).last_hidden_state
+    for own, picture in zip(found, pictures(), strict=True):
+        expected = alone(model, picture, class_token_only=True, num_blocks=0).last_hidden_state
+        torch.testing.assert_close(own, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "pixel_values: expected pictures, got an empty list"),
+        (np.zeros((1, 3, 8, 8)), "pixel_values: expected a tensor or a list of tensors, got ndarray"),
+        ([torch.zeros(3, 8, 8), "leaf.jpg"], r"pixel_values\[1\]: expected a tensor, got str"),
+        (
+            [torch.zeros(3, 8, 8), torch.zeros(1, 3, 8, 8)],
+            r"pixel_values\[1\]: expected \[3, height, width\] or \[height, width, 3\].*got \[1, 3, 8, 8\]",
+        ),
+        ([torch.zeros(4, 8, 8)], r"pixel_values\[0\]: expected \[3, height, width\].*got \[4, 8, 8\]"),
+        ([torch.zeros(3, 8, 8, dtype=torch.long)], r"pixel_values\[0\]: expected floating or uint8 pixels"),
+        ([torch.zeros(3, 8, 7)], r"pixel_values\[0\]: expected room for one patch of \(8, 8\), got \(8, 7\)"),
+    ],
+)
+def test_wrong_lists_are_named(given, message):
+    model = small(fastvit.ViTForImageClassification).cpu()
+    with pytest.raises(fastvit.InputError, match=message):
+        model(given)
+
+
+def test_a_batch_too_small_for_a_patch_is_named_too():
+    with pytest.raises(
+        fastvit.InputError, match=r"pixel_values: expected room for one patch of \(8, 8\), got \(7, 8\)"
+    ):
+        small(fastvit.ViTModel).cpu()(torch.zeros(1, 3, 7, 8), interpolate_pos_encoding=True)
+
+
+def test_masks_that_do_not_fit_are_named():
+    given = [torch.zeros(3, 8, 8), torch.zeros(3, 16, 8)]
+    model = small(fastvit.ViTForMaskedImageModeling, encoder_stride=8).cpu()
+    right = [torch.ones(1), torch.ones(2)]
+    for masks, message in (
+        (right[:1], "bool_masked_pos: expected a list of 2 masks, one a picture, got list of 1"),
+        (torch.ones(2, 1), "bool_masked_pos: expected a list of 2 masks, one a picture, got Tensor of 2"),
+        (right[::-1], r"bool_masked_pos\[0\]: expected 1 values, one a patch, got 2"),
+    ):
+        with pytest.raises(fastvit.InputError, match=message):
+            model(given, bool_masked_pos=masks)
+    with pytest.raises(fastvit.InputError, match="bool_masked_pos: this model has no mask token"):
+        small(fastvit.ViTModel).cpu()(given, bool_masked_pos=right)
+    with pytest.raises(fastvit.InputError, match="attention_mask: expected None with a list of pictures"):
+        small(fastvit.ViTModel).cpu()(given, attention_mask=torch.ones(2, 3))

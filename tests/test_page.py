@@ -1,0 +1,325 @@
+"""The page that a run leaves: what it says, that it stays small and safe, and how it behaves in a browser."""
+
+import dataclasses
+import datetime
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import Browser, browser, file_url  # noqa: F401
+from PIL import Image
+
+from fastvit import leaves, page
+from fastvit.charts import Series, in_words, line_chart, round_ticks, thinned, thousands
+from fastvit.finetune import main
+from fastvit.page import Mistake, RunReport
+
+HOSTILE = ["<img src=x onerror=alert(1)>", '"><script>alert(2)<', "&amp;{{ 7 * 7 }}"]
+
+
+def noise(side: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+
+
+def a_run(num_classes: int = 3, **changes) -> RunReport:
+    """A run of 300 steps whose classes are named class 0, class 1, ..., with mistakes in validation."""
+    names = [f"class {index}" for index in range(num_classes)]
+    confusion = np.diag(np.full(num_classes, 9)) + np.roll(np.diag(np.arange(num_classes) % 3), 1, axis=1)
+    history = []
+    for step in range(10, 310, 10):
+        history.append({
+            "step": step, "epoch": step / 100, "loss": 3 / step, "learning_rate": 1e-3 - step * 3e-6,
+            "images_per_second": 200.0, "memory_gib": 1.0, "peak_memory_gib": 1.5,
+        })  # fmt: skip
+        if step % 100 == 0:
+            history.append({"step": step, "eval_loss": 1.0, "eval_accuracy": 0.5 + step / 1000})
+    run = RunReport(
+        folder="runs/a run",
+        dataset="some pictures",
+        model="A model",
+        class_names=names,
+        counts={"train": np.arange(num_classes) + 5, "validation": confusion.sum(axis=1)},
+        examples={name: [noise(96, index)] * 6 for index, name in enumerate(names[: page.MAX_EXAMPLE_CLASSES])},
+        history=history,
+        best_step=200,
+        seconds=75.0,
+        confusions={"validation": confusion},
+        mistakes=[Mistake(7, names[1], names[2], 0.987, noise(192), noise(192, 1))] * page.MAX_MISTAKES,
+        mistakes_in="validation",
+        options={"epochs": (3.0, 4.0), "cpu": (False, False)},
+        environment={"device": "a machine"},
+        finished=datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC),
+    )
+    return dataclasses.replace(run, **changes)
+
+
+def text_of(html: str) -> str:
+    """What a person reads, roughly: no style, script or tags."""
+    body = re.sub(r"(?s)<(style|script).*?</\1>", "", html)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def report_of_a_run(tmp_path_factory) -> Path:
+    """The page of a short run on drawn leaves in folders with hostile names."""
+    root = tmp_path_factory.mktemp("run")
+    for split, count in (("train", 12), ("val", 6), ("test", 3)):
+        for kind, name in zip(leaves.CLASSES, HOSTILE, strict=True):
+            (root / "pictures" / split / name).mkdir(parents=True)
+            for seed in range(count):
+                picture = leaves.draw_leaf(kind, seed=seed, size=32)
+                picture.save(root / "pictures" / split / name / f"{seed}.png")
+    options = ["--data-dir", str(root / "pictures"), "--output-dir", str(root / "out & <out>"), "--max-steps", "6"]
+    options += ["--from-scratch", "micro", "--image-size", "32", "--patch-size", "8", "--precision", "fp32", "--cpu"]
+    assert main([*options, "--eval-steps", "3", "--batch-size", "4", "--logging-steps", "1"]) == 0
+    return root / "out & <out>" / "report.html"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it says
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_run_leaves_a_page_with_its_own_figures(report_of_a_run):
+    folder = report_of_a_run.parent
+    html = report_of_a_run.read_text(encoding="utf-8")
+    text = text_of(html)
+    for prefix, split in (("eval", "Validation"), ("test", "Test")):
+        results = json.loads((folder / f"{prefix}_results.json").read_text())
+        assert f"{split} accuracy {page.percent(results[f'{prefix}_accuracy'])}".replace("\xa0", " ") in text
+        assert f"{split} macro F1 {results[f'{prefix}_macro_f1']:.3f}" in text
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert f"Best model step {state['best_global_step']} of 6" in text
+    for record in state["log_history"]:
+        if "loss" in record:
+            assert record["images_per_second"] > 0 and record["peak_memory_gib"] >= 0.9 * record["memory_gib"] > 0
+            assert f"{record['loss']:.4f}" in text
+    assert html.count("<svg") == 5  # loss, accuracy, learning rate, speed, memory
+    wrong = round(18 * (1 - json.loads((folder / "eval_results.json").read_text())["eval_accuracy"]))
+    assert wrong > 0 and html.count("Attention map of it") == min(wrong, page.MAX_MISTAKES)
+    assert "max-steps 6 -1" in text and "transformers" in text and "Python" in text
+    assert "fastvit predict &#39;" in html and "out &amp; &lt;out&gt;" in html
+    assert html.count("data:image/jpeg;base64,") == 2 * min(wrong, page.MAX_MISTAKES) + 3 * page.EXAMPLES_PER_CLASS
+
+
+def test_confusion_matrix_and_metrics_stand_in_tables_with_captions_and_scopes():
+    html = page.render(a_run())
+    matrix = re.search(r'(?s)<table class="matrix">.*?</table>', html)[0]
+    rows = [re.findall(r"<td[^>]*>(\d+)</td>", row) for row in re.findall(r"(?s)<tr>.*?</tr>", matrix)]
+    assert [row for row in rows if row] == [["9", "0", "0"], ["0", "9", "1"], ["2", "0", "9"]]
+    for table in re.findall(r"(?s)<table.*?</table>", html):
+        assert "<caption" in table
+        assert all("scope=" in head for head in re.findall(r"<th\b[^>]*>", table))
+    text = text_of(html)
+    assert "class 2 0.900 0.818 0.857 11" in text
+    assert "class 1 , taken for class 2 at 98.7 % validation picture 7" in text
+    assert "epochs 3.0 4.0" in text and "Options at their defaults (1)" in text
+
+
+def test_headings_are_a_ladder_and_links_lead_somewhere():
+    html = page.render(a_run())
+    levels = [int(level) for level in re.findall(r"<h(\d)", html)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', html)) <= set(ids)
+    assert all(re.search(r'alt="[^"]+"', image) for image in re.findall(r"<img[^>]*>", html))
+    assert all('role="img" aria-label="' in chart for chart in re.findall(r"<svg[^>]*>", html))
+
+
+def test_names_are_escaped_wherever_they_stand():
+    names = [*HOSTILE, "콩잎 녹병", "half \udc80 of a pair", "two\nlines\x00", "x" * 5000, "snake_case"]
+    run = a_run(len(names), class_names=names, folder="runs/$(rm -rf ~)'\"<b>", dataset=HOSTILE[0])
+    run = dataclasses.replace(
+        run,
+        examples={name: [noise(8)] for name in names},
+        mistakes=[Mistake(1, names[0], names[1], 1.0, noise(8), noise(8))],
+        options={"data_dir": (HOSTILE[1], None)},
+        environment={"device": HOSTILE[0]},
+    )
+    html = page.render(run)
+    assert "<script>alert" not in html and "<img src=x" not in html and "<b>" not in re.sub(r"<b>&lt;img", "", html)
+    assert "&lt;img src=x onerror=alert(1)&gt;" in html and "{{ 7 * 7 }}" in html and "49" not in text_of(html)
+    assert "&gt;alert(2)&lt;" in html and "snake_<wbr>case" in html
+    assert "콩잎 녹병" in html and "xxx…" in html and "x" * 200 not in html
+    html.encode("utf-8")
+    (predict,) = re.findall(r"<code>fastvit predict (.*?) picture.jpg</code>", html)
+    assert predict.startswith("&#39;runs/$(rm")  # quoted for the shell
+
+
+def test_page_of_many_classes_stays_small_and_says_what_it_leaves_out():
+    run = a_run(1000, mistakes=[Mistake(1, "a" * 90, "b" * 90, 0.9, noise(400), noise(400))] * page.MAX_MISTAKES)
+    run.history.extend({"step": step, "loss": 1.0} for step in range(310, 200_000))
+    html = page.render(run)
+    assert len(html) < 3e6
+    text = text_of(html)
+    assert "The 40 of 1000 classes with the lowest F1" in text
+    assert "The largest and the smallest of 1000 classes, 40 in all" in text
+    assert "1000 classes are too many for a matrix" in text and '<table class="matrix">' not in html
+    assert "Training pictures of the first 20 of 1000 classes" in text
+    assert "steps between are left out" in text
+    assert html.count("<tr") < 250
+    assert max(map(len, re.findall(r' d="(M[^"]+)"', html))) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"confusions": {}, "mistakes": [], "mistakes_in": None}, "neither validation nor test pictures"),
+        ({"mistakes": []}, "None: every validation picture was named rightly."),
+        ({"history": [], "best_step": None}, "Nothing was logged: the run was shorter than its first log."),
+    ],
+)
+def test_page_of_a_run_that_lacks_something_says_so(changes, says):
+    assert says in text_of(page.render(a_run(**changes)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Charts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1.19, [0, 0.5, 1, 1.5]),
+        (0, 2e-4, [0, 5e-5, 1e-4, 1.5e-4, 2e-4]),
+        (0.46, 0.69, [0.4, 0.5, 0.6, 0.7]),
+        (0, 1500, [0, 500, 1000, 1500]),
+        (-3, 5, [-4, -2, 0, 2, 4, 6]),
+    ],
+)
+def test_ticks_are_round_and_hold_the_range(low, high, ticks):
+    assert round_ticks(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, -2.5, 1e-9])
+def test_ticks_of_a_single_value_hold_it(value):
+    ticks = round_ticks(value, value)
+    assert len(ticks) >= 2 and ticks[0] <= value <= ticks[-1]
+
+
+def test_line_goes_where_the_values_are():
+    chart = line_chart("t", [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)])], x_label="step")
+    (path,) = re.findall(r'class="line first" d="M([^"]+)"', chart)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split()) for point in path.split("L"))
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and x0 < x1
+    assert y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.11) and y1 < y2 < y0  # downwards is more in a drawing
+    assert line_chart("t", [Series("a", [])], x_label="step") == ""
+
+
+def test_many_points_become_means_of_neighbours():
+    points = [(float(i), float(i % 2)) for i in range(10_001)]
+    few = thinned(points)
+    assert len(few) == 400 and all(0.4 < y < 0.6 for _, y in few)
+    assert [x for x, _ in few] == sorted(x for x, _ in few)
+    assert thinned(points[:7]) == points[:7]
+
+
+def test_chart_is_also_said_in_words():
+    series = Series("loss", [(10, 2.0), (20, 0.5), (30, 1.0)])
+    assert in_words(series, "step", "{:g}".format) == (
+        "loss: from 2 at step 10 to 1 at step 30, lowest 0.5 at 20, highest 2 at 10"
+    )
+    assert 'aria-label="Loss. loss: from 2 at step 10' in line_chart("Loss", [series], x_label="step")
+    assert [thousands(value) for value in (0.5, 1500, 20_000, 1_500_000, 12_345)] == [
+        "0.5", "1,500", "20k", "1.5M", "12,345",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a browser
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_page_loads_nothing_and_complains_about_nothing(browser: Browser, report_of_a_run):  # noqa: F811
+    browser.open(file_url(report_of_a_run))
+    assert browser.requests() == [file_url(report_of_a_run)]
+    assert browser.console() == []
+    assert browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    shown = browser.run("return [...document.querySelectorAll('.examples h4')].map(one => one.textContent)")
+    assert sorted(shown) == sorted(HOSTILE)
+    # The page's own policy refuses what a way around the escaping would try.
+    browser.run("const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image)")
+    browser.run(
+        "const script = document.createElement('script'); script.text = 'window.mine = 1'; document.body.append(script)"
+    )
+    assert browser.run("return window.mine") is None
+    assert any("Content Security Policy" in line for line in browser.console())
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_colours_follow_the_system_and_can_be_read(browser: Browser, report_of_a_run, dark):  # noqa: F811
+    browser.open(file_url(report_of_a_run), dark=dark)
+    paper = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert (luminance(paper) < 0.05) == dark
+    for selector in ("p.lead", "td", "th", "a", "caption", "summary", ".copy button", ".cards .taken", "figcaption"):
+        ink = browser.run("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
+        light, dim = sorted((luminance(ink), luminance(paper)), reverse=True)
+        assert (light + 0.05) / (dim + 0.05) >= 4.5, selector  # WCAG AA
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of rgb(...)."""
+    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("num_classes", [3, 20, 1000])
+def test_page_fits_the_width_of_a_phone(browser: Browser, num_classes, tmp_path):  # noqa: F811
+    run = a_run(num_classes)
+    long = [f"{name} {'with_a_rather_long_name' * 3}" for name in run.class_names]
+    run = dataclasses.replace(run, class_names=long, folder="runs/" + "w" * 200, dataset="d" * 200)
+    (tmp_path / "page.html").write_text(page.render(run), encoding="utf-8")
+    browser.open(file_url(tmp_path / "page.html"), width=360)
+    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert browser.run("return innerWidth") == 360
+    assert browser.run("return document.scrollingElement.scrollWidth") <= 360
+    assert browser.run("return [...document.querySelectorAll('.chart')].every(one => one.clientWidth > 250)")
+    wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
+    assert browser.run(f"return {wide}.every(box => box.tabIndex === 0 && box.getAttribute('aria-label'))")
+
+
+def test_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, report_of_a_run):  # noqa: F811
+    browser.open(file_url(report_of_a_run))
+    expected = browser.run(
+        "return document.querySelectorAll('a, button, summary, [tabindex]:not(details:not([open]) *)').length"
+    )
+    reached = set()
+    for _ in range(expected):
+        browser.press("\ue004")  # Tab
+        reached.add(browser.run("return [...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+        assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    assert len(reached) == expected > 15
+    browser.run("document.querySelector('summary').focus()")
+    browser.press("\ue007")  # Enter
+    assert browser.run("return document.querySelector('details').open")
+
+
+@pytest.mark.parametrize("clipboard", [True, False], ids=["clipboard", "without"])
+def test_copy_button_copies_the_line_beside_it(browser: Browser, report_of_a_run, clipboard):  # noqa: F811
+    browser.open(file_url(report_of_a_run))
+    if not clipboard:  # as in browsers that keep it from pages in files
+        browser.run("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    browser.run("document.querySelectorAll('.copy button')[1].focus()")
+    browser.press("\ue007")
+    browser.run("const box = document.createElement('textarea'); box.id = 'box'; document.body.append(box)")
+    wait_until(lambda: browser.run("return document.getElementById('said').textContent") == "Copied.")
+    assert browser.run("return document.querySelectorAll('.copy button')[1].textContent") == "Copied"
+    browser.run("document.getElementById('box').focus()")
+    browser.press("v", holding="\ue009")  # Control
+    pasted = browser.run("return document.getElementById('box').value")
+    assert pasted == browser.run("return document.querySelectorAll('.copy code')[1].textContent")
+    assert pasted.startswith("fastvit demo ")
+
+
+def wait_until(holds) -> None:
+    for _ in range(100):
+        if holds():
+            return
+    pytest.fail("waited in vain")
