@@ -4,7 +4,9 @@
     model = AutoModel.from_pretrained("facebook/dinov2-base", attn_implementation="fastvit")
 
 transformers keeps two registries: of attention functions, and of functions that make the masks for them. A name that
-stands in the first alone would get no mask, and a user's attention mask would be dropped without a word.
+stands in the first alone would get no mask, and a user's attention mask would be dropped without a word. The masks are
+those of its eager attention, zero or the most negative number: some models have blocks that take no attention function
+but a mask, and add it to their scores, where a boolean one would be taken for zeros and ones.
 """
 
 from __future__ import annotations
@@ -13,13 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 from fastvit import ops
 from fastvit.errors import InputError
 
 NAME = "fastvit"
+
+# What models hand to an attention function beside what it computes with: for their other parts, for functions without
+# a mask (the mask has the window already), or for the call as a whole. Of any other option we cannot know that leaving
+# it out leaves the result right: `softcap` and `s_aux` change the softmax, `indices` say which keys may be seen.
+OTHER_OPTIONS = (
+    "cache_position",
+    "deterministic",
+    "interpolate_pos_encoding",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+)
 
 
 def register_attention() -> None:
@@ -29,12 +48,7 @@ def register_attention() -> None:
     May be called twice. fastvit's own models always use it.
     """
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, make_mask)
-
-
-def make_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """A boolean mask [B, 1, Nq, Nk], true where a query may attend to a key; None where each may to each."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    AttentionMaskInterface.register(NAME, eager_mask)
 
 
 def attention_forward(
@@ -52,11 +66,15 @@ def attention_forward(
     """What transformers calls an attention function, by `fastvit.ops.attention`.
 
     query: [B, H, Nq, D]; key, value: [B, H or fewer, Nk, D]; read by their strides. attention_mask: boolean, or added
-    to the scores. Returns the output [B, Nq, H, D], and the probabilities [B, H, Nq, Nk] with output_attentions.
+    to the scores. Returns the output [B, Nq, H, D], and the probabilities [B, H, Nq, Nk] with output_attentions. Raises
+    InputError for an option that is not known to leave the result as it is.
     """
-    for option in ("softcap", "s_aux"):
-        if kwargs.get(option) is not None:
-            raise InputError(f"attn_implementation: 'fastvit' has no {option}, which {type(module).__name__} asks for")
+    for option, given in kwargs.items():
+        if given is not None and given is not False and option not in OTHER_OPTIONS:
+            raise InputError(
+                f"attn_implementation: 'fastvit' has no {option}, which {type(module).__name__} asks for;"
+                ' "sdpa" or "eager" may'
+            )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
 
@@ -25,12 +26,14 @@ def report_errors(command: Callable[[], object]) -> int:
 
     What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
     """
-    from fastvit.errors import InputError
+    from fastvit.errors import InputError, printable
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,21 +1,24 @@
 """Where labelled pictures come from: the hub, an image folder, or leaves drawn by code.
 
 Whatever the source, the result is an `ImageDataset`: class names, and for each split the labels and a way to load one
-picture. Reading and caching is done by the `datasets` library.
+picture. What is on the hub is read and cached by the `datasets` library.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from fastvit import leaves
-from fastvit.errors import InputError
+from fastvit.errors import InputError, printable
+from fastvit.folders import Classes, fingerprint, has_metadata, list_pictures
 from fastvit.images import decode_image
 
 # Short names of data sets on the hub.
@@ -51,6 +54,22 @@ class ImageDataset:
         """Pictures per class [C] for each split."""
         return {name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()}
 
+    def examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
+        """The first training pictures of the first classes that can be decoded, at most `side` pixels high and wide:
+        whole photographs of many classes would fill a memory."""
+        train, found = self.splits[TRAIN], {}
+        for label, name in enumerate(self.class_names[:num_classes]):
+            found[name] = list(islice(_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
+        return found
+
+
+def _thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
+    for index in indices:
+        with contextlib.suppress(InputError):
+            picture = split.load(int(index))
+            picture.thumbnail((side, side))
+            yield picture
+
 
 def load_images(
     dataset: str | None = None,
@@ -72,6 +91,8 @@ def load_images(
         raise InputError("dataset: expected either a data set or an image folder (data_dir), got both or neither")
     if dataset == "generated":
         images = generated_leaves(generated_images, image_size, seed)
+    elif data_dir is not None and not has_metadata(_checked_folder(data_dir)):
+        images = _read_folder(Path(data_dir), image_column, label_column)
     else:
         images = _read(ALIASES.get(dataset or "", dataset), data_dir, image_column, label_column)
     if VALIDATION not in images.splits and validation_fraction:
@@ -116,16 +137,55 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
+def _checked_folder(data_dir: str | Path) -> Path:
+    if not Path(data_dir).is_dir():
+        raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
+    return Path(data_dir)
+
+
+def _read_folder(root: Path, image_column: str | None, label_column: str | None) -> ImageDataset:
+    """Pictures in a folder for each class (`fastvit.folders`)."""
+    for kind, given in (("image", image_column), ("label", label_column)):
+        if given not in (None, kind):
+            raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
+    splits = list_pictures(root)
+    if TRAIN not in splits:
+        raise InputError(f"{root}: expected a split called 'train', found {', '.join(splits)}")
+    class_names = sorted({name for classes in splits.values() for name in classes})
+    _check_classes(class_names, set(splits[TRAIN]), str(root))
+
+    def as_split(classes: Classes) -> Split:
+        pictures = [(path, class_names.index(name)) for name, paths in sorted(classes.items()) for path in paths]
+        paths = [path for path, _ in pictures]
+
+        def load(index: int) -> Image.Image:
+            path = Path(paths[index])
+            if not path.is_file():  # to open a pipe would wait for someone to fill it
+                raise InputError(f"{printable(str(path))}: expected a picture, found a broken link or no plain file")
+            return decode_image(path)
+
+        return Split(np.array([label for _, label in pictures], dtype=np.int64), load, fingerprint(paths))
+
+    return ImageDataset(str(root), class_names, {name: as_split(classes) for name, classes in splits.items()})
+
+
+def _check_classes(names: list[str], trained: set[str], source: str) -> None:
+    """There must be at least two classes, and training pictures of each."""
+    untrained = [name for name in names if name not in trained]
+    if untrained:
+        raise InputError(f"{source}: no training pictures for {len(untrained)} class(es): {', '.join(untrained[:10])}")
+    if len(names) < 2:
+        raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
+
+
 def _read(
     hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
 ) -> ImageDataset:
-    """A hub data set or an image folder, through the `datasets` library."""
+    """A hub data set, or an image folder with a file of labels, through the `datasets` library."""
     import datasets
 
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
     source = hub_id or str(data_dir)
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
     try:
         if data_dir is not None:
             loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
@@ -189,11 +249,7 @@ def _class_names(splits, label_column: str, source: str) -> list[str]:
     else:
         names = [str(value) for value in np.unique(np.concatenate(list(values.values())))]
     trained = {names[v] if isinstance(feature, datasets.ClassLabel) else str(v) for v in values[TRAIN]}
-    untrained = [name for name in names if name not in trained]
-    if untrained:
-        raise InputError(f"{source}: no training pictures for {len(untrained)} class(es): {', '.join(untrained[:10])}")
-    if len(names) < 2:
-        raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
+    _check_classes(names, trained, source)
     return names
 
 

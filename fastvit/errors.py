@@ -1,4 +1,4 @@
-"""The one error for what a user gave: a file, an option, a checkpoint."""
+"""The one error for what a user gave: a file, an option, a checkpoint; and how to show it."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     The command line prints the message on one line and exits with code 2; as a library it is an ordinary exception.
     """
+
+
+def printable(text: str) -> str:
+    """Text on one line that a terminal only shows: what would move the cursor or cannot be encoded is escaped.
+
+    File and class names come from anywhere: they may hold line ends, control sequences and bytes that are no text.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -38,7 +38,7 @@ from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.errors import InputError
 from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import Augment, ImageSet, cache_images
-from fastvit.loading import load_config, load_pretrained
+from fastvit.loading import load_config, load_image_settings, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
 from fastvit.recipes import (
@@ -142,11 +142,11 @@ def image_processor_for(options: argparse.Namespace, model: ViTForImageClassific
     height, width = as_pair(model.config.image_size)
     settings: dict[str, Any] = {}
     if options.from_scratch is None:
-        try:
-            base = ViTImageProcessorPil.from_pretrained(options.model)
-            settings = {"image_mean": base.image_mean, "image_std": base.image_std, "resample": base.resample}
-        except (OSError, ValueError):
+        base = load_image_settings(options.model, model.config)
+        if base is None:
             print(f"note: {options.model} has no image processor; mean and standard deviation 0.5 are used")
+        else:
+            settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
@@ -197,15 +197,6 @@ def print_counts(images: ImageDataset) -> None:
     if len(images.class_names) > 50:
         print(f"  ... and {len(images.class_names) - 50} more classes")
     print(f"  {'together':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
-
-
-def save_examples(images: ImageDataset, path: Path, per_class: int = 8) -> None:
-    """A picture of `per_class` training pictures of each class."""
-    train = images.splits[TRAIN]
-    examples = {}
-    for label, name in enumerate(images.class_names[:20]):
-        examples[name] = [train.load(int(index)) for index in np.flatnonzero(train.labels == label)[:per_class]]
-    report.save_image(report.example_grid(examples), path)
 
 
 def precision_of(options: argparse.Namespace, hidden_size: int) -> str:
@@ -325,7 +316,8 @@ def run(options: argparse.Namespace) -> dict[str, float]:
         remove_run(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
-    save_examples(images, output_dir / "examples.png")
+    examples = images.examples(num_classes=20, per_class=8, side=256)
+    report.save_image(report.example_grid(examples), output_dir / "examples.png")
     processor.save_pretrained(output_dir)
     print(f"example pictures: {output_dir / 'examples.png'}")
 

@@ -7,6 +7,7 @@ as in transformers' PIL image processors, so that a model sees the same pixels i
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -22,27 +23,102 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastvit.errors import InputError
+from fastvit.configuration import shown_error
+from fastvit.errors import InputError, printable
 
 # Above this many bytes of pixels a split is kept in a file that the system pages in, not in memory.
 MEMORY_CACHE_BYTES = 4 * 2**30
 
 
+# What is read. Pillow knows more formats, some of which start other programs (EPS: Ghostscript) or are seldom attacked
+# and seldom mended. Phones' MPO is read as the JPEG that it begins with.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# The EXIF orientation -> what makes the picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def picture_suffixes() -> frozenset[str]:
+    """The endings of picture files, in lower case."""
+    formats = readable_formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO"))
+
+
 def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """An upright RGB picture from a file or its bytes; raises InputError naming the file (or `name`)."""
-    name = name or (str(source) if not isinstance(source, bytes) else "image")
+    """An upright RGB picture from a file or its bytes; raises InputError naming the file (or `name`).
+
+    The format is told from the content. Of an animation it is the first frame; what is transparent is laid on white; of
+    16 bits a channel the upper 8 are kept. A picture of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
+    pixels in all, unless it was changed) is refused before memory is taken for its pixels.
+    """
+    name = printable(name or (str(source) if not isinstance(source, bytes) else "image"))
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=readable_formats()
+        ) as image:
+            image.load()
+            return upright_rgb(image)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise InputError(f"{name}: expected an image, found a file that is none") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{name}: cannot be decoded ({error})") from None
+        formats = ", ".join(readable_formats())
+        raise InputError(f"{name}: expected an image, found a file that is none (of {formats})") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(f"{name}: expected a picture of at most {limit:,} pixels, to fit into memory") from None
+    except Exception as error:  # decoders have no common class: struct.error, EOFError, MemoryError, ...
+        raise InputError(f"{name}: cannot be decoded ({shown_error(error)})") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture as its EXIF orientation says, in RGB; raises InputError for 32 bits a channel."""
+    method = UPRIGHT.get(orientation_of(image))
+    picture = to_rgb(image)
+    return picture if method is None else picture.transpose(method)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) where none can be read: broken metadata leaves the pixels whole."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # parsers of EXIF and XMP, no common class
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A decoded picture of any mode as RGB of 8 bits a channel."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # The upper byte, as Pillow reads 16-bit colour. Its own conversion of grey cuts off what is above 255.
+        grey = np.asarray(image).clip(0, 2**16 - 1) >> 8
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise InputError("expected 8 or 16 bits a channel, found 32, which leave open what is black and what is white")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return image.convert("RGB")
 
 
 # Pillow decodes a file when its pixels are first asked for; two threads must not do that to one picture, nor read one
@@ -62,9 +138,8 @@ if hasattr(os, "register_at_fork"):  # where a thread held it, the fork has no s
 def to_image(source: Any, name: str | None = None) -> Image.Image:
     """An upright RGB picture from anything that holds one; raises InputError naming it (`name`, or the file).
 
-    source: a path; the bytes of a file, or an open one; a PIL image, whose EXIF orientation is applied and whose alpha
-    is dropped, as in transformers' pipelines; an array or tensor, as `array_to_image` takes it; or a function without
-    arguments that returns one of these.
+    source: a path; the bytes of a file, or an open one; a PIL image, for which the same holds as for a file; an array
+    or tensor, as `array_to_image` takes it; or a function without arguments that returns one of these.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     if isinstance(source, (str, Path)):
@@ -74,9 +149,12 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
     if isinstance(source, Image.Image):
         try:
             with _reading:
-                return ImageOps.exif_transpose(source).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise InputError(f"{name}: cannot be decoded ({error})") from None
+                source.load()
+                return upright_rgb(source)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+        except Exception as error:  # see `decode_image`
+            raise InputError(f"{name}: cannot be decoded ({shown_error(error)})") from None
     if isinstance(source, torch.Tensor):
         return array_to_image(source.detach().cpu().numpy(), name)
     if isinstance(source, np.ndarray):
@@ -95,7 +173,7 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
 
 
 def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
-    """An RGB picture from [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels; alpha is dropped.
+    """An RGB picture from [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels; the fourth is laid on white.
 
     uint8, or floating between 0 and 1. Raises InputError for any other, and where either end may be the channels.
     """
@@ -114,7 +192,7 @@ def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
         array = np.moveaxis(array, 0, 2)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    return Image.fromarray(np.ascontiguousarray(array)).convert("RGB")
+    return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Load a pretrained classifier, with errors that a person can act on."""
+"""Load a pretrained classifier and its picture settings, with errors that a person can act on."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import ViTConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
+from fastvit.configuration import checked_config, read_json, shown
 from fastvit.errors import InputError
+from fastvit.inspection import read_config
 from fastvit.modeling import ViTForImageClassification
+from fastvit.weights import ImageSettings, image_settings
 
 T = TypeVar("T")
 
 
 def load_config(model: str) -> ViTConfig:
     """The config of a hub id or folder, with errors that a person can act on."""
-    return _reach(model, lambda: ViTConfig.from_pretrained(model))
+    return _reach(model, lambda: checked_config(read_config(model), f"{model}: config.json"))
 
 
 def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
@@ -30,6 +34,28 @@ def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
         return loaded
 
     return _reach(model, load)
+
+
+def read_image_settings(model: str) -> tuple[Path, dict[str, Any]] | None:
+    """The preprocessor_config.json of a hub id or folder, and its content; None where there is none."""
+    found = _reach(model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False))
+    return None if found is None else (Path(found), read_json(Path(found)))
+
+
+def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
+    """Mean, std, size and filter in the preprocessor_config.json of a hub id or folder; None where there is none.
+
+    Raises InputError for settings that are no numbers, or that are not for whole pictures: crops, padding.
+    """
+    found = read_image_settings(model)
+    if found is None:
+        return None
+    path, settings = found
+    for name, expected in (("do_resize", True), ("do_center_crop", False), ("do_pad", False)):
+        value = settings.get(name)
+        if value is not None and value is not expected:
+            raise InputError(f"{path}: {name}: expected {str(expected).lower()}, got {shown(value)}")
+    return image_settings(settings, config, path)
 
 
 def _reach(model: str, load: Callable[[], T]) -> T:

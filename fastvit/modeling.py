@@ -38,22 +38,19 @@ from transformers.utils.generic import can_return_tuple
 
 from fastvit import ops
 from fastvit.attention_interface import register_attention
+from fastvit.configuration import as_pair, shown
 from fastvit.errors import InputError
 from fastvit.features import Features, blocks_to_take
+from fastvit.inspection import check_checkpoint, read_config
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pack, pictures_of
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
 
 
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A config's size, one number or (height, width), as (height, width)."""
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
 def activation_name(config: ViTConfig, option: str) -> str:
     name = getattr(config, option)
     if name not in ops.ACTIVATIONS:
-        raise InputError(f"config.{option}: expected one of {', '.join(sorted(ops.ACTIVATIONS))}, got {name!r}")
+        raise InputError(f"config.{option}: expected one of {', '.join(sorted(ops.ACTIVATIONS))}, got {shown(name)}")
     return name
 
 
@@ -690,17 +687,23 @@ class ViTPreTrainedModel(PreTrainedModel):
         Position embeddings are resampled when `image_size` (as an argument or in `config`) is not the checkpoint's.
         Every tensor is accounted for: raises InputError if the checkpoint is not a ViT, lacks a tensor of the backbone
         or holds one that the model does not know. Heads may differ; transformers reports which were not loaded.
+        A config.json that does not describe its weights, or leads to other files or to code, and a file of weights that
+        is damaged or would run code, raise InputError before memory is taken (`fastvit.inspection`).
         """
         return_info = kwargs.pop("output_loading_info", False)
         image_size = None
         if pretrained_model_name_or_path is not None:
             hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            stored, _ = ViTConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            stored = read_config(pretrained_model_name_or_path, **hub)
             if stored.get("model_type") != "vit":
                 raise InputError(
                     f"{pretrained_model_name_or_path}: expected a checkpoint of model type 'vit',"
-                    f" found {stored.get('model_type')!r}"
+                    f" found {shown(stored.get('model_type'))}"
                 )
+            if kwargs.get("weights_only", True):  # who sets it to False trusts the checkpoint
+                files = {name: kwargs[name] for name in ("use_safetensors", "variant") if name in kwargs}
+                renames = {**TRANSFORMERS_NAMES, **(kwargs.get("key_mapping") or {})}
+                check_checkpoint(pretrained_model_name_or_path, stored, renames, **files, **hub)
             stored_size = stored.get("image_size", ViTConfig().image_size)
             if isinstance(config, ViTConfig):
                 image_size, config = config.image_size, copy.deepcopy(config)

@@ -231,7 +231,9 @@ def _activation(*args: Any, **kwargs: Any) -> str | None:
     return None if args[-1] in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {args[-1]!r}"
 
 
-def _head_dim(query: Any, *args: Any, **kwargs: Any) -> str | None:
+def _head_dim(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> str | None:
+    if value.shape[-1] != query.shape[-1]:
+        return f"the kernel has one head dim for queries and values, not {query.shape[-1]} and {value.shape[-1]}"
     return _lacks_head_dim(query.shape[-1])
 
 

@@ -28,7 +28,7 @@ from transformers import TrainerState
 import fastvit
 from fastvit import info, ops, report
 from fastvit.charts import Series, line_chart, thousands
-from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset
+from fastvit.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.html import percent, render_template
 from fastvit.images import ImageSet
 from fastvit.loading import load_pretrained
@@ -143,7 +143,7 @@ def of_run(
         model=f"A Vision Transformer of {architecture}, {origin}",
         class_names=images.class_names,
         counts={name: np.bincount(split.labels, minlength=len(images.class_names)) for name, split in sets.items()},
-        examples=examples_of(images),
+        examples=images.examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
         history=state.log_history,
         best_step=state.best_global_step if state.best_model_checkpoint else None,
         seconds=seconds,
@@ -161,19 +161,6 @@ def of_run(
         environment=environment_of(device),
         finished=datetime.datetime.now().astimezone(),
     )
-
-
-def examples_of(images: ImageDataset) -> dict[str, list[Image.Image]]:
-    """The first training pictures of the first classes, no larger than they are shown."""
-    train = images.splits[TRAIN]
-    found: dict[str, list[Image.Image]] = {}
-    for label, name in enumerate(images.class_names[:MAX_EXAMPLE_CLASSES]):
-        found[name] = []
-        for index in np.flatnonzero(train.labels == label)[:EXAMPLES_PER_CLASS]:
-            picture = train.load(int(index))
-            picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
-            found[name].append(picture)
-    return found
 
 
 def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np.ndarray) -> list[Mistake]:

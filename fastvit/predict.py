@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from fastvit.calibration import reliability, temperature_of
-from fastvit.errors import InputError
+from fastvit.errors import InputError, printable
 from fastvit.images import decode_image
-from fastvit.predictor import Prediction, Predictor
+from fastvit.predictor import Predictor
 
 
 class Attended(NamedTuple):
@@ -74,15 +74,15 @@ def predict(argv: list[str]) -> int:
     with Predictor(options.model, options.device, **given) as predictor:
         for path, result in zip(options.images, predictor.stream(options.images), strict=True):
             if isinstance(result, InputError):
-                print(f"error: {result}", file=sys.stderr)
+                print(f"error: {printable(str(result))}", file=sys.stderr)
                 code = 2
             elif options.json:
                 classes = [{"label": label, "probability": round(score, 6)} for label, score in result.top]
-                print(json.dumps({"image": path, "classes": classes}, ensure_ascii=False))
+                print(json.dumps({"image": path, "classes": classes}, ensure_ascii=not path.isprintable()))
             else:
-                print(path)
+                print(printable(path))
                 for label, score in result.top:
-                    print(f"  {score:7.2%}  {label}")
+                    print(f"  {score:7.2%}  {printable(label)}")
     return code
 
 
@@ -98,6 +98,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--image-column", help="column with the pictures [found by name]")
     parser.add_argument("--label-column", help="column with the classes [found by name]")
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
     _add_flip(parser)
     options = parser.parse_args(argv)
@@ -119,15 +120,28 @@ def evaluate(argv: list[str]) -> None:
         split = images.splits[split_name]
         labels = np.array([names.index(images.class_names[label]) for label in split.labels])
         pictures = (partial(split.load, index) for index in range(len(split)))
-        results = predictor.stream(pictures, raise_errors=True)
-        probabilities = np.stack([r.probabilities for r in results if isinstance(r, Prediction)])
-    confusion = report.confusion_matrix(labels, probabilities.argmax(-1), len(names))
-    error = reliability(probabilities, labels).expected_calibration_error
+        measured, rows = [], []
+        for index, result in enumerate(predictor.stream(pictures, raise_errors=not options.skip_bad_images)):
+            if isinstance(result, InputError):
+                print(f"error: {printable(str(result))}", file=sys.stderr)
+            else:
+                measured.append(index)
+                rows.append(result.probabilities)
+    if not measured:
+        raise InputError(f"{images.name}: no picture left in split {split_name!r}")
+    probabilities = np.stack(rows)
+    confusion = report.confusion_matrix(labels[measured], probabilities.argmax(-1), len(names))
+    error = reliability(probabilities, labels[measured]).expected_calibration_error
     metrics = {**report.classification_metrics(confusion), "calibration_error": error}
+    skipped = len(split) - len(measured)
     if options.json:
-        print(json.dumps({"split": split_name, "class_names": names, **metrics, "confusion": confusion.tolist()}))
+        found = {"split": split_name, "class_names": names, "skipped": skipped, **metrics}
+        print(json.dumps({**found, "confusion": confusion.tolist()}))
     else:
-        print(f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(split)} pictures")
+        print(
+            f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(measured)} pictures"
+            + (f", {skipped} skipped" if skipped else "")
+        )
         print(f"probabilities are off by {error:.2%} (expected calibration error)\n")
         print(report.format_metrics(confusion, names))
 

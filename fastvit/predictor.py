@@ -101,7 +101,7 @@ class Predictor:
             classifier.to(device=device, dtype=dtype)
         self.model: Any = classifier
         config: Any = self.model.config
-        self.class_names: list[str] = [config.id2label[index] for index in range(config.num_labels)]
+        self.class_names = class_names_of(config)
         first = next(self.model.parameters())
         runner = Runner(
             self.model,
@@ -258,6 +258,13 @@ def check_fit(model: nn.Module, preprocessor: Preprocessor) -> None:
             f"image processor: expected pictures of {as_pair(config.image_size)} (height, width) for this model,"
             f" got {preprocessor.image_size}"
         )
+
+
+def class_names_of(config: Any) -> list[str]:
+    names = config.id2label
+    if sorted(names) != list(range(config.num_labels)):
+        raise InputError(f"model: config.id2label: expected names for 0 to {config.num_labels - 1}")
+    return [str(names[index]) for index in range(config.num_labels)]
 
 
 def device_of(device: str | torch.device | None) -> torch.device:

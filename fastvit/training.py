@@ -3,21 +3,28 @@ logs, a progress bar, a log that can be read while it is written."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import pickle
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fastvit import run_log
+from fastvit.configuration import is_real, is_whole, read_json, shown, shown_error
 from fastvit.errors import InputError
+from fastvit.inspection import check_shapes, check_shard_metadata, read_headers
 
 
 class NonFiniteLoss(InputError):
@@ -182,6 +189,24 @@ class FineTuner(Trainer):
             logs |= self.meter.read(self.args, self.state)
         super().log(logs, *args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint)
+        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        with unreadable_checkpoint_is_input_error(folder):
+            check_trainer_state(folder / TRAINER_STATE_NAME)
+            check_shard_metadata(folder)
+            if (folder / SAFE_WEIGHTS_NAME).is_file():
+                check_shapes(read_headers(folder / SAFE_WEIGHTS_NAME), shapes, folder / SAFE_WEIGHTS_NAME)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with unreadable_checkpoint_is_input_error(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with unreadable_checkpoint_is_input_error(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def create_model_card(self, *args, **kwargs) -> None:
         if self.model_card is None:
             super().create_model_card(*args, **kwargs)
@@ -208,6 +233,35 @@ class FineTuner(Trainer):
             **optimizer_kwargs,
         )
         return self.optimizer
+
+
+@contextlib.contextmanager
+def unreadable_checkpoint_is_input_error(folder: str | Path | None) -> Iterator[None]:
+    """What Trainer raises for a damaged or hostile checkpoint, of no common class, as one line that names the folder.
+
+    Trainer reads the files there with safetensors or torch's weights_only, which run no code; but for the pickle of a
+    sharded checkpoint, which is looked at first.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except pickle.UnpicklingError as error:  # its advice is to run the code
+        raise InputError(f"--resume: {folder}: a file is damaged, or holds objects that could run code") from error
+    except Exception as error:
+        raise InputError(f"--resume: {folder}: cannot be loaded ({shown_error(error)})") from error
+
+
+def check_trainer_state(path: Path) -> None:
+    """Whether trainer_state.json holds the numbers that Trainer counts with."""
+    state = read_json(path)
+    for name in ("global_step", "max_steps"):
+        if not is_whole(state.get(name)) or not 0 <= state[name] < 2**53:
+            raise InputError(f"{path}: {name}: expected a whole number, got {shown(state.get(name))}")
+    for name in ("epoch", "num_train_epochs"):
+        if not is_real(state.get(name)) or state[name] < 0:
+            raise InputError(f"{path}: {name}: expected a number, got {shown(state.get(name))}")
+    TrainerState.load_from_json(str(path))
 
 
 def depth_from_top(name: str, num_layers: int) -> int:

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import ViTConfig
 
-from fastvit.errors import InputError
-from fastvit.modeling import as_pair
+from fastvit.configuration import (
+    SIZE_LIMITS,
+    as_pair,
+    check_channels,
+    check_size,
+    checked_config,
+    is_real,
+    is_whole,
+    read_json,
+    shown,
+    shown_error,
+)
+from fastvit.errors import InputError, printable
 
 Format = Literal["hf", "timm", "npz"]
 Sizes = dict[str, int]
@@ -307,7 +320,7 @@ def check_tensors(
     return sizes
 
 
-def sizes_of(config: ViTConfig, source: Path) -> Sizes:
+def sizes_of(config: ViTConfig) -> Sizes:
     """The size of each symbol according to a config."""
     patch_height, patch_width = as_pair(config.patch_size)
     height, width = as_pair(config.image_size)
@@ -320,11 +333,6 @@ def sizes_of(config: ViTConfig, source: Path) -> Sizes:
         "w": patch_width,
         "O": config.pooler_output_size or config.hidden_size,
     }
-    if min(sizes.values()) < 1 or sizes["D"] % sizes["H"]:
-        raise InputError(
-            f"{source}: config: expected positive sizes and a hidden_size that is a multiple of num_attention_heads, "
-            f"got {sizes['D']} and {sizes['H']}"
-        )
     tokens = (height // patch_height) * (width // patch_width) + 1
     return {**sizes, "L": config.num_labels or 0, "K": sizes["D"] // sizes["H"], "N": tokens}
 
@@ -371,15 +379,10 @@ def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
     model_type = config_json.get("model_type")
     if model_type != "vit":
         raise InputError(
-            f'{source / "config.json"}: expected model_type "vit" or a timm "architecture", got {model_type!r}'
+            f'{source / "config.json"}: expected model_type "vit" or a timm "architecture", got {shown(model_type)}'
         )
-    try:
-        config = ViTConfig.from_dict(config_json)
-        sizes = sizes_of(config, source)
-    except InputError:
-        raise
-    except Exception as error:  # the config's own validation has no common error class
-        raise InputError(f"{source / 'config.json'}: not a valid ViT config: {error}") from error
+    config = checked_config(config_json, source / "config.json")
+    sizes = sizes_of(config)
     tensors = read_weights(source)
     classifier = has_any(tensors, CLASSIFIER, "hf")
     prefix = "vit." if "vit." + EMBEDDINGS[0].hf in tensors or classifier else ""
@@ -403,30 +406,34 @@ def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
 def read_image_processor(source: Path, config: ViTConfig) -> ImageSettings:
     """Mean, std, size and filter from preprocessor_config.json; the defaults of ViTImageProcessor without the file."""
     path = source / "preprocessor_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    return image_settings(read_json(path) if path.is_file() else {}, config, path)
+
+
+def image_settings(settings: Mapping[str, Any], config: ViTConfig, path: Path) -> ImageSettings:
+    """Mean, std, size and filter from the content of a preprocessor_config.json."""
     if not settings.get("do_rescale", True):
-        raise InputError(f"{path}: do_rescale: expected true, got false")
+        raise InputError(f"{path}: do_rescale: expected true, got {shown(settings['do_rescale'])}")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not is_real(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise InputError(f"{path}: rescale_factor: expected 1/255, got {shown(factor)}")
     if settings.get("do_normalize", True):
-        half = (0.5,) * config.num_channels
+        half = [0.5] * config.num_channels
         mean, std = settings.get("image_mean", half), settings.get("image_std", half)
     else:
-        mean, std = (0.0,) * config.num_channels, (1.0,) * config.num_channels
+        mean, std = [0.0] * config.num_channels, [1.0] * config.num_channels
     size = settings.get("size") or config.image_size
     if isinstance(size, dict):  # by the shortest edge, which a ViT then crops to its image size
-        size = (size["height"], size["width"]) if {"height", "width"} <= size.keys() else config.image_size
+        size = [size["height"], size["width"]] if {"height", "width"} <= size.keys() else config.image_size
     resample = settings.get("resample", Image.Resampling.BILINEAR)
     return checked_image_settings(mean, std, size, resample, config.num_channels, path)
 
 
 def checked_image_settings(mean: Any, std: Any, size: Any, resample: Any, channels: int, path: Path) -> ImageSettings:
-    try:
-        mean, std = tuple(map(float, mean)), tuple(map(float, std))
-        size, resample = as_pair(size), int(Image.Resampling(resample))
-    except (TypeError, ValueError, IndexError) as error:
-        raise InputError(f"{path}: expected lists of numbers, a size and a filter of Pillow: {error}") from error
-    if not len(mean) == len(std) == channels:
-        raise InputError(f"{path}: mean and std: expected {channels} values each, got {mean} and {std}")
-    return mean, std, size, resample
+    mean, std = check_channels("image_mean", mean, channels, path), check_channels("image_std", std, channels, path)
+    check_size("image_size", size, SIZE_LIMITS["image_size"], path)
+    if not is_whole(resample) or resample not in list(Image.Resampling):
+        raise InputError(f"{path}: resample: expected the number of a filter of Pillow, got {shown(resample)}")
+    return mean, std, as_pair(size), int(resample)
 
 
 def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_heads: int | None) -> Checkpoint:
@@ -490,7 +497,10 @@ def timm_options(config_json: dict[str, Any], source: Path) -> dict[str, Any]:
         options.update({key: config_json[key]} if key in config_json else {})
     for key, accepted in TIMM_DEFAULTS.items():
         if options.get(key) not in (None, *accepted):
-            raise InputError(f"{source / 'config.json'}: {key}: expected {accepted[-1]!r}, got {options[key]!r}")
+            raise InputError(f"{source / 'config.json'}: {key}: expected {accepted[-1]!r}, got {shown(options[key])}")
+    for key in ("num_classes", "num_heads"):
+        if options.get(key) is not None and not (is_whole(options[key]) and options[key] >= 0):
+            raise InputError(f"{source / 'config.json'}: {key}: expected a whole number, got {shown(options[key])}")
     return options
 
 
@@ -514,6 +524,8 @@ def timm_labels(options: dict[str, Any], num_labels: int | None, source: Path) -
         return None
     if isinstance(names, dict):
         names = [names.get(str(index)) for index in range(len(names))]
+    if not isinstance(names, list):
+        raise InputError(f"{source / 'config.json'}: label_names: expected a list of names, got {shown(names)}")
     if len(names) != num_labels or not all(isinstance(name, str) for name in names):
         warnings.warn(f"{source}: label_names ignored: expected {num_labels} names, got {len(names)}", stacklevel=2)
         return None
@@ -525,11 +537,11 @@ def timm_image_settings(options: dict, config: ViTConfig, source: Path) -> Image
     mean, std = options.get("mean"), options.get("std")
     if mean is None or std is None:
         warnings.warn(f"{source} does not record mean and std of its pictures: 0.5 is assumed", stacklevel=2)
-        mean = std = (0.5,) * config.num_channels
+        mean = std = [0.5] * config.num_channels
     name = options.get("interpolation") or "bicubic"
     resample = Image.Resampling.__members__.get(str(name).upper())
     if resample is None:
-        raise InputError(f"{source}: interpolation: expected a filter of Pillow, got {name!r}")
+        raise InputError(f"{source}: interpolation: expected a filter of Pillow, got {shown(name)}")
     return checked_image_settings(mean, std, config.image_size, resample, config.num_channels, source)
 
 
@@ -611,7 +623,7 @@ def write_timm(checkpoint: Checkpoint, path: Path) -> None:
 
 def write_npz(checkpoint: Checkpoint, path: Path) -> None:
     check_writable_config(checkpoint.config, "npz")
-    sizes = {"1": 1, **sizes_of(checkpoint.config, path)}
+    sizes = {"1": 1, **sizes_of(checkpoint.config)}
     arrays = {}
     for row in rows_of(checkpoint):
         tensor = checkpoint.state_dict[row.hf]
@@ -625,9 +637,11 @@ def write_npz(checkpoint: Checkpoint, path: Path) -> None:
 def check_writable_config(config: ViTConfig, to: Format) -> None:
     """Refuse, or where the difference is within rounding of training warn of, what the format cannot record."""
     if config.hidden_act not in GELUS:
-        raise InputError(f"config.hidden_act: a {to} checkpoint means {HIDDEN_ACT[to]!r}, got {config.hidden_act!r}")
+        raise InputError(
+            f"config.hidden_act: a {to} checkpoint means {HIDDEN_ACT[to]!r}, got {shown(config.hidden_act)}"
+        )
     if config.pooler_act != "tanh":
-        raise InputError(f"config.pooler_act: a {to} checkpoint means 'tanh', got {config.pooler_act!r}")
+        raise InputError(f"config.pooler_act: a {to} checkpoint means 'tanh', got {shown(config.pooler_act)}")
     means = {"layer_norm_eps": LAYER_NORM_EPS, "hidden_act": HIDDEN_ACT[to]}
     # Two names of one function.
     given = {"layer_norm_eps": config.layer_norm_eps, "hidden_act": config.hidden_act.replace("_new", "_pytorch_tanh")}
@@ -643,16 +657,6 @@ def check_writable_config(config: ViTConfig, to: Format) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a folder, from the first of `WEIGHT_FILES` that it has."""
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
@@ -660,45 +664,85 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise InputError(f"{folder}: expected one of {', '.join(WEIGHT_FILES)}, found none")
     if path.suffix != ".json":
         return read_tensors(path)
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise InputError(f"{path}: expected a weight_map")
     tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if Path(shard).name != shard:
-            raise InputError(f"{path}: expected the names of files beside it, got {shard!r}")
+    for shard in shard_names(path):
         tensors.update(read_tensors(folder / shard))
     return tensors
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A .safetensors or torch file; training scripts' wrappers around the state dict are taken off."""
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names; they stand beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise InputError(f"{index}: expected a weight_map of tensors to files, got {shown(weight_map)}")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{index}: expected the names of files beside it, got {shown(shard)}")
+    return sorted(set(weight_map.values()))
+
+
+def read_tensors(path: Path, *, plain: bool = True) -> dict[str, Tensor]:
+    """A .safetensors or torch file; training scripts' wrappers around the state dict are taken off.
+
+    The values are read from the file when they are used. plain: refuse tensors other than ordinary ones, which may
+    claim any size at no cost: sparse ones, those without values, one value seen as a million.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # no common class: a missing shard, a cut-off file, a pickle that would run code, ...
-        raise InputError(f"{path}: not a readable file of tensors alone: {error}") from error
+        # Of torch's formats only the newer, a zip archive, can be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:  # its advice is to run the code
+        raise InputError(f"{path}: expected tensors alone: damaged, or with objects that could run code") from error
+    except Exception as error:  # no common class: a missing shard, a cut-off file, ...
+        raise InputError(f"{path}: not a readable file of tensors alone: {shown_error(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path}: expected a state dict of named tensors")
-    return {str(name).removeprefix("module."): tensor.detach() for name, tensor in tensors.items()}
+    named = {str(name).removeprefix("module."): tensor.detach() for name, tensor in tensors.items()}
+    for name, tensor in named.items():
+        if plain and not is_plain_tensor(tensor):
+            raise InputError(f"{path}: tensor {printable(name)}: expected values that the file holds, found a view")
+    return named
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether it is an ordinary tensor on the CPU, with a place in memory for each of its values."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+# An .npz file may be compressed. Weights are noise, of which little can be saved: what grows more would fill memory.
+MOST_EXPANSION = 50
+EXPANSION_FREE = 2**26  # bytes: small files of equal numbers do no harm
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
     """The parameters of an .npz file; where they stand below a prefix, what is outside is the optimiser's state."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            expanded = sum(entry.file_size for entry in archive.infolist())
+        if expanded > max(EXPANSION_FREE, MOST_EXPANSION * path.stat().st_size):
+            raise InputError(f"{path}: expected weights, found {path.stat().st_size:,} bytes that grow to {expanded:,}")
         with np.load(path, allow_pickle=False) as archive:
             prefixes = ("params/", "opt/target/")
             prefix = next((p for p in prefixes if any(name.startswith(p) for name in archive.files)), "")
             arrays = {name.removeprefix(prefix): archive[name] for name in archive.files if name.startswith(prefix)}
+    except InputError:
+        raise
     except Exception as error:  # numpy and zipfile raise each their own
-        raise InputError(f"{path}: not a readable .npz file of plain arrays: {error}") from error
+        raise InputError(f"{path}: not a readable .npz file of plain arrays: {shown_error(error)}") from error
     for name, array in arrays.items():
-        if array.dtype not in (np.float16, np.float32, np.float64):
-            raise InputError(f"{path}: array {name}: expected floating point weights, found {array.dtype}")
+        if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
+            found = getattr(array, "dtype", type(array).__name__)
+            raise InputError(f"{path}: array {printable(name)}: expected floating point weights, found {found}")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

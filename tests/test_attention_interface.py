@@ -1,4 +1,11 @@
-"""attn_implementation="fastvit" in transformers' own models: the same outputs and gradients as its eager attention."""
+"""attn_implementation="fastvit" in transformers' own models: the same outputs and gradients as its eager attention.
+
+The names in `MODELS`, `REFUSED` and `IGNORED` are those of the table in docs/drop_in.md.
+"""
+
+import re
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,28 +17,123 @@ from fastvit import ops
 from fastvit.attention_interface import attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 PICTURES = {**SMALL, "image_size": 28, "patch_size": 14}
+VIDEOS = {**PICTURES, "num_frames": 4, "tubelet_size": 2}
+VJEPA2 = {"crop_size": 28, "patch_size": 14, "frames_per_clip": 4, "hidden_size": 64, "num_hidden_layers": 1}
+VJEPA2 |= {"num_attention_heads": 2, "mlp_ratio": 1, "pred_hidden_size": 32, "pred_num_attention_heads": 2}
+VJEPA2 |= {"pred_num_hidden_layers": 1, "pred_num_mask_tokens": 1}
 TEXT = {
     **SMALL,
     "vocab_size": 60,
-    "max_position_embeddings": 12,
+    "max_position_embeddings": 16,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-MODELS = {
-    "ViT": lambda: transformers.ViTModel(transformers.ViTConfig(**PICTURES)),
-    "DINOv2": lambda: transformers.Dinov2Model(transformers.Dinov2Config(**PICTURES)),
-    "DINOv2 with registers": lambda: transformers.Dinov2WithRegistersModel(
-        transformers.Dinov2WithRegistersConfig(**PICTURES)
-    ),
-    "SigLIP pictures": lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**PICTURES)),
-    "SigLIP text": lambda: transformers.SiglipTextModel(transformers.SiglipTextConfig(**TEXT)),
-    "CLIP pictures": lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**PICTURES)),
-    "CLIP text": lambda: transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)),  # causal
+DECODER = {**TEXT, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+GROUPS = {**DECODER, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+SEQ2SEQ = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+SEQ2SEQ |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1}
+SEQ2SEQ |= {name: TEXT[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 1}
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+MLA |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+MLA |= {**TEXT, "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1}
+SOUND = {**SMALL, "conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+SOUND |= {
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 4,
+    "vocab_size": 60,
+    "apply_spec_augment": False,
 }
+
+
+def model_of(name: str, options: dict, config: str = "", **more):
+    config_class = getattr(transformers, config or name.removesuffix("Model") + "Config")
+    return getattr(transformers, name)(config_class(**{**options, **more}))
+
+
+# name -> (what it is given, model)
+MODELS = {
+    "ViT": ("pictures", partial(model_of, "ViTModel", PICTURES)),
+    "DeiT": ("pictures", partial(model_of, "DeiTModel", PICTURES)),
+    "ViTMAE": ("pictures", partial(model_of, "ViTMAEModel", PICTURES, mask_ratio=0.0)),
+    "ViTMSN": ("pictures", partial(model_of, "ViTMSNModel", PICTURES)),
+    "I-JEPA": ("pictures", partial(model_of, "IJepaModel", PICTURES)),
+    "BEiT": ("pictures", partial(model_of, "BeitModel", PICTURES, use_relative_position_bias=True)),
+    "DINOv2": ("pictures", partial(model_of, "Dinov2Model", PICTURES, mlp_ratio=2)),
+    "DINOv2 with registers": ("pictures", partial(model_of, "Dinov2WithRegistersModel", PICTURES, mlp_ratio=2)),
+    "DINOv3 ViT": ("pictures", partial(model_of, "DINOv3ViTModel", PICTURES)),
+    "YOLOS": (
+        "pictures",
+        partial(model_of, "YolosModel", {**PICTURES, "image_size": [28, 28], "num_detection_tokens": 3}),
+    ),
+    "DPT": ("pictures", partial(model_of, "DPTModel", PICTURES, backbone_out_indices=[0, 1, 1, 1])),
+    "CLIP vision": ("pictures", partial(model_of, "CLIPVisionModel", PICTURES)),
+    "SigLIP vision": ("pictures", partial(model_of, "SiglipVisionModel", PICTURES)),
+    "SigLIP 2 vision": ("patches", partial(model_of, "Siglip2VisionModel", SMALL, patch_size=14, num_patches=4)),
+    "AIMv2 vision": ("pictures", partial(model_of, "Aimv2VisionModel", PICTURES)),
+    "InternVL vision": ("pictures", partial(model_of, "InternVLVisionModel", {**PICTURES, "image_size": [28, 28]})),
+    "Pixtral vision": ("pictures", partial(model_of, "PixtralVisionModel", PICTURES)),
+    "Qwen2.5-VL vision": (
+        "grid",
+        lambda: transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(
+            transformers.models.qwen2_5_vl.configuration_qwen2_5_vl.Qwen2_5_VLVisionConfig(
+                hidden_size=32,
+                out_hidden_size=32,
+                depth=2,
+                num_heads=2,
+                intermediate_size=48,
+                fullatt_block_indexes=[1],
+            )
+        ),
+    ),
+    "VideoMAE": ("videos", partial(model_of, "VideoMAEModel", VIDEOS)),
+    "V-JEPA 2": ("videos", partial(model_of, "VJEPA2Model", VJEPA2)),
+    "BERT": ("text", partial(model_of, "BertModel", TEXT)),
+    "ModernBERT": (
+        "text",
+        partial(model_of, "ModernBertModel", TEXT, local_attention=4, cls_token_id=1, sep_token_id=2),
+    ),
+    "CLIP text": ("text", partial(model_of, "CLIPTextModel", TEXT)),
+    "SigLIP text": ("text", partial(model_of, "SiglipTextModel", TEXT)),
+    "GPT-2": ("text", partial(model_of, "GPT2Model", TEXT, n_embd=32, n_layer=2, n_head=2)),
+    "Llama": ("text", partial(model_of, "LlamaModel", DECODER)),
+    "Mistral": ("text", partial(model_of, "MistralModel", DECODER, sliding_window=4)),
+    "Qwen3": ("text", partial(model_of, "Qwen3Model", DECODER)),
+    "Gemma 3 text": ("text", partial(model_of, "Gemma3TextModel", GROUPS)),
+    "DeepSeek-V3": ("text", partial(model_of, "DeepseekV3Model", MLA)),
+    "BART": ("text to text", partial(model_of, "BartModel", SEQ2SEQ, max_position_embeddings=16)),
+    "T5": ("text to text", partial(model_of, "T5Model", {**T5, "vocab_size": 60, "pad_token_id": 0})),
+    "Whisper": (
+        "sound features",
+        partial(model_of, "WhisperModel", SEQ2SEQ, num_mel_bins=8, max_source_positions=8, max_target_positions=16),
+    ),
+    "Wav2Vec2": ("sound", partial(model_of, "Wav2Vec2Model", SOUND)),
+}
+
+# name -> (what it needs that ours does not have, model)
+REFUSED = {
+    "Gemma 2": ("softcap", partial(model_of, "Gemma2Model", GROUPS)),
+    "GPT-OSS": ("s_aux", partial(model_of, "GptOssModel", GROUPS, num_local_experts=2, num_experts_per_tok=1)),
+    "DeepSeek-V3.2": ("indices", partial(model_of, "DeepseekV32Model", MLA, index_topk=3)),
+}
+# Their blocks take no attention function, only a mask: they compute what they always do.
+IGNORED = {
+    "GIT": ("text", partial(model_of, "GitModel", TEXT, vision_config=PICTURES)),
+    "SAM vision": ("pictures", partial(model_of, "SamVisionModel", PICTURES, output_channels=16)),
+}
+# The kernel has one head dim for queries, keys and values; the fallback has not.
+NO_KERNEL = ("DeepSeek-V3",)
+CASES = [(name, "", backend) for name in [*MODELS, "GIT"] for backend in ("reference", "triton")]
+CASES += [(name, side, "reference") for name in MODELS for side in ("left", "right") if MODELS[name][0] == "text"]
+CASES += [(name, "right", "reference") for name in ("BART", "T5", "GIT")]
+CASES += [("ModernBERT", "left", "triton"), ("Llama", "left", "triton"), ("T5", "right", "triton")]
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
+
+# The most negative number, as a mask, times log2(e): minus infinity, as it should be.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning:triton")
 
 
 @pytest.fixture(autouse=True)
@@ -43,55 +145,165 @@ def _registered(backend):
         yield
 
 
-def inputs_for(name: str, padded: bool) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    if "text" not in name:
-        return {"pixel_values": torch.randn(2, 3, 28, 28, generator=generator).to(DEVICE)}
-    tokens = torch.randint(3, 60, (2, 12), generator=generator)
-    tokens[:, -1] = 2
+def build(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = {**MODELS, **REFUSED, **IGNORED}[name][1]().to(DEVICE).eval()
+    randomise(model)
+    return model
+
+
+def text(padded: str = "") -> dict[str, torch.Tensor]:
+    tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 12, dtype=torch.long)
     if padded:
-        tokens[0, 7:], mask[0, 7:] = 0, 0
-        tokens[0, 6] = 2
+        mask[0, slice(0, 5) if padded == "left" else slice(7, 12)] = 0
+    tokens = torch.where(mask == 1, tokens, 0)
+    tokens[:, 11] = 2
     return {"input_ids": tokens.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
-def outputs_and_gradients(model, implementation: str, inputs, **options) -> dict[str, torch.Tensor]:
+def inputs_for(given: str, padded: str = "") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(*shape):
+        return torch.randn(shape, generator=generator).to(DEVICE)
+
+    if given == "pictures":
+        return {"pixel_values": noise(2, 3, 28, 28)}
+    if given == "videos":
+        return {"videos": noise(2, 4, 3, 28, 28)}
+    if given == "sound":
+        return {"input_values": noise(2, 200)}
+    if given == "patches":  # one picture of two by two patches, and one of one by three
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=DEVICE)
+        shapes = torch.tensor([[2, 2], [1, 3]], device=DEVICE)
+        return {"pixel_values": noise(2, 4, 588), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    if given == "grid":  # two pictures, one after the other
+        return {"hidden_states": noise(32, 1176), "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]], device=DEVICE)}
+    target = {"decoder_input_ids": torch.randint(3, 60, (2, 7), generator=generator).to(DEVICE)}
+    if given == "sound features":
+        return {"input_features": noise(2, 8, 16), **target}
+    return {**text(padded), **(target if given == "text to text" else {})}
+
+
+def call(model, inputs):
+    """The last hidden state, without the tokens that are padding."""
+    inputs = dict(inputs)
+    if "videos" in inputs:
+        inputs[model.main_input_name] = inputs.pop("videos")
+    hidden = model(**inputs)[0]
+    mask = inputs.get("attention_mask", inputs.get("pixel_attention_mask"))
+    if mask is not None and "decoder_input_ids" not in inputs:
+        hidden = hidden[:, -mask.shape[1] :] * mask[..., None]
+    return hidden
+
+
+def hidden_states_and_gradients(model, implementation: str, inputs) -> dict[str, torch.Tensor]:
     model.set_attn_implementation(implementation)
     assert model.config._attn_implementation == implementation
-    outputs = model(**inputs, **options)
-    hidden = outputs.last_hidden_state
-    names, parameters = zip(*model.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(hidden.square().mean(), parameters, allow_unused=True)
+    torch.manual_seed(2)
+    hidden = call(model, inputs)
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names, parameters = zip(*named, strict=True)
+    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    gradients = torch.autograd.grad((hidden * weights).sum(), parameters, allow_unused=True)
     found = {name: grad for name, grad in zip(names, gradients, strict=True) if grad is not None}
     return {"last hidden state": hidden.detach(), **found}
 
 
-@BACKENDS
-@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-@pytest.mark.parametrize("name", MODELS)
-def test_models_of_transformers_compute_the_same(name, padded, backend):
-    if padded and "text" not in name:
-        pytest.skip("pictures have no padding")
-    torch.manual_seed(0)
-    model = MODELS[name]().to(DEVICE).eval()
-    randomise(model)
-    inputs = inputs_for(name, padded)
-    expected = outputs_and_gradients(model, "eager", inputs)
-    found = outputs_and_gradients(model, "fastvit", inputs)
+@pytest.mark.parametrize(("name", "padded", "backend"), CASES)
+def test_models_of_transformers_compute_the_same(name, padded, backend, monkeypatch):
+    model = build(name)
+    inputs = inputs_for({**MODELS, **IGNORED}[name][0], padded)
+    expected = hidden_states_and_gradients(model, "eager", inputs)
+    calls = []
+    attention = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs))
+    if backend == "triton" and name in NO_KERNEL:
+        with pytest.raises(fastvit.InputError, match="one head dim for queries and values, not 32 and 16"):
+            hidden_states_and_gradients(model, "fastvit", inputs)
+        return
+    found = hidden_states_and_gradients(model, "fastvit", inputs)
+    assert bool(calls) == (name in MODELS)
     assert found.keys() == expected.keys()
-    for tensor, result in found.items():
-        if not tensor.endswith(("key.bias", "k_proj.bias")):  # its gradient is zero: softmax takes no shift
-            assert relative_error(result, expected[tensor]) < 1e-5, tensor
+    assert relative_error(found["last hidden state"], expected["last hidden state"]) < 1e-5
+    # A key bias has no gradient but rounding, for softmax takes no shift: so the measure is that of the largest one.
+    largest = max(gradient.norm() for tensor, gradient in expected.items() if tensor != "last hidden state")
+    for tensor, gradient in expected.items():
+        assert (found[tensor] - gradient).norm() < 1e-5 * max(gradient.norm(), 0.1 * largest), tensor
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_need_more_are_an_error(name, backend):
+    option, _ = REFUSED[name]
+    model = build(name)
+    model.set_attn_implementation("fastvit")
+    with pytest.raises(fastvit.InputError, match=rf"'fastvit' has no {option}, which \w+Attention asks for"):
+        model(**text())
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_a_model_that_takes_no_attention_function_refuses_the_name_or_ignores_it(backend, monkeypatch):
+    model = build("SAM vision")
+    inputs = inputs_for("pictures")
+    expected = model(**inputs)[0]
+    monkeypatch.setattr(ops, "attention", None)
+    model.set_attn_implementation("fastvit")
+    assert torch.equal(model(**inputs)[0], expected)
+    with pytest.raises(KeyError, match="fastvit"):
+        transformers.SamVisionModel._from_config(model.config, attn_implementation="fastvit")
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_the_table_has_what_is_tested(backend):
+    told = (Path(__file__).parent.parent / "docs" / "drop_in.md").read_text(encoding="utf-8")
+    table = told.partition('## `attn_implementation="fastvit"`')[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| (computes the same|is an error|ignores the name) \| (.*?) \|", table, re.MULTILINE))
+    tables = {"computes the same": MODELS, "is an error": REFUSED, "ignores the name": IGNORED}
+    for outcome, models in tables.items():
+        named = re.sub(r" \([^)]*\)", "", rows[outcome])
+        assert re.split(r"[,;] ", named) == list(models), outcome
+
+
+@BACKENDS
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3 text"])
+def test_text_is_written_as_with_eager_attention(name, cache, backend):
+    """With keys and values kept from the tokens before, and two texts of which one is padded."""
+    causal = {"Llama": "LlamaForCausalLM", "Gemma 3 text": "Gemma3ForCausalLM"}[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, causal)(build(name).config).to(DEVICE).eval()
+    randomise(model)
+    written = []
+    for implementation in ("eager", "fastvit"):
+        model.set_attn_implementation(implementation)
+        found = model.generate(
+            **text("left"), max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation=cache,
+            output_logits=True, return_dict_in_generate=True, disable_compile=True,
+        )  # fmt: skip
+        written.append((found.sequences, torch.stack(found.logits)))
+    (tokens, logits), (our_tokens, our_logits) = written
+    assert torch.equal(tokens, our_tokens)
+    assert relative_error(our_logits, logits) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference"])
+def test_texts_packed_by_their_positions_do_not_see_each_other(backend):
+    model = build("Llama")
+    model.set_attn_implementation("fastvit")
+    tokens, positions = text()["input_ids"][:1], torch.tensor([[*range(7), *range(5)]], device=DEVICE)
+    packed = model(tokens, position_ids=positions, use_cache=False).last_hidden_state
+    alone = [model(part).last_hidden_state for part in tokens.split([7, 5], dim=1)]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1))
 
 
 @BACKENDS
 def test_a_mask_is_not_dropped(backend):
     """With an attention function alone, and no mask function, transformers would pass no mask at all."""
-    torch.manual_seed(0)
-    model = MODELS["CLIP text"]().to(DEVICE).eval()
+    model = build("CLIP text")
     model.set_attn_implementation("fastvit")
-    inputs = inputs_for("CLIP text", padded=False)
+    inputs = text()
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:, 8] = 5
     before, after = (model(**given).last_hidden_state for given in (inputs, changed))
@@ -101,9 +313,8 @@ def test_a_mask_is_not_dropped(backend):
 
 @BACKENDS
 def test_attention_maps_are_given_when_asked_for(backend):
-    torch.manual_seed(0)
-    model = MODELS["ViT"]().to(DEVICE).eval()
-    inputs = inputs_for("ViT", padded=False)
+    model = build("ViT")
+    inputs = inputs_for("pictures")
     maps = {}
     for implementation in ("eager", "fastvit"):
         model.set_attn_implementation(implementation)
@@ -136,15 +347,18 @@ def test_grouped_heads_position_bias_and_causality(backend):
 
 @BACKENDS
 def test_what_is_not_supported_is_named(backend):
+    """Whatever is not known to be harmless: what it would change is not known either."""
     tensor = torch.randn(1, 1, 2, 16, device=DEVICE)
-    with pytest.raises(fastvit.InputError, match="'fastvit' has no softcap, which Identity asks for"):
-        attention_forward(torch.nn.Identity(), tensor, tensor, tensor, None, softcap=30.0)
+    for option, value in (("softcap", 30.0), ("cu_seq_lens_q", torch.tensor([0, 1, 2])), ("new_idea", True)):
+        with pytest.raises(fastvit.InputError, match=f"'fastvit' has no {option}, which Identity asks for"):
+            attention_forward(torch.nn.Identity(), tensor, tensor, tensor, None, **{option: value})
+    attention_forward(torch.nn.Identity(), tensor, tensor, tensor, None, softcap=None, use_cache=True, new_idea=False)
 
 
 @BACKENDS
 def test_our_own_model_takes_the_name(backend):
     model = fastvit.ViTModel(transformers.ViTConfig(**PICTURES), add_pooling_layer=False).to(DEVICE).eval()
-    inputs = inputs_for("ViT", padded=False)
+    inputs = inputs_for("pictures")
     expected = model(**inputs).last_hidden_state
     model.set_attn_implementation("fastvit")
     assert torch.equal(model(**inputs).last_hidden_state, expected)

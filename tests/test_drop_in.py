@@ -94,6 +94,25 @@ def test_device_map_places_the_model(device_map, model, folder, pixels):
     torch.testing.assert_close(placed.cpu()(pixels).logits, model(pixels).logits)
 
 
+def test_revision_of_the_hub_is_the_one_that_is_loaded(model, tmp_path, pixels):
+    """Two commits in the cache, as a download leaves them there: by branch, by tag, by hash."""
+    repository = tmp_path / "models--leaves--vit"
+    expected = {}
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        with torch.no_grad():
+            model.classifier.bias.add_(1)
+        model.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+        expected[revision] = expected[commit] = model(pixels).logits.detach()
+    assert not torch.equal(expected["main"], expected["v2"])
+    for revision, logits in expected.items():
+        torch.testing.assert_close(load("leaves/vit", cache_dir=tmp_path, revision=revision)(pixels).logits, logits)
+    torch.testing.assert_close(load("leaves/vit", cache_dir=tmp_path)(pixels).logits, expected["main"])
+    with pytest.raises(OSError, match="find them in the cached files"):
+        load("leaves/vit", cache_dir=tmp_path, revision="v3")
+
+
 def test_blocks_offloaded_to_disk_compute_the_same(model, folder, tmp_path, pixels):
     device_map = {
         "vit.embeddings": "cpu",
@@ -312,6 +331,26 @@ def test_accelerate_prepares_and_trains(model, pixels):
     before = prepared.classifier.weight.clone()
     optimizer.step()
     assert not torch.equal(prepared.classifier.weight, before)
+
+
+def test_deepspeed_fills_its_config_from_the_model(model):
+    """The part of transformers' DeepSpeed support that asks a model something; it runs without the package."""
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+    from transformers.integrations import deepspeed
+
+    class Config(deepspeed.HfTrainerDeepSpeedConfig, HfDeepSpeedConfig):
+        pass
+
+    sizes = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    filled = []
+    for one in (model, transformers.ViTForImageClassification(model.config)):
+        given = {"zero_optimization": {"stage": 3, **dict.fromkeys(sizes, "auto")}, "train_batch_size": 4}
+        with mock.patch.multiple(deepspeed, dep_version_check=mock.Mock(), set_hf_deepspeed_config=mock.Mock()):
+            config = Config(given)
+        config.trainer_config_finalize(transformers.TrainingArguments(report_to=[], use_cpu=True), one, 10)
+        filled.append(config.config["zero_optimization"])
+    assert filled[0] == filled[1]
+    assert [filled[0][size] for size in sizes] == [32 * 32, int(0.9 * 32 * 32), 10 * 32]
 
 
 def test_lora_on_query_and_value_trains_saves_and_merges(model, pixels, tmp_path):

@@ -332,10 +332,10 @@ def broken(kind: str, root: Path) -> list[str]:
     ("kind", "message"),
     [
         ("empty folder", "expected pictures, one folder a class"),
-        ("one class", "at least 2 are needed"),
+        ("one class", "expected at least 2 classes, found 1: healthy"),
         ("a class with one image", "class 'lonely': expected at least 2 pictures"),
         ("more classes in validation", "no training pictures for 1 class(es): angular_leaf_spot"),
-        ("no classes", "found no label column"),
+        ("no classes", "expected every picture in the folder of a class, found"),
         ("no image", "0.png: expected an image, found a file that is none"),
         ("truncated", "0.png: cannot be decoded"),
     ],

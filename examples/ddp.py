@@ -1,0 +1,86 @@
+"""Train on several GPUs with accelerate: each process has its own copy of the model, gradients are averaged (DDP).
+
+    torchrun --nproc-per-node 8 examples/ddp.py        # eight GPUs of this machine (or processes, where there is none)
+    python examples/ddp.py --data-dir my-pictures      # one process; my-pictures/CLASS/*.jpg
+
+The batch size is that of one process. Numbers, such as the accuracy, are of all processes.
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from transformers import AutoImageProcessor, get_linear_schedule_with_warmup
+
+from fastvit import ViTForImageClassification
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="google/vit-base-patch16-224-in21k", help="hub id or folder (%(default)s)")
+    parser.add_argument("--dataset", default="AI-Lab-Makerere/beans", help="pictures of the hub (%(default)s)")
+    parser.add_argument("--data-dir", help="a folder of pictures, in place of --dataset")
+    parser.add_argument("--output-dir", default="runs/ddp", help="%(default)s")
+    parser.add_argument("--epochs", type=int, default=4, help="%(default)s")
+    parser.add_argument("--batch-size", type=int, default=16, help="of one process (%(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="%(default)s")
+    parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
+    options = parser.parse_args()
+
+    # Without `cpu`, processes on a machine without a GPU would not know of each other.
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
+    set_seed(0)
+    with accelerator.main_process_first():  # one process fills the cache, the others read it
+        if options.data_dir:
+            pictures = load_dataset("imagefolder", data_dir=options.data_dir, split="train")
+        else:
+            pictures = load_dataset(options.dataset, split="train")
+    label = "labels" if "labels" in pictures.features else "label"
+    names = pictures.features[label].names
+    halves = pictures.train_test_split(0.15, stratify_by_column=label, seed=0)
+    processor = AutoImageProcessor.from_pretrained(options.model)
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        images = [row["image"].convert("RGB") for row in rows]
+        pixels = processor(images, return_tensors="pt").pixel_values
+        return {"pixel_values": pixels, "labels": torch.tensor([row[label] for row in rows])}
+
+    train = DataLoader(halves["train"], options.batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    validation = DataLoader(halves["test"], options.batch_size, collate_fn=collate)
+    model = ViTForImageClassification.from_pretrained(
+        options.model, num_labels=len(names), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
+    model, optimizer, train, validation = accelerator.prepare(model, optimizer, train, validation)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, options.epochs * len(train))
+
+    for epoch in range(options.epochs):
+        model.train()
+        for batch in train:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        model.eval()
+        right = []
+        for batch in validation:
+            with torch.no_grad():
+                guess = model(**batch).logits.argmax(-1)
+            right.append(accelerator.gather_for_metrics(guess == batch["labels"]))
+        right = torch.cat(right)  # each validation picture once, whatever the number of processes
+        accelerator.print(f"epoch {epoch + 1}: validation accuracy {right.float().mean():.1%} of {len(right)} pictures")
+
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(options.output_dir)
+        processor.save_pretrained(options.output_dir)
+    accelerator.print(f"saved: {options.output_dir} (trained by {accelerator.num_processes} processes)")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
