@@ -201,8 +201,10 @@ def run(beans: Path, work: Path, seeds: int) -> None:
     torch.set_num_threads(1)
     vars(finetune)["RecipeTuner"] = TimedTuner  # what `finetune.run` trains with
     read = functools.cache(lambda folder: load_images(data_dir=folder))
-    read_leaves = finetune.read_images
-    vars(finetune)["read_images"] = lambda options: read(options.data_dir) if options.data_dir else read_leaves(options)
+    read_leaves = finetune.load_data
+    vars(finetune)["load_data"] = lambda options, processes: (
+        read(options.data_dir) if options.data_dir else read_leaves(options, processes)
+    )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     make_pictures(beans, work)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -24,16 +25,20 @@ COMMANDS = {
 def report_errors(command: Callable[[], object]) -> int:
     """Run `command` and return the exit code: the integer that it returns, or 0.
 
-    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130.
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130. Of several processes that train one
+    model the first one of each machine speaks, and any that had an error of its own.
     """
-    from fastvit.errors import InputError, printable
+    from fastvit.errors import InputError, ProcessError, printable
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
     except InputError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
+        if isinstance(error, ProcessError) and "RANK" in os.environ:
+            print(f"error: process {os.environ['RANK']}: {printable(str(error))}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

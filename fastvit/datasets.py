@@ -24,7 +24,7 @@ from fastvit.images import decode_image
 # Short names of data sets on the hub.
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
@@ -57,10 +57,14 @@ class ImageDataset:
     def examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
         """The first training pictures of the first classes that can be decoded, at most `side` pixels high and wide:
         whole photographs of many classes would fill a memory."""
-        train, found = self.splits[TRAIN], {}
+        train, found = self.first_training_pictures(), {}
         for label, name in enumerate(self.class_names[:num_classes]):
             found[name] = list(islice(_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
         return found
+
+    def first_training_pictures(self) -> Split:
+        """What examples are taken from."""
+        return self.splits[TRAIN]
 
 
 def _thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
@@ -178,19 +182,14 @@ def _check_classes(names: list[str], trained: set[str], source: str) -> None:
         raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
 
 
-def _read(
-    hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
-) -> ImageDataset:
-    """A hub data set, or an image folder with a file of labels, through the `datasets` library."""
+@contextlib.contextmanager
+def read_errors(source: str) -> Iterator[None]:
+    """Turn what the `datasets` library raises for a missing or broken data set into one clear line."""
     import datasets
 
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
-    source = hub_id or str(data_dir)
     try:
-        if data_dir is not None:
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
-        else:
-            loaded = datasets.load_dataset(hub_id)
+        yield
     except datasets.exceptions.DatasetNotFoundError as error:
         raise InputError(f"dataset: there is no {source!r} on the hub, or it is private ({error})") from None
     except ConnectionError:
@@ -202,12 +201,26 @@ def _read(
         reason = str(error.__cause__ or error).splitlines()[0]
         raise InputError(f"{source}: expected pictures, one folder a class ({reason})") from None
 
-    splits = {_split_name(name): split for name, split in loaded.items()}
+
+def _read(
+    hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
+) -> ImageDataset:
+    """A hub data set, or an image folder with a file of labels, through the `datasets` library."""
+    import datasets
+
+    source = hub_id or str(data_dir)
+    with read_errors(source):
+        if data_dir is not None:
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
+        else:
+            loaded = datasets.load_dataset(hub_id)
+
+    splits = {split_name(name): split for name, split in loaded.items()}
     if TRAIN not in splits:
         raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
     features = splits[TRAIN].features
-    image_column = _find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
-    label_column = _find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
+    label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
     # Test splits on the hub often come without labels: -1 everywhere.
     splits = {name: split for name, split in splits.items() if -1 not in split[label_column][:]}
     class_names = _class_names(splits, label_column, source)
@@ -218,13 +231,11 @@ def _read(
     )
 
 
-def _split_name(name: str) -> str:
+def split_name(name: str) -> str:
     return VALIDATION if name in ("val", "valid", "dev", "eval") else name
 
 
-def _find_column(
-    kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str
-) -> str:
+def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
     """The column for images or labels: the one given, or one with the usual name or type."""
     if given is not None:
         if given not in features:

@@ -5,7 +5,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message names it, what was expected and what was found.
 
     The command line prints the message on one line and exits with code 2; as a library it is an ordinary exception.
+    Where several processes train one model, all run into it, and the first one says so.
     """
+
+
+class ProcessError(InputError):
+    """What one of several processes ran into alone, so that it must say so itself."""
 
 
 def printable(text: str) -> str:

@@ -16,18 +16,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
     EarlyStoppingCallback,
+    TrainerState,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -35,9 +39,10 @@ import fastvit
 from fastvit import calibration, page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
+from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
 from fastvit.errors import InputError
 from fastvit.folds import summarize_folds, take_fold
-from fastvit.images import Augment, ImageSet, cache_images
+from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_image_settings, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
@@ -51,10 +56,12 @@ from fastvit.recipes import (
     merge_adapters,
 )
 from fastvit.run_log import LOG_FILE
+from fastvit.streaming import Stream, StreamedDataset, stream_images
 from fastvit.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
+    MARKER,
     "README.md",
     "all_results.json",
     "classification_report.txt",
@@ -150,10 +157,15 @@ def image_processor_for(options: argparse.Namespace, model: ViTForImageClassific
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
+def decode_size(size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:
+    """Pictures that will be cropped are decoded a seventh larger, so that crops keep their detail."""
+    return (math.ceil(size[0] * 8 / 7), math.ceil(size[1] * 8 / 7)) if augment else size
+
+
 def make_image_sets(
-    options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil
+    options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil, processes: PartialState
 ) -> dict[str, ImageSet]:
-    """Every split decoded and cached; training pictures a seventh larger, so that crops keep their detail."""
+    """Every split decoded and cached: by the first process of a machine, into a file that all of them read."""
     size = (processor.size["height"], processor.size["width"])
     cache_home = Path(os.environ.get("FASTVIT_CACHE_DIR") or Path.home() / ".cache" / "fastvit")
     sets = {}
@@ -162,16 +174,18 @@ def make_image_sets(
         if limit is not None and limit < len(split):
             split = split.select(np.sort(np.random.default_rng(options.seed).permutation(len(split))[:limit]))
         crop = Augment(size) if name == TRAIN and options.augment else None
-        cache = cache_images(
-            split.load,
-            len(split),
-            tuple(math.ceil(side * 8 / 7) for side in size) if crop else size,
-            resample=processor.resample,
-            skip_bad=options.skip_bad_images,
-            key=split.key,
-            cache_dir=cache_home / "images",
-            description=f"decoding {name}",
-        )
+        with processes.local_main_process_first():
+            cache = cache_images(
+                split.load,
+                len(split),
+                decode_size(size, crop),
+                resample=processor.resample,
+                skip_bad=options.skip_bad_images,
+                key=split.key,
+                cache_dir=cache_home / "images",
+                memory_limit=MEMORY_CACHE_BYTES if processes.num_processes == 1 else 0,
+                description=f"decoding {name}",
+            )
         if cache.skipped:
             print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
             for reason in list(cache.skipped.values())[:10]:
@@ -210,12 +224,45 @@ def precision_of(options: argparse.Namespace, hidden_size: int) -> str:
     return "bf16" if has_amx and hidden_size >= 192 else "fp32"
 
 
-def training_arguments(options: argparse.Namespace, precision: str, has_validation: bool) -> TrainingArguments:
+def make_stream(
+    options: argparse.Namespace, images: StreamedDataset, processor: ViTImageProcessorPil, processes: PartialState
+) -> Stream:
+    """This process's training pictures; after --resume, those that come next."""
+    size = (processor.size["height"], processor.size["width"])
+    augment = Augment(size) if options.augment else None
+    stream = Stream(
+        images,
+        decode_size(size, augment),
+        augment,
+        resample=processor.resample,
+        seed=options.seed,
+        shuffle_buffer=options.shuffle_buffer,
+        skip_bad=options.skip_bad_images,
+        rank=processes.process_index,
+        world_size=processes.num_processes,
+    )
+    if options.resume:
+        state = TrainerState.load_from_json(str(Path(get_last_checkpoint(options.output_dir), TRAINER_STATE_NAME)))
+        stream.resume_after(state.global_step * options.gradient_accumulation, options.batch_size)
+    return stream
+
+
+def max_steps_of(options: argparse.Namespace, images: ImageDataset, processes: PartialState) -> int:
+    """Steps to train for; -1 leaves that to the number of epochs. A stream has no end, so that it needs a number."""
+    if options.max_steps > 0 or not isinstance(images, StreamedDataset) or images.num_train is None:
+        return options.max_steps
+    pictures_a_step = options.batch_size * options.gradient_accumulation * processes.num_processes
+    return math.ceil(options.epochs * images.num_train / pictures_a_step)
+
+
+def training_arguments(
+    options: argparse.Namespace, precision: str, has_validation: bool, max_steps: int
+) -> TrainingArguments:
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
         output_dir=options.output_dir,
         num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
+        max_steps=max_steps,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=max(options.batch_size, 32),
         learning_rate=options.learning_rate,
@@ -229,6 +276,10 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
         torch_compile=options.compile,
         use_cpu=options.cpu or not torch.cuda.is_available(),
         seed=options.seed,
+        data_seed=options.seed,
+        ddp_find_unused_parameters=False,
+        fsdp=True if options.fsdp else None,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"},
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
         remove_unused_columns=False,
@@ -248,6 +299,52 @@ def training_arguments(options: argparse.Namespace, precision: str, has_validati
     )
 
 
+def accuracy(prediction) -> dict[str, float]:
+    """Accuracy, and the loss of every picture once: Trainer's own counts those twice that fill up the last batches."""
+    logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
+
+
+def run(options: argparse.Namespace) -> dict[str, float]:
+    """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
+
+    With folds, the metrics' means over the folds.
+    """
+    if options.folds is not None and options.fold is None:
+        return run_folds(options)
+    with joined_processes(options.cpu) as processes:
+        return fine_tune(options, processes)
+
+
+def load_data(options: argparse.Namespace, processes: PartialState) -> ImageDataset:
+    """The pictures that the options name, with one of the folds for validation if that is asked for."""
+    if options.streaming:
+        return stream_images(
+            options.dataset,
+            options.data_dir,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            class_names=options.class_names,
+            max_eval_samples=options.max_eval_samples,
+            seed=options.seed,
+            need_length=options.max_steps <= 0,
+            need_validation=options.validation_fraction != 0,
+        )
+    with processes.local_main_process_first():
+        images = load_images(
+            options.dataset,
+            options.data_dir,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            validation_fraction=options.validation_fraction if options.fold is None else 0,
+            seed=options.seed,
+            image_size=options.image_size or 64,
+            generated_images=options.generated_images,
+        )
+    return images if options.fold is None else take_fold(images, options.folds, options.fold, options.seed)
+
+
 def ready_to_train(options: argparse.Namespace, model: ViTForImageClassification) -> Any:
     """The model with what is to be trained of it, and adapters if they are asked for."""
     if options.freeze_backbone:
@@ -259,51 +356,32 @@ def ready_to_train(options: argparse.Namespace, model: ViTForImageClassification
     return model if options.lora is None else add_adapters(model, options.lora)
 
 
-def loss_of(options: argparse.Namespace, train: ImageSet, num_classes: int) -> TargetLoss | None:
+def loss_of(options: argparse.Namespace, train: ImageSet | None, num_classes: int) -> TargetLoss | None:
     """The loss, where it is not the model's own with Trainer's label smoothing."""
     weights = None
-    if options.class_balanced is not None:
+    if options.class_balanced is not None and train is not None:
         weights = class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
     elif not (options.mixup or options.cutmix):
         return None
     return TargetLoss(weights, options.label_smoothing)
 
 
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-def read_images(options: argparse.Namespace) -> ImageDataset:
-    """The pictures that the options name, with one of the folds for validation if that is asked for."""
-    images = load_images(
-        options.dataset,
-        options.data_dir,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        validation_fraction=options.validation_fraction if options.fold is None else 0,
-        seed=options.seed,
-        image_size=options.image_size or 64,
-        generated_images=options.generated_images,
-    )
-    return images if options.fold is None else take_fold(images, options.folds, options.fold, options.seed)
-
-
-def run(options: argparse.Namespace) -> dict[str, float]:
-    """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
-
-    With folds, the metrics' means over the folds.
-    """
-    if options.folds is not None and options.fold is None:
-        return run_folds(options)
+def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str, float]:
+    """The work of one of `processes`."""
     transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
     set_seed(options.seed)
     output_dir = Path(options.output_dir)
-    images = read_images(options)
+    images = load_data(options, processes)
     print_counts(images)
     model = load_model(options, images.class_names)
     processor = image_processor_for(options, model)
     model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
-    sets = make_image_sets(options, images, processor)
+    sets = make_image_sets(options, images, processor, processes)
+    train_set: Stream | ImageSet
+    if isinstance(images, StreamedDataset):
+        train_set = make_stream(options, images, processor, processes)
+    else:
+        train_set = sets[TRAIN]
     if options.early_stopping is not None and VALIDATION not in sets:
         raise InputError(f"--early-stopping: expected a validation split, {images.name} has none")
     if options.calibrate and VALIDATION not in sets:
@@ -312,25 +390,21 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     mix = MixPictures(len(images.class_names), options.mixup, options.cutmix)
 
     # From here on the folder is written; whatever was wrong with the input has been said.
-    if options.overwrite:
-        remove_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
-    examples = images.examples(num_classes=20, per_class=8, side=256)
-    report.save_image(report.example_grid(examples), output_dir / "examples.png")
-    processor.save_pretrained(output_dir)
+    with processes.main_process_first():
+        if processes.is_main_process:
+            begin_run(options, images, processor)
     print(f"example pictures: {output_dir / 'examples.png'}")
 
     interrupt, log = StopOnInterrupt(), WriteLog(output_dir)
     precision = precision_of(options, model.config.hidden_size)
     trainer = RecipeTuner(
         model=model,
-        args=training_arguments(options, precision, VALIDATION in sets),
-        train_dataset=sets[TRAIN],
+        args=training_arguments(options, precision, VALIDATION in sets, max_steps_of(options, images, processes)),
+        train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
         data_collator=mix,
-        compute_loss_func=loss_of(options, sets[TRAIN], len(images.class_names)),
+        compute_loss_func=loss_of(options, sets.get(TRAIN), len(images.class_names)),
         compute_metrics=accuracy,
         callbacks=[log, StopOnNonFiniteLoss(), interrupt],
         layer_decay=options.layer_decay,
@@ -344,11 +418,14 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     trainer.add_callback(progress)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
-        f"training {parameters / 1e6:.1f} M parameters on {len(sets[TRAIN])} pictures of"
+        f"training {parameters / 1e6:.1f} M parameters on {number_of_pictures(images)} pictures of"
         f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
+        + (f" and {processes.num_processes - 1} more" if processes.num_processes > 1 else "")
     )
+    if processes.num_processes > 1:
+        accelerate.utils.set_seed(options.seed, device_specific=True)  # other crops and dropout on each
     try:
-        with log, interrupt:
+        with log, interrupt, lost_process_is_said(output_dir):
             result = trainer.train(resume_from_checkpoint=True if options.resume else None)
     finally:
         progress.close()
@@ -388,6 +465,24 @@ def run_folds(options: argparse.Namespace) -> dict[str, float]:
     return {name: figures["mean"] for name, figures in summary.items()}
 
 
+def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil) -> None:
+    """The folder and the files that stand in it from the start."""
+    output_dir = Path(options.output_dir)
+    if options.overwrite:
+        remove_run(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if launch := launch_id():
+        write_text(output_dir / MARKER, launch)
+    write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
+    examples = images.examples(num_classes=20, per_class=8, side=256)
+    report.save_image(report.example_grid(examples), output_dir / "examples.png")
+    processor.save_pretrained(output_dir)
+
+
+def number_of_pictures(images: ImageDataset) -> str:
+    return "streamed" if isinstance(images, StreamedDataset) else f"{len(images.splits[TRAIN]):,}"
+
+
 def run_options(options: argparse.Namespace) -> dict[str, Any]:
     """What `config.yaml` holds: every option that shapes the run, so that --config with it repeats the run."""
     once = ("config", "overwrite", "resume")
@@ -402,6 +497,8 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
     trainer.save_state()
     if options.lora is not None:
         merge_adapters(trainer, output_dir / ADAPTER)
+    if trainer.is_fsdp_enabled:  # checkpoints were sharded; the result is one file
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     trainer.flip = options.flip
 
@@ -438,11 +535,19 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
         print(f"\n{reports[-1]}", end="")
     if trainer.is_world_process_zero():
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
+        (output_dir / MARKER).unlink(missing_ok=True)
     trainer.model_card = model_card(options, images, metrics, "\n".join(reports))
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         shown = page.of_run(
-            options, images, sets, predictions, trainer.state, trainer.args.device, result.metrics["train_runtime"]
+            options,
+            images,
+            number_of_pictures(images),
+            sets,
+            predictions,
+            trainer.state,
+            trainer.args.device,
+            result.metrics["train_runtime"],
         )
         write_text(output_dir / page.REPORT_FILE, page.render(shown))
     if options.push_to_hub:
@@ -507,7 +612,7 @@ def model_card(options: argparse.Namespace, images: ImageDataset, metrics: dict[
         name=name,
         classes=classes,
         origin=origin,
-        pictures=len(images.splits[TRAIN]),
+        pictures=number_of_pictures(images),
         dataset=images.name,
         reports=reports,
         version=fastvit.__version__,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
+from fastvit.distributed import is_own_run
 from fastvit.errors import InputError
 
 DEFAULT_MODEL = "google/vit-base-patch16-224-in21k"
@@ -67,6 +69,15 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-train-samples", type=int, metavar="N", help="train on N pictures only")
     group.add_argument("--max-eval-samples", type=int, metavar="N", help="evaluate on N pictures only")
     group.add_argument("--generated-images", type=int, default=2000, metavar="N", help="size of the drawn set")
+    group.add_argument(
+        "--streaming", action="store_true", help="read pictures while training; --data-dir may hold tar shards"
+    )
+    group.add_argument(
+        "--class-names", metavar="FILE|A,B,C", help="with --streaming: the classes [the data's, or all labels]"
+    )
+    group.add_argument(
+        "--shuffle-buffer", type=int, default=1000, metavar="N", help="with --streaming: N pictures that are mixed"
+    )
     group.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
     group.add_argument(
         "--augment", action=argparse.BooleanOptionalAction, default=True, help="random resized crop and flip"
@@ -91,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where hardware has it"
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model over the processes (FSDP2)")
     group.add_argument("--cpu", action="store_true", help="do not use a GPU")
     group.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation and splits")
 
@@ -158,7 +170,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     if options.model is None:
         options.model = DEFAULT_MODEL
     if options.output_dir is None:
-        options.output_dir = str(Path("runs") / Path(options.dataset or options.data_dir).name)
+        source = Path(options.dataset or options.data_dir)
+        options.output_dir = str(Path("runs") / (source.parent.name if "*" in source.name else source.name))
+    if is_own_run(Path(options.output_dir)):  # torchrun has started this run again
+        options.resume = get_last_checkpoint(options.output_dir) is not None
+        options.overwrite = not options.resume
     _check_options(options)
     return options
 
@@ -208,6 +224,11 @@ def _check_recipes(options: argparse.Namespace) -> None:
     check("fold", 1 <= (options.fold or 0) <= (options.folds or 0), "1 to the number of --folds")
     if options.folds is not None and options.push_to_hub is not None:
         raise InputError("--folds: its models are for measuring; give --folds or --push-to-hub, not both")
+    if options.folds is not None and options.fold is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--folds: expected one process; several train one fold after the other with --fold I")
+    for name in ("randaugment", "mixup", "cutmix", "class_balanced", "folds"):
+        if options.streaming and getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')}: cannot be used with --streaming")
     if options.lora is not None and options.from_scratch is not None:
         raise InputError("--lora: expected a pretrained --model, whose weights stay; got --from-scratch")
     if options.lora is not None and options.freeze_backbone:
@@ -222,7 +243,8 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in ("epochs", "batch_size", "learning_rate", "gradient_accumulation", "eval_steps", "logging_steps"):
         if not getattr(options, name) > 0:
             raise InputError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(options, name)}")
-    for name in ("image_size", "patch_size", "max_train_samples", "max_eval_samples", "generated_images"):
+    counts = ("image_size", "patch_size", "max_train_samples", "max_eval_samples", "generated_images", "shuffle_buffer")
+    for name in counts:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     for name in ("attention_dropout", "hidden_dropout", "label_smoothing"):
@@ -233,6 +255,16 @@ def _check_options(options: argparse.Namespace) -> None:
     if not 0 < options.layer_decay <= 1:
         raise InputError(f"--layer-decay: expected above 0 and at most 1, got {options.layer_decay}")
     _check_recipes(options)
+    if options.fsdp and "LOCAL_RANK" not in os.environ:
+        raise InputError(
+            "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ..."
+        )
+    if options.streaming and options.dataset == "generated":
+        raise InputError("--streaming: expected a hub data set or --data-dir; drawn leaves are not read from anywhere")
+    if options.streaming and options.max_train_samples is not None:
+        raise InputError("--max-train-samples: cannot be used with --streaming; --max-steps limits what is read")
+    if options.class_names is not None and not options.streaming:
+        raise InputError("--class-names: expected together with --streaming; otherwise the data say them")
     output_dir = Path(options.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output-dir: {output_dir} is a file")

@@ -64,15 +64,17 @@ class Mistake:
 class RunReport:
     """What the page shows.
 
-    counts: split -> pictures per class [C]; examples: class name -> some training pictures; history: Trainer's log
-    records; confusions: split -> int [C, C], rows are true classes; mistakes: those of `mistakes_in`, the most
-    confident first; options: name -> (value, default); environment: what -> text.
+    pictures: how many were trained on; counts: split -> pictures per class [C], of splits that are held; examples:
+    class name -> some training pictures; history: Trainer's log records; confusions: split -> int [C, C], rows are true
+    classes; mistakes: those of `mistakes_in`, the most confident first; options: name -> (value, default); environment:
+    what -> text.
     """
 
     folder: str
     dataset: str
     model: str
     class_names: list[str]
+    pictures: str
     counts: Mapping[str, np.ndarray]
     examples: Mapping[str, Sequence[Image.Image]]
     history: list[dict[str, Any]]
@@ -114,6 +116,7 @@ def render(run: RunReport) -> str:
 def of_run(
     options: argparse.Namespace,
     images: ImageDataset,
+    pictures: str,
     sets: Mapping[str, ImageSet],
     predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
     state: TrainerState,
@@ -123,6 +126,7 @@ def of_run(
     """Gathers the page of a run whose model is saved in its output folder.
 
     Args:
+        pictures: how many were trained on, or another word for it.
         predictions: split -> (labels `[N]`, logits `[N, C]`) in the order of `sets[split]`.
         state: Trainer's, with everything that was logged.
         device: where the maps of attention are computed.
@@ -142,7 +146,12 @@ def of_run(
         dataset=images.name,
         model=f"A Vision Transformer of {architecture}, {origin}",
         class_names=images.class_names,
-        counts={name: np.bincount(split.labels, minlength=len(images.class_names)) for name, split in sets.items()},
+        pictures=pictures,
+        counts={
+            name: np.bincount(split.labels, minlength=len(images.class_names))
+            for name, split in sets.items()
+            if isinstance(split, ImageSet)  # what is streamed is not counted
+        },
         examples=images.examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
         history=state.log_history,
         best_step=state.best_global_step if state.best_model_checkpoint else None,
@@ -323,9 +332,11 @@ def result_of(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
     }
 
 
-def class_counts(run: RunReport) -> dict[str, Any]:
-    """Pictures per class and split; of many classes the smallest and the largest by their training pictures."""
+def class_counts(run: RunReport) -> dict[str, Any] | None:
+    """Pictures per class and split; of many classes the smallest and the largest by those of the first split."""
     splits = list(run.counts)
+    if not splits:
+        return None
     first = run.counts[splits[0]]
     order = np.arange(len(first))
     if len(order) > MAX_ROWS:

@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, default_data_collator
 
 from fastvit.errors import InputError
-from fastvit.images import random_numbers_of
+from fastvit.images import ImageSet, random_numbers_of
 from fastvit.training import FineTuner
 
 
@@ -210,7 +210,8 @@ class RecipeTuner(FineTuner):
         self.ema_decay, self.flip = ema_decay, False
         self.average: AveragedModel | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(FollowEpochs())
+        if isinstance(self.train_dataset, ImageSet):
+            self.add_callback(FollowEpochs())
         if ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError("--ema: expected whole weights on every device, got weights in shards")

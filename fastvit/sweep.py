@@ -17,6 +17,7 @@ from typing import Any
 
 import transformers
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
@@ -78,18 +79,19 @@ class PruneOnNonFiniteLoss(StopOnNonFiniteLoss):
 class Sweep:
     """One data set and one plain recipe, trained with the options of each trial."""
 
-    def __init__(self, options: argparse.Namespace, space: dict[str, Range]):
+    def __init__(self, options: argparse.Namespace, space: dict[str, Range], processes: PartialState):
         self.options, self.space = options, space
-        images = finetune.read_images(options)
+        images = finetune.load_data(options, processes)
         finetune.print_counts(images)
         self.class_names = images.class_names
         model = finetune.load_model(options, self.class_names)
         processor = finetune.image_processor_for(options, model)
         self.normalization = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-        sets = finetune.make_image_sets(options, images, processor)
+        sets = finetune.make_image_sets(options, images, processor, processes)
         if VALIDATION not in sets:
             raise InputError(f"fastvit sweep: expected a validation split, {images.name} has none")
-        arguments = finetune.training_arguments(options, finetune.precision_of(options, model.config.hidden_size), True)
+        precision = finetune.precision_of(options, model.config.hidden_size)
+        arguments = finetune.training_arguments(options, precision, True, options.max_steps)
         # A trial leaves its accuracy, measured after every epoch, and no files.
         arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.EPOCH, IntervalStrategy.NO
         arguments.load_best_model_at_end = False
@@ -158,7 +160,7 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
         finished = finished_trials(before)
         print(f"{folder / STUDY}: {len(finished)} trials are there")
     if len(finished) < trials:
-        sweep = Sweep(options, space)
+        sweep = Sweep(options, space, PartialState(cpu=options.cpu))
         folder.mkdir(parents=True, exist_ok=True)
         opened = optuna.create_study(**study, direction="maximize", load_if_exists=True)
         for name, value in told.items():
@@ -229,8 +231,8 @@ def main(argv: list[str]) -> None:
     space = dict(parse_range(text) for text in own.search)
     folder = Path(own.output_dir)
     options = parse_options([*rest, "--output-dir", str(folder / "trial")])
-    for name in ("folds", "early_stopping"):
-        if getattr(options, name) is not None:
+    for name in ("folds", "early_stopping", "streaming"):
+        if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')}: is for fastvit finetune, not for a sweep")
     try:
         run(options, space, own.trials, folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,8 +24,10 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fastvit import run_log
 from fastvit.configuration import is_real, is_whole, read_json, shown, shown_error
+from fastvit.distributed import on_any_process
 from fastvit.errors import InputError
 from fastvit.inspection import check_shapes, check_shard_metadata, read_headers
+from fastvit.streaming import Stream, stream_loader
 
 
 class NonFiniteLoss(InputError):
@@ -50,7 +53,10 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once."""
+    """Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    Several processes agree after each step, so that all stop after the same one.
+    """
 
     def __init__(self):
         self.interrupted = False
@@ -68,6 +74,7 @@ class StopOnInterrupt(TrainerCallback):
         print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again to stop at once)", file=sys.stderr)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = on_any_process(self.interrupted)
         if self.interrupted:
             control.should_save = True
             control.should_training_stop = True
@@ -206,6 +213,31 @@ class FineTuner(Trainer):
     def _load_rng_state(self, checkpoint):
         with unreadable_checkpoint_is_input_error(checkpoint):
             super()._load_rng_state(checkpoint)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            # accelerate passes over FSDP where the devices are CPUs. PyTorch does not.
+            state = self.accelerator.state
+            state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+            self.is_fsdp_enabled = True
+
+    def get_train_dataloader(self):
+        if isinstance(self.train_dataset, Stream):
+            return stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
+        return super().get_train_dataloader()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.is_fsdp_enabled and _internal_call:
+            # Shards are written later. Without their folder some processes would find the best checkpoint, some not;
+            # with the config in it, `accelerate merge-weights` makes a model of them.
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            if self.args.should_save:
+                self.model.config.save_pretrained(output_dir)
+        super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args, **kwargs) -> None:
         if self.model_card is None:

@@ -41,6 +41,7 @@ def a_run(num_classes: int = 3, **changes) -> RunReport:
         dataset="some pictures",
         model="A model",
         class_names=names,
+        pictures="1,234",
         counts={"train": np.arange(num_classes) + 5, "validation": confusion.sum(axis=1)},
         examples={name: [noise(96, index)] * 6 for index, name in enumerate(names[: page.MAX_EXAMPLE_CLASSES])},
         history=history,

@@ -1,0 +1,242 @@
+"""Streamed pictures: every one once a pass, in an order that a resumed run repeats, and what goes wrong on the way."""
+
+import io
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from shards import draw, make_shards, write_shard
+
+from fastvit import leaves
+from fastvit.errors import InputError
+from fastvit.finetune import main
+from fastvit.images import Augment
+from fastvit.streaming import Stream, stream_images
+from fastvit.training import Progress
+
+SMALL = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
+RUN = [*SMALL, "--streaming", "--batch-size", "4", "--max-steps", "8", "--eval-steps", "2", "--output-dir", "out"]
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def open_shards(root, **kwargs):
+    return stream_images(data_dir=root, class_names=",".join(leaves.CLASSES), **kwargs)
+
+
+def stream(images, **kwargs):
+    return Stream(images, (18, 18), Augment((16, 16)), seed=3, shuffle_buffer=5, **kwargs)
+
+
+def take(stream, count, workers=0):
+    """`count` pictures in the order that a loader gives them, in batches of 4: their labels and their bytes."""
+    loader = torch.utils.data.DataLoader(stream, batch_size=4, num_workers=workers)
+    seen = []
+    for batch in loader:
+        pictures = [pixels.numpy().tobytes() for pixels in batch["pixel_values"]]
+        seen += zip(batch["labels"].tolist(), pictures, strict=True)
+        if len(seen) >= count:
+            return seen[:count]
+    raise AssertionError("the stream has ended")
+
+
+def names(stream, count):
+    iterator = stream.rows()
+    return [next(iterator)[stream.images.image_column]["path"] for _ in range(count)]
+
+
+@pytest.mark.parametrize(("shards", "world_size"), [(2, 1), (2, 2), (4, 2), (3, 2), (1, 2)])
+def test_every_picture_comes_once_a_pass_whatever_the_split(shards, world_size, tmp_path):
+    images = open_shards(make_shards(tmp_path / "shards", shards, per_shard=12 // shards))
+    first, second = Counter(), Counter()
+    for rank in range(world_size):
+        own = names(stream(images, rank=rank, world_size=world_size), 24 // world_size)
+        first.update(own[: 12 // world_size])
+        second.update(own[12 // world_size :])
+        assert own[: 12 // world_size] != own[12 // world_size :]  # another order in each pass
+    assert first == second == Counter({f"{number:04}.png": 1 for number in range(12)})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_resumed_stream_goes_on_with_the_same_pictures_and_crops(workers, skip_bad, tmp_path):
+    root = make_shards(tmp_path / "shards", shards=2, per_shard=9)
+    if skip_bad:
+        write_shard(root / "train-2.tar", [("bad", b"not a picture", b"0"), ("good", draw(1, 99), b"1")])
+    images = open_shards(root)
+    whole = take(stream(images, skip_bad=skip_bad), 80, workers)
+    assert take(stream(images, skip_bad=skip_bad), 80, workers) == whole
+    for batches in (1, 2, 9):  # 9 batches: in the second pass
+        resumed = stream(images, skip_bad=skip_bad)
+        resumed.resume_after(batches, 4)
+        assert take(resumed, 80, workers)[4 * batches :] == whole[4 * batches :]
+
+
+def test_pictures_that_are_thrown_away_are_not_decoded(tmp_path, monkeypatch):
+    decoded = []
+    decode = "fastvit.streaming.decode_image"
+    monkeypatch.setattr(decode, lambda data, name: decoded.append(name) or Image.open(io.BytesIO(data)).convert("RGB"))
+    images = open_shards(make_shards(tmp_path / "shards"))
+    resumed = stream(images)
+    resumed.resume_after(3, 4)
+    placeholders = take(resumed, 13)[:12]
+    assert {label for label, _ in placeholders} == {-1} and len(decoded) == 4
+
+
+def test_crops_do_not_depend_on_other_random_numbers(tmp_path):
+    images = open_shards(make_shards(tmp_path / "shards"))
+    torch.manual_seed(1)
+    one = take(stream(images), 8)
+    state = torch.get_rng_state()
+    torch.manual_seed(1)
+    torch.rand(7)
+    assert take(stream(images), 8) == one
+    torch.manual_seed(1)
+    next(iter(stream(images)))
+    torch.manual_seed(1)
+    untouched = torch.get_rng_state()
+    next(iter(stream(images)))
+    assert torch.equal(torch.get_rng_state(), untouched) and state is not None
+
+
+def test_interrupted_run_ends_with_the_weights_of_the_whole_one(tmp_path, monkeypatch):
+    make_shards(tmp_path / "shards", shards=2, per_shard=9)  # 18 pictures: 8 steps are almost two passes
+    argv = ["--data-dir", "shards", *RUN, "--hidden-dropout", "0.1", "--keep-checkpoints", "9"]
+    assert main(argv) == 0
+    whole = load_file("out/checkpoint-8/model.safetensors")
+    usual = Progress.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        usual(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "on_step_end", interrupt)
+        assert main([*argv, "--output-dir", "again"]) == 130
+    assert main([*argv, "--output-dir", "again", "--resume"]) == 0
+    again = load_file("again/checkpoint-8/model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_names_of_classes_come_from_the_labels_where_nobody_says_them(tmp_path, capsys):
+    make_shards(tmp_path / "shards")
+    assert main(["--data-dir", "shards", *RUN, "--max-steps", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "--class-names makes that unnecessary" in printed
+    assert "9 pictures, 3 classes" in printed and "on streamed pictures" in printed
+
+
+def test_labels_may_be_words_in_a_column_of_any_name(tmp_path):
+    words = [(f"{number}", draw(number % 3, number), leaves.CLASSES[number % 3].encode()) for number in range(6)]
+    write_shard(tmp_path / "words" / "train.tar", words, extension="txt")
+    images = stream_images(data_dir=tmp_path / "words", label_column="txt", need_validation=False)
+    assert images.class_names == sorted(leaves.CLASSES)
+    (tmp_path / "names.txt").write_text("healthy\nbean_rust\n\nangular_leaf_spot\n")
+    named = stream_images(data_dir="words/*.tar", label_column="txt", class_names="names.txt", need_validation=False)
+    assert named.class_names == ["healthy", "bean_rust", "angular_leaf_spot"]
+    row = next(iter(named.train))
+    assert named.class_names[named.label_of(row, "")] == row["txt"]
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A data set as on the hub: Parquet files, with a card that says how many pictures there are."""
+    features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=list(leaves.CLASSES))})
+    for split, count in (("train", 20), ("validation", 5)):
+        rows = {
+            "image": [{"bytes": draw(number % 3, number), "path": None} for number in range(count)],
+            "labels": [number % 3 for number in range(count)],
+        }
+        (tmp_path / "repository" / "data").mkdir(parents=True, exist_ok=True)
+        data = datasets.Dataset.from_dict(rows, features=features)
+        data.to_parquet(tmp_path / "repository" / "data" / f"{split}-00000-of-00001.parquet")
+    (tmp_path / "repository" / "README.md").write_text(
+        "---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: 20\n"
+        "  - name: validation\n    num_examples: 5\n---\n"
+    )
+    return "./repository"
+
+
+def test_a_data_set_that_says_its_size_is_trained_for_epochs(repository, tmp_path, monkeypatch):
+    # The library waits for 5 s where Parquet files are not read to the end.
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    images = stream_images(repository, need_length=True, max_eval_samples=4)
+    assert (
+        images.num_train == 20 and images.class_names == list(leaves.CLASSES) and len(images.splits["validation"]) == 4
+    )
+    argv = ["--dataset", repository, *SMALL, "--streaming", "--batch-size", "4", "--epochs", "1.5", "--eval-steps", "8"]
+    assert main([*argv, "--output-dir", "out"]) == 0
+    assert (tmp_path / "out" / "checkpoint-8").exists()  # 1.5 x 20 / 4, rounded up
+
+
+def test_a_folder_of_pictures_can_be_streamed(tmp_path):
+    for split in ("train", "validation"):
+        for label, name in enumerate(leaves.CLASSES):
+            (tmp_path / "folder" / split / name).mkdir(parents=True)
+            (tmp_path / "folder" / split / name / "0.png").write_bytes(draw(label, label))
+    images = stream_images(data_dir=tmp_path / "folder")
+    assert images.class_names == list(leaves.CLASSES) and images.splits["validation"].labels.tolist() == [0, 1, 2]
+    labels = Counter(label for label, _ in take(stream(images), 12))
+    assert labels == {0: 4, 1: 4, 2: 4}
+    np.testing.assert_array_equal(images.splits["validation"].load(1), Image.open(io.BytesIO(draw(1, 1))))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--max-steps", "-1"],
+            "--max-steps: expected with --streaming, because shards does not say how many pictures",
+        ),
+        (
+            ["--data-dir", "shards/train*.tar"],
+            "expected a split called 'validation', found train; from a stream none can",
+        ),
+        (["--data-dir", "shards/none*.tar"], "data_dir: expected a folder, or a pattern that names .tar files, got"),
+        (["--max-train-samples", "9"], "--max-train-samples: cannot be used with --streaming"),
+        (["--class-names", "a,b,a"], "--class-names: expected each class once, got a twice"),
+        (["--class-names", "only"], "expected at least 2 classes, found 1: only"),
+        (["--class-names", "a,b"], "expected one of 2 classes, found 2"),
+        (["--shuffle-buffer", "0"], "--shuffle-buffer: expected at least 1, got 0"),
+        (["--label-column", "colour"], "label_column: expected one of png, cls, __key__, __url__, got 'colour'"),
+        (["--fsdp"], "--fsdp: expected several processes; start them with torchrun"),
+    ],
+)
+def test_wrong_options_are_one_clear_line_and_leave_nothing(options, message, tmp_path, capsys):
+    make_shards(tmp_path / "shards")
+    assert main(["--data-dir", "shards", *RUN, *options]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and message in line, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_streams_are_refused_elsewhere(capsys):
+    assert main(["--dataset", "generated", "--streaming"]) == 2
+    assert main(["--class-names", "a,b"]) == 2
+    first, second = capsys.readouterr().err.strip().splitlines()
+    assert first.startswith("error: --streaming: expected a hub data set or --data-dir")
+    assert second.startswith("error: --class-names: expected together with --streaming")
+
+
+@pytest.mark.parametrize("kind", ["no picture", "truncated archive"])
+def test_what_cannot_be_read_in_a_stream_is_named(kind, tmp_path):
+    root = make_shards(tmp_path / "shards")
+    images = open_shards(root)
+    if kind == "no picture":
+        write_shard(root / "train-1.tar", [("bad", b"not a picture", b"0")])
+        message = "bad.png: expected an image, found a file that is none"
+    else:
+        shard = root / "train-1.tar"
+        shard.write_bytes(shard.read_bytes()[:700])
+        message = "shards: cannot be read on"
+    with pytest.raises(InputError, match=message):
+        take(stream(images), 100)
