@@ -25,10 +25,10 @@ COMMANDS = {
 def report_errors(command: Callable[[], object]) -> int:
     """Run `command` and return the exit code: the integer that it returns, or 0.
 
-    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130. Of several processes that train one
-    model the first one of each machine speaks, and any that had an error of its own.
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143. Of several processes
+    that train one model the first one of each machine speaks, and any that had an error of its own.
     """
-    from fastvit.errors import InputError, ProcessError, printable
+    from fastvit.errors import InputError, ProcessError, Stopped, printable
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -40,6 +40,8 @@ def report_errors(command: Callable[[], object]) -> int:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
+    except Stopped as stopped:
+        return 128 + stopped.signum
     except KeyboardInterrupt:
         return 130
     return code if isinstance(code, int) else 0

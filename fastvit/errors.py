@@ -1,4 +1,4 @@
-"""The one error for what a user gave: a file, an option, a checkpoint; and how to show it."""
+"""The error for what a user gave (a file, an option, a checkpoint), how to show it, and the end by a signal."""
 
 
 class InputError(ValueError):
@@ -11,6 +11,14 @@ class InputError(ValueError):
 
 class ProcessError(InputError):
     """What one of several processes ran into alone, so that it must say so itself."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the work in good order; the command line exits with 128 + its number, as shells have it."""
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
 
 
 def printable(text: str) -> str:

@@ -11,8 +11,8 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
     EarlyStoppingCallback,
@@ -40,7 +41,8 @@ from fastvit import calibration, page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
-from fastvit.errors import InputError
+from fastvit.errors import InputError, Stopped
+from fastvit.files import WriteError, remove_folder, whole_files, write_text
 from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_image_settings, load_pretrained
@@ -85,21 +87,16 @@ ADAPTER = "adapter"  # what --lora trained, by itself
 
 
 def remove_run(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):  # first, while config.yaml still says what they are of
+        remove_folder(checkpoint)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
-    for part in (*folder.glob("checkpoint-*"), *folder.glob(ADAPTER)):
-        shutil.rmtree(part)
+    for adapter in folder.glob(ADAPTER):
+        remove_folder(adapter)
     for fold in folder.glob("fold-*"):
         remove_run(fold)
         with contextlib.suppress(OSError):  # somebody's own files are in it
             fold.rmdir()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary file in the same folder, then rename: the file is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:
@@ -107,6 +104,7 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
+        "problem_type": "single_label_classification",
         "attention_probs_dropout_prob": options.attention_dropout,
         "hidden_dropout_prob": options.hidden_dropout,
         "drop_path_rate": options.drop_path,
@@ -241,8 +239,8 @@ def make_stream(
         rank=processes.process_index,
         world_size=processes.num_processes,
     )
-    if options.resume:
-        state = TrainerState.load_from_json(str(Path(get_last_checkpoint(options.output_dir), TRAINER_STATE_NAME)))
+    if options.resume and (checkpoint := last_checkpoint(options)):
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         stream.resume_after(state.global_step * options.gradient_accumulation, options.batch_size)
     return stream
 
@@ -264,7 +262,7 @@ def training_arguments(
         num_train_epochs=options.epochs,
         max_steps=max_steps,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=max(options.batch_size, 32),
+        per_device_eval_batch_size=options.batch_size if options.auto_batch else max(options.batch_size, 32),
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup,
@@ -289,7 +287,6 @@ def training_arguments(
         eval_steps=options.eval_steps,
         save_strategy="steps",
         save_steps=options.eval_steps,
-        save_total_limit=options.keep_checkpoints,
         load_best_model_at_end=has_validation,
         restore_callback_states_from_checkpoint=True,  # early stopping's patience
         metric_for_best_model="accuracy" if has_validation else None,
@@ -309,12 +306,19 @@ def accuracy(prediction) -> dict[str, float]:
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
 
-    With folds, the metrics' means over the folds.
+    With folds, the metrics' means over the folds. With --auto-batch as often as it takes to find a batch that the
+    memory holds.
     """
     if options.folds is not None and options.fold is None:
         return run_folds(options)
     with joined_processes(options.cpu) as processes:
-        return fine_tune(options, processes)
+        options = take_up(options)
+        while True:
+            try:
+                return fine_tune(options, processes)
+            except OutOfMemory as error:
+                options = with_smaller_batch(options, error)
+            clear_device_cache(garbage_collection=True)
 
 
 def load_data(options: argparse.Namespace, processes: PartialState) -> ImageDataset:
@@ -406,9 +410,10 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         data_collator=mix,
         compute_loss_func=loss_of(options, sets.get(TRAIN), len(images.class_names)),
         compute_metrics=accuracy,
-        callbacks=[log, StopOnNonFiniteLoss(), interrupt],
+        callbacks=[log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
         ema_decay=options.ema,
+        keep_checkpoints=options.keep_checkpoints,
     )
     if options.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
@@ -423,18 +428,19 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         + (f" and {processes.num_processes - 1} more" if processes.num_processes > 1 else "")
     )
     if processes.num_processes > 1:
-        accelerate.utils.set_seed(options.seed, device_specific=True)  # other crops and dropout on each
+        accelerate.utils.set_seed(options.seed, device_specific=True)  # other dropout on each
     try:
-        with log, interrupt, lost_process_is_said(output_dir):
-            result = trainer.train(resume_from_checkpoint=True if options.resume else None)
+        with log, early_end_is_said(trainer, options):
+            with interrupt, lost_process_is_said(output_dir):
+                result = trainer.train(resume_from_checkpoint=last_checkpoint(options) if options.resume else None)
+            signum = interrupt.signum if interrupt.asked_to_stop() else None
+            metrics = finish(trainer, result, images, sets, options) if signum is None else {}
     finally:
         progress.close()
-    if interrupt.interrupted:
-        print(f"stopped at step {trainer.state.global_step}; go on with the same command and --resume")
+    if signum is not None:
+        print(f"stopped at step {trainer.state.global_step}; {what_stands(options)}")
         log.append("end", outcome="interrupted", reason="go on with --resume")
-        raise KeyboardInterrupt
-    with log:
-        metrics = finish(trainer, result, images, sets, options)
+        raise Stopped(signum)
     log.append("end", outcome="finished", reason="")
     return metrics
 
@@ -465,18 +471,38 @@ def run_folds(options: argparse.Namespace) -> dict[str, float]:
     return {name: figures["mean"] for name, figures in summary.items()}
 
 
+@contextlib.contextmanager
+def early_end_is_said(trainer: RecipeTuner, options: argparse.Namespace) -> Iterator[None]:
+    """Adds to what ended training or the writing of its results what stands on the disk, and how to go on."""
+    try:
+        yield
+    except WriteError as error:
+        raise WriteError(f"{error}; {what_stands(options)}") from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
+            raise
+        advice = "--gradient-checkpointing or a smaller --image-size"
+        if options.batch_size > 1:
+            advice = f"--auto-batch, a smaller --batch-size, {advice}"
+        raise OutOfMemory(
+            f"training: out of memory with {options.batch_size} picture(s) a batch after step"
+            f" {trainer.state.global_step} ({str(error).splitlines()[0] if str(error) else 'MemoryError'});"
+            f" try {advice}; {what_stands(options)}"
+        ) from None
+
+
 def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil) -> None:
     """The folder and the files that stand in it from the start."""
     output_dir = Path(options.output_dir)
     if options.overwrite:
         remove_run(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if launch := launch_id():
-        write_text(output_dir / MARKER, launch)
-    write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
-    examples = images.examples(num_classes=20, per_class=8, side=256)
-    report.save_image(report.example_grid(examples), output_dir / "examples.png")
-    processor.save_pretrained(output_dir)
+    with whole_files(output_dir) as folder:
+        if launch := launch_id():
+            write_text(folder / MARKER, launch)
+        write_text(folder / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
+        examples = images.examples(num_classes=20, per_class=8, side=256)
+        report.save_image(report.example_grid(examples), folder / "examples.png")
+        processor.save_pretrained(folder)
 
 
 def number_of_pictures(images: ImageDataset) -> str:
@@ -489,11 +515,68 @@ def run_options(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name not in once and value is not None}
 
 
+def last_checkpoint(options: argparse.Namespace) -> str | None:
+    return get_last_checkpoint(options.output_dir) if Path(options.output_dir).is_dir() else None
+
+
+def what_stands(options: argparse.Namespace) -> str:
+    """How to go on after a run has ended early."""
+    checkpoint = last_checkpoint(options)
+    begin = f"{checkpoint} is whole" if checkpoint else "there is no checkpoint yet"
+    return f"{begin}: the same command with --resume goes on from {'it' if checkpoint else 'the beginning'}"
+
+
+def take_up(options: argparse.Namespace) -> argparse.Namespace:
+    """With --resume: says where the run goes on, with what other options; keeps the batch that --auto-batch found."""
+    if not options.resume:
+        return options
+    if last_checkpoint(options) is None:
+        print(f"note: there is no checkpoint in {options.output_dir}; the run starts from the beginning")
+    config = Path(options.output_dir) / "config.yaml"
+    if not config.exists():
+        return options
+    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    found = {name: before[name] for name in ("batch_size", "gradient_accumulation")}
+    same_steps = math.prod(found.values()) == options.batch_size * options.gradient_accumulation
+    if options.auto_batch and same_steps and found["batch_size"] < options.batch_size:
+        options = argparse.Namespace(**vars(options) | found)
+    now = run_options(options)
+    for name in sorted((now.keys() | before.keys()) - {"output_dir"}):
+        if now.get(name) != before.get(name):
+            print(f"note: {name} is {now.get(name)}; before, the run had {before.get(name)}")
+    return options
+
+
+class OutOfMemory(InputError):
+    """A batch was too large for the memory."""
+
+
+def with_smaller_batch(options: argparse.Namespace, error: OutOfMemory) -> argparse.Namespace:
+    """Options for a half of the pictures a batch (or a third, ...: a whole number) and as many more batches a step.
+
+    The run goes on from its last checkpoint. Raises `error` where that cannot help or was not asked for: of several
+    processes, one alone cannot start again.
+    """
+    batch = options.batch_size
+    if not options.auto_batch or batch == 1 or PartialState().num_processes > 1:
+        raise error
+    factor = next(factor for factor in range(2, batch + 1) if batch % factor == 0)
+    smaller = {"batch_size": batch // factor, "gradient_accumulation": options.gradient_accumulation * factor}
+    print(
+        f"out of memory with {batch} pictures a batch; going on with {smaller['batch_size']},"
+        f" {smaller['gradient_accumulation']} batches a step"
+    )
+    return argparse.Namespace(**vars(options) | smaller | {"overwrite": False, "resume": True})
+
+
 def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, ImageSet], options) -> dict[str, float]:
     """Metrics, model, model card."""
     output_dir = Path(options.output_dir)
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
+    result.metrics["train_loss"] = mean_loss(trainer.state.log_history)  # Trainer's is of this process's steps
+    if result.metrics["train_samples_per_second"] > 0 or not (output_dir / "train_results.json").exists():
+        # Else there was nothing left to train, and the speed is known from before.
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if options.lora is not None:
         merge_adapters(trainer, output_dir / ADAPTER)
@@ -556,6 +639,15 @@ def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, I
     print(f"a page to look at: {output_dir / page.REPORT_FILE}")
     print(f"try it: fastvit predict {output_dir} IMAGE")
     return metrics
+
+
+def mean_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean loss over all steps, from the logs of the means between them."""
+    total, last = 0.0, 0.0
+    for log in log_history:
+        if "loss" in log:
+            total, last = total + log["loss"] * (log["step"] - last), log["step"]
+    return total / last
 
 
 CARD = """

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -233,6 +234,12 @@ def cache_images(
     finished = cache_dir / digest
     if not finished.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
+        needed, free = int(np.prod(shape)), shutil.disk_usage(cache_dir).free
+        if needed > free:  # writing to a mapped file on a full disk is no exception but the end of the process
+            raise InputError(
+                f"{description}: the pictures need {needed / 2**30:.1f} GiB in {cache_dir}, {free / 2**30:.1f} GiB are"
+                " free; FASTVIT_CACHE_DIR names another folder"
+            )
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".decoding-", ignore_cleanup_errors=True) as partial:
             images = np.lib.format.open_memmap(f"{partial}/images.npy", mode="w+", dtype=np.uint8, shape=shape)
             skipped = _decode_all(load, images, resample, skip_bad, description)

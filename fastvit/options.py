@@ -97,6 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
     group.add_argument("--gradient-accumulation", type=int, default=1, help="batches a step")
+    group.add_argument(
+        "--auto-batch", action="store_true", help="out of memory: halve the batch, twice as many of them a step"
+    )
     group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where hardware has it"
@@ -130,10 +133,10 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", metavar="FOLDER", help="where everything goes [runs/DATASET]")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint there")
+    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint there, if there is one")
     group.add_argument("--eval-steps", type=int, default=100, metavar="N", help="evaluate and save every N steps")
     group.add_argument("--logging-steps", type=int, default=10, metavar="N", help="log every N steps")
-    group.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="how many are kept")
+    group.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="how many are kept (0: all)")
     group.add_argument(
         "--report-to", default="none", metavar="NAME", help="tensorboard, wandb, ... as Trainer knows them"
     )
@@ -247,6 +250,8 @@ def _check_options(options: argparse.Namespace) -> None:
     for name in counts:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
+    if options.keep_checkpoints < 0:
+        raise InputError(f"--keep-checkpoints: expected 0 or more, got {options.keep_checkpoints}")
     for name in ("attention_dropout", "hidden_dropout", "label_smoothing"):
         if not 0 <= getattr(options, name) < 1:
             raise InputError(
@@ -268,15 +273,13 @@ def _check_options(options: argparse.Namespace) -> None:
     output_dir = Path(options.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output-dir: {output_dir} is a file")
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output-dir: cannot write in {there}")
     if is_run(output_dir) and not (options.overwrite or options.resume):
         raise InputError(
             f"--output-dir: {output_dir} already holds a run; give --overwrite, --resume or another folder"
         )
-    has_checkpoint = output_dir.is_dir() and get_last_checkpoint(output_dir) is not None
-    if options.folds is not None and options.fold is None:  # the checkpoints are in the folds' folders
-        has_checkpoint = any(output_dir.glob("fold-*"))
-    if options.resume and not has_checkpoint:
-        raise InputError(f"--resume: there is no checkpoint in {output_dir}")
 
 
 def is_run(folder: Path) -> bool:

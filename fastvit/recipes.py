@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, default_data_collator
 
 from fastvit.errors import InputError
-from fastvit.images import ImageSet, random_numbers_of
+from fastvit.images import random_numbers_of
 from fastvit.training import FineTuner
 
 
@@ -179,13 +179,6 @@ def class_weights(counts: np.ndarray, beta: float) -> Tensor:
 AVERAGE = "average.pt"  # in a checkpoint, beside optimizer.pt
 
 
-class FollowEpochs(TrainerCallback):
-    """Tells the training pictures the epoch, which their random numbers depend on."""
-
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        train_dataloader.dataset.set_epoch(int(state.epoch))
-
-
 class UpdateAverage(TrainerCallback):
     def __init__(self, trainer: RecipeTuner):
         self.trainer = trainer
@@ -210,8 +203,6 @@ class RecipeTuner(FineTuner):
         self.ema_decay, self.flip = ema_decay, False
         self.average: AveragedModel | None = None
         super().__init__(*args, **kwargs)
-        if isinstance(self.train_dataset, ImageSet):
-            self.add_callback(FollowEpochs())
         if ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise InputError("--ema: expected whole weights on every device, got weights in shards")

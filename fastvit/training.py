@@ -1,15 +1,18 @@
-"""What `transformers.Trainer` lacks for fine-tuning: layer-wise learning rates, stopping well, speed and memory in its
-logs, a progress bar, a log that can be read while it is written."""
+"""What `transformers.Trainer` lacks for fine-tuning: layer-wise learning rates, stopping well and going on exactly as
+if nothing had happened, speed and memory in its logs, a progress bar, a log that can be read while it is written."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import pickle
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -19,13 +22,21 @@ from huggingface_hub import ModelCard
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    IntervalStrategy,
+    TrainOutput,
+    get_last_checkpoint,
+    sort_checkpoints,
+)
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from fastvit import run_log
 from fastvit.configuration import is_real, is_whole, read_json, shown, shown_error
 from fastvit.distributed import on_any_process
 from fastvit.errors import InputError
+from fastvit.files import PARTIAL, remove_folder, sync, whole_files, write_errors, write_text
+from fastvit.images import ImageSet
 from fastvit.inspection import check_shapes, check_shard_metadata, read_headers
 from fastvit.streaming import Stream, stream_loader
 
@@ -52,32 +63,78 @@ class StopOnNonFiniteLoss(TrainerCallback):
                 )
 
 
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation."""
 
-    Several processes agree after each step, so that all stop after the same one.
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C, or the SIGTERM of a scheduler: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+
+    An evaluation is not waited for; `EvaluateWhatIsDue` does it when the run goes on. Before StopOnNonFiniteLoss in the
+    list of callbacks, so that it looks at the loss before this checkpoint too. Several processes agree after each step,
+    so that all stop after the same one.
+    signum: the signal that came, here or to another process, or None.
     """
 
     def __init__(self):
-        self.interrupted = False
+        self.signum: int | None = None
 
     def __enter__(self):
-        self.previous = signal.signal(signal.SIGINT, self.handle)
+        self.previous = {signum: signal.signal(signum, self.handle) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def __exit__(self, *error):
-        signal.signal(signal.SIGINT, self.previous)
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
 
     def handle(self, signum, frame):
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again to stop at once)", file=sys.stderr)
+        if self.signum is not None:
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signum = signum
+        name = "interrupted" if signum == signal.SIGINT else f"{signal.Signals(signum).name} received"
+        print(f"\n{name}: saving a checkpoint after this step (Ctrl-C to stop at once)", file=sys.stderr)
+
+    def asked_to_stop(self) -> bool:
+        """Whether this process or, of several, any was; all must ask at the same point."""
+        if on_any_process(self.signum is not None):
+            self.signum = self.signum or signal.SIGTERM
+        return self.signum is not None
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.interrupted = on_any_process(self.interrupted)
-        if self.interrupted:
+        if self.asked_to_stop():
             control.should_save = True
+            control.should_evaluate = False
             control.should_training_stop = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.asked_to_stop():
+            raise EvaluationStopped
+
+
+class EvaluateWhatIsDue(TrainerCallback):
+    """A checkpoint that a signal asked for may lack its evaluation: the run that goes on from it begins with that."""
+
+    def __init__(self, trainer: FineTuner):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.eval_strategy != IntervalStrategy.STEPS or state.global_step == 0:
+            return
+        due = state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
+        if due and not any(log["step"] == state.global_step and "eval_loss" in log for log in state.log_history):
+            self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
+        self.trainer.find_best_checkpoint()
+
+
+class FollowEpochs(TrainerCallback):
+    """Tells the training pictures the epoch, which their random numbers depend on."""
+
+    def __init__(self, pictures: ImageSet):
+        self.pictures = pictures
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.pictures.set_epoch(int(state.epoch))
 
 
 class Meter(TrainerCallback):
@@ -179,17 +236,121 @@ class WriteLog(TrainerCallback):
 
 
 class FineTuner(Trainer):
-    """Trainer, with a learning rate for each depth (layer-wise decay, Clark et al. 2020, arXiv:2003.10555).
+    """Trainer that can be killed at any moment, with a learning rate for each depth.
 
+    Every folder checkpoint-N is whole, and a run that goes on from one ends with the bits of a run that never stopped:
+    what Trainer keeps (weights, optimizer, schedule, random numbers, order of the pictures) needs only that pictures
+    draw their random numbers for themselves (`ImageSet`) and that evaluations draw none.
+    Layer-wise decay: Clark et al. 2020, arXiv:2003.10555.
+    keep_checkpoints: how many stay, the newest and the best always; 0: all. Instead of `save_total_limit`, by which
+        Trainer deletes them file by file under their names.
     model_card: once set, the text that `create_model_card` (and so `push_to_hub`) writes.
     """
 
-    def __init__(self, *args, layer_decay: float = 1.0, **kwargs):
+    def __init__(self, *args, layer_decay: float = 1.0, keep_checkpoints: int = 0, **kwargs):
         self.layer_decay = layer_decay
         self.model_card: ModelCard | None = None
+        self.keep_checkpoints = keep_checkpoints
+        self.checkpoint_home: Path | None = None  # where a checkpoint is written, while it is
         self.meter = Meter()
         super().__init__(*args, **kwargs)
         self.add_callback(self.meter)
+        if isinstance(self.train_dataset, ImageSet):
+            self.add_callback(FollowEpochs(self.train_dataset))
+        self.add_callback(EvaluateWhatIsDue(self))
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        try:
+            return super().train(*args, **kwargs)
+        except EvaluationStopped:
+            # The step is over, and nothing of its evaluation has been noted.
+            if not self.checkpoint_of(self.state.global_step).is_dir():  # else this run goes on from it
+                self._save_checkpoint(self.model_wrapped, trial=None)
+            return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # Trainer would go on from the last checkpoint with one more step
+            self.control.should_training_stop = True
+
+    def _get_dataloader(self, *args, **kwargs):
+        return with_lasting_workers(super()._get_dataloader(*args, **kwargs))
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # a loader of pictures draws a seed for its workers
+            return super().evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self.checkpoint_home is None else str(self.checkpoint_home)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Trainer's checkpoint, written in another folder and moved to its place once it is whole."""
+        home = Path(self._get_output_dir(trial))
+        checkpoint = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        partial = home / PARTIAL / checkpoint.name
+        with write_errors(checkpoint):
+            try:
+                if self.args.should_save:
+                    shutil.rmtree(home / PARTIAL, ignore_errors=True)  # of a process that was killed
+                self.accelerator.wait_for_everyone()
+                self.checkpoint_home = partial.parent
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(checkpoint)
+                if self.args.should_save:
+                    self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+                    sync(partial, *partial.rglob("*"))
+                    if checkpoint.exists():
+                        remove_folder(checkpoint)
+                    partial.rename(checkpoint)
+                    sync(home)
+                    self.remove_old_checkpoints(home)
+                self.accelerator.wait_for_everyone()
+            finally:
+                self.checkpoint_home = None
+                if self.args.should_save:
+                    shutil.rmtree(home / PARTIAL, ignore_errors=True)
+
+    def remove_old_checkpoints(self, home: Path) -> None:
+        """Leave `keep_checkpoints`, among them the newest and the best."""
+        checkpoints = sort_checkpoints(str(home))
+        old = [folder for folder in checkpoints[:-1] if folder != self.state.best_model_checkpoint]
+        if self.keep_checkpoints:
+            for folder in old[: max(0, len(checkpoints) - self.keep_checkpoints)]:
+                remove_folder(Path(folder))
+
+    def find_best_checkpoint(self) -> None:
+        """The best checkpoint where it is now: the run's folder may have been moved."""
+        if self.state.best_global_step and (best := self.checkpoint_of(self.state.best_global_step)).is_dir():
+            self.state.best_model_checkpoint = str(best)
+
+    def checkpoint_of(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save or self.checkpoint_home is not None:
+            super()._save(output_dir, state_dict)
+            return
+        with whole_files(Path(output_dir or self.args.output_dir)) as folder:
+            super()._save(str(folder), state_dict)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            with whole_files(Path(self.args.output_dir)) as folder:
+                self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        write_text(folder / f"{split}_results.json", json.dumps(metrics, indent=4, sort_keys=True))
+        if combined:
+            path = folder / "all_results.json"
+            together = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            write_text(path, json.dumps(together | metrics, indent=4, sort_keys=True))
 
     def log(self, logs, *args, **kwargs) -> None:
         if "loss" in logs:
@@ -227,7 +388,9 @@ class FineTuner(Trainer):
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, Stream):
-            return stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
+            return with_lasting_workers(
+                stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
+            )
         return super().get_train_dataloader()
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -243,7 +406,7 @@ class FineTuner(Trainer):
         if self.model_card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            self.model_card.save(Path(self.args.output_dir) / "README.md")
+            write_text(Path(self.args.output_dir) / "README.md", str(self.model_card))
 
     def create_optimizer(self, model=None):
         if self.layer_decay == 1.0 or self.optimizer is not None:
@@ -294,6 +457,25 @@ def check_trainer_state(path: Path) -> None:
         if not is_real(state.get(name)) or state[name] < 0:
             raise InputError(f"{path}: {name}: expected a number, got {shown(state.get(name))}")
     TrainerState.load_from_json(str(path))
+
+
+def with_lasting_workers(loader):
+    """`loader`, as accelerate made it, with processes that a signal does not end at once."""
+    loader.base_dataloader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+    return loader
+
+
+def start_worker(start: Callable[[int], None] | None, worker_id: int) -> None:
+    """What a process that prepares batches does first; `start` is what Trainer has it do.
+
+    Schedulers and terminals send signals to all processes of a run. The main one still needs batches for its last step,
+    and ends the others; should it be gone, they end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
+    if start is not None:
+        start(worker_id)
 
 
 def depth_from_top(name: str, num_layers: int) -> int:

@@ -243,7 +243,7 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "go on with the same command and --resume" in out
+    assert "is whole: the same command with --resume goes on from it" in out
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert (checkpoint / "optimizer.pt").exists() and (checkpoint / "model.safetensors").exists()
     log = read_log(tmp_path / "out")
@@ -411,7 +411,7 @@ def test_wrong_checkpoints_are_one_clear_line(kind, tmp_path, capsys):
         (["--batch-size", "0"], "--batch-size: expected a number above 0, got 0"),
         (["--label-smoothing", "1.5"], "--label-smoothing: expected 0 or more and below 1, got 1.5"),
         (["--layer-decay", "0"], "--layer-decay: expected above 0 and at most 1, got 0.0"),
-        (["--resume"], "--resume: there is no checkpoint in out"),
+        (["--keep-checkpoints", "-1"], "--keep-checkpoints: expected 0 or more, got -1"),
         (["--resume", "--overwrite"], "not both"),
         (["--dataset", "beans"], "--data-dir: give a folder or a --dataset, not both"),
         (["--validation-fraction", "1.5"], "validation_fraction: expected a number between 0 and 1, got 1.5"),

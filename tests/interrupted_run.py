@@ -1,0 +1,285 @@
+"""A fine-tuning run in a process of its own that something happens to, for test_interruptions.py.
+
+The processes are forked from a server that has imported everything and has trained once, so that one costs less than a
+second. `fault` is a function of this module, called in the process before the run begins.
+"""
+
+import gc
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import tqdm
+from transformers import modeling_utils
+
+from fastvit.finetune import main
+from fastvit.training import FineTuner
+
+# 16 pictures to train on and 4 to look at, 2.5 epochs of 4 steps, a checkpoint every other step: after half an epoch,
+# at its end, and at the end of all. Random numbers are drawn for crops and flips, and for dropout.
+OPTIONS = ["--dataset", "generated", "--generated-images", "20", "--from-scratch", "micro", "--image-size", "16"]
+OPTIONS += ["--patch-size", "8", "--precision", "fp32", "--cpu", "--learning-rate", "1e-3", "--hidden-dropout", "0.1"]
+OPTIONS += ["--max-steps", "10", "--eval-steps", "2", "--batch-size", "4", "--logging-steps", "1"]
+
+
+SERVER = "FASTVIT_TEST_SERVER"  # set where this module is imported by the server
+at_the_end: list[Callable] = []  # done by a run that gets there
+
+
+class Run:
+    """`fastvit finetune` with OPTIONS and `options`, or with `only`, in `folder`; its output is in `folder`/log."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        only: list[str] | None = None,
+        fault: Callable | None = None,
+        given: tuple = (),
+    ):
+        folder.mkdir(exist_ok=True)
+        (folder / "log").touch()
+        self.folder = folder
+        self.options = only or [*OPTIONS, "--output-dir", "out", *options]
+        self.process = server().Process(target=train, args=(str(folder), self.options, fault, given))
+        self.process.start()
+
+    def end(self, timeout: float = 300) -> int:
+        """Its exit code; minus the signal's number where one killed it."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.log()}"
+        return self.process.exitcode
+
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+
+def train(folder: str, options: list[str], fault: Callable | None, given: tuple) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of the workers that prepare batches, as in a run by itself
+    os.chdir(folder)
+    with open("log", "w") as log:  # noqa: PTH123
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if fault is not None:
+        fault(*given)
+    code = main(options)
+    for action in at_the_end:
+        action()
+    sys.exit(code)
+
+
+def server() -> multiprocessing.context.BaseContext:
+    """The context whose processes are forked from one that has imported this module; call `start_server` first."""
+    return multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """One thread and no GPU: both would not survive a fork, and bits depend on the number of threads."""
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        SERVER: "1",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ |= settings
+    try:
+        server().set_forkserver_preload([__name__, "pytest"])
+        Run(Path(tempfile.mkdtemp()), "--help").end()  # starts the server
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def warm_up() -> None:
+    """What a first run imports and allocates, done once for all that are forked from here."""
+    tqdm.tqdm.monitor_interval = 0  # a thread
+    # The usual lock is one of all forked processes, and one that is killed may hold it.
+    tqdm.tqdm.set_lock(threading.RLock())
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        process = os.getcwd(), os.dup(1), os.dup(2)  # noqa: PTH109
+        try:
+            with open(os.devnull, "w") as nothing:  # noqa: PTH123
+                os.dup2(nothing.fileno(), 1)
+                os.dup2(nothing.fileno(), 2)
+            os.chdir(folder)
+            assert main([*OPTIONS, "--max-steps", "2"]) == 0
+        finally:
+            os.chdir(process[0])
+            os.dup2(process[1], 1)
+            os.dup2(process[2], 2)
+    gc.freeze()  # a collection of all that is imported is a quarter of such a run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What happens to it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_change(number: int) -> None:
+    """kill -9 before the `number`-th change of the file system: a file opened to write, renamed, removed, ...
+
+    A run that gets to its end writes their number to `changes`; 0 counts only.
+    """
+    changes = 0
+
+    def hook(event, arguments):
+        nonlocal changes
+        if event == "open":
+            _, mode, flags = arguments
+            counts = flags & (os.O_WRONLY | os.O_RDWR) if mode is None else set(mode) & set("wax+")
+        else:
+            counts = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if counts:
+            changes += 1
+            if changes == number:
+                kill()
+
+    sys.addaudithook(hook)
+    at_the_end.append(lambda: Path("changes").write_text(str(changes)))
+
+
+def half_way_through(name: str, number: int) -> None:
+    """kill -9 when half of the file `name` has been written, the `number`-th time."""
+    times = 0
+
+    def half_of(save):
+        def write(content, path, *args, **kwargs):
+            nonlocal times
+            save(content, path, *args, **kwargs)
+            if Path(path).name == name:
+                times += 1
+                if times == number:
+                    os.truncate(path, Path(path).stat().st_size // 2)
+                    kill()
+
+        return write
+
+    torch.save = half_of(torch.save)
+    modeling_utils.safe_save_file = half_of(modeling_utils.safe_save_file)
+
+
+def half_way_through_a_deletion() -> None:
+    """kill -9 when some of the files of an old checkpoint have been deleted."""
+    delete = shutil.rmtree
+
+    def rmtree(path, **kwargs):
+        if any(Path(path).glob("*")) and "checkpoint-" in Path(path).name:
+            for file in sorted(Path(path).iterdir())[:3]:
+                file.unlink()
+            kill()
+        delete(path, **kwargs)
+
+    shutil.rmtree = rmtree
+
+
+def after_a_checkpoint() -> None:
+    """kill -9 as soon as a checkpoint has been written."""
+    FineTuner._save_checkpoint = followed_by(FineTuner._save_checkpoint, lambda trainer, *args: kill())
+
+
+def preceded_by(method: Callable, action: Callable) -> Callable:
+    def both(self, *args, **kwargs):
+        action(self, *args)
+        return method(self, *args, **kwargs)
+
+    return both
+
+
+def followed_by(method: Callable, action: Callable) -> Callable:
+    def both(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        action(self, *args)
+        return result
+
+    return both
+
+
+def signal_at(signum: int, step: int, method: str, times: int = 1) -> None:
+    """The process gets a signal `times` times after `step`, in FineTuner's training_step or prediction_step."""
+
+    def send(trainer, *args):
+        if trainer.state.global_step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), signum)
+
+    setattr(FineTuner, method, preceded_by(getattr(FineTuner, method), send))
+
+
+def file_size_limit(size: int) -> None:
+    """No file may grow beyond `size` bytes: its writer gets an error in the middle, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def memory_for(pictures: int, from_step: int = 0) -> None:
+    """PyTorch's own error where a batch has more than `pictures`, from a step on."""
+
+    def allocate(trainer, model, inputs, *args):
+        if trainer.state.global_step >= from_step and len(inputs["labels"]) > pictures:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
+
+    FineTuner.training_step = preceded_by(FineTuner.training_step, allocate)
+
+
+def signal_to_all_at(step: int) -> None:
+    """The process and its workers get SIGTERM in the step after `step`."""
+    os.setpgid(0, 0)
+
+    def send(trainer, *args):
+        if trainer.state.global_step == step:
+            os.killpg(0, signal.SIGTERM)
+
+    FineTuner.training_step = preceded_by(FineTuner.training_step, send)
+
+
+def interrupted_with_memory_for(pictures: int, step: int) -> None:
+    memory_for(pictures)
+    signal_at(signal.SIGTERM, step, "training_step")
+
+
+def address_space(mebibytes: int) -> None:
+    """The process may allocate that much more than it has when training begins."""
+
+    def limit(*args):
+        now = int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0]) * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (now + mebibytes * 2**20, resource.RLIM_INFINITY))
+
+    FineTuner.train = preceded_by(FineTuner.train, limit)
+
+
+def nan_at(step: int, signum: int | None = None) -> None:
+    """The weights become NaN in the step after `step`, in which the process may also get a signal."""
+
+    def spoil(trainer, model, *args):
+        if trainer.state.global_step == step:
+            with torch.no_grad():
+                model.classifier.bias.fill_(float("nan"))
+            if signum is not None:
+                os.kill(os.getpid(), signum)
+
+    FineTuner.training_step = preceded_by(FineTuner.training_step, spoil)
+
+
+def as_nobody() -> None:
+    """Without the rights of root, which no folder is read-only for."""
+    if os.geteuid() == 0:
+        os.setuid(65534)
+
+
+if os.environ.pop(SERVER, None):
+    warm_up()

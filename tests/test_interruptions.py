@@ -1,0 +1,476 @@
+"""What ends a run before its time, and that nothing is lost but the steps since the last checkpoint."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import interrupted_run as fault
+import numpy as np
+import pytest
+import torch
+import yaml
+from interrupted_run import Run, start_server
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastvit.errors import InputError
+from fastvit.files import PARTIAL
+from fastvit.finetune import run_options
+from fastvit.images import Augment, ImageCache, ImageSet, cache_images
+from fastvit.options import build_parser, parse_options
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed as on Linux")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing happened to, and the seconds that it took."""
+    start_server()
+    folder = tmp_path_factory.mktemp("finished")
+    started = time.perf_counter()
+    run = Run(folder, fault=fault.at_change, given=(0,))
+    assert run.end() == 0, run.log()
+    run.seconds = time.perf_counter() - started
+    return run
+
+
+def check_checkpoints(out: Path) -> list[str]:
+    """Every checkpoint there is whole; returns their names."""
+    checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    for checkpoint in checkpoints:
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
+        assert torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+        assert torch.load(checkpoint / "scheduler.pt", weights_only=True)
+        assert (checkpoint / "rng_state.pth").stat().st_size > 0
+        assert f"checkpoint-{json.loads((checkpoint / 'trainer_state.json').read_text())['global_step']}" in str(
+            checkpoint
+        )
+    return [checkpoint.name for checkpoint in checkpoints]
+
+
+def check_same(folder: Path, expected: Path) -> None:
+    """Two finished runs have the same bits: the model, and the last checkpoint with its optimizer."""
+    for name in ("model.safetensors", "checkpoint-10/model.safetensors"):
+        assert (folder / "out" / name).read_bytes() == (expected / "out" / name).read_bytes(), name
+    first, second = (torch.load(f / "out/checkpoint-10/optimizer.pt", weights_only=True) for f in (folder, expected))
+    assert first["param_groups"] == second["param_groups"]
+    for index, state in first["state"].items():
+        assert all(torch.equal(value, second["state"][index][name]) for name, value in state.items())
+    states = [json.loads((f / "out" / "trainer_state.json").read_text()) for f in (folder, expected)]
+    for name in ("loss", "eval_loss"):
+        logged = [{log["step"]: log[name] for log in state["log_history"] if name in log} for state in states]
+        assert logged[0] == logged[1], name
+    assert states[0]["best_metric"] == states[1]["best_metric"]
+    assert states[0]["best_global_step"] == states[1]["best_global_step"]
+    assert not (folder / "out" / PARTIAL).exists()
+
+
+def resume(folder: Path, finished: Run, *options: str) -> Run:
+    """Go on in `folder` to the end, which is that of `finished`."""
+    run = Run(folder, *options, "--resume")
+    assert run.end() == 0, run.log()
+    check_same(folder, finished.folder)
+    return run
+
+
+def test_runs_with_one_seed_are_the_same_and_with_another_are_not(finished, tmp_path):
+    again, other = Run(tmp_path / "again", "--workers", "2"), Run(tmp_path / "other", "--seed", "7")
+    assert again.end() == other.end() == 0, again.log() + other.log()
+    check_same(again.folder, finished.folder)
+    with pytest.raises(AssertionError):
+        check_same(other.folder, finished.folder)
+
+
+def test_run_is_killed_at_20_random_moments(finished, tmp_path):
+    generator = random.Random(8)
+    survived = 0
+    for number in range(20):
+        run = Run(tmp_path / str(number))
+        time.sleep(generator.uniform(0, finished.seconds))
+        run.process.kill()
+        survived += run.end() == 0
+        check_checkpoints(run.folder / "out")
+        resume(run.folder, finished)
+    assert survived <= 5
+
+
+def test_run_is_killed_before_any_change_of_a_file(finished, tmp_path):
+    changes = int((finished.folder / "changes").read_text())
+    assert changes > 60
+    for number in range(1, changes, changes // 8):
+        run = Run(tmp_path / str(number), fault=fault.at_change, given=(number,))
+        assert run.end() == -signal.SIGKILL, run.log()
+        check_checkpoints(run.folder / "out")
+        resume(run.folder, finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "standing"),
+    [
+        ("model.safetensors", 1, []),
+        ("model.safetensors", 3, ["checkpoint-2", "checkpoint-4"]),
+        ("optimizer.pt", 3, ["checkpoint-2", "checkpoint-4"]),
+    ],
+)
+def test_half_a_checkpoint_is_none(name, number, standing, finished, tmp_path):
+    run = Run(tmp_path, "--keep-checkpoints", "0", fault=fault.half_way_through, given=(name, number))
+    assert run.end() == -signal.SIGKILL, run.log()
+    assert check_checkpoints(tmp_path / "out") == standing
+    assert list((tmp_path / "out" / PARTIAL).glob("checkpoint-*"))
+    resume(tmp_path, finished)
+
+
+def test_half_a_checkpoint_that_was_to_be_deleted_is_none(finished, tmp_path):
+    run = Run(tmp_path, "--keep-checkpoints", "1", fault=fault.half_way_through_a_deletion)
+    assert run.end() == -signal.SIGKILL, run.log()
+    (half,) = (tmp_path / "out" / PARTIAL).glob("deleted-checkpoint-*")
+    assert half.name.removeprefix("deleted-") not in check_checkpoints(tmp_path / "out")
+    resume(tmp_path, finished)
+
+
+def test_half_a_model_is_none(finished, tmp_path):
+    run = Run(tmp_path, fault=fault.half_way_through, given=("model.safetensors", 6))  # after five checkpoints
+    assert run.end() == -signal.SIGKILL, run.log()
+    assert "checkpoint-10" in check_checkpoints(tmp_path / "out")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    resume(tmp_path, finished)
+
+
+def test_one_checkpoint_a_life_is_enough(finished, tmp_path):
+    lives = 0
+    while (code := Run(tmp_path, "--resume", fault=fault.after_a_checkpoint).end()) == -signal.SIGKILL:
+        lives += 1
+        assert check_checkpoints(tmp_path / "out")[-1] == f"checkpoint-{2 * lives}"
+    assert code == 0 and lives == 5
+    check_same(tmp_path, finished.folder)
+
+
+@pytest.mark.parametrize(
+    ("signum", "step", "method", "checkpoint"),
+    [
+        (signal.SIGINT, 4, "training_step", 5),
+        (signal.SIGTERM, 4, "training_step", 5),
+        (signal.SIGTERM, 5, "training_step", 6),
+        (signal.SIGTERM, 6, "prediction_step", 6),
+        (signal.SIGTERM, 10, "prediction_step", 10),
+    ],
+    ids=["Ctrl-C in a step", "in a step", "in a step to be evaluated", "in an evaluation", "in the last evaluation"],
+)
+def test_signal_saves_a_checkpoint_to_go_on_from(signum, step, method, checkpoint, finished, tmp_path):
+    run = Run(tmp_path, fault=fault.signal_at, given=(signum, step, method))
+    assert run.end() == 128 + signum, run.log()
+    assert f"{'interrupted' if signum == signal.SIGINT else 'SIGTERM received'}: saving a checkpoint" in run.log()
+    assert (
+        f"stopped at step {checkpoint}; out/checkpoint-{checkpoint} is whole: the same command with --resume goes on"
+        " from it" in run.log()
+    )
+    assert f"checkpoint-{checkpoint}" in check_checkpoints(tmp_path / "out")
+    state = json.loads((tmp_path / "out" / f"checkpoint-{checkpoint}" / "trainer_state.json").read_text())
+    evaluated = [log["step"] for log in state["log_history"] if "eval_loss" in log]
+    assert checkpoint not in evaluated  # not waited for
+    resume(tmp_path, finished)
+
+
+def test_sigterm_from_outside_ends_with_a_checkpoint_within_ten_seconds(finished, tmp_path):
+    run = Run(tmp_path, "--max-steps", "1000000", "--eval-steps", "1000000")
+    while "loss" not in run.log():
+        time.sleep(0.05)
+    started = time.perf_counter()
+    run.process.terminate()
+    assert run.end() == 143
+    assert time.perf_counter() - started < 10
+    (checkpoint,) = check_checkpoints(tmp_path / "out")
+    assert f"out/{checkpoint} is whole" in run.log()
+
+
+def test_evaluation_that_is_made_up_for_may_be_interrupted_too(finished, tmp_path):
+    for _ in range(2):
+        run = Run(tmp_path, "--resume", fault=fault.signal_at, given=(signal.SIGTERM, 6, "prediction_step"))
+        assert run.end() == 143, run.log()
+        assert check_checkpoints(tmp_path / "out")[-1] == "checkpoint-6"
+    resume(tmp_path, finished)
+
+
+def test_workers_that_get_the_signal_too_bring_the_last_step_to_its_end(finished, tmp_path):
+    run = Run(tmp_path, "--workers", "2", fault=fault.signal_to_all_at, given=(5,))
+    started = time.perf_counter()
+    assert run.end() == 143, run.log()
+    assert time.perf_counter() - started < 10 * finished.seconds + 10  # nobody waits for a worker's alarm
+    assert check_checkpoints(tmp_path / "out")[-1] == "checkpoint-6"
+    resume(tmp_path, finished)
+
+
+def test_second_interrupt_stops_at_once(finished, tmp_path):
+    run = Run(tmp_path, fault=fault.signal_at, given=(signal.SIGINT, 4, "training_step", 2))
+    assert run.end() == 130, run.log()
+    assert check_checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
+    resume(tmp_path, finished)
+
+
+def test_resume_of_nothing_begins(finished, tmp_path):
+    run = resume(tmp_path, finished)
+    assert "note: there is no checkpoint in out; the run starts from the beginning" in run.log()
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path):
+    shutil.copytree(finished.folder / "out", tmp_path / "out")
+    read = {path.name: path.read_bytes() for path in sorted((tmp_path / "out").iterdir()) if path.is_file()}
+    resume(tmp_path, finished)
+    for name, content in read.items():
+        if name in ("eval_results.json", "all_results.json", "trainer_state.json"):  # runtimes
+            before, after = (json.loads(text) for text in (content, (tmp_path / "out" / name).read_text()))
+            assert before.keys() == after.keys()
+            assert before.get("eval_accuracy") == after.get("eval_accuracy")
+            assert before.get("train_loss") == after.get("train_loss")
+        elif name != "training_args.bin":
+            assert (tmp_path / "out" / name).read_bytes() == content, name
+
+
+def test_folder_of_a_run_may_be_moved(finished, tmp_path):
+    run = Run(tmp_path, fault=fault.half_way_through, given=("model.safetensors", 6))
+    assert run.end() == -signal.SIGKILL
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").rename(tmp_path / "elsewhere" / "out")
+    resume(tmp_path / "elsewhere", finished)
+
+
+def test_resume_tells_what_is_not_as_it_was(finished, tmp_path):
+    shutil.copytree(finished.folder / "out", tmp_path / "out")
+    run = Run(tmp_path, "--resume", "--max-steps", "12", "--learning-rate", "5e-4")
+    assert run.end() == 0, run.log()
+    notes = [line for line in run.log().splitlines() if line.startswith("note:")]
+    assert notes == [
+        "note: learning_rate is 0.0005; before, the run had 0.001",
+        "note: max_steps is 12; before, the run had 10",
+    ]
+
+
+def test_train_loss_is_of_the_whole_run(finished, tmp_path):
+    run = Run(tmp_path, fault=fault.signal_at, given=(signal.SIGTERM, 6, "training_step"))
+    assert run.end() == 143
+    resume(tmp_path, finished)
+    ours, expected = (
+        json.loads((folder / "out" / "train_results.json").read_text()) for folder in (tmp_path, finished.folder)
+    )
+    assert ours["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_config_file_holds_every_option(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "data_dir": "pictures", "model": "somewhere", "from_scratch": "tiny", "image_size": 32, "image_column": "a",
+        "label_column": "b", "max_train_samples": 5, "max_eval_samples": 6, "push_to_hub": "me/it", "output_dir": "out",
+    }  # fmt: skip
+    options = parse_options([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
+    stored = run_options(options)
+    names = {action.dest for action in build_parser()._actions}
+    assert names - stored.keys() == {"help", "config", "overwrite", "resume", "dataset"}
+    Path("config.yaml").write_text(yaml.safe_dump(stored))
+    assert run_options(parse_options(["--config", "config.yaml"])) == stored
+
+
+def test_config_file_repeats_the_run(finished, tmp_path):
+    run = Run(tmp_path)
+    run.process.kill()
+    run.end()
+    again = Run(tmp_path, only=["--config", str(finished.folder / "out" / "config.yaml"), "--overwrite"])
+    assert again.end() == 0, again.log()
+    check_same(tmp_path, finished.folder)
+
+
+def test_pictures_draw_their_random_numbers_for_themselves():
+    pictures = np.random.default_rng(0).integers(0, 256, (6, 18, 18, 3), dtype=np.uint8)
+    images = ImageSet(ImageCache(pictures, {}), range(6), Augment((16, 16)), seed=3)
+    first = [images[index]["pixel_values"] for index in range(6)]
+    before = torch.get_rng_state()
+    assert all(torch.equal(images[index]["pixel_values"], first[index]) for index in (5, 0, 3))
+    assert torch.equal(torch.get_rng_state(), before)
+    images.set_epoch(1)
+    assert not any(torch.equal(images[index]["pixel_values"], first[index]) for index in range(6))
+    other = ImageSet(ImageCache(pictures, {}), range(6), Augment((16, 16)), seed=4)
+    assert not any(torch.equal(other[index]["pixel_values"], first[index]) for index in range(6))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MB, enough for three checkpoints of 5.5 MB: two that are kept and one that is written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a file system: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_full_disk_ends_the_run_and_room_lets_it_go_on(finished, small_disk):
+    generator = random.Random(4)
+    for number in range(3):
+        folder = small_disk / str(number)
+        folder.mkdir()
+        ballast = small_disk / "ballast"
+        ballast.write_bytes(bytes(generator.randrange(5_000_000, 18_000_000)))
+        run = Run(folder)
+        assert run.end() == 2, run.log()
+        last = run.log().splitlines()[-1]
+        assert last.startswith("error: cannot write out/checkpoint-"), last
+        assert "No space left on device" in last or "the disk may be full" in last
+        standing = check_checkpoints(folder / "out")
+        assert (f"out/{standing[-1]} is whole" if standing else "there is no checkpoint yet") in last
+        assert not (folder / "out" / PARTIAL).exists()  # the room that it took is given back
+        ballast.unlink()
+        resume(folder, finished)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [(2_000, "out"), (1_000_000, "out/checkpoint-2"), (3_000_000, "out/checkpoint-2")],
+    ids=["of the example pictures", "of the weights", "of the optimizer"],
+)
+def test_write_that_fails_half_way_is_one_clear_line(size, file, finished, tmp_path):
+    run = Run(tmp_path, fault=fault.file_size_limit, given=(size,))
+    assert run.end() == 2, run.log()
+    last = run.log().splitlines()[-1]
+    assert last.startswith(f"error: cannot write {file}"), run.log()
+    assert check_checkpoints(tmp_path / "out") == []
+    assert not list((tmp_path / "out").rglob("*partial*"))
+    resume(tmp_path, finished)
+
+
+def test_folder_that_cannot_be_written_is_said_before_anything_is_read(finished, tmp_path):
+    (tmp_path / "out").mkdir()
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    (tmp_path / "log").touch()
+    (tmp_path / "log").chmod(0o666)
+    (tmp_path / "out").chmod(0o555)
+    run = Run(tmp_path, fault=fault.as_nobody)
+    assert run.end() == 2, run.log()
+    assert run.log() == "error: --output-dir: cannot write in out\n"
+    other = Run(tmp_path, "--output-dir", "out/a/b", fault=fault.as_nobody)
+    assert other.end() == 2
+    assert other.log() == f"error: --output-dir: cannot write in {tmp_path / 'out'}\n"
+
+
+def test_pictures_that_do_not_fit_the_disk_are_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10_000))
+    with pytest.raises(InputError, match=r"0\.0 GiB are free; FASTVIT_CACHE_DIR names another folder"):
+        cache_images(lambda index: Image.new("RGB", (9, 9)), 5, (32, 32), cache_dir=tmp_path, memory_limit=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_batch_is_halved_until_it_fits(finished, tmp_path):
+    run = Run(tmp_path / "found", "--auto-batch", fault=fault.memory_for, given=(1,))
+    direct = Run(tmp_path / "direct", "--auto-batch", "--batch-size", "1", "--gradient-accumulation", "4")
+    assert run.end() == direct.end() == 0, run.log() + direct.log()
+    lines = [line for line in run.log().splitlines() if line.startswith("out of memory")]
+    assert lines == [
+        "out of memory with 4 pictures a batch; going on with 2, 2 batches a step",
+        "out of memory with 2 pictures a batch; going on with 1, 4 batches a step",
+    ]
+    check_same(run.folder, direct.folder)
+    stored = yaml.safe_load((run.folder / "out" / "config.yaml").read_text())
+    assert (stored["batch_size"], stored["gradient_accumulation"], stored["auto_batch"]) == (1, 4, True)
+    again = Run(tmp_path / "again", only=["--config", str(run.folder / "out" / "config.yaml")])
+    assert again.end() == 0 and "out of memory" not in again.log()
+    check_same(again.folder, direct.folder)
+
+
+def test_smaller_batches_take_the_same_steps(finished, tmp_path):
+    whole = Run(tmp_path / "whole", "--hidden-dropout", "0", "--generated-images", "22")  # 18 pictures: 4, 4, 4, 4, 2
+    parts = Run(tmp_path / "parts", "--hidden-dropout", "0", "--generated-images", "22", "--auto-batch",
+                fault=fault.memory_for, given=(3,))  # fmt: skip
+    assert whole.end() == parts.end() == 0, whole.log() + parts.log()
+    first, second = (load_file(run.folder / "out/checkpoint-10/model.safetensors") for run in (whole, parts))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_memory_that_runs_out_later_costs_the_steps_since_the_checkpoint(finished, tmp_path):
+    run = Run(tmp_path, "--auto-batch", fault=fault.memory_for, given=(2, 5))
+    assert run.end() == 0, run.log()
+    assert "out of memory with 4 pictures a batch; going on with 2, 2 batches a step" in run.log()
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 11))
+
+
+def test_batch_that_was_found_is_kept_by_resume(finished, tmp_path):
+    run = Run(tmp_path, "--auto-batch", fault=fault.interrupted_with_memory_for, given=(2, 5))
+    assert run.end() == 143, run.log()
+    again = Run(tmp_path, "--auto-batch", "--resume", fault=fault.memory_for, given=(2,))
+    assert again.end() == 0, again.log()
+    assert "out of memory" not in again.log() and "note:" not in again.log()
+    direct = Run(tmp_path / "direct", "--auto-batch", "--batch-size", "2", "--gradient-accumulation", "2")
+    assert direct.end() == 0
+    check_same(tmp_path, direct.folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "pictures", "advice"),
+    [
+        ([], 4, "try --auto-batch, a smaller --batch-size, --gradient-checkpointing or a smaller --image-size"),
+        (["--auto-batch"], 1, "try --gradient-checkpointing or a smaller --image-size"),
+    ],
+    ids=["not asked for", "one picture is too much"],
+)
+def test_memory_that_is_too_small_is_one_clear_line(options, pictures, advice, finished, tmp_path):
+    run = Run(tmp_path, *options, fault=fault.memory_for, given=(pictures - 1, 3))
+    assert run.end() == 2, run.log()
+    last = run.log().splitlines()[-1]
+    assert last.startswith(f"error: training: out of memory with {pictures} picture(s) a batch after step")
+    assert advice in last and "out/checkpoint-2 is whole: the same command with --resume goes on from it" in last
+
+
+def test_memory_of_this_machine_that_runs_out_is_noticed(finished, tmp_path):
+    options = [
+        "--auto-batch",
+        "--image-size",
+        "64",
+        "--patch-size",
+        "4",
+        "--generated-images",
+        "80",
+        "--batch-size",
+        "64",
+    ]
+    run = Run(tmp_path, *options, "--max-steps", "1", fault=fault.address_space, given=(260,))
+    assert run.end() == 0, run.log()
+    assert "out of memory with 64 pictures a batch; going on with 32, 2 batches a step" in run.log()
+
+
+def test_run_goes_on_from_before_the_weights_became_nan(finished, tmp_path):
+    run = Run(tmp_path, fault=fault.nan_at, given=(4,))
+    assert run.end() == 2, run.log()
+    last = run.log().splitlines()[-1]
+    assert last.startswith("error: training: the loss is nan at step 5; the last good checkpoint is out/checkpoint-4")
+    assert check_checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
+    resume(tmp_path, finished)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_does_not_save_weights_that_are_nan(signum, finished, tmp_path):
+    run = Run(tmp_path, "--logging-steps", "100", fault=fault.nan_at, given=(4, signum))
+    assert run.end() == 2, run.log()
+    assert check_checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
