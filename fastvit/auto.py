@@ -28,5 +28,9 @@ def unregister() -> None:
 
 
 def _load_from(source: object) -> None:
-    for auto_class, model_class in AUTO_CLASSES.items():
-        getattr(transformers, auto_class).register(transformers.ViTConfig, getattr(source, model_class), exist_ok=True)
+    for name, model_class in AUTO_CLASSES.items():
+        auto_class, model = getattr(transformers, name), getattr(source, model_class)
+        auto_class.register(transformers.ViTConfig, model, exist_ok=True)
+        if auto_class._model_mapping[transformers.ViTConfig] is not model:
+            # Before transformers 5.2x `register` passes over transformers' own configs.
+            auto_class._model_mapping._extra_content[transformers.ViTConfig] = model

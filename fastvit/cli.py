@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 COMMANDS = {
     "finetune": "train a ViT to tell your pictures apart",
+    "sweep": "look for good options to train with",
     "watch": "show a run of finetune while it goes on",
     "predict": "name what is in pictures",
     "evaluate": "measure a model on labelled pictures",
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if name == "finetune":
         return report_errors(lambda: finetune(rest))
+    if name == "sweep":
+        return report_errors(lambda: sweep(rest))
     if name == "convert":
         return report_errors(lambda: convert(rest))
     if name == "watch":
@@ -82,6 +85,12 @@ def finetune(argv: list[str]) -> None:
     from fastvit.options import parse_options
 
     run(parse_options(argv))
+
+
+def sweep(argv: list[str]) -> None:
+    from fastvit.sweep import main
+
+    main(argv)
 
 
 def use_model(name: str, argv: list[str]) -> int | None:

@@ -1,4 +1,4 @@
-"""The one error for what a user gave (a file, an option, a checkpoint), how to show it, and an end by a signal."""
+"""The error for what a user gave (a file, an option, a checkpoint), how to show it, and the end by a signal."""
 
 
 class InputError(ValueError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
@@ -24,11 +25,11 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
+    EarlyStoppingCallback,
     TrainerState,
     TrainingArguments,
     ViTConfig,
     ViTImageProcessorPil,
-    default_data_collator,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
@@ -36,19 +37,29 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import page, report
+from fastvit import calibration, page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
 from fastvit.errors import InputError, Stopped
 from fastvit.files import WriteError, remove_folder, whole_files, write_text
+from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_image_settings, load_pretrained
 from fastvit.modeling import ViTForImageClassification, as_pair
 from fastvit.options import SIZES, parse_options
+from fastvit.recipes import (
+    MixPictures,
+    RandAugment,
+    RecipeTuner,
+    TargetLoss,
+    add_adapters,
+    class_weights,
+    merge_adapters,
+)
 from fastvit.run_log import LOG_FILE
 from fastvit.streaming import Stream, StreamedDataset, stream_images
-from fastvit.training import FineTuner, Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
+from fastvit.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
@@ -60,15 +71,19 @@ RUN_FILES = (
     "config.yaml",
     "eval_results.json",
     "examples.png",
+    "folds.json",
     LOG_FILE,
     "model.safetensors",
     "preprocessor_config.json",
+    "reliability_test.png",
+    "reliability_validation.png",
     page.REPORT_FILE,
     "test_results.json",
     "train_results.json",
     "trainer_state.json",
     "training_args.bin",
 )
+ADAPTER = "adapter"  # what --lora trained, by itself
 
 
 def remove_run(folder: Path) -> None:
@@ -76,6 +91,12 @@ def remove_run(folder: Path) -> None:
         remove_folder(checkpoint)
     for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
+    for adapter in folder.glob(ADAPTER):
+        remove_folder(adapter)
+    for fold in folder.glob("fold-*"):
+        remove_run(fold)
+        with contextlib.suppress(OSError):  # somebody's own files are in it
+            fold.rmdir()
 
 
 def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:
@@ -86,6 +107,7 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
         "problem_type": "single_label_classification",
         "attention_probs_dropout_prob": options.attention_dropout,
         "hidden_dropout_prob": options.hidden_dropout,
+        "drop_path_rate": options.drop_path,
     }
     if options.from_scratch is not None:
         hidden_size, num_layers, num_heads = SIZES[options.from_scratch]
@@ -107,15 +129,17 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
         )
         return ViTForImageClassification(config)
 
-    size = {} if options.image_size is None else {"image_size": options.image_size}
-    if size:
-        patch_size = as_pair(load_config(options.model).patch_size)
+    config = load_config(options.model)
+    config.update(labels)
+    if options.image_size is not None:
+        config.image_size = options.image_size
+        patch_size = as_pair(config.patch_size)
         if any(options.image_size % side for side in patch_size):
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
             )
     # The classifier is the one part that may not fit: other classes. Everything else must.
-    return load_pretrained(options.model, ignore_mismatched_sizes=True, **labels, **size)
+    return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
 
 
 def image_processor_for(options: argparse.Namespace, model: ViTForImageClassification) -> ViTImageProcessorPil:
@@ -147,12 +171,12 @@ def make_image_sets(
         limit = options.max_train_samples if name == TRAIN else options.max_eval_samples
         if limit is not None and limit < len(split):
             split = split.select(np.sort(np.random.default_rng(options.seed).permutation(len(split))[:limit]))
-        augment = Augment(size) if name == TRAIN and options.augment else None
+        crop = Augment(size) if name == TRAIN and options.augment else None
         with processes.local_main_process_first():
             cache = cache_images(
                 split.load,
                 len(split),
-                decode_size(size, augment),
+                decode_size(size, crop),
                 resample=processor.resample,
                 skip_bad=options.skip_bad_images,
                 key=split.key,
@@ -164,7 +188,12 @@ def make_image_sets(
             print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
             for reason in list(cache.skipped.values())[:10]:
                 print(f"  {reason}")
-        sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed)
+        augment: Augment | RandAugment | None = crop
+        if name == TRAIN and options.randaugment is not None:
+            operations, magnitude = options.randaugment
+            augment = RandAugment(operations, magnitude, first=crop)
+        with_seeds = name == TRAIN and bool(options.mixup or options.cutmix)
+        sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds)
         if len(sets[name]) == 0:
             raise InputError(f"{images.name}: no picture left in split {name!r}")
     return sets
@@ -259,6 +288,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=options.eval_steps,
         load_best_model_at_end=has_validation,
+        restore_callback_states_from_checkpoint=True,  # early stopping's patience
         metric_for_best_model="accuracy" if has_validation else None,
         report_to=options.report_to,
         push_to_hub=options.push_to_hub is not None,
@@ -276,8 +306,11 @@ def accuracy(prediction) -> dict[str, float]:
 def run(options: argparse.Namespace) -> dict[str, float]:
     """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
 
-    With --auto-batch as often as it takes to find a batch that the memory holds.
+    With folds, the metrics' means over the folds. With --auto-batch as often as it takes to find a batch that the
+    memory holds.
     """
+    if options.folds is not None and options.fold is None:
+        return run_folds(options)
     with joined_processes(options.cpu) as processes:
         options = take_up(options)
         while True:
@@ -289,6 +322,7 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
 
 def load_data(options: argparse.Namespace, processes: PartialState) -> ImageDataset:
+    """The pictures that the options name, with one of the folds for validation if that is asked for."""
     if options.streaming:
         return stream_images(
             options.dataset,
@@ -302,16 +336,38 @@ def load_data(options: argparse.Namespace, processes: PartialState) -> ImageData
             need_validation=options.validation_fraction != 0,
         )
     with processes.local_main_process_first():
-        return load_images(
+        images = load_images(
             options.dataset,
             options.data_dir,
             image_column=options.image_column,
             label_column=options.label_column,
-            validation_fraction=options.validation_fraction,
+            validation_fraction=options.validation_fraction if options.fold is None else 0,
             seed=options.seed,
             image_size=options.image_size or 64,
             generated_images=options.generated_images,
         )
+    return images if options.fold is None else take_fold(images, options.folds, options.fold, options.seed)
+
+
+def ready_to_train(options: argparse.Namespace, model: ViTForImageClassification) -> Any:
+    """The model with what is to be trained of it, and adapters if they are asked for."""
+    if options.freeze_backbone:
+        model.vit.requires_grad_(False)
+    if options.gradient_checkpointing:
+        # The method's new name from transformers 5.2x on.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    return model if options.lora is None else add_adapters(model, options.lora)
+
+
+def loss_of(options: argparse.Namespace, train: ImageSet | None, num_classes: int) -> TargetLoss | None:
+    """The loss, where it is not the model's own with Trainer's label smoothing."""
+    weights = None
+    if options.class_balanced is not None and train is not None:
+        weights = class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
+    elif not (options.mixup or options.cutmix):
+        return None
+    return TargetLoss(weights, options.label_smoothing)
 
 
 def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str, float]:
@@ -330,12 +386,12 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         train_set = make_stream(options, images, processor, processes)
     else:
         train_set = sets[TRAIN]
-    if options.freeze_backbone:
-        model.vit.requires_grad_(False)
-    if options.gradient_checkpointing:
-        # The method's new name from transformers 5.2x on.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+    if options.early_stopping is not None and VALIDATION not in sets:
+        raise InputError(f"--early-stopping: expected a validation split, {images.name} has none")
+    if options.calibrate and VALIDATION not in sets:
+        raise InputError(f"--calibrate: expected a validation split, {images.name} has none")
+    model = ready_to_train(options, model)
+    mix = MixPictures(len(images.class_names), options.mixup, options.cutmix)
 
     # From here on the folder is written; whatever was wrong with the input has been said.
     with processes.main_process_first():
@@ -345,18 +401,22 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
 
     interrupt, log = StopOnInterrupt(), WriteLog(output_dir)
     precision = precision_of(options, model.config.hidden_size)
-    trainer = FineTuner(
+    trainer = RecipeTuner(
         model=model,
         args=training_arguments(options, precision, VALIDATION in sets, max_steps_of(options, images, processes)),
         train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
-        data_collator=default_data_collator,
+        data_collator=mix,
+        compute_loss_func=loss_of(options, sets.get(TRAIN), len(images.class_names)),
         compute_metrics=accuracy,
         callbacks=[log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
+        ema_decay=options.ema,
         keep_checkpoints=options.keep_checkpoints,
     )
+    if options.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     progress = Progress()
@@ -385,8 +445,34 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
     return metrics
 
 
+def run_folds(options: argparse.Namespace) -> dict[str, float]:
+    """Train every fold in a folder of its own, and write the mean and the spread of the metrics."""
+    output_dir = Path(options.output_dir)
+    if options.overwrite:
+        remove_run(output_dir)
+    runs = []
+    for fold in range(1, options.folds + 1):
+        folder = output_dir / f"fold-{fold}"
+        print(f"\nfold {fold} of {options.folds}")
+        # A run ends with its model card: with one, there is nothing to go on with.
+        if not (options.resume and (folder / "README.md").exists()):
+            resume = options.resume and folder.is_dir() and get_last_checkpoint(folder) is not None
+            given = {"output_dir": str(folder), "fold": fold, "resume": resume, "overwrite": not resume}
+            run(argparse.Namespace(**{**vars(options), **given}))
+        runs.append(json.loads((folder / "all_results.json").read_text()))
+        if fold == 1:  # what was wrong with the input has been said
+            write_text(output_dir / "config.yaml", yaml.safe_dump(run_options(options), sort_keys=False))
+    summary = summarize_folds(runs)
+    write_text(output_dir / "folds.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{options.folds} folds, mean ± standard deviation")
+    for name, figures in summary.items():
+        print(f"  {name:<16}{figures['mean']:.4f} ± {figures['standard_deviation']:.4f}")
+    print(f"\nmodels and metrics: {output_dir}")
+    return {name: figures["mean"] for name, figures in summary.items()}
+
+
 @contextlib.contextmanager
-def early_end_is_said(trainer: FineTuner, options: argparse.Namespace) -> Iterator[None]:
+def early_end_is_said(trainer: RecipeTuner, options: argparse.Namespace) -> Iterator[None]:
     """Adds to what ended training or the writing of its results what stands on the disk, and how to go on."""
     try:
         yield
@@ -483,7 +569,7 @@ def with_smaller_batch(options: argparse.Namespace, error: OutOfMemory) -> argpa
     return argparse.Namespace(**vars(options) | smaller | {"overwrite": False, "resume": True})
 
 
-def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, ImageSet], options) -> dict[str, float]:
+def finish(trainer: RecipeTuner, result, images: ImageDataset, sets: dict[str, ImageSet], options) -> dict[str, float]:
     """Metrics, model, model card."""
     output_dir = Path(options.output_dir)
     result.metrics["train_loss"] = mean_loss(trainer.state.log_history)  # Trainer's is of this process's steps
@@ -492,20 +578,40 @@ def finish(trainer: FineTuner, result, images: ImageDataset, sets: dict[str, Ima
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    if options.lora is not None:
+        merge_adapters(trainer, output_dir / ADAPTER)
     if trainer.is_fsdp_enabled:  # checkpoints were sharded; the result is one file
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    trainer.flip = options.flip
 
     metrics: dict[str, float] = {}
     reports, predictions = [], {}
+    temperature = 1.0
     for name, prefix in ((VALIDATION, "eval"), (TEST, "test")):
         if name not in sets:
             continue
         output = trainer.predict(sets[name], metric_key_prefix=prefix)
-        predictions[name] = (output.label_ids, output.predictions)
         confusion = report.confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(images.class_names))
         split_metrics = {**output.metrics, f"{prefix}_macro_f1": report.classification_metrics(confusion)["macro_f1"]}
         split_metrics["epoch"] = trainer.state.epoch
+        if options.calibrate:
+            if name == VALIDATION:
+                temperature = calibration.fit_temperature(output.predictions, output.label_ids)
+                trainer.model.config.calibration_temperature = temperature
+                if trainer.is_world_process_zero():
+                    trainer.model.config.save_pretrained(output_dir)
+                metrics["temperature"] = temperature
+                print(f"\ntemperature {temperature:.3f}, fitted on {name}")
+            diagrams = {
+                title: calibration.reliability(calibration.softmax(output.predictions, divisor), output.label_ids)
+                for title, divisor in (("before", 1.0), ("after", temperature))
+            }
+            for title, diagram in diagrams.items():
+                split_metrics[f"{prefix}_calibration_error_{title}"] = diagram.expected_calibration_error
+            if trainer.is_world_process_zero():
+                report.save_image(calibration.reliability_plot(diagrams), output_dir / f"reliability_{name}.png")
+        predictions[name] = (output.label_ids, output.predictions / temperature)
         trainer.save_metrics(prefix, split_metrics)
         metrics |= split_metrics
         reports.append(f"{name}: {report.format_metrics(confusion, images.class_names)}\n")

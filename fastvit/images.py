@@ -323,6 +323,7 @@ class ImageSet(torch.utils.data.Dataset):
     augment: changes a picture, uint8 [h, w, 3] -> uint8 [H, W, 3], with random numbers of torch's generator. They are
         those of (seed, epoch, picture), whoever asks for the picture and whatever was asked for before, so that a run
         that goes on from a checkpoint sees what it would have seen.
+    with_seeds: each picture brings its seed ("seed": int), for what is drawn for a batch.
     """
 
     def __init__(
@@ -332,8 +333,9 @@ class ImageSet(torch.utils.data.Dataset):
         augment: Callable[[np.ndarray], np.ndarray] | None = None,
         *,
         seed: int = 0,
+        with_seeds: bool = False,
     ):
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.with_seeds = seed, 0, with_seeds
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
         self.labels = [int(labels[index]) for index in self.indices]
@@ -345,14 +347,22 @@ class ImageSet(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def seed_of(self, item: int) -> int:
+        return int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
+
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
-        return {"pixel_values": torch.from_numpy(self.pixels(item)), "labels": self.labels[item]}
+        entry: dict[str, torch.Tensor | int] = {
+            "pixel_values": torch.from_numpy(self.pixels(item)),
+            "labels": self.labels[item],
+        }
+        if self.with_seeds:
+            entry["seed"] = self.seed_of(item)
+        return entry
 
     def pixels(self, item: int) -> np.ndarray:
-        """uint8 [H, W, 3], augmented as it is in this epoch if the set augments; its memory is nobody else's."""
-        pixels = self.images[self.indices[item]]
+        """uint8 [H, W, 3], augmented if the set augments; its memory is nobody else's."""
+        image = self.images[self.indices[item]]
         if self.augment is not None:
-            seed = int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
-            with random_numbers_of(seed):
-                pixels = self.augment(pixels)
-        return np.array(pixels)
+            with random_numbers_of(self.seed_of(item)):
+                image = self.augment(image)
+        return np.array(image)

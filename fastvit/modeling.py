@@ -432,12 +432,27 @@ class ViTOutput(nn.Module):
         return self.dropout(self.dense(hidden_states))
 
 
-class ViTLayer(GradientCheckpointingLayer):
-    """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3)."""
+def drop_path_rates(config: ViTConfig) -> list[float]:
+    """Each block's chance to lose a branch while training, from 0 in the first to config.drop_path_rate in the last.
 
-    def __init__(self, config: ViTConfig):
+    Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382. Without config.drop_path_rate, 0.
+    """
+    last, count = getattr(config, "drop_path_rate", None) or 0.0, config.num_hidden_layers
+    if not 0 <= last < 1:
+        raise InputError(f"config.drop_path_rate: expected 0 or more and below 1, got {last}")
+    return [last * index / (count - 1) if count > 1 else last for index in range(count)]
+
+
+class ViTLayer(GradientCheckpointingLayer):
+    """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3).
+
+    drop_path_rate: the chance that a picture goes without attention(...), and without mlp(...), while training.
+    """
+
+    def __init__(self, config: ViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
         self.config = config
+        self.drop_path_rate = drop_path_rate
         self.attention = ViTAttention(config)
         self.intermediate = ViTIntermediate(config)
         self.output = ViTOutput(config)
@@ -470,8 +485,8 @@ class ViTLayer(GradientCheckpointingLayer):
         branch, probabilities = self.attention(normed, attention_mask, output_attentions, class_token_only)
         if class_token_only:
             residual = class_tokens_of(residual, attention_mask)
-        residual, normed = add_and_norm(branch, residual, self.layernorm_after)
-        branch = self.feed_forward(normed)
+        residual, normed = add_and_norm(self.drop_path(branch, attention_mask), residual, self.layernorm_after)
+        branch = self.drop_path(self.feed_forward(normed), attention_mask)
         if carry:
             return branch, residual
         hidden_states = branch + residual
@@ -492,12 +507,27 @@ class ViTLayer(GradientCheckpointingLayer):
         heads = attention.num_heads
         context = attend(ops.attention_packed, qkv, mask=attention_mask, num_heads=heads, dropout_p=dropout_p)
         branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
+        branch = self.drop_path(branch, attention_mask)
         norm = (after.weight, after.bias, after.eps)
         linears = (first.weight, first.bias, second.weight, second.bias)
         residual, branch = ops.add_layer_norm_feed_forward(
             branch, residual, *norm, *linears, self.intermediate.activation
         )
-        return self.output.dropout(branch), residual
+        return self.drop_path(self.output.dropout(branch), attention_mask), residual
+
+    def drop_path(self, branch: Tensor, attention_mask: Mask) -> Tensor:
+        """[B, N, D] or packed [1, N, D]: zero for some pictures, larger by as much for the others; only in training."""
+        if not (self.training and self.drop_path_rate):
+            return branch
+        kept = 1 - self.drop_path_rate
+        # The last block may have computed the class tokens alone; then there is one token a picture.
+        packing = attention_mask if isinstance(attention_mask, Packing) else None
+        is_packed = packing is not None and branch.shape[1] == sum(packing.lengths)
+        count = len(packing.lengths) if packing is not None and is_packed else len(branch)
+        mask = torch.empty(count, 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(kept)
+        if packing is not None and is_packed:
+            mask = mask.repeat_interleave(packing.cu_seqlens.diff(), 0, output_size=branch.shape[1]).view(1, -1, 1)
+        return branch * mask / kept  # 1 / kept is never rounded to bfloat16, which would scale every branch wrongly
 
     def is_fusable(self) -> bool:
         """Whether nothing watches or replaces a part of the block, so that `fused` may stand in for the parts."""
@@ -546,7 +576,7 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.layer = nn.ModuleList([ViTLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layer = nn.ModuleList([ViTLayer(config, rate) for rate in drop_path_rates(config)])
         self.gradient_checkpointing = False
 
     def forward(

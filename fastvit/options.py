@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,27 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--cpu", action="store_true", help="do not use a GPU")
     group.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation and splits")
 
+    group = parser.add_argument_group("recipes", "What may make the model better; docs/recipes.md measures it.")
+    group.add_argument("--randaugment", nargs=2, type=int, metavar=("N", "M"), help="N operations of strength M < 30")
+    group.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="blend pictures by Beta(ALPHA, ALPHA)")
+    group.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste boxes of other pictures")
+    group.add_argument("--drop-path", type=float, default=0.0, metavar="RATE", help="chance to skip the last block")
+    group.add_argument("--ema", type=float, metavar="DECAY", help="keep a running mean of the weights, such as 0.99")
+    group.add_argument(
+        "--class-balanced",
+        type=float,
+        nargs="?",
+        const=0.999,
+        metavar="BETA",
+        help="weigh classes by effective number; 1: by inverse frequency [without BETA: 0.999]",
+    )
+    group.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, not the weights (peft)")
+    group.add_argument("--early-stopping", type=int, metavar="N", help="stop after N evaluations without a better one")
+    group.add_argument("--flip", action="store_true", help="evaluate with the mean over picture and mirror image")
+    group.add_argument("--calibrate", action="store_true", help="fit the temperature of the probabilities at the end")
+    group.add_argument("--folds", type=int, metavar="K", help="cross-validation: K models, each in a sub-folder")
+    group.add_argument("--fold", type=int, metavar="I", help="of these, only the I-th (1 to K), in the folder itself")
+
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", metavar="FOLDER", help="where everything goes [runs/DATASET]")
     group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
@@ -164,6 +186,10 @@ def _checked(name: str, action: argparse.Action, value: Any) -> Any:
     """A value from a file, converted and checked as argparse does for the command line."""
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(action.nargs, int):
+        if not isinstance(value, list) or len(value) != action.nargs:
+            raise InputError(f"--config: {name}: expected a list of {action.nargs} values, got {value!r}")
+        return [_checked(name, _one_of(action), entry) for entry in value]
     try:
         if isinstance(action.type, type):
             value = action.type(value)
@@ -174,6 +200,42 @@ def _checked(name: str, action: argparse.Action, value: Any) -> Any:
     if action.choices is not None and value not in action.choices:
         raise InputError(f"--config: {name}: expected one of {', '.join(action.choices)}, got {value!r}")
     return value
+
+
+def _one_of(action: argparse.Action) -> argparse.Action:
+    """What one of the values of an option with several is."""
+    single = copy.copy(action)
+    single.nargs = None
+    return single
+
+
+def _check_recipes(options: argparse.Namespace) -> None:
+    def check(name: str, holds: bool, expected: str) -> None:
+        if getattr(options, name) is not None and not holds:
+            raise InputError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(options, name)}")
+
+    operations, magnitude = options.randaugment or (1, 1)
+    check("randaugment", 1 <= operations <= 15 and 0 < magnitude < 30, "N from 1 to 15 and M from 1 to 29")
+    for name in ("mixup", "cutmix"):
+        check(name, 0 <= getattr(options, name) < float("inf"), "a number of at least 0")
+    check("drop_path", 0 <= options.drop_path < 1, "0 or more and below 1")
+    check("ema", 0 < (options.ema or 0) < 1, "a number between 0 and 1")
+    check("class_balanced", 0 <= (options.class_balanced or 0) <= 1, "a number from 0 to 1")
+    check("lora", (options.lora or 0) >= 1, "a rank of at least 1")
+    check("early_stopping", (options.early_stopping or 0) >= 1, "at least 1 evaluation")
+    check("folds", (options.folds or 0) >= 2, "at least 2 folds")
+    check("fold", 1 <= (options.fold or 0) <= (options.folds or 0), "1 to the number of --folds")
+    if options.folds is not None and options.push_to_hub is not None:
+        raise InputError("--folds: its models are for measuring; give --folds or --push-to-hub, not both")
+    if options.folds is not None and options.fold is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("--folds: expected one process; several train one fold after the other with --fold I")
+    for name in ("randaugment", "mixup", "cutmix", "class_balanced", "folds"):
+        if options.streaming and getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')}: cannot be used with --streaming")
+    if options.lora is not None and options.from_scratch is not None:
+        raise InputError("--lora: expected a pretrained --model, whose weights stay; got --from-scratch")
+    if options.lora is not None and options.freeze_backbone:
+        raise InputError("--lora: give --lora or --freeze-backbone, not both")
 
 
 def _check_options(options: argparse.Namespace) -> None:
@@ -197,6 +259,7 @@ def _check_options(options: argparse.Namespace) -> None:
             )
     if not 0 < options.layer_decay <= 1:
         raise InputError(f"--layer-decay: expected above 0 and at most 1, got {options.layer_decay}")
+    _check_recipes(options)
     if options.fsdp and "LOCAL_RANK" not in os.environ:
         raise InputError(
             "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ..."
@@ -223,4 +286,5 @@ def is_run(folder: Path) -> bool:
     return folder.is_dir() and (
         any((folder / name).exists() for name in ("config.yaml", "model.safetensors", "trainer_state.json"))
         or get_last_checkpoint(folder) is not None
+        or any(is_run(fold) for fold in folder.glob("fold-*"))
     )

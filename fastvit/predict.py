@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastvit.calibration import reliability, temperature_of
 from fastvit.errors import InputError, printable
 from fastvit.images import decode_image
 from fastvit.predictor import Predictor
@@ -32,7 +33,7 @@ def with_attention(model: Any, pixels: torch.Tensor) -> Attended:
     """pixels: one picture, uint8 [1, height, width, 3]."""
     output = model(pixels.to(model.device), output_attentions=True)
     return Attended(
-        output.logits[0].float().softmax(dim=-1).cpu().numpy(),
+        (output.logits[0].float() / temperature_of(model.config)).softmax(dim=-1).cpu().numpy(),
         torch.cat(output.attentions).float().cpu().numpy(),
         model.vit.embeddings.grid_of(pixels),
     )
@@ -52,6 +53,10 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _add_flip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--flip", action="store_true", help="the mean over each picture and its mirror image")
+
+
 def predict(argv: list[str]) -> int:
     """`fastvit predict MODEL IMAGE...`; returns the exit code: 2 if a picture could not be used."""
     parser = _parser("predict", "Name what is in pictures.")
@@ -59,12 +64,14 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("--top", type=int, default=5, help="how many classes to show")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--json", action="store_true", help="one JSON object a picture and line")
+    _add_flip(parser)
     options = parser.parse_args(argv)
     for name in ("top", "batch_size"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
     code = 0
-    with Predictor(options.model, options.device, max_batch=options.batch_size, top_k=options.top) as predictor:
+    given = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip}
+    with Predictor(options.model, options.device, **given) as predictor:
         for path, result in zip(options.images, predictor.stream(options.images), strict=True):
             if isinstance(result, InputError):
                 print(f"error: {printable(str(result))}", file=sys.stderr)
@@ -93,6 +100,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    _add_flip(parser)
     options = parser.parse_args(argv)
     images = load_images(
         options.dataset,
@@ -104,7 +112,7 @@ def evaluate(argv: list[str]) -> None:
     split_name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
     if split_name not in images.splits:
         raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {split_name!r}")
-    with Predictor(options.model, options.device, max_batch=options.batch_size) as predictor:
+    with Predictor(options.model, options.device, max_batch=options.batch_size, flip=options.flip) as predictor:
         names = predictor.class_names
         unknown = sorted(set(images.class_names) - set(names))
         if unknown:
@@ -112,17 +120,19 @@ def evaluate(argv: list[str]) -> None:
         split = images.splits[split_name]
         labels = np.array([names.index(images.class_names[label]) for label in split.labels])
         pictures = (partial(split.load, index) for index in range(len(split)))
-        measured, predicted = [], []
+        measured, rows = [], []
         for index, result in enumerate(predictor.stream(pictures, raise_errors=not options.skip_bad_images)):
             if isinstance(result, InputError):
                 print(f"error: {printable(str(result))}", file=sys.stderr)
             else:
                 measured.append(index)
-                predicted.append(result.probabilities.argmax())
+                rows.append(result.probabilities)
     if not measured:
         raise InputError(f"{images.name}: no picture left in split {split_name!r}")
-    confusion = report.confusion_matrix(labels[measured], np.array(predicted), len(names))
-    metrics = report.classification_metrics(confusion)
+    probabilities = np.stack(rows)
+    confusion = report.confusion_matrix(labels[measured], probabilities.argmax(-1), len(names))
+    error = reliability(probabilities, labels[measured]).expected_calibration_error
+    metrics = {**report.classification_metrics(confusion), "calibration_error": error}
     skipped = len(split) - len(measured)
     if options.json:
         found = {"split": split_name, "class_names": names, "skipped": skipped, **metrics}
@@ -130,8 +140,9 @@ def evaluate(argv: list[str]) -> None:
     else:
         print(
             f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(measured)} pictures"
-            + (f", {skipped} skipped\n" if skipped else "\n")
+            + (f", {skipped} skipped" if skipped else "")
         )
+        print(f"probabilities are off by {error:.2%} (expected calibration error)\n")
         print(report.format_metrics(confusion, names))
 
 

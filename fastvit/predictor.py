@@ -64,6 +64,7 @@ class Predictor:
     max_batch: how many pictures are computed at once, of one call or of several.
     image_processor: a transformers image processor [the one in the model's folder].
     top_k: how many classes `Prediction.top` has.
+    flip: take the mean of the logits for each picture and for its mirror image.
     max_wait_ms: how long a batch with room waits for other calls that are just decoding; a lone call never waits.
     workers: threads that decode [as many as there are cores].
     cuda_graphs: on a GPU, replay each batch size as a CUDA graph.
@@ -80,6 +81,7 @@ class Predictor:
         *,
         image_processor: Any = None,
         top_k: int = 5,
+        flip: bool = False,
         max_wait_ms: float = 0.0,
         workers: int | None = None,
         cuda_graphs: bool = True,
@@ -108,6 +110,7 @@ class Predictor:
             dtype=first.dtype,
             max_batch=max_batch,
             top_k=min(top_k, config.num_labels),
+            flip=flip,
             capture=capture_graphs() if cuda_graphs and first.device.type == "cuda" else None,
         )
         self._batcher = Batcher(runner.launch, max_batch=max_batch, max_wait=max_wait_ms / 1e3, ahead=runner.overlaps)

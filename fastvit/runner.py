@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvit.calibration import temperature_of
 from fastvit.errors import InputError
 from fastvit.modeling import ViTPreTrainedModel, image_mean_of, image_std_of
 from fastvit.preprocessing import Preprocessor
@@ -29,8 +30,9 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 class Runner:
     """The model's side of a predictor; one thread at a time may call it.
 
-    top_k: how many of the best classes are named. limit: pictures that are computed at once, halved whenever memory
-    does not suffice. capture: turns a function into a CUDA graph; None: no graphs.
+    top_k: how many of the best classes are named. flip: the mean over pictures and their mirror images. limit: pictures
+    that are computed at once, halved whenever memory does not suffice. capture: turns a function into a CUDA graph;
+    None: no graphs.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class Runner:
         dtype: torch.dtype,
         max_batch: int,
         top_k: int,
+        flip: bool = False,
         capture: Capture | None = None,
     ):
         self.model, self.device, self.dtype = model, device, dtype
-        self.top_k, self.limit = top_k, max_batch
+        self.top_k, self.limit, self.flip = top_k, max_batch, flip
         config: Any = model.config
+        self.temperature = temperature_of(config)
         self.is_multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         # Our own model normalises in its patch embedding; for any other, or another mean, it is a step of its own.
         self.takes_uint8 = isinstance(model, ViTPreTrainedModel) and all(
@@ -72,12 +76,18 @@ class Runner:
         """uint8 [B, H, W, 3] -> float32 [B, classes], int64 [B, top_k]."""
         if not self.takes_uint8:
             pixels = (pixels.permute(0, 3, 1, 2) * self.scale + self.offset).to(self.dtype)
+        logits = self.logits(pixels)
+        if self.flip:
+            logits = (logits + self.logits(pixels.flip(2 if self.takes_uint8 else 3))) / 2
+        probabilities = logits.sigmoid() if self.is_multi_label else (logits / self.temperature).softmax(-1)
+        return probabilities, probabilities.topk(self.top_k).indices
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Pixels as the model takes them -> float32 [B, classes]."""
         output = self.model(pixels)
         if not hasattr(output, "logits"):
             raise InputError(f"model: expected a classifier, whose output has logits, got {type(self.model).__name__}")
-        logits = output.logits.float()
-        probabilities = logits.sigmoid() if self.is_multi_label else logits.softmax(-1)
-        return probabilities, probabilities.topk(self.top_k).indices
+        return output.logits.float()
 
     def launch(self, pictures: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
         """Begin to compute uint8 pictures [H, W, 3]; the function that is returned waits for their results.

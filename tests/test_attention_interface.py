@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from test_modeling import randomise, relative_error
 
 import fastvit
@@ -213,6 +214,8 @@ def hidden_states_and_gradients(model, implementation: str, inputs) -> dict[str,
 
 @pytest.mark.parametrize(("name", "padded", "backend"), CASES)
 def test_models_of_transformers_compute_the_same(name, padded, backend, monkeypatch):
+    if name == "T5" and Version(transformers.__version__) < Version("5.24"):
+        pytest.skip("T5 takes no attention function in this transformers")
     model = build(name)
     inputs = inputs_for({**MODELS, **IGNORED}[name][0], padded)
     expected = hidden_states_and_gradients(model, "eager", inputs)
