@@ -4,6 +4,7 @@ The processes are forked from a server that has imported everything and has trai
 second. `fault` is a function of this module, called in the process before the run begins.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -13,7 +14,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -77,12 +79,16 @@ def train(folder: str, options: list[str], fault: Callable | None, given: tuple)
 
 
 def server() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forked from one that has imported this module; call `start_server` first."""
+    """The context whose processes are forked from one that has imported this module, inside `prepared_server`."""
     return multiprocessing.get_context("forkserver")
 
 
-def start_server() -> None:
-    """One thread and no GPU: both would not survive a fork, and bits depend on the number of threads."""
+@contextlib.contextmanager
+def prepared_server() -> Iterator[None]:
+    """Inside, processes are forked from one that has trained; other tests have a server of their own.
+
+    One thread and no GPU: both would not survive a fork, and bits depend on the number of threads.
+    """
     settings = {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -90,15 +96,23 @@ def start_server() -> None:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     before = {name: os.environ.get(name) for name in settings}
+    usual = forkserver._forkserver._preload_modules
+    forkserver._forkserver._stop()
     os.environ |= settings
     try:
-        server().set_forkserver_preload([__name__, "pytest"])
-        Run(Path(tempfile.mkdtemp()), "--help").end()  # starts the server
+        forkserver.set_forkserver_preload([__name__, "pytest"])
+        with tempfile.TemporaryDirectory() as folder:
+            Run(Path(folder), "--help").end()  # starts the server
     finally:
         for name, value in before.items():
             os.environ.pop(name)
             if value is not None:
                 os.environ[name] = value
+    try:
+        yield
+    finally:
+        forkserver._forkserver._stop()
+        forkserver.set_forkserver_preload(usual)
 
 
 def warm_up() -> None:
