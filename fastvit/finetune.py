@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +43,7 @@ from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
 from fastvit.errors import InputError, Stopped
-from fastvit.files import WriteError, remove_folder, whole_files, write_text
+from fastvit.files import PARTIAL, WriteError, remove_folder, whole_files, write_text
 from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_image_settings, load_pretrained
@@ -97,6 +98,7 @@ def remove_run(folder: Path) -> None:
         remove_run(fold)
         with contextlib.suppress(OSError):  # somebody's own files are in it
             fold.rmdir()
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)
 
 
 def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:

@@ -37,7 +37,8 @@ class Browser:
         """The addresses that the page has asked for, data: URIs aside."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        return [one["request"]["url"] for one in sent if not one["request"]["url"].startswith("data:")]
+        # Chromium's own pages, which it may still be showing, are no request.
+        return [url for one in sent if not (url := one["request"]["url"]).startswith(("data:", "chrome:"))]
 
     def console(self) -> list[str]:
         """What the page has complained about: errors of its scripts, refused loads, violations of its policy."""

@@ -598,7 +598,6 @@ def test_recipes_are_off_by_default():
         (["--folds", "2", "--push-to-hub", "me/mine"], "give --folds or --push-to-hub, not both"),
         (["--mixup", "1", "--streaming"], "--mixup: cannot be used with --streaming"),
         (["--folds", "7"], "--folds: expected at least 7 pictures of every class"),
-        (["--folds", "2", "--resume"], "--resume: there is no checkpoint in out"),
         (["--config", "recipe.yaml"], "--config: randaugment: expected a list of 2 values, got 3"),
     ],
 )
