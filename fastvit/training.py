@@ -19,7 +19,7 @@ import psutil
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from huggingface_hub import ModelCard
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
 from transformers.trainer_utils import (
@@ -113,7 +113,10 @@ class StopOnInterrupt(TrainerCallback):
 
 
 class EvaluateWhatIsDue(TrainerCallback):
-    """A checkpoint that a signal asked for may lack its evaluation: the run that goes on from it begins with that."""
+    """A checkpoint that a signal asked for may lack its evaluation: the run that goes on from it begins with that.
+
+    It also stops again where early stopping had ended the training.
+    """
 
     def __init__(self, trainer: FineTuner):
         self.trainer = trainer
@@ -125,6 +128,10 @@ class EvaluateWhatIsDue(TrainerCallback):
         if due and not any(log["step"] == state.global_step and "eval_loss" in log for log in state.log_history):
             self.trainer._determine_best_metric(self.trainer._evaluate(None, None), None)
         self.trainer.find_best_checkpoint()
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                worse = callback.early_stopping_patience_counter
+                control.should_training_stop |= worse >= callback.early_stopping_patience
 
 
 class FollowEpochs(TrainerCallback):
@@ -269,10 +276,10 @@ class FineTuner(Trainer):
             return TrainOutput(self.state.global_step, math.nan, {})
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        if self.state.global_step < self.state.max_steps:
+        # Trainer would take one more step before it looks.
+        self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
+        if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
-        else:  # Trainer would go on from the last checkpoint with one more step
-            self.control.should_training_stop = True
 
     def _get_dataloader(self, *args, **kwargs):
         return with_lasting_workers(super()._get_dataloader(*args, **kwargs))

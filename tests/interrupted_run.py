@@ -207,6 +207,11 @@ def after_a_checkpoint() -> None:
     FineTuner._save_checkpoint = followed_by(FineTuner._save_checkpoint, lambda trainer, *args: kill())
 
 
+def before_the_results() -> None:
+    """kill -9 when training is over."""
+    FineTuner.save_state = preceded_by(FineTuner.save_state, lambda trainer: kill())
+
+
 def preceded_by(method: Callable, action: Callable) -> Callable:
     def both(self, *args, **kwargs):
         action(self, *args)

@@ -231,6 +231,20 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path):
             assert (tmp_path / "out" / name).read_bytes() == content, name
 
 
+def test_run_that_stopped_early_does_not_go_on(finished, tmp_path):
+    options = ["--early-stopping", "1", "--max-steps", "40", "--keep-checkpoints", "0"]
+    whole = Run(tmp_path / "whole", *options)
+    killed = Run(tmp_path / "killed", *options, fault=fault.before_the_results)
+    assert (whole.end(), killed.end()) == (0, -signal.SIGKILL), whole.log() + killed.log()
+    names = check_checkpoints(whole.folder / "out")
+    assert "checkpoint-40" not in names and names == check_checkpoints(killed.folder / "out")
+    again = Run(killed.folder, *options, "--resume")
+    assert again.end() == 0, again.log()
+    assert check_checkpoints(killed.folder / "out") == names
+    first, second = ((run.folder / "out" / "model.safetensors").read_bytes() for run in (whole, killed))
+    assert first == second
+
+
 def test_folder_of_a_run_may_be_moved(finished, tmp_path):
     run = Run(tmp_path, fault=fault.half_way_through, given=("model.safetensors", 6))
     assert run.end() == -signal.SIGKILL
