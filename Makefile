@@ -24,7 +24,7 @@ finetune: setup  ## fine-tune: ViT on pictures of leaves (ARGS="--dataset beans 
 	$(BIN)/fastvit finetune $(if $(ARGS),$(ARGS),--dataset generated --output-dir runs/leaves --overwrite)
 
 test: setup  ## run the tests, a process for each core (ARGS="-n 0 tests/test_ops.py" for some of them in one)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 compat: setup  ## run transformers' own ViT tests on fastvit, beside transformers (fetches its source distribution)
 	FASTVIT_TRANSFORMERS_TESTS="$$($(BIN)/python tests/compat/fetch.py)" $(BIN)/python -m pytest tests/compat $(ARGS)

@@ -201,7 +201,8 @@ def test_second_run_needs_overwrite_and_then_replaces_the_first(tmp_path, capsys
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert main(options) == 2
     assert "already holds a run; give --overwrite, --resume or another folder" in last_line(capsys)
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    is_same = (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert is_same
     assert main([*options, "--overwrite", "--max-steps", "2"]) == 0
     assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2"}
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
