@@ -15,9 +15,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from markupsafe import Markup
 
 from fastvit.charts import Axes
 from fastvit.errors import InputError
+from fastvit.files import write_text
 from fastvit.html import render_template
 
 SCHEMA = 1
@@ -43,21 +42,6 @@ QUANTILES = ("min", "p05", "q25", "median", "q75", "p95", "max", "samples")
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or the old one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
-    ) as file:
-        try:
-            file.write(text)
-        except BaseException:
-            os.unlink(file.name)  # noqa: PTH108
-            raise
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)
 
 
 def write(result: dict[str, Any], folder: Path) -> None:

@@ -41,11 +41,12 @@ def write_errors(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; raises WriteError."""
+    """Write a text file, whole or not at all, making its folder where there is none; raises WriteError."""
     partial = path.with_name(f".{path.name}.partial")
     with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", newline="")
             sync(partial)
             partial.replace(path)
         finally:
