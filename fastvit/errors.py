@@ -1,4 +1,4 @@
-"""The error for what a user gave (a file, an option, a checkpoint), how to show it, and the end by a signal."""
+"""The error for what a user gave (a file, an option, a checkpoint), how to show it, memory, and the end by a signal."""
 
 
 class InputError(ValueError):
@@ -19,6 +19,35 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+# Of the texts of oneDNN, those of an operation that it has found possible: what is left to fail is its memory. Where it
+# supports no such operation the texts go on ("could not create a primitive descriptor for ..."). Python gets no status.
+ONEDNN_OUT_OF_MEMORY = (
+    "could not create a primitive",
+    "could not create a memory",
+    "could not create a memory object",
+    "could not execute a primitive",
+)
+OUT_OF_MEMORY = (
+    "out of memory",
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of a device or of the host, did not suffice; for most of it PyTorch has no class of its own."""
+    import torch  # whoever has such an error has it loaded; the command line waits for it where it does not need it
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        text in ONEDNN_OUT_OF_MEMORY or any(part in text for part in OUT_OF_MEMORY)
+    )
 
 
 def printable(text: str) -> str:

@@ -23,7 +23,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import (
     EarlyStoppingCallback,
@@ -38,11 +38,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import calibration, page, report
+from fastvit import calibration, onednn, page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
-from fastvit.errors import InputError, Stopped
+from fastvit.errors import InputError, Stopped, is_out_of_memory
 from fastvit.files import PARTIAL, WriteError, remove_folder, whole_files, write_text
 from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
@@ -481,8 +481,9 @@ def early_end_is_said(trainer: RecipeTuner, options: argparse.Namespace) -> Iter
     except WriteError as error:
         raise WriteError(f"{error}; {what_stands(options)}") from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise
+        onednn.turn_off_after(error)
         advice = "--gradient-checkpointing or a smaller --image-size"
         if options.batch_size > 1:
             advice = f"--auto-batch, a smaller --batch-size, {advice}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +90,17 @@ class Linear(torch.autograd.Function):
         grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
         grad_weight = linear(rows.t(), x.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def turn_off_after(error: BaseException) -> None:
+    """Where oneDNN found no memory for the code of a product: PyTorch's other products from now on, with a warning.
+
+    The error flag of its assembler is a thread's own and nothing clears it: in that thread each product of a new shape
+    would fail, however much memory there is by then.
+    """
+    if str(error) == "could not create a primitive" and torch.backends.mkldnn.enabled:
+        torch.backends.mkldnn.set_flags(False)
+        warnings.warn("oneDNN is off from now on: it goes on failing after it once lacked memory", stacklevel=2)
 
 
 # Scores that are computed at a time: few enough for the cache, enough for both cores; and the fewest worth the trouble.

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvit import onednn
 from fastvit.calibration import temperature_of
-from fastvit.errors import InputError
+from fastvit.errors import InputError, is_out_of_memory
 from fastvit.modeling import ViTPreTrainedModel, image_mean_of, image_std_of
 from fastvit.preprocessing import Preprocessor
 
@@ -105,7 +106,8 @@ class Runner:
             except Exception as error:
                 if len(piece) == 1 or not is_out_of_memory(error):
                     raise
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                onednn.turn_off_after(error)
             # Outside of the handler, whose traceback holds the activations.
             self.limit = len(piece) // 2
             warnings.warn(f"out of memory: batches of at most {self.limit} from now on ({reason})", stacklevel=1)
@@ -147,11 +149,6 @@ class Runner:
         computing.wait_stream(self.copies)
         pixels.record_stream(computing)
         return pixels
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Of a device, or of the host, for which PyTorch has no class of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,7 +196,8 @@ class GraphCache:
             try:
                 bucket.replay, bucket.outputs = self.capture(partial(self.forward, bucket.pixels))
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                onednn.turn_off_after(error)
                 warnings.warn(f"CUDA graphs are off: a batch of {size} cannot be captured ({reason})", stacklevel=1)
                 self.capture = None
                 self.buckets.clear()

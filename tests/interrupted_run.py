@@ -272,13 +272,21 @@ def interrupted_with_memory_for(pictures: int, step: int) -> None:
 
 
 def address_space(mebibytes: int) -> None:
-    """The process may allocate that much more than it has when training begins."""
+    """While it trains the process may allocate that much more than it has when training begins.
 
-    def limit(*args):
+    Not longer: a thread of Python that finds no memory for its first words leaves the one that starts it waiting.
+    """
+    train = FineTuner.train
+
+    def limited(*args, **kwargs):
         now = int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (now + mebibytes * 2**20, resource.RLIM_INFINITY))
+        try:
+            return train(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    FineTuner.train = preceded_by(FineTuner.train, limit)
+    FineTuner.train = limited
 
 
 def nan_at(step: int, signum: int | None = None) -> None:

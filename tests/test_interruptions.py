@@ -19,7 +19,7 @@ from interrupted_run import Run, prepared_server
 from PIL import Image
 from safetensors.torch import load_file
 
-from fastvit.errors import InputError
+from fastvit.errors import InputError, is_out_of_memory
 from fastvit.files import PARTIAL
 from fastvit.finetune import run_options
 from fastvit.images import Augment, ImageCache, ImageSet, cache_images
@@ -461,7 +461,27 @@ def test_memory_that_is_too_small_is_one_clear_line(options, pictures, advice, f
     assert advice in last and "out/checkpoint-2 is whole: the same command with --resume goes on from it" in last
 
 
-def test_memory_of_this_machine_that_runs_out_is_noticed(finished, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError(), True),
+        (RuntimeError("CUDA error: out of memory\nCompile with"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("unable to mmap 1917116 bytes from file <m.safetensors>: Cannot allocate memory (12)"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for the matmul primitive. Run workload with"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_is_taken_for_memory_that_ran_out(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+@pytest.mark.parametrize("mebibytes", [68, 152, 260, 308])  # it runs out in different places
+def test_memory_of_this_machine_that_runs_out_is_noticed(mebibytes, finished, tmp_path):
     options = [
         "--auto-batch",
         "--image-size",
@@ -473,7 +493,7 @@ def test_memory_of_this_machine_that_runs_out_is_noticed(finished, tmp_path):
         "--batch-size",
         "64",
     ]
-    run = Run(tmp_path, *options, "--max-steps", "1", fault=fault.address_space, given=(260,))
+    run = Run(tmp_path, *options, "--max-steps", "1", fault=fault.address_space, given=(mebibytes,))
     assert run.end() == 0, run.log()
     assert "out of memory with 64 pictures a batch; going on with 32, 2 batches a step" in run.log()
 

@@ -656,15 +656,15 @@ def test_a_fork_is_told_that_the_predictor_is_not_its_own(predictor, files):
 class Sums(nn.Module):
     """Logits are a picture's sums of channels; no room for more than `room` pictures."""
 
-    def __init__(self, room=1000, error=torch.OutOfMemoryError):
+    def __init__(self, room=1000, error=torch.OutOfMemoryError, text="CUDA out of memory. Tried 1 TiB\nand more"):
         super().__init__()
         self.config = SimpleNamespace(num_labels=3, problem_type=None)
-        self.room, self.error, self.sizes = room, error, []
+        self.room, self.error, self.text, self.sizes = room, error, text, []
 
     def forward(self, pixels):
         self.sizes.append(len(pixels))
         if len(pixels) > self.room:
-            raise self.error("DefaultCPUAllocator: tried to allocate 1 TiB\nand more")
+            raise self.error(self.text)
         return SimpleNamespace(logits=pixels.sum((2, 3)))
 
 
@@ -688,7 +688,7 @@ def assert_sums(results, pictures):
         assert list(best) == list(np.argsort(-expected)[:2])
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError, lambda text: MemoryError()])
 def test_out_of_memory_halves_the_batch_and_goes_on(error):
     model = Sums(room=2, error=error)
     runner = runner_of(model)
@@ -707,8 +707,21 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
 def test_out_of_memory_for_one_picture_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
         runner_of(Sums(room=0)).launch(pictures_of(1))
-    with pytest.raises(ValueError, match="DefaultCPU"):  # of memory only what PyTorch says
-        runner_of(Sums(room=1, error=lambda text: ValueError("no DefaultCPU"))).launch(pictures_of(4))
+    with pytest.raises(ValueError, match="out of memory"):  # of memory only what PyTorch says
+        runner_of(Sums(room=1, error=ValueError)).launch(pictures_of(4))
+
+
+def test_onednn_is_turned_off_once_it_lacked_memory():
+    runner = runner_of(Sums(room=2, error=RuntimeError, text="could not create a primitive"))
+    with torch.backends.mkldnn.flags(enabled=True):
+        with pytest.warns(UserWarning) as caught:
+            assert_sums(runner.launch(pictures_of(7))(), pictures_of(7))
+        assert not torch.backends.mkldnn.enabled
+    assert [str(one.message).partition(":")[0] for one in caught] == [
+        "oneDNN is off from now on",
+        "out of memory",
+        "out of memory",
+    ]
 
 
 class Recorder:
