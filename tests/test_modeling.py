@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -457,6 +459,37 @@ def test_second_derivatives_are_right():
     for activation in ("gelu", "gelu_new", "quick_gelu"):
         assert torch.autograd.gradcheck(lambda *t, a=activation: feed_forward(*t, a), tensors)
         assert torch.autograd.gradgradcheck(lambda *t, a=activation: feed_forward(*t, a), tensors)
+
+
+def test_functions_of_torch_func_see_through_the_model():
+    """Gradients of each picture by vmap, and derivatives in a direction, as for any model."""
+    torch.manual_seed(0)
+    config = ViTConfig(**BASE, **SMALL_CONFIGS["square"], attn_implementation="eager")
+    model = fastvit.ViTForImageClassification(config).eval()
+    randomise(model)
+    pixels, labels = pixels_for(config, 3), torch.tensor([2, 0, 1])
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, picture, label):
+        logits = torch.func.functional_call(model, parameters, (picture[None],)).logits
+        return F.cross_entropy(logits, label[None])
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, pixels, labels)
+    for index in range(3):
+        model.zero_grad()
+        F.cross_entropy(model(pixels[index : index + 1]).logits, labels[index : index + 1]).backward()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(each[name][index], parameter.grad, rtol=1e-4, atol=1e-5)
+
+    direction = torch.randn_like(pixels)
+    _, found = torch.func.jvp(lambda pixels: model(pixels).logits, (pixels,), (direction,))
+    with fwAD.dual_level():
+        same = fwAD.unpack_dual(model(fwAD.make_dual(pixels, direction)).logits).tangent
+    step = 1e-3
+    with torch.no_grad():
+        expected = (model(pixels + step * direction).logits - model(pixels - step * direction).logits) / (2 * step)
+    torch.testing.assert_close(found, same)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_training_keeps_less_than_transformers_does(tmp_path):

@@ -128,9 +128,7 @@ def heads(batch, queries, keys, num_heads, head_dim, layout="apart"):
     ]
 
 
-@needs_bfloat16
-@pytest.mark.parametrize("scale", [None, 0.3])
-@pytest.mark.parametrize(
+SHAPES = pytest.mark.parametrize(
     ("shape", "layout"),
     [
         ((8, 197, 197, 3, 64), "packed"),
@@ -141,6 +139,11 @@ def heads(batch, queries, keys, num_heads, head_dim, layout="apart"):
     ],
     ids=str,
 )
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("scale", [None, 0.3])
+@SHAPES
 @torch.no_grad()
 def test_attention_is_no_worse_than_pytorchs(shape, layout, scale):
     query, key, value = heads(*shape, layout)
@@ -153,6 +156,42 @@ def test_attention_is_no_worse_than_pytorchs(shape, layout, scale):
     assert found.shape == exact.shape
     # The larger the scores the more one probability stands out; PyTorch's rounds it before it divides by the sum: to 1.
     assert errors(found, exact)[0] <= (1.25 if scale is None else 1.3) * errors(expected, exact)[0]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+@SHAPES
+def test_gradients_of_attention_are_no_worse_than_pytorchs(shape, layout, autocast):
+    tensors = heads(*shape, layout)
+
+    def results(dtype=torch.bfloat16):
+        inputs = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            output = reference.attention(*inputs)
+        grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        return [output.detach(), *torch.autograd.grad(output, inputs, grad)], output.grad_fn
+
+    found, made_by = results()
+    assert "Attention" in str(made_by)
+    with torch.backends.mkldnn.flags(enabled=False):
+        expected, made_by = results()
+    assert "Attention" not in str(made_by)
+    for ours, theirs, exact in zip(found, expected, results(torch.float64)[0], strict=True):
+        assert ours.shape == exact.shape
+        assert errors(ours, exact)[0] <= 1.25 * errors(theirs, exact)[0]
+
+
+@needs_bfloat16
+def test_attention_keeps_no_more_for_backward_than_pytorchs_where_there_are_many_keys():
+    def kept(tokens):
+        sizes = []
+        query, key, value = (x.requires_grad_() for x in heads(1, tokens, tokens, 8, 64))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            assert "Attention" in str(reference.attention(query, key, value).grad_fn)
+        return sum(sizes) / query.numel()
+
+    assert kept(577) == 3  # query, key, value; PyTorch's keeps the output too
+    assert 4 <= kept(197) <= 7  # probabilities, at most as large as four of these
 
 
 @needs_bfloat16
@@ -169,15 +208,17 @@ def test_large_scores_keep_their_precision():
 @needs_bfloat16
 def test_attention_that_it_does_not_compute_is_pytorchs():
     query, key, value = heads(8, 197, 197, 3, 64)
-    assert not onednn.attends(query, key, value)  # a gradient may be recorded
-    with torch.no_grad():
+    assert onednn.attends(query, key, value)
+    assert onednn.attends(query[:1], key[:1], value[:1])
+    with torch.no_grad():  # the same is too little work without a backward pass
         assert onednn.attends(query, key, value)
-        assert not onednn.attends(query[:1], key[:1], value[:1])  # too little work
-        assert not onednn.attends(*(x.float() for x in (query, key, value)))
-        mask = torch.ones(197, 197, dtype=torch.bool).tril()
-        found = reference.attention(query, key, value, mask=mask)
-        exact = reference.attention(query.double(), key.double(), value.double(), mask=mask)
-        torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.02)
+        assert not onednn.attends(query[:1], key[:1], value[:1])
+    assert not onednn.attends(query[:1, :10], key[:1], value[:1])
+    assert not onednn.attends(*(x.float() for x in (query, key, value)))
+    mask = torch.ones(197, 197, dtype=torch.bool).tril()
+    found = reference.attention(query, key, value, mask=mask)
+    exact = reference.attention(query.double(), key.double(), value.double(), mask=mask)
+    torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0.02)
 
 
 @needs_bfloat16

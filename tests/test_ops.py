@@ -71,6 +71,28 @@ def test_triton_is_not_asked_for_what_it_cannot_do():
     assert ops.layer_norm(x, weight.double(), bias.double(), 1e-6).dtype == torch.float64  # plain PyTorch
 
 
+@needs_triton
+def test_kernels_are_not_shown_to_torch_func():
+    """Its transforms cannot see into them: grad fails, and a derivative in a direction would be 0 without a word."""
+    x, weight, bias = norm_inputs()
+
+    def total(x):
+        return ops.layer_norm(x, weight, bias, 1e-6).square().sum()
+
+    for transform in (
+        lambda: torch.func.grad(total)(x),
+        lambda: torch.func.vmap(total)(x),
+        lambda: torch.func.jvp(total, (x,), (x,)),
+        lambda: torch.func.vmap(torch.func.grad(total))(x),
+    ):
+        with (
+            fastvit.backend("triton"),
+            pytest.raises(fastvit.InputError, match=r"cannot compute layer_norm: torch\.func"),
+        ):
+            transform()
+        transform()  # plain PyTorch
+
+
 def test_without_triton_everything_is_computed_by_pytorch():
     code = (
         "import importlib.util\n"

@@ -1,0 +1,18 @@
+"""Who follows operations one by one while they run, and so must be shown PyTorch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is at work, and no compiler."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def is_watched() -> bool:
+    """Whether one of these is at work, a compiler or torch.jit."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
