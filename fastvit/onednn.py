@@ -38,6 +38,9 @@ def has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
+FEWEST_WEIGHTS, FEWEST_PRODUCTS = 2**18, 2**24  # either is enough
+
+
 def can_take(x: Tensor, weight: Tensor) -> bool:
     """Whether these are plain tensors of one dtype on a CPU that has the products, and nobody watches."""
     return (
@@ -53,12 +56,13 @@ def can_take(x: Tensor, weight: Tensor) -> bool:
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the product of these tensors is oneDNN's: float32, or bfloat16 when no gradient is recorded."""
-    return (
-        can_take(x, weight)
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()))
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether the product of these tensors is oneDNN's: float32 of some size, for which a call takes longer than MKL's,
+    or bfloat16 when no gradient is recorded."""
+    if x.dtype == torch.float32:
+        fits = weight.numel() >= FEWEST_WEIGHTS or x.numel() * len(weight) >= FEWEST_PRODUCTS
+    else:
+        fits = x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()
+    return fits and can_take(x, weight) and not torch.is_autocast_enabled("cpu")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -82,13 +86,9 @@ class Linear(torch.autograd.Function):
     """`linear` with all three products by oneDNN."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return product(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, _ = inputs
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # setup_context would take 40 us a call
         ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

@@ -173,6 +173,11 @@ def _runs_on_triton(
     return chosen
 
 
+@torch.compiler.assume_constant_result
+def _announce_cpu(operation: str, dtype: torch.dtype) -> None:
+    _announce(operation, "cpu", False, why_not_triton(operation, "cpu", None, dtype))
+
+
 @functools.cache
 def _announce(operation: str, device_type: str, chosen: bool, reason: str | None) -> None:
     by = "our Triton kernel" if chosen else f"plain PyTorch ({reason or 'Triton only interprets here'})"
@@ -207,6 +212,9 @@ def _chosen(
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if _backend != "reference":
             x: Any = args[like]
+            if _backend == "auto" and x.device.type == "cpu":  # kept short: a small model takes 70 operations a pass
+                _announce_cpu(operation, x.dtype)
+                return definition(*args, **kwargs)
             lack = (
                 "torch.func and forward-mode derivatives need PyTorch's" if is_transformed() else lacks(*args, **kwargs)
             )

@@ -166,7 +166,7 @@ def feed_forward(
     if not records:
         # Nobody else holds `hidden`. Overwriting it matters on a CPU: touching a new tensor of this size for the first
         # time costs several times the arithmetic.
-        return linear(torch.ops.aten.gelu_(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)
+        return linear(torch.ops.aten.gelu_.default(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)
     return GeluLinear.apply(hidden, weight2, bias2, GELU_FORMS[activation])
 
 
@@ -307,13 +307,10 @@ class GeluLinear(torch.autograd.Function):
     """gelu(hidden) @ weight^T + bias, keeping `hidden` for backward and not gelu(hidden)."""
 
     @staticmethod
-    def forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        return linear(F.gelu(hidden, approximate=approximate), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        hidden, weight, _, ctx.approximate = inputs
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        ctx.approximate = approximate
         ctx.save_for_backward(hidden, weight)
+        return linear(F.gelu(hidden, approximate=approximate), weight, bias)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):

@@ -12,6 +12,12 @@ from fastvit import onednn, reference
 pytestmark = pytest.mark.skipif(not onednn.is_there(), reason="this PyTorch or processor has no such product")
 
 
+@pytest.fixture
+def any_size(monkeypatch):
+    """Products that are too small to be worth it are taken as well."""
+    monkeypatch.setattr(onednn, "FEWEST_WEIGHTS", 0)
+
+
 def operands(rows=(2, 7), depth=24, units=40, bias=True, grad=True):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(*shape, generator=generator) for shape in ((*rows, depth), (units, depth), (units,))]
@@ -30,7 +36,7 @@ def outcome(function, tensors):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("rows", [(1,), (5,), (2, 7), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize(("depth", "units"), [(24, 40), (1, 1), (33, 7), (192, 768)])
-def test_output_and_gradients_are_those_of_float32(rows, depth, units, bias):
+def test_output_and_gradients_are_those_of_float32(any_size, rows, depth, units, bias):
     tensors = operands(rows, depth, units, bias)
     assert onednn.takes(tensors[0], tensors[1])
     ours, theirs = outcome(onednn.linear, tensors), outcome(F.linear, tensors)
@@ -49,7 +55,7 @@ def test_gelu_within_the_product(form):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "relu"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_feed_forward_is_the_same_with_and_without(activation, grad):
+def test_feed_forward_is_the_same_with_and_without(any_size, activation, grad):
     x, weight1, bias1 = operands(grad=grad)
     weight2, bias2 = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) for shape in ((24, 40), (24,)))
     arguments = (x, weight1, bias1, weight2.requires_grad_(grad), bias2.requires_grad_(grad), activation)
@@ -60,7 +66,7 @@ def test_feed_forward_is_the_same_with_and_without(activation, grad):
     assert found.requires_grad == grad
 
 
-def test_views_are_taken_as_they_are():
+def test_views_are_taken_as_they_are(any_size):
     x, weight, bias = operands((6,), grad=False)
     wide = torch.zeros(12, 48)
     wide[::2, ::2] = x
@@ -69,7 +75,7 @@ def test_views_are_taken_as_they_are():
     )
 
 
-def test_second_derivatives_are_right():
+def test_second_derivatives_are_right(any_size):
     tensors = [tensor.detach()[..., :4].clone().requires_grad_() for tensor in operands((3,), 4, 5)]
     tensors[2] = torch.randn(5, generator=torch.Generator().manual_seed(3)).requires_grad_()
 
@@ -81,7 +87,14 @@ def test_second_derivatives_are_right():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_it_does_not_take_is_pytorchs():
+def test_small_float32_products_are_pytorchs():
+    weight = torch.randn(256, 256)
+    assert onednn.takes(torch.randn(256, 256), weight)
+    assert not onednn.takes(torch.randn(255, 256), weight)
+    assert onednn.takes(torch.randn(1, 256), torch.randn(1024, 256))
+
+
+def test_what_it_does_not_take_is_pytorchs(any_size):
     x, weight, bias = operands(grad=False)
     assert not onednn.takes(x.bfloat16(), weight.bfloat16())  # a gradient may be recorded
     assert not onednn.takes(x.double(), weight.double())
