@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
-from fastvit import cli
+from fastvit import cli, info
 from fastvit.benchmarks import bench_model, command, harness, report
 from fastvit.benchmarks.harness import Cost, Operation, Settings, Shape, Step
 from fastvit.errors import InputError
@@ -620,6 +620,14 @@ def test_memory_alone_is_held_against_who_needs_least():
     records = [measured("fastvit", 512), measured("PyTorch", 2048), measured("PyTorch flash", 1024)]
     text = report.table([result(*records, memory_only=True)])
     assert "512 B : 1 KiB" in text and "PyTorch flash" in text
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch):
+    lines = "cpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: lines.format(25, 17) + "\n" + lines.format(25, 18))
+    assert info.processor_name() == "AMD EPYC (family 25, model 17)"
+    monkeypatch.setattr(Path, "read_text", lambda self: "model name: Neoverse\n")
+    assert info.processor_name() == "Neoverse"
 
 
 def test_best_of_ours_is_held_against_the_best_of_the_others():
