@@ -1,9 +1,9 @@
 """Matrix products on x86 processors by oneDNN, and attention made of them.
 
 In float32 PyTorch takes MKL's product, which needed about twice as long on one AMD EPYC with AVX-512 and 1.0 to 1.7
-times as long on another; on Intel's nobody compared them. The product is oneDNN's float32 one, no lower precision (error
-against float64 within 1.5 times MKL's). In bfloat16 PyTorch takes oneDNN too, but with GELU and bias as passes of their
-own, and attention as many small products. `torch.backends.mkldnn.flags(enabled=False)` turns all of it off.
+times as long on another; on Intel's nobody compared them. The product is oneDNN's float32 one, no lower precision: its
+error against float64 is within 1.5 times MKL's. In bfloat16 PyTorch takes oneDNN too, but with GELU and bias as passes
+of their own, and attention as many small products. `torch.backends.mkldnn.flags(enabled=False)` turns all of it off.
 """
 
 from __future__ import annotations
