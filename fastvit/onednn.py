@@ -58,11 +58,11 @@ def can_take(x: Tensor, weight: Tensor) -> bool:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of these tensors is oneDNN's: float32 of some size, for which a call takes longer than MKL's,
     or bfloat16 when no gradient is recorded."""
+    if not can_take(x, weight) or torch.is_autocast_enabled("cpu"):
+        return False
     if x.dtype == torch.float32:
-        fits = weight.numel() >= FEWEST_WEIGHTS or x.numel() * len(weight) >= FEWEST_PRODUCTS
-    else:
-        fits = x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()
-    return fits and can_take(x, weight) and not torch.is_autocast_enabled("cpu")
+        return weight.numel() >= FEWEST_WEIGHTS or x.numel() * len(weight) >= FEWEST_PRODUCTS
+    return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
