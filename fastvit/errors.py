@@ -35,6 +35,7 @@ OUT_OF_MEMORY = (
     "Cannot allocate memory",
     "std::bad_alloc",
     "_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says where it finds no room to work in
 )
 
 

@@ -104,10 +104,10 @@ class Runner:
                 start += len(piece)
                 continue
             except Exception as error:
+                onednn.turn_off_after(error)
                 if len(piece) == 1 or not is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                onednn.turn_off_after(error)
             # Outside of the handler, whose traceback holds the activations.
             self.limit = len(piece) // 2
             warnings.warn(f"out of memory: batches of at most {self.limit} from now on ({reason})", stacklevel=1)
@@ -197,7 +197,6 @@ class GraphCache:
                 bucket.replay, bucket.outputs = self.capture(partial(self.forward, bucket.pixels))
             except RuntimeError as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                onednn.turn_off_after(error)
                 warnings.warn(f"CUDA graphs are off: a batch of {size} cannot be captured ({reason})", stacklevel=1)
                 self.capture = None
                 self.buckets.clear()

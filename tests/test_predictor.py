@@ -722,6 +722,11 @@ def test_onednn_is_turned_off_once_it_lacked_memory():
         "out of memory",
         "out of memory",
     ]
+    runner = runner_of(Sums(room=0, error=RuntimeError, text="could not create a primitive"))
+    with torch.backends.mkldnn.flags(enabled=True):
+        with pytest.warns(UserWarning, match="oneDNN is off"), pytest.raises(RuntimeError, match="create a primitive"):
+            runner.launch(pictures_of(1))  # fails, but need not fail again
+        assert not torch.backends.mkldnn.enabled
 
 
 class Recorder:
