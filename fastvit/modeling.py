@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,20 +65,43 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` runs the forward of `kind` and nothing else."""
+    return type(module) is kind and not is_hooked(module)
+
+
 PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)  # the last is what an export shows the model instead
+Affine = tuple[Tensor, Tensor | None]  # weight and bias
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a fused operation may stand in for `module`: an unhooked `kind` with an ordinary weight.
+def plain_tensors(module: nn.Module, kind: type[nn.Module]) -> Affine | None:
+    """Weight and bias of `module` where a fused operation may stand in for it, or None: it must be an unhooked `kind`
+    with an ordinary weight.
 
     A projection that was wrapped (LoRA, quantisation, parametrisation) is not plain; it is called as the module it is.
     """
-    return type(module) is kind and type(module.weight) in PLAIN_WEIGHTS and not is_hooked(module)
+    if not is_own(module, kind):
+        return None
+    tensors: Any = module._parameters  # nn.Module's own look-up of an attribute takes ten times as long
+    if tensors.get("weight") is None:
+        tensors = {"weight": module.weight, "bias": module.bias}
+    return (tensors["weight"], tensors["bias"]) if type(tensors["weight"]) in PLAIN_WEIGHTS else None
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` has `plain_tensors`."""
+    return plain_tensors(module, kind) is not None
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """layer(x), by our linear operation where `layer` is a plain nn.Linear. [..., D] -> [..., units]."""
-    return ops.linear(x, layer.weight, layer.bias) if is_plain(layer, nn.Linear) else layer(x)
+    tensors = plain_tensors(layer, nn.Linear)
+    return layer(x) if tensors is None else ops.linear(x, *tensors)
+
+
+def apply_dropout(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), which is x itself where an unhooked nn.Dropout is not training: no call for it."""
+    return layer(x) if layer.training or type(layer) is not nn.Dropout or is_hooked(layer) else x
 
 
 class LayerNorm(nn.LayerNorm):
@@ -365,16 +388,19 @@ class ViTSelfAttention(nn.Module):
         On a CPU three products are as fast as one, and the joined weight need not be made.
         """
         if hidden_states.device.type == "cpu" or not all(is_plain(layer, nn.Linear) for layer in projections):
-            projected = tuple(apply_linear(projection, hidden_states) for projection in projections)
-        else:
-            projected = ops.linear(hidden_states, *joined(projections)).chunk(len(projections), dim=-1)
-        return tuple(part.unflatten(-1, (self.num_heads, self.head_dim)) for part in projected)
+            return self.by_heads([apply_linear(projection, hidden_states) for projection in projections])
+        tensors = [(projection.weight, projection.bias) for projection in projections]
+        return self.by_heads(ops.linear(hidden_states, *joined(tensors)).chunk(len(projections), dim=-1))
+
+    def by_heads(self, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each [B, N, D] as [B, N, heads, head_dim]."""
+        return tuple([tensor.unflatten(-1, (self.num_heads, self.head_dim)) for tensor in projected])
 
 
-def joined(projections: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def joined(projections: Sequence[Affine]) -> Affine:
     """Weight and bias of one linear layer that computes all of these side by side."""
-    weight = torch.cat([projection.weight for projection in projections])
-    return weight, None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
+    weights, biases = zip(*projections, strict=True)
+    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
 
 
 class ViTSelfOutput(nn.Module):
@@ -386,7 +412,7 @@ class ViTSelfOutput(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.dropout(apply_linear(self.dense, hidden_states))
+        return apply_dropout(self.dropout, apply_linear(self.dense, hidden_states))
 
 
 class ViTAttention(nn.Module):
@@ -443,6 +469,21 @@ def drop_path_rates(config: ViTConfig) -> list[float]:
     return [last * index / (count - 1) if count > 1 else last for index in range(count)]
 
 
+class PlainParts(NamedTuple):
+    """A block whose parts nothing watches or replaces: what `ViTLayer.fused` computes it from."""
+
+    attention: ViTSelfAttention
+    norm_before: tuple[Tensor, Tensor | None, float]  # weight, bias, epsilon
+    projections: tuple[Affine, Affine, Affine]  # query, key, value
+    output: Affine
+    attention_dropout: nn.Module
+    norm_after: tuple[Tensor, Tensor | None, float]
+    first: Affine
+    activation: str
+    second: Affine
+    dropout: nn.Module
+
+
 class ViTLayer(GradientCheckpointingLayer):
     """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3).
 
@@ -474,8 +515,9 @@ class ViTLayer(GradientCheckpointingLayer):
         A block ends with a residual add and the next begins with a LayerNorm, which are one operation. With `carry` the
         block leaves that add to the next one: it returns its branch and its residual, and takes such a pair.
         """
-        if not (class_token_only or output_attentions) and ops.has_kernels(hidden_states) and self.is_fusable():
-            branch, residual = self.fused(hidden_states, residual, attention_mask)
+        parts = None if class_token_only or output_attentions else self.plain_parts()
+        if parts is not None:
+            branch, residual = self.fused(parts, hidden_states, residual, attention_mask)
             return (branch, residual) if carry else branch + residual
 
         if residual is None:
@@ -492,28 +534,34 @@ class ViTLayer(GradientCheckpointingLayer):
         hidden_states = branch + residual
         return hidden_states if probabilities is None else (hidden_states, probabilities)
 
-    def fused(self, hidden_states: Tensor, residual: Tensor | None, attention_mask: Mask) -> tuple[Tensor, Tensor]:
-        """The same block as four operations, each with the LayerNorm before it: returns the branch and the residual."""
-        attention, output = self.attention.attention, self.attention.output
-        before, after = self.layernorm_before, self.layernorm_after
-        first, second = self.intermediate.dense, self.output.dense
-        norm = (before.weight, before.bias, before.eps)
-        projection = joined((attention.query, attention.key, attention.value))
-        if residual is None:
-            residual, qkv = hidden_states, ops.layer_norm_linear(hidden_states, *norm, *projection)
-        else:
-            residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
+    def fused(
+        self, parts: PlainParts, hidden_states: Tensor, residual: Tensor | None, attention_mask: Mask
+    ) -> tuple[Tensor, Tensor]:
+        """The same block as few operations, each with the LayerNorm before it: returns the branch and the residual."""
+        attention, norm = parts.attention, parts.norm_before
         dropout_p = attention.dropout_prob if self.training else 0.0
-        heads = attention.num_heads
-        context = attend(ops.attention_packed, qkv, mask=attention_mask, num_heads=heads, dropout_p=dropout_p)
-        branch = output.dropout(ops.linear(context, output.dense.weight, output.dense.bias))
+        if ops.has_kernels(hidden_states):
+            projection = joined(parts.projections)
+            if residual is None:
+                residual, qkv = hidden_states, ops.layer_norm_linear(hidden_states, *norm, *projection)
+            else:
+                residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
+            heads = attention.num_heads
+            context = attend(ops.attention_packed, qkv, mask=attention_mask, num_heads=heads, dropout_p=dropout_p)
+        else:
+            if residual is None:
+                residual, normed = hidden_states, ops.layer_norm(hidden_states, *norm)
+            else:
+                residual, normed = ops.add_layer_norm(hidden_states, residual, *norm)
+            projected = attention.by_heads([ops.linear(normed, *tensors) for tensors in parts.projections])
+            context = attend(ops.attention, *projected, mask=attention_mask, dropout_p=dropout_p)
+        branch = apply_dropout(parts.attention_dropout, ops.linear(context, *parts.output))
         branch = self.drop_path(branch, attention_mask)
-        norm = (after.weight, after.bias, after.eps)
-        linears = (first.weight, first.bias, second.weight, second.bias)
+        linears = (*parts.first, *parts.second)
         residual, branch = ops.add_layer_norm_feed_forward(
-            branch, residual, *norm, *linears, self.intermediate.activation
+            branch, residual, *parts.norm_after, *linears, parts.activation
         )
-        return self.drop_path(self.output.dropout(branch), attention_mask), residual
+        return self.drop_path(apply_dropout(parts.dropout, branch), attention_mask), residual
 
     def drop_path(self, branch: Tensor, attention_mask: Mask) -> Tensor:
         """[B, N, D] or packed [1, N, D]: zero for some pictures, larger by as much for the others; only in training."""
@@ -529,23 +577,39 @@ class ViTLayer(GradientCheckpointingLayer):
             mask = mask.repeat_interleave(packing.cu_seqlens.diff(), 0, output_size=branch.shape[1]).view(1, -1, 1)
         return branch * mask / kept  # 1 / kept is never rounded to bfloat16, which would scale every branch wrongly
 
-    def is_fusable(self) -> bool:
-        """Whether nothing watches or replaces a part of the block, so that `fused` may stand in for the parts."""
-        attention, output = self.attention.attention, self.attention.output
-        layers = (
-            attention.query,
-            attention.key,
-            attention.value,
-            output.dense,
-            self.intermediate.dense,
-            self.output.dense,
-        )
-        modules = (self.attention, attention, output, self.intermediate, self.output)
-        return (
-            self.config._attn_implementation != "eager"
-            and all(is_plain(layer, nn.Linear) for layer in layers)
-            and all(is_plain(norm, LayerNorm) for norm in (self.layernorm_before, self.layernorm_after))
-            and not any(is_hooked(module) for module in modules)
+    def plain_parts(self) -> PlainParts | None:
+        """What `fused` needs; None where something watches or replaces a part of the block."""
+        if self.config._attn_implementation == "eager":
+            return None
+        own: Any = self._modules  # nn.Module's own look-up of an attribute takes ten times as long
+        both, intermediate, last = own["attention"], own["intermediate"], own["output"]
+        if not (is_own(both, ViTAttention) and is_own(intermediate, ViTIntermediate) and is_own(last, ViTOutput)):
+            return None
+        attention, output = both._modules["attention"], both._modules["output"]
+        if not (is_own(attention, ViTSelfAttention) and is_own(output, ViTSelfOutput)):
+            return None
+        projections = attention._modules
+        query = plain_tensors(projections["query"], nn.Linear)
+        key = plain_tensors(projections["key"], nn.Linear)
+        value = plain_tensors(projections["value"], nn.Linear)
+        projection = plain_tensors(output._modules["dense"], nn.Linear)
+        first = plain_tensors(intermediate._modules["dense"], nn.Linear)
+        second = plain_tensors(last._modules["dense"], nn.Linear)
+        before = plain_tensors(own["layernorm_before"], LayerNorm)
+        after = plain_tensors(own["layernorm_after"], LayerNorm)
+        if not (query and key and value and projection and first and second and before and after):
+            return None
+        return PlainParts(
+            attention,
+            (*before, own["layernorm_before"].eps),
+            (query, key, value),
+            projection,
+            output._modules["dropout"],
+            (*after, own["layernorm_after"].eps),
+            first,
+            intermediate.activation,
+            second,
+            last._modules["dropout"],
         )
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
@@ -559,7 +623,7 @@ class ViTLayer(GradientCheckpointingLayer):
             branch = ops.feed_forward(
                 hidden_states, first.weight, first.bias, second.weight, second.bias, self.intermediate.activation
             )
-            return self.output.dropout(branch)
+            return apply_dropout(self.output.dropout, branch)
         return self.output(self.intermediate(hidden_states))
 
 

@@ -38,6 +38,7 @@ def has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
+PLAIN = (Tensor, nn.Parameter)
 FEWEST_WEIGHTS, FEWEST_PRODUCTS = 2**18, 2**24  # either is enough
 
 
@@ -45,12 +46,12 @@ def can_take(x: Tensor, weight: Tensor) -> bool:
     """Whether these are plain tensors of one dtype on a CPU that has the products, and nobody watches."""
     return (
         not is_watched()
-        and type(x) in (Tensor, nn.Parameter)
-        and type(weight) in (Tensor, nn.Parameter)
-        and x.device.type == "cpu"
+        and type(x) in PLAIN
+        and type(weight) in PLAIN
+        and x.is_cpu
         and x.dtype == weight.dtype
         and x.numel() > 0
-        and bool(torch.backends.mkldnn.enabled)
+        and torch._C._get_mkldnn_enabled()  # what torch.backends.mkldnn.enabled reads, four times as fast
         and is_there()
     )
 
@@ -60,9 +61,10 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     or bfloat16 when no gradient is recorded."""
     if not can_take(x, weight) or torch.is_autocast_enabled("cpu"):
         return False
-    if x.dtype == torch.float32:
+    dtype = x.dtype
+    if dtype is torch.float32:
         return weight.numel() >= FEWEST_WEIGHTS or x.numel() * len(weight) >= FEWEST_PRODUCTS
-    return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()
+    return dtype is torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -112,7 +114,7 @@ def turn_off_after(error: BaseException) -> None:
 
 # Scores that are computed at a time: few enough for the cache, enough for both cores; and the fewest worth the trouble,
 # in inference and in training, where backward gains more.
-SCORES_AT_A_TIME, FEWEST_SCORES, FEWEST_IN_TRAINING = 2**19, 2**18, 2**16
+SCORES_AT_A_TIME, FEWEST_SCORES, FEWEST_IN_TRAINING = 2**19, 2**17, 2**16
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -174,8 +176,8 @@ def exact_product(x: Tensor, y: Tensor, scale: float, rounded: Tensor, rest: Ten
 
 
 def by_heads(x: Tensor) -> Tensor:
-    """[B, N, heads, head_dim] -> [B * heads, N, head_dim], a copy: products of many heads take nothing else."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
+    """[B, N, heads, head_dim] -> [B * heads, N, head_dim], a copy: of a view each product would make one."""
+    return x.transpose(1, 2).contiguous().view(-1, x.shape[1], x.shape[3])
 
 
 def by_tokens(x: Tensor, like: Tensor) -> Tensor:

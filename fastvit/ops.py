@@ -212,7 +212,7 @@ def _chosen(
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if _backend != "reference":
             x: Any = args[like]
-            if _backend == "auto" and x.device.type == "cpu":  # kept short: a small model takes 70 operations a pass
+            if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
                 _announce_cpu(operation, x.dtype)
                 return definition(*args, **kwargs)
             lack = (

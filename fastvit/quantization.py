@@ -99,7 +99,7 @@ class Fp8Linear(nn.Module):
     @torch.no_grad()
     def __init__(self, *layers: nn.Linear):
         super().__init__()
-        weight, bias = joined(layers)
+        weight, bias = joined([(layer.weight, layer.bias) for layer in layers])
         values, scale = reference.quantize_rows(weight)
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)

@@ -15,4 +15,9 @@ def is_transformed() -> bool:
 
 def is_watched() -> bool:
     """Whether one of these is at work, a compiler or torch.jit."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
