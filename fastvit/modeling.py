@@ -43,6 +43,7 @@ from fastvit.errors import InputError
 from fastvit.features import Features, blocks_to_take
 from fastvit.inspection import check_checkpoint, read_config
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pack, pictures_of
+from fastvit.side_by_side import as_one, lay_side_by_side
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
 
@@ -330,6 +331,7 @@ class ViTSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.lay_side_by_side()
 
     def forward(
         self,
@@ -382,25 +384,55 @@ class ViTSelfAttention(nn.Module):
         contexts, probabilities = zip(*results, strict=True)
         return torch.cat(contexts, dim=1), [maps[0] for maps in probabilities] if output_attentions else None
 
-    def project(self, hidden_states: Tensor, *projections: nn.Linear) -> tuple[Tensor, ...]:
-        """Each projection of [B, N, D] as [B, N, heads, head_dim]; where they are plain, from one matrix product.
+    def project(self, hidden_states: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+        """Each projection of [B, N, D] as [B, N, heads, head_dim]."""
+        projections = [tensors for layer in layers if (tensors := plain_tensors(layer, nn.Linear))]
+        if len(projections) < len(layers):
+            return self.by_heads([apply_linear(layer, hidden_states) for layer in layers])
+        return self.by_heads(project(hidden_states, projections))
 
-        On a CPU three products are as fast as one, and the joined weight need not be made.
-        """
-        if hidden_states.device.type == "cpu" or not all(is_plain(layer, nn.Linear) for layer in projections):
-            return self.by_heads([apply_linear(projection, hidden_states) for projection in projections])
-        tensors = [(projection.weight, projection.bias) for projection in projections]
-        return self.by_heads(ops.linear(hidden_states, *joined(tensors)).chunk(len(projections), dim=-1))
-
-    def by_heads(self, projected: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def by_heads(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Each [B, N, D] as [B, N, heads, head_dim]."""
-        return tuple([tensor.unflatten(-1, (self.num_heads, self.head_dim)) for tensor in projected])
+        return tuple([tensor.unflatten(-1, (self.num_heads, self.head_dim)) for tensor in tensors])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ViTSelfAttention:
+        """Part of `.to`, `.half` and the like, which make new tensors."""
+        super()._apply(*args, **kwargs)
+        self.lay_side_by_side()
+        return self
+
+    def lay_side_by_side(self) -> None:
+        """The weights of query, key and value in one piece of memory, and their biases: see `joined`."""
+        layers = (self.query, self.key, self.value)
+        if all(is_plain(layer, nn.Linear) for layer in layers):
+            for tensors in zip(*(layer.parameters() for layer in layers), strict=True):
+                lay_side_by_side(tensors)
+
+
+def project(x: Tensor, projections: Sequence[Affine]) -> Sequence[Tensor]:
+    """Each of these linear layers of x [..., D]; from one matrix product, unless a CPU had to copy the weights for it."""
+    together = joined_in_memory(projections)
+    if together is None and x.is_cpu:
+        return [ops.linear(x, *tensors) for tensors in projections]
+    return ops.linear(x, *(together or joined(projections))).chunk(len(projections), dim=-1)
 
 
 def joined(projections: Sequence[Affine]) -> Affine:
-    """Weight and bias of one linear layer that computes all of these side by side."""
+    """Weight and bias of one linear layer that computes all of these."""
+    if together := joined_in_memory(projections):
+        return together
     weights, biases = zip(*projections, strict=True)
     return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+
+
+def joined_in_memory(projections: Sequence[Affine]) -> Affine | None:
+    """`joined` without a copy, where that can be: for inference, of tensors that lie side by side."""
+    weights, biases = zip(*projections, strict=True)
+    weight = as_one(weights)
+    if weight is None or biases[0] is None:
+        return None if weight is None else (weight, None)
+    bias = as_one(biases)
+    return None if bias is None else (weight, bias)
 
 
 class ViTSelfOutput(nn.Module):
@@ -553,8 +585,8 @@ class ViTLayer(GradientCheckpointingLayer):
                 residual, normed = hidden_states, ops.layer_norm(hidden_states, *norm)
             else:
                 residual, normed = ops.add_layer_norm(hidden_states, residual, *norm)
-            projected = attention.by_heads([ops.linear(normed, *tensors) for tensors in parts.projections])
-            context = attend(ops.attention, *projected, mask=attention_mask, dropout_p=dropout_p)
+            query, key, value = attention.by_heads(project(normed, parts.projections))
+            context = attend(ops.attention, query, key, value, mask=attention_mask, dropout_p=dropout_p)
         branch = apply_dropout(parts.attention_dropout, ops.linear(context, *parts.output))
         branch = self.drop_path(branch, attention_mask)
         linears = (*parts.first, *parts.second)
@@ -792,6 +824,9 @@ class ViTPreTrainedModel(PreTrainedModel):
                 raise InputError(f"{pretrained_model_name_or_path}: {len(backbone)} {kind.replace('_', ' ')}: {names}")
         if image_size is not None:
             model.resize_position_embeddings(image_size)
+        for module in model.modules():
+            if isinstance(module, ViTSelfAttention):
+                module.lay_side_by_side()
         return (model, info) if return_info else model
 
     def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:

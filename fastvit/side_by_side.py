@@ -1,0 +1,58 @@
+"""Parameters that lie one after the other in memory: one tensor without a copy.
+
+Query, key and value are three weights in a checkpoint and one matrix product in a fast model. Training makes their
+concatenation anew at each step, as it must cut the gradient apart again; for inference it is a view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastvit.watchers import is_watched
+
+
+def lay_side_by_side(tensors: Sequence[Tensor]) -> None:
+    """Move parameters of one shape so that they lie in one piece of memory; nothing else of them changes.
+
+    They stay where they are if they have no memory of their own (meta, fake or sharded tensors), share it with other
+    processes, or differ in shape, dtype or device.
+    """
+    first = tensors[0]
+    like_first = [
+        type(tensor) is nn.Parameter
+        and (tensor.shape, tensor.dtype, tensor.device) == (first.shape, first.dtype, first.device)
+        and (tensor.is_cuda or (tensor.is_cpu and not tensor.is_shared()))
+        for tensor in tensors
+    ]
+    if all(like_first) and not (lie_side_by_side(tensors) or torch.is_inference_mode_enabled()):
+        parts = torch.cat([tensor.detach() for tensor in tensors]).chunk(len(tensors))
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.data = part
+
+
+def lie_side_by_side(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are parameters that fill one piece of memory, one after the other."""
+    first = tensors[0]
+    begin = end = first.data_ptr()
+    for tensor in tensors:
+        if type(tensor) is not nn.Parameter or tensor.data_ptr() != end or tensor.dtype is not first.dtype:
+            return False
+        if not tensor.is_contiguous():
+            return False
+        end += tensor.nbytes
+    # Neighbours by chance have memory of their own.
+    storage = first.untyped_storage()
+    return end <= storage.data_ptr() + storage.nbytes() and begin != end
+
+
+def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
+    """torch.cat(tensors) of one shape without a copy, or None where that cannot be: they must lie side by side, and no
+    gradient be recorded."""
+    if torch.is_grad_enabled() or is_watched() or not lie_side_by_side(tensors):
+        return None
+    first = tensors[0]
+    rows, *rest = first.shape
+    return first.as_strided((len(tensors) * rows, *rest), first.stride())
