@@ -38,7 +38,8 @@ SUITES = {
     "predictor": "pictures in files to classes, beside transformers' pipeline",
     "memory": "what the operations and the model need, nothing timed",
     "coldstart": "how long until the first prediction",
-    "all": "kernels, model, predictor and coldstart",
+    "host": "what Python, PyTorch and Triton's launcher take for a pass; needs no GPU",
+    "all": "kernels, model, predictor, coldstart and host",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -130,6 +131,10 @@ def tasks_of(options: argparse.Namespace, device: torch.device, dtypes: list[tor
             return bench_coldstart.run(settings, dtypes[0], tick)
 
         tasks.append(Task("coldstart", f"coldstart {name_of(dtypes[0])}", 0, run_cold))
+    if options.suite in ("host", "all"):
+        from fastvit.benchmarks import bench_host
+
+        tasks.append(Task("host", f"host {bench_host.SHAPE.name}", 0, bench_host.run))
     try:
         tasks = [task for task in tasks if re.search(options.only, task.name) and (task.tier < 2 or options.full)]
     except re.error as error:

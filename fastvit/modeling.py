@@ -386,7 +386,8 @@ class ViTSelfAttention(nn.Module):
 
     def project(self, hidden_states: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
         """Each projection of [B, N, D] as [B, N, heads, head_dim]."""
-        projections = [tensors for layer in layers if (tensors := plain_tensors(layer, nn.Linear))]
+        tensors = [plain_tensors(layer, nn.Linear) for layer in layers]
+        projections = [pair for pair in tensors if pair is not None]
         if len(projections) < len(layers):
             return self.by_heads([apply_linear(layer, hidden_states) for layer in layers])
         return self.by_heads(project(hidden_states, projections))

@@ -103,7 +103,8 @@ class Fp8Linear(nn.Module):
         values, scale = reference.quantize_rows(weight)
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
-        self.register_buffer("bias", None if bias is None else bias.to(torch.bfloat16))
+        # A copy: `joined` may give a view of the parameters.
+        self.register_buffer("bias", None if bias is None else bias.to(torch.bfloat16, copy=True))
 
     def forward(self, values: Tensor, scale: Tensor, units: slice = slice(None), with_bias: bool = True) -> Tensor:
         """values [..., K], scale [..., 1] -> [..., F] bfloat16, of some units only and without the bias if asked."""

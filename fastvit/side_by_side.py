@@ -35,17 +35,15 @@ def lay_side_by_side(tensors: Sequence[Tensor]) -> None:
 
 def lie_side_by_side(tensors: Sequence[Tensor]) -> bool:
     """Whether these are parameters that fill one piece of memory, one after the other."""
-    first = tensors[0]
-    begin = end = first.data_ptr()
+    first, end = tensors[0], 0
     for tensor in tensors:
-        if type(tensor) is not nn.Parameter or tensor.data_ptr() != end or tensor.dtype is not first.dtype:
+        if type(tensor) is not nn.Parameter or tensor.dtype is not first.dtype or not tensor.is_contiguous():
             return False
-        if not tensor.is_contiguous():
+        if tensor.data_ptr() != (end or first.data_ptr()):
             return False
-        end += tensor.nbytes
-    # Neighbours by chance have memory of their own.
-    storage = first.untyped_storage()
-    return end <= storage.data_ptr() + storage.nbytes() and begin != end
+        end = tensor.data_ptr() + tensor.nbytes
+    storage = first.untyped_storage()  # neighbours by chance have one each
+    return end <= storage.data_ptr() + storage.nbytes()
 
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
@@ -53,6 +51,6 @@ def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     gradient be recorded."""
     if torch.is_grad_enabled() or is_watched() or not lie_side_by_side(tensors):
         return None
-    first = tensors[0]
+    first = tensors[0].detach()  # else a later change of the parameter would make the view require a gradient
     rows, *rest = first.shape
     return first.as_strided((len(tensors) * rows, *rest), first.stride())

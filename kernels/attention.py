@@ -40,6 +40,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
@@ -939,7 +940,7 @@ def _launch_mask_backward(grad_mask, tensors, strides, sizes: Sizes, call: Call,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastvit::attention", mutates_args=())
+@operator("attention")
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
     seed: Tensor | None, scale: float, dropout_p: float,
@@ -952,7 +953,7 @@ def _(query, key, value, *call):
     return _forward_outputs(query, value, Call(*call))
 
 
-@torch.library.custom_op("fastvit::attention_backward", mutates_args=())
+@operator("attention_backward")
 def _attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, max_seqlen: int | None, seed: Tensor | None, scale: float, dropout_p: float,
@@ -971,7 +972,7 @@ def _(grad_out, query, key, value, out, lse, mask, cu_seqlens, max_seqlen, seed,
     return (*grads, _empty_mask_gradient(query, mask, mask_grad))
 
 
-@torch.library.custom_op("fastvit::attention_packed", mutates_args=())
+@operator("attention_packed")
 def _attention_packed(
     qkv: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, seed: Tensor | None,
     scale: float, dropout_p: float,
@@ -985,7 +986,7 @@ def _(qkv, *call):
     return _forward_outputs(query, value, Call(*call))
 
 
-@torch.library.custom_op("fastvit::attention_packed_backward", mutates_args=())
+@operator("attention_packed_backward")
 def _attention_packed_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
     max_seqlen: int | None, seed: Tensor | None, scale: float, dropout_p: float, mask_grad: bool,

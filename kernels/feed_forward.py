@@ -42,9 +42,10 @@ from fastvit.kernels.layer_norm_gelu import (
     recorded,
     sort_gradients,
 )
+from fastvit.kernels.operators import operator
 
 
-@torch.library.custom_op("fastvit::feed_forward", mutates_args=())
+@operator("feed_forward")
 @without_autocast
 def _feed_forward(
     x: Tensor,
@@ -72,7 +73,7 @@ def _(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, 
     return summed, statistics, pre, out.new_empty(*x.shape[:-1], weight2.shape[0])
 
 
-@torch.library.custom_op("fastvit::feed_forward_backward", mutates_args=())
+@operator("feed_forward_backward")
 @without_autocast
 def _feed_forward_backward(
     grad_out: Tensor,

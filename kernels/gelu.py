@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 # The names of the configuration files, to the formula that the kernels know.
@@ -263,7 +264,7 @@ def _shape_class(rows: int, dim: int) -> str:
     return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
 
 
-@torch.library.custom_op("fastvit::activation", mutates_args=())
+@operator("activation")
 def _activation(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     y = launch_forward(as_rows(x), None if bias is None else bias.contiguous(), activation)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -274,7 +275,7 @@ def _(x, bias, activation):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if activation == "swiglu" else x.shape[-1])
 
 
-@torch.library.custom_op("fastvit::activation_backward", mutates_args=())
+@operator("activation_backward")
 def _activation_backward(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
@@ -337,7 +338,7 @@ def _empty_gradients(
     )
 
 
-@torch.library.custom_op("fastvit::layer_norm", mutates_args=())
+@operator("layer_norm")
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     _, y, statistics = _launch_forward(x, None, weight.contiguous(), bias.contiguous(), None, None, eps)
     return y, statistics
@@ -348,7 +349,7 @@ def _(x, weight, bias, eps):
     return x.new_empty(x.shape), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastvit::add_layer_norm", mutates_args=())
+@operator("add_layer_norm")
 def _add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -368,7 +369,7 @@ def _(x, residual, weight, bias, scale, row_scale, eps):
     return summed, torch.empty_like(summed), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastvit::layer_norm_backward", mutates_args=())
+@operator("layer_norm_backward")
 def _layer_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,

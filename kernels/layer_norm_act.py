@@ -27,6 +27,7 @@ from fastvit.kernels.gelu import (
     check_activation,
     sum_partials,
 )
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MAX_DIM = 8192
@@ -149,7 +150,7 @@ def _launch_backward(
     return grad_x, grad_parameters
 
 
-@torch.library.custom_op("fastvit::layer_norm_act", mutates_args=())
+@operator("layer_norm_act")
 def _layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str) -> tuple[Tensor, Tensor]:
     y, statistics = _launch_forward(as_rows(x), weight.contiguous(), bias.contiguous(), eps, activation)
     return y.view(x.shape), statistics
@@ -160,7 +161,7 @@ def _(x, weight, bias, eps, activation):
     return x.new_empty(x.shape), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastvit::layer_norm_act_backward", mutates_args=())
+@operator("layer_norm_act_backward")
 def _layer_norm_act_backward(
     grad_y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, activation: str, parameter_grads: bool
 ) -> tuple[Tensor, Tensor]:

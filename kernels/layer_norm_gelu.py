@@ -32,6 +32,7 @@ from torch import Tensor
 from fastvit.kernels import gelu, layer_norm, linear, tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
+from fastvit.kernels.operators import operator
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
@@ -144,7 +145,7 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastvit::layer_norm_linear", mutates_args=())
+@operator("layer_norm_linear")
 @without_autocast
 def _layer_norm_linear(
     x: Tensor,
@@ -170,7 +171,7 @@ def _(x, residual, norm_weight, norm_bias, eps, weight, bias, activation, keep_p
     return summed, statistics, pre, out.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("fastvit::layer_norm_linear_backward", mutates_args=())
+@operator("layer_norm_linear_backward")
 @without_autocast
 def _layer_norm_linear_backward(
     grad_out: Tensor,

@@ -48,6 +48,7 @@ from fastvit.kernels.gelu import (
     sum_partials,
     without_autocast,
 )
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def launch_linear_residual(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastvit::linear_residual", mutates_args=())
+@operator("linear_residual")
 @without_autocast
 def _linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     x_rows, residual_rows = as_rows(x), as_rows(residual)

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -659,7 +660,7 @@ def _empty_token_gradients(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastvit::patch_embed", mutates_args=())
+@operator("patch_embed")
 def _patch_embed(
     pixels: Tensor,
     weight: Tensor,
@@ -682,7 +683,7 @@ def _(pixels, weight, bias, cls_token, pos_embed, mask_token, mask, mean, std):
     return pixels.new_empty(pixels.shape[0], tokens, weight.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("fastvit::patch_embed_weight_backward", mutates_args=())
+@operator("patch_embed_weight_backward")
 def _patch_embed_weight_backward(
     grad_out: Tensor,
     pixels: Tensor,
@@ -699,7 +700,7 @@ def _(grad_out, pixels, weight, mask, mean, std):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastvit::patch_embed_pixels_backward", mutates_args=())
+@operator("patch_embed_pixels_backward")
 def _patch_embed_pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
     return _launch_pixels_backward(grad_out, pixels, weight, mask)
 
@@ -709,7 +710,7 @@ def _(grad_out, pixels, weight, mask):
     return torch.empty_like(pixels)
 
 
-@torch.library.custom_op("fastvit::patch_embed_tokens_backward", mutates_args=())
+@operator("patch_embed_tokens_backward")
 def _patch_embed_tokens_backward(
     grad_out: Tensor,
     mask: Tensor | None,

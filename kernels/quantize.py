@@ -34,6 +34,7 @@ from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import FORMULAS, activate, check_activation
 from fastvit.kernels.layer_norm import MAX_DIM, _chunk, _row_offsets, _rows, _tile
+from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 FP8 = torch.float8_e4m3fn
@@ -213,7 +214,7 @@ def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastvit::activation_fp8", mutates_args=())
+@operator("activation_fp8")
 def _activation_fp8(x: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
     return _launch_activation(x, None if bias is None else bias.contiguous(), activation)
 
@@ -223,7 +224,7 @@ def _(x, bias, activation):
     return _empty_rows(x)
 
 
-@torch.library.custom_op("fastvit::layer_norm_fp8", mutates_args=())
+@operator("layer_norm_fp8")
 def _layer_norm_fp8(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -612,13 +612,13 @@ def test_opcheck(options):
     qkv = random(*(() if bounds is not None else (2,)), 9, 3, 2, 16)
     parts = [part.clone().requires_grad_() for part in qkv.unbind(-3)]
     out, lse = kernels._attention(*parts, *call)
-    torch.library.opcheck(kernels._attention, (*parts, *call))
-    torch.library.opcheck(kernels._attention_packed, (qkv.requires_grad_(), *call))
+    torch.library.opcheck(kernels._attention.definition, (*parts, *call))
+    torch.library.opcheck(kernels._attention_packed.definition, (qkv.requires_grad_(), *call))
     detached = [tensor.detach() for tensor in (*parts, out, lse)]
     call = (None if mask is None else mask.detach(), *call[1:], mask is not None)
-    torch.library.opcheck(kernels._attention_backward, (torch.ones_like(detached[3]), *detached, *call))
+    torch.library.opcheck(kernels._attention_backward.definition, (torch.ones_like(detached[3]), *detached, *call))
     packed = (torch.ones_like(detached[3]), qkv.detach(), *detached[3:], *call)
-    torch.library.opcheck(kernels._attention_packed_backward, packed)
+    torch.library.opcheck(kernels._attention_packed_backward.definition, packed)
 
 
 def block(qkv, mask):

@@ -222,7 +222,7 @@ def test_opcheck(kind):
     statistics = random(2, 6) if norm_weight is not None else random(0)
     for wanted in ([True] * 6, [False, False, True, False, True, True], [True, False, False, True, False, False]):
         torch.library.opcheck(
-            kernels._feed_forward_backward,
+            kernels._feed_forward_backward.definition,
             (
                 random(2, 3, 16), x if residual is not None else None, x, statistics, random(6, 24), norm_weight,
                 norm_bias, EPS, weight1, weight2, "gelu", torch.float32, torch.float32, wanted,
@@ -231,7 +231,7 @@ def test_opcheck(kind):
     for tensor in inputs.values():
         tensor.requires_grad_()
     layers = (weight1, bias1, weight2, bias2)
-    torch.library.opcheck(kernels._feed_forward, (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True))
+    torch.library.opcheck(kernels._feed_forward.definition, (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True))
 
 
 @EVERY_WAY

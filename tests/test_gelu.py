@@ -284,19 +284,19 @@ def test_opcheck():
     for activation, bias in (("gelu", random(16)), ("swiglu", random(16)), ("gelu", None)):
         x = random(2, 3, 16, seed=1)
         grad = random(2, 3, 8 if activation == "swiglu" else 16, seed=2)
-        torch.library.opcheck(kernels._activation_backward, (grad, x, bias, activation, bias is not None))
+        torch.library.opcheck(kernels._activation_backward.definition, (grad, x, bias, activation, bias is not None))
         for tensor in (x, bias):
             if tensor is not None:
                 tensor.requires_grad_()
-        torch.library.opcheck(kernels._activation, (x, bias, activation))
+        torch.library.opcheck(kernels._activation.definition, (x, bias, activation))
     x, weight, bias = random(2, 3, 16), random(16, seed=1), random(16, seed=2)
     for parameter_grads in (False, True):
         torch.library.opcheck(
-            norm_kernels._layer_norm_act_backward, (x, x, weight, bias, random(2, 6), "gelu", parameter_grads)
+            norm_kernels._layer_norm_act_backward.definition, (x, x, weight, bias, random(2, 6), "gelu", parameter_grads)
         )
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
-    torch.library.opcheck(norm_kernels._layer_norm_act, (x, weight, bias, EPS, "gelu"))
+    torch.library.opcheck(norm_kernels._layer_norm_act.definition, (x, weight, bias, EPS, "gelu"))
 
 
 def neck(x, weight, bias):

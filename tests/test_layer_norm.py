@@ -338,14 +338,14 @@ def test_opcheck(scales):
     x, residual, weight, bias, scale, row_scale = values
     statistics = random(2, 6)
     torch.library.opcheck(
-        kernels._layer_norm_backward,
+        kernels._layer_norm_backward.definition,
         (x, residual, residual, x if scales else None, weight, scale, row_scale, statistics, x.dtype, x.dtype, True),
     )
     for tensor in values[:5]:
         if tensor is not None:
             tensor.requires_grad_()
-    torch.library.opcheck(kernels._add_layer_norm, (*values, EPS))
-    torch.library.opcheck(kernels._layer_norm, (x, weight, bias, EPS))
+    torch.library.opcheck(kernels._add_layer_norm.definition, (*values, EPS))
+    torch.library.opcheck(kernels._layer_norm.definition, (x, weight, bias, EPS))
 
 
 def two_norms(x, residual, weight, bias, scale, row_scale):

@@ -321,11 +321,11 @@ def test_opcheck(activation, add):
     norm = (inputs["norm_weight"], inputs["norm_bias"], EPS)
     linear = (inputs["weight"], inputs["bias"])
     arguments = (inputs["x"], inputs.get("residual"), *norm, *linear, activation)
-    torch.library.opcheck(kernels._layer_norm_linear, (*arguments, activation is not None))
+    torch.library.opcheck(kernels._layer_norm_linear.definition, (*arguments, activation is not None))
     pre = random(6 if activation else 0, 24)
     for wanted in ([True, True, True, True], [False, False, True, False], [True, False, False, True]):
         torch.library.opcheck(
-            kernels._layer_norm_linear_backward,
+            kernels._layer_norm_linear_backward.definition,
             (
                 random(2, 3, 24), inputs["x"].detach() if add else None, inputs["x"].detach(), random(2, 6), pre,
                 *(tensor.detach() for tensor in norm[:2]), EPS, linear[0].detach(), activation, torch.float32,
