@@ -8,6 +8,7 @@ that decides small batches, unless a CUDA graph replays them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -108,14 +109,17 @@ def models() -> dict[str, nn.Module]:
 
 def passes(model: nn.Module) -> dict[str, Callable[[], object]]:
     pixels = torch.randn(SHAPE.batch, 3, SHAPE.image_size, SHAPE.image_size)
+    used, trained = copy.deepcopy(model).eval(), model.train()
+    parameters = list(trained.parameters())
 
     def infer() -> Tensor:
         with torch.no_grad():
-            return logits_of(model.eval(), pixels)
+            return logits_of(used, pixels)
 
     def train() -> None:
-        logits_of(model.train(), pixels).sum().backward()
-        model.zero_grad()
+        logits_of(trained, pixels).sum().backward()
+        for parameter in parameters:
+            parameter.grad = None
 
     return {INFERENCE: infer, TRAINING: train}
 
