@@ -1,7 +1,7 @@
 """What a pass costs on the host: Python, PyTorch's dispatcher, Triton's launcher.
 
-No GPU is needed, and none is used. The model is so small that a CPU computes its products in no time, and our kernels go
-through Triton's own launcher into a driver that launches nothing. A GPU that is faster than this waits for the host:
+No GPU is needed, and none is used. The model is so small that a CPU computes its products in no time, and our kernels
+go through Triton's own launcher into a driver that launches nothing. A GPU that is faster than this waits for the host:
 that decides small batches, unless a CUDA graph replays them.
 """
 
@@ -39,7 +39,7 @@ PROVIDERS = ("fastvit", "transformers", "timm")
 class NoDevice:
     """A driver for Triton that compiles for an H100, and launches nothing."""
 
-    class utils:  # noqa: N801 (Triton's names, here and below)
+    class utils:
         @staticmethod
         def load_binary(*_: Any) -> tuple[int, int, int, int, int]:
             return 0, 0, 0, 0, 1024  # module, function, registers, spills, the most threads
@@ -52,7 +52,7 @@ class NoDevice:
         def get_device_properties(device: int) -> dict[str, int]:
             return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": 65536}
 
-    class launcher_cls:  # noqa: N801
+    class launcher_cls:
         def __init__(self, *_: Any):
             pass
 
@@ -129,9 +129,7 @@ def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
     with_kernels = importlib.util.find_spec("triton") is not None
     if with_kernels:
         launch_nothing()
-    steps = {
-        (provider, name): step for provider, model in models().items() for name, step in passes(model).items()
-    }
+    steps = {(provider, name): step for provider, model in models().items() for name, step in passes(model).items()}
     milliseconds: dict[str, dict[str, list[float]]] = {}
     for number in range(rounds + 3):  # compiling, warming up
         for (provider, name), step in steps.items():

@@ -402,6 +402,11 @@ class ViTSelfAttention(nn.Module):
         self.lay_side_by_side()
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Part of `copy.deepcopy` and unpickling, which give every tensor a memory of its own."""
+        super().__setstate__(state)
+        self.lay_side_by_side()
+
     def lay_side_by_side(self) -> None:
         """The weights of query, key and value in one piece of memory, and their biases: see `joined`."""
         layers = (self.query, self.key, self.value)
@@ -411,7 +416,7 @@ class ViTSelfAttention(nn.Module):
 
 
 def project(x: Tensor, projections: Sequence[Affine]) -> Sequence[Tensor]:
-    """Each of these linear layers of x [..., D]; from one matrix product, unless a CPU had to copy the weights for it."""
+    """Each of these linear layers of x [..., D], from one matrix product unless a CPU had to copy the weights."""
     together = joined_in_memory(projections)
     if together is None and x.is_cpu:
         return [ops.linear(x, *tensors) for tensors in projections]
@@ -506,11 +511,11 @@ class PlainParts(NamedTuple):
     """A block whose parts nothing watches or replaces: what `ViTLayer.fused` computes it from."""
 
     attention: ViTSelfAttention
-    norm_before: tuple[Tensor, Tensor | None, float]  # weight, bias, epsilon
+    norm_before: tuple[Tensor, Tensor, float]  # weight, bias, epsilon
     projections: tuple[Affine, Affine, Affine]  # query, key, value
     output: Affine
     attention_dropout: nn.Module
-    norm_after: tuple[Tensor, Tensor | None, float]
+    norm_after: tuple[Tensor, Tensor, float]
     first: Affine
     activation: str
     second: Affine
@@ -628,8 +633,8 @@ class ViTLayer(GradientCheckpointingLayer):
         projection = plain_tensors(output._modules["dense"], nn.Linear)
         first = plain_tensors(intermediate._modules["dense"], nn.Linear)
         second = plain_tensors(last._modules["dense"], nn.Linear)
-        before = plain_tensors(own["layernorm_before"], LayerNorm)
-        after = plain_tensors(own["layernorm_after"], LayerNorm)
+        before: Any = plain_tensors(own["layernorm_before"], LayerNorm)
+        after: Any = plain_tensors(own["layernorm_after"], LayerNorm)
         if not (query and key and value and projection and first and second and before and after):
             return None
         return PlainParts(

@@ -147,6 +147,11 @@ def why_pytorch_is_faster(operation: str, device_name: str, dtype: torch.dtype, 
     return None
 
 
+@functools.cache  # asking the driver takes longer than choosing
+def _device_name(device_index: int | None) -> str:
+    return torch.cuda.get_device_name(device_index)
+
+
 # A compiler that traces an operation takes the answer as a constant; it depends on nothing that it has not asked about.
 @torch.compiler.assume_constant_result
 def _runs_on_triton(
@@ -165,8 +170,8 @@ def _runs_on_triton(
         return True
     if reason is not None and device_type == "cuda" and operation in NO_FALLBACK:
         raise InputError(f"{operation}: {reason}; fastvit.backend('reference') computes it slowly")
-    if reason is None and device_type == "cuda":
-        reason = why_pytorch_is_faster(operation, torch.cuda.get_device_name(device_index), dtype, keys)
+    if reason is None and device_type == "cuda" and FASTER_IN_PYTORCH:
+        reason = why_pytorch_is_faster(operation, _device_name(device_index), dtype, keys)
     # The interpreter proves kernels; it is no way to compute anything unless asked for.
     chosen = reason is None and device_type == "cuda"
     _announce(operation, device_type, chosen, reason)
@@ -232,6 +237,7 @@ def has_kernels(x: torch.Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
+@functools.cache  # PyTorch asks the driver each time
 def _device_has_kernels(device_type: str) -> bool:
     return device_type == "cuda" and why_not_triton_anywhere() is None
 

@@ -231,7 +231,8 @@ def test_opcheck(kind):
     for tensor in inputs.values():
         tensor.requires_grad_()
     layers = (weight1, bias1, weight2, bias2)
-    torch.library.opcheck(kernels._feed_forward.definition, (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True))
+    inputs = (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True)
+    torch.library.opcheck(kernels._feed_forward.definition, inputs)
 
 
 @EVERY_WAY

@@ -291,9 +291,8 @@ def test_opcheck():
         torch.library.opcheck(kernels._activation.definition, (x, bias, activation))
     x, weight, bias = random(2, 3, 16), random(16, seed=1), random(16, seed=2)
     for parameter_grads in (False, True):
-        torch.library.opcheck(
-            norm_kernels._layer_norm_act_backward.definition, (x, x, weight, bias, random(2, 6), "gelu", parameter_grads)
-        )
+        inputs = (x, x, weight, bias, random(2, 6), "gelu", parameter_grads)
+        torch.library.opcheck(norm_kernels._layer_norm_act_backward.definition, inputs)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
     torch.library.opcheck(norm_kernels._layer_norm_act.definition, (x, weight, bias, EPS, "gelu"))

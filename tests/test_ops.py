@@ -147,7 +147,7 @@ def test_where_pytorch_was_measured_to_be_faster_it_is_taken(monkeypatch, caplog
     assert why("layer_norm", "NVIDIA H100 80GB HBM3", torch.bfloat16, 4097) is None
 
     monkeypatch.setattr(ops, "why_not_triton", lambda *case: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(ops, "_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     ops._announce.cache_clear()
     with caplog.at_level(logging.INFO, "fastvit"):
         for asked, keys, triton in (("auto", 4097, False), ("auto", 197, True), ("triton", 4097, True)):

@@ -1,6 +1,7 @@
 """Query, key and value lie in one piece of memory, remain parameters of their own, and nobody notices but the clock."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -53,8 +54,9 @@ def test_every_way_to_a_model_lays_them_side_by_side(tmp_path):
     model.save_pretrained(tmp_path)
     assert lies(fastvit.ViTForImageClassification.from_pretrained(tmp_path))
     assert lies(fastvit.ViTForImageClassification.from_pretrained(tmp_path, dtype=torch.bfloat16))
-    assert lies(copy.deepcopy(model).to(torch.bfloat16))
-    assert lies(copy.deepcopy(model).double())
+    assert lies(copy.deepcopy(model))
+    assert lies(pickle.loads(pickle.dumps(model)))
+    assert lies(model.to(torch.bfloat16))
 
 
 def test_the_model_computes_the_same_where_they_lie_apart():
