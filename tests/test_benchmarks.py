@@ -369,12 +369,12 @@ def test_wrong_result_of_ours_is_exit_code_1(tmp_path, monkeypatch, capsys):
 def test_list_names_every_operation_and_runs_nothing(capsys):
     assert cli.main(["benchmark", "all", "--list", "--device", "cpu"]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert {line.split()[0] for line in listed} == {operation.name for operation in OPERATIONS} | {"coldstart"}
+    assert {line.split()[0] for line in listed} == {operation.name for operation in OPERATIONS} | {"coldstart", "host"}
     assert cli.main(["benchmark", "all", "--list", "--device", "cuda"]) == 0  # needs no GPU
     on_gpu = capsys.readouterr().out.splitlines()
     assert "attention ViT-B/16 224, batch 256, packed qkv bfloat16" in on_gpu[: len(on_gpu) // 2]
     files = {path.stem for path in (ROOT / "benchmarks").glob("bench_*.py")}
-    assert files == {*command.KERNELS, *command.MODELS, "bench_predictor", "bench_coldstart"}
+    assert files == {*command.KERNELS, *command.MODELS, "bench_predictor", "bench_coldstart", "bench_host"}
 
 
 @pytest.mark.parametrize(
@@ -637,3 +637,23 @@ def test_best_of_ours_is_held_against_the_best_of_the_others():
     assert (comparison.ours["provider"], comparison.rival["provider"]) == ("fastvit compiled", "Liger-Kernel")
     assert comparison.speed_up == pytest.approx(2.0)
     assert "flash-attn: missing: no" in report.table([result(*records)])
+
+
+def test_the_host_is_measured_without_a_gpu(tmp_path, capsys):
+    pytest.importorskip("triton")
+    assert cli.main(["benchmark", "host", "--quick", "--out", str(tmp_path)]) == 0
+    records = {
+        (one["provider"], one["pass"]): one for one in json.loads((tmp_path / "host.json").read_text())["records"]
+    }
+    for provider in ("fastvit", "transformers"):
+        times = [records[provider, name]["ms"]["median"] for name in ("inference", "forward and backward")]
+        assert 0 < times[0] < times[1]
+    assert records["timm", "inference"]["status"] == ("timed" if importlib.util.find_spec("timm") else "missing")
+
+
+def test_a_host_measurement_that_fails_is_reported(monkeypatch):
+    host = importlib.import_module("fastvit.benchmarks.bench_host")
+    monkeypatch.setattr(host.sys, "executable", "/bin/false")
+    records = list(host.run(Settings(DEVICE, quick=True)))
+    assert {one["status"] for one in records} == {"failed"}
+    assert {one["reason"] for one in records} == {"RuntimeError: the process ended"}
