@@ -127,7 +127,7 @@ def _store(ptr, tile, factor, start, count, stride_token, ROWS: tl.constexpr, DI
 def _zeros(ROWS: tl.constexpr, DIMS: tl.constexpr):
     tile = ()
     for i in tl.static_range(len(DIMS)):
-        tile = tile + (tl.zeros([ROWS, DIMS[i][1]], tl.float32),)
+        tile = tile + (tl.full([ROWS, DIMS[i][1]], 0.0, tl.float32),)  # Triton 3.6: tl.zeros takes no plain numbers
     return tile
 
 
@@ -216,9 +216,7 @@ def _kept(seed_ptr, pair, query, key, num_keys, dropout_p):
 
 @triton.jit
 def _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head):
-    if mask_ptr is not None:
-        mask_ptr += batch.to(tl.int64) * stride_mask_batch + head.to(tl.int64) * stride_mask_head
-    return mask_ptr
+    return mask_ptr + batch.to(tl.int64) * stride_mask_batch + head.to(tl.int64) * stride_mask_head
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +253,8 @@ def _attention_fwd_short(
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
-    mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
+    if mask_ptr is not None:
+        mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     out_ptr += (first * heads + head) * DIM
     lse_ptr += head.to(tl.int64) * rows + first
 
@@ -328,7 +327,8 @@ def _attention_fwd_long(
     value_ptr = _head(
         value_ptr, cu_seqlens_ptr, first_key, batch, head, stride_value_batch, stride_value_token, stride_value_head
     )
-    mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
+    if mask_ptr is not None:
+        mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     out_ptr += (first * heads + head) * DIM
     lse_ptr += head.to(tl.int64) * rows + first
 
@@ -416,7 +416,8 @@ def _attention_bwd_short(
         grad_out_ptr, cu_seqlens_ptr, first, batch, head,
         stride_grad_out_batch, stride_grad_out_token, stride_grad_out_head,
     )  # fmt: skip
-    mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
+    if mask_ptr is not None:
+        mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     out_ptr += (first * heads + head) * DIM
     lse_ptr += head.to(tl.int64) * rows + first
     if delta_ptr is not None:
@@ -494,7 +495,8 @@ def _attention_bwd_query(
         grad_out_ptr, cu_seqlens_ptr, first, batch, head,
         stride_grad_out_batch, stride_grad_out_token, stride_grad_out_head,
     )  # fmt: skip
-    mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
+    if mask_ptr is not None:
+        mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     out_ptr += (first * heads + head) * DIM
     grad_query_ptr += first * stride_grad_token + head * DIM
     at_row = head.to(tl.int64) * rows + first
@@ -563,7 +565,8 @@ def _attention_bwd_key_value(
         grad_out_ptr, cu_seqlens_ptr, first, batch, head,
         stride_grad_out_batch, stride_grad_out_token, stride_grad_out_head,
     )  # fmt: skip
-    mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
+    if mask_ptr is not None:
+        mask_ptr = _mask_head(mask_ptr, batch, head, stride_mask_batch, stride_mask_head)
     grad_key_ptr += first_key * stride_grad_token + head * DIM
     grad_value_ptr += first_key * stride_grad_token + head * DIM
     at_row = head.to(tl.int64) * rows + first

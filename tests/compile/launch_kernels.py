@@ -1,0 +1,144 @@
+"""Launch every kernel, forward and backward, through Triton's own launcher into a driver that does nothing.
+
+The interpreter takes any Python for a kernel, and `compile_kernels.py` hands the compiler its arguments by itself. Only
+this goes the whole way of a call on a GPU, up to the driver: how the launcher binds what it is given, and which
+language this version of Triton compiles. Prints a line for each call that fails; exit code 1 if one did.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
+
+import torch
+from torch import Tensor
+
+from fastvit.benchmarks.bench_host import launch_nothing
+from fastvit.kernels import (
+    attention,
+    feed_forward,
+    gelu,
+    layer_norm,
+    layer_norm_act,
+    layer_norm_gelu,
+    linear,
+    patch_embed,
+    quantize,
+    tuning,
+)
+
+launch_nothing()
+EPS = 1e-6
+failures: list[str] = []
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+
+def call(name: str, function: Callable[..., object], *args: object, **options: object) -> None:
+    try:
+        outputs = function(*args, **options)
+        outputs = [out for out in (outputs if isinstance(outputs, tuple) else (outputs,)) if out.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        failures.append(name)
+        print(f"{name}: {type(cause).__name__}: {cause}", flush=True)
+
+
+def call_attention(dtype: torch.dtype) -> None:
+    """197 tokens are short, 577 long; head dims of one piece, of two, and padded."""
+    for tokens, dim in ((197, 64), (197, 80), (577, 64), (50, 32), (197, 128)):
+        query = random(2, tokens, 1, dim, dtype=dtype)
+        call(f"attention {tokens} x {dim} {dtype}", attention.attention, query, query, query)
+    call(f"attention_packed {dtype}", attention.attention_packed, random(2, 197, 3, 2, 64, dtype=dtype))
+    query = random(2, 197, 2, 64, dtype=dtype)
+    for name, options in {
+        "dropout": {"dropout_p": 0.1},
+        "boolean mask": {"mask": torch.ones(2, 1, 1, 197, dtype=torch.bool)},
+        "mask with a gradient": {"mask": random(1, 2, 197, 197, dtype=dtype)},
+    }.items():
+        call(f"attention, {name}, {dtype}", attention.attention, query, query, query, **options)
+    for tokens in (200, 700):
+        packed, bounds = random(tokens, 2, 64, dtype=dtype), torch.tensor([0, 50, tokens], dtype=torch.int32)
+        options = {"cu_seqlens": bounds, "max_seqlen": tokens - 50}
+        call(f"attention, {tokens} packed tokens, {dtype}", attention.attention, packed, packed, packed, **options)
+
+
+def call_rows(dtype: torch.dtype, dim: int = 768) -> None:
+    x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
+    call(f"layer_norm {dtype}", layer_norm.layer_norm, x, vector, vector, EPS)
+    call(f"add_layer_norm {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS)
+    scales = {"scale": vector, "row_scale": torch.ones(2)}
+    call(f"add_layer_norm, scales, {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS, **scales)
+    call(f"layer_norm_act {dtype}", layer_norm_act.layer_norm_act, x, vector, vector, EPS)
+    for activation in ("gelu", "gelu_new", "quick_gelu"):
+        call(f"bias_gelu {activation} {dtype}", gelu.bias_gelu, x, vector, activation)
+    call(f"swiglu {dtype}", gelu.swiglu, x, vector)
+
+
+def call_products(dtype: torch.dtype, what: str, dim: int = 768) -> None:
+    x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
+    sizes = ((4 * dim, dim), (4 * dim,), (dim, 4 * dim))
+    first, bias, second = (random(*shape, dtype=dtype) for shape in sizes)
+    norm = (vector, vector, EPS)
+    call(f"layer_norm_linear, {what}", layer_norm_gelu.layer_norm_linear, x, *norm, first, bias)
+    call(f"add_layer_norm_linear, {what}", layer_norm_gelu.add_layer_norm_linear, x, x, *norm, first, bias)
+    call(f"layer_norm_gelu, {what}", layer_norm_gelu.layer_norm_gelu, x, *norm, first, bias)
+    call(f"feed_forward, {what}", feed_forward.feed_forward, x, first, bias, second, vector, "gelu")
+    add = feed_forward.add_layer_norm_feed_forward
+    call(f"add_layer_norm_feed_forward, {what}", add, x, x, *norm, first, bias, second, vector)
+    call(f"linear_residual, {what}", linear.linear_residual, x, random(dim, dim, dtype=dtype), vector, x)
+
+
+def call_patch_embed(dtype: torch.dtype, what: str) -> None:
+    weight, bias, token = (random(*shape, dtype=dtype) for shape in ((768, 3, 16, 16), (768,), (1, 1, 768)))
+    masked = {"mask_token": token, "mask": torch.zeros(2, 196, dtype=torch.bool)}
+    for name, pixels in {
+        "uint8, channels last": torch.zeros(2, 224, 224, 3, dtype=torch.uint8),
+        "float with a gradient": random(2, 3, 224, 224, dtype=torch.float32),
+    }.items():
+        for options in ({}, masked):
+            options = {"patch_size": (16, 16), "mean": [0.5] * 3, "std": [0.5] * 3, **options}
+            arguments = (pixels, weight, bias, token, random(1, 197, 768, dtype=dtype))
+            call(f"patch_embed, {name}, {what}", patch_embed.patch_embed, *arguments, **options)
+
+
+@torch.no_grad()
+def call_fp8(dtype: torch.dtype) -> None:
+    x, vector = torch.randn(2, 197, 768, dtype=dtype), torch.randn(768, dtype=dtype)
+    for name, function, arguments in (
+        ("quantize_rows", quantize.quantize_rows, (x,)),
+        ("bias_gelu_fp8", quantize.bias_gelu_fp8, (x, vector)),
+        ("layer_norm_fp8", quantize.layer_norm_fp8, (x, vector, vector, EPS)),
+        ("add_layer_norm_fp8", quantize.add_layer_norm_fp8, (x, x, vector, vector, EPS)),
+    ):
+        call(f"{name} {dtype}", function, *arguments)
+
+
+def main() -> int:
+    for dtype in (torch.bfloat16, torch.float32):
+        call_attention(dtype)
+        call_rows(dtype)
+        call_products(dtype, str(dtype))
+        call_patch_embed(dtype, str(dtype))
+        call_fp8(dtype)
+    table = tuning.candidates
+    for number in range(1, max(len(rule.candidates) for rule in tuning.TABLE)):  # those that may be timed against it
+        tuning._chosen.clear()
+        tuning.candidates = lambda *case, number=number: table(*case)[min(number, len(table(*case)) - 1) :]
+        call_attention(torch.bfloat16)
+        call_rows(torch.bfloat16)
+        call_products(torch.bfloat16, f"candidate {number}")
+        call_patch_embed(torch.bfloat16, f"candidate {number}")
+    print(f"{len(failures)} calls failed")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
