@@ -237,9 +237,13 @@ def has_kernels(x: torch.Tensor) -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache  # PyTorch asks the driver each time
 def _device_has_kernels(device_type: str) -> bool:
-    return device_type == "cuda" and why_not_triton_anywhere() is None
+    return device_type == "cuda" and _triton_runs()
+
+
+@functools.cache  # PyTorch asks the driver each time
+def _triton_runs() -> bool:
+    return why_not_triton_anywhere() is None
 
 
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
