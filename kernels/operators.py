@@ -2,7 +2,7 @@
 
 Compilers, exports, dispatch modes and tensor subclasses follow operators (`torch.library.custom_op`) and must see one.
 Everybody else only wants the result: there a call goes straight to the launch, because the dispatcher's way through
-Python takes longer than a small kernel does on a GPU (`docs/kernels.md` has the numbers).
+Python takes longer than a small kernel does on a GPU (`benchmarks/NOTES.md` has the numbers).
 """
 
 from __future__ import annotations
