@@ -70,9 +70,6 @@ class NoDevice:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
 
 def launch_nothing() -> None:
     """Let this process take tensors of a CPU for those of an H100, on which kernels leave their results unwritten."""

@@ -141,7 +141,7 @@ def add_layer_norm(
     if row_scale is not None:
         x = x * row_scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     residual = x + residual
-    return residual, torch.layer_norm(residual, weight.shape, weight, bias, eps)
+    return residual, layer_norm(residual, weight, bias, eps)
 
 
 def feed_forward(
@@ -160,7 +160,7 @@ def feed_forward(
     hidden = linear(x, weight1, bias1)  # [..., F]
     if activation not in GELU_FORMS or is_watched():  # a compiler decides by itself what to keep
         return linear(ACTIVATIONS[activation](hidden), weight2, bias2)
-    if torch.is_autocast_enabled("cpu" if hidden.is_cpu else hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type):
         weight2 = weight2.to(hidden.dtype)
         bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
     if not records:

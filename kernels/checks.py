@@ -14,7 +14,7 @@ def check_tensor(
     name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """Raise ValueError, with the argument, what was expected and what was given, unless the tensor is as it must be."""
-    if tensor.shape != shape and tuple(tensor.shape) != tuple(shape):
+    if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
