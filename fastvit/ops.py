@@ -70,7 +70,7 @@ FASTER_IN_PYTORCH: tuple[Faster, ...] = ()
 
 # On a GPU that lacks it, plain PyTorch is many times slower than what fp8 is to replace: an error, not a fallback.
 NO_FALLBACK = ("linear_fp8",)
-_kernels: dict[str, Callable[..., Any]] = {}  # their functions, once imported
+_kernels: dict[str, Callable[..., Any]] = {}  # their functions, all or none: a compiler looks once for all operations
 
 _backend = os.environ.get("FASTVIT_BACKEND") or "auto"
 if _backend not in BACKENDS:
@@ -117,7 +117,7 @@ def why_not_triton_anywhere() -> str | None:
 
 @functools.cache
 def why_not_triton(operation: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
-    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernel."""
+    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernels."""
     if reason := why_not_triton_anywhere():
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
@@ -126,9 +126,9 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
         major, minor = torch.cuda.get_device_capability(device_index)
         if major < 8:
             return f"this GPU (sm_{major}{minor}) is older than sm_80, the first whose tensor cores Triton uses"
-    module = importlib.import_module(f"fastvit.kernels.{KERNELS[operation]}")
-    _kernels[operation] = getattr(module, operation)
-    needs = getattr(module, "why_not_on", None)
+    modules = {name: importlib.import_module(f"fastvit.kernels.{module}") for name, module in KERNELS.items()}
+    _kernels.update({name: getattr(module, name) for name, module in modules.items()})
+    needs = getattr(modules[operation], "why_not_on", None)
     if device_type == "cuda" and needs and (reason := needs(*torch.cuda.get_device_capability(device_index))):
         return reason
     return None if dtype in DTYPES else f"the kernel has no {dtype}"

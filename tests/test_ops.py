@@ -275,6 +275,23 @@ def test_the_model_compiles_as_one_graph(name):
             assert relative_error(other, tensor) < 1e-5, first
 
 
+@needs_triton
+def test_a_model_compiles_as_one_graph_before_any_kernel_was_imported():
+    code = """
+import torch, fastvit
+from transformers import ViTConfig
+config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
+                   patch_size=8)
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = fastvit.ViTForImageClassification(config).to(device)
+with fastvit.backend("triton"):
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(torch.zeros(1, 3, 16, 16, device=device), labels=torch.tensor([0], device=device)).loss.backward()
+"""
+    done = python(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_compiled_model_follows_a_change_of_backend():
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
