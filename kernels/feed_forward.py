@@ -7,10 +7,10 @@
     x, residual [..., D], weight1 [F, D], weight2 [E, F]  ->  out [..., E]
 
 Forward is `layer_norm_gelu` and cuBLAS. Kept for backward, for a token: residual' (D values, which the residual stream
-holds anyway), mean and rstd (8 bytes), pre (F values). Not kept: the normalised rows, made again from residual' in a
-pass of 2 D where weight1's gradient needs them, and the activation, made again for weight2's gradient by the pass that
-multiplies by its derivative. PyTorch's chain keeps all four, 2 D + 2 F. With F = 4 D, and attention's residual', query,
-key, value and output (PyTorch: and its normalised rows), a block keeps 10 D where PyTorch keeps 16 D.
+holds anyway), mean and rstd (8 bytes), pre (F values). Not kept: the normalised rows, written for weight1's
+gradient by LayerNorm's backward, which makes them anyway, and the activation, made again for weight2's gradient by the
+pass that multiplies by its derivative. PyTorch's chain keeps all four, 2 D + 2 F. With F = 4 D, and attention's
+residual', query, key, value and output (PyTorch: and its normalised rows), a block keeps 10 D where PyTorch keeps 16 D.
 
 Backward, by the table of `fastvit.kernels.tuning`: cuBLAS and one pass for derivative, bias gradient and activation, or
 one product with that pass as its epilogue (`fastvit.kernels.linear`). ViT-B at batch 256 on an H100: the pass is 310 us
@@ -90,7 +90,7 @@ def _feed_forward_backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """wanted: gradients of the inputs, the norm, weight1, bias1, weight2, bias2. summed: x where there is no norm."""
     *hidden_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
     grad_rows = as_rows(grad_out)
@@ -146,9 +146,8 @@ def _backward(ctx, grad_sum, _statistics, _pre, grad_out):
         grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, ctx.eps, weight1, weight2,
         ctx.activation, *ctx.dtypes, wanted,
     )  # fmt: skip
-    grad_x, grad_residual, grad_norm_weight, grad_norm_bias, grad_weight1 = sort_gradients(ctx, grads)
-    grads = (grad_x, grad_residual, grad_norm_weight, grad_norm_bias, None)
-    return *needed(ctx, (*grads, grad_weight1, grad_bias1, grad_weight2, grad_bias2)), None, None
+    grads = (*sort_gradients(ctx, norm_weight, grads), grad_bias1, grad_weight2, grad_bias2)
+    return *needed(ctx, grads), None, None
 
 
 _feed_forward.register_autograd(_backward, setup_context=_setup_context)

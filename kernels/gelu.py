@@ -5,8 +5,8 @@
 
 Op by op PyTorch writes x + bias and reads it again (2 of 4 passes), and SwiGLU's halves make 7 passes where 3 suffice.
 Backward reads the gradient and x and writes the gradient of x. The bias gradient, a pass of its own in PyTorch, falls
-out of it: each of a fixed number of programs adds up its rows, and a second kernel adds up the programs, without
-atomics, so two runs give the same bits. The activation is never kept: whoever needs it in backward, as the second layer
+out of it: each of a fixed number of programs adds up its rows, and PyTorch adds up the programs, without atomics, so
+two runs give the same bits. The activation is never kept: whoever needs it in backward, as the second layer
 of a feed-forward does for its weight gradient, has it written by this same pass.
 
 All arithmetic is float32. On ViT-B at batch 256 the pass moves 620 MB, 207 us at the 3.0 TB/s of an H100.
@@ -140,30 +140,6 @@ def _activation_bwd(
             tl.store(partial_ptr + program * WIDTH + DIM + cols, tl.sum(linear_sums, 0), cols < DIM)
 
 
-@triton.jit
-def _sum_partials(
-    partial_ptr, out_ptr,                           # [programs, dim] float32 -> [dim]
-    programs,
-    DIM: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    """The second stage, always in the same order."""
-    cols = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    sums = tl.zeros([BLOCK_PROGRAMS, BLOCK_DIM], tl.float32)
-    for first in range(0, programs, BLOCK_PROGRAMS):
-        program = first + tl.arange(0, BLOCK_PROGRAMS)
-        offsets = program[:, None] * DIM + cols[None, :]
-        sums += tl.load(partial_ptr + offsets, (program < programs)[:, None] & (cols < DIM)[None, :], other=0.0)
-    tl.store(out_ptr + cols, tl.sum(sums, 0), cols < DIM)
-
-
-def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
-    """out = the sum of [programs, dim] float32 over the programs, in out's dtype."""
-    programs, dim = partial.shape
-    with torch.cuda.device_of(partial):
-        _sum_partials[(cdiv(dim, 32),)](partial, out, programs, DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32)
-    return out
-
-
 def without_autocast(function):
     """An operator's body in the dtypes that it is given. The public functions have cast what autocast casts; in a
     backward under autocast, which the forward was not, the products inside would come out in another dtype than said.
@@ -236,12 +212,12 @@ def launch_backward(
     dim = width // 2 if formula["GATED"] else width
     if grad_x is None:
         grad_x = x.new_empty(rows, width)
-    grad_bias = x.new_empty(width if bias_grad else 0, dtype=x.dtype if bias is None else bias.dtype)
+    bias_dtype = x.dtype if bias is None else bias.dtype
     y = x.new_empty((rows, dim) if with_y else (0, dim))
     if rows == 0:
-        return grad_x, grad_bias.zero_(), y
+        return grad_x, x.new_zeros(width if bias_grad else 0, dtype=bias_dtype), y
 
-    def run(choice: tuning.Choice, grad_x: Tensor) -> None:
+    def run(choice: tuning.Choice, grad_x: Tensor) -> Tensor:
         tile = _tile(dim, choice)
         columns = cdiv(dim, tile["COLS"])
         most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
@@ -252,11 +228,10 @@ def launch_backward(
                 grad_y, x, bias, grad_x, y if with_y else None, partial, grad_y.stride(0), x.stride(0), rows,
                 **tile, **formula,
             )  # fmt: skip
-        if partial is not None:
-            sum_partials(partial, grad_bias)
+        return x.new_empty(0, dtype=bias_dtype) if partial is None else partial.sum(0).to(bias_dtype)
 
     key = ("activation_backward", _shape_class(rows, dim), x.dtype, x.device)
-    run(tuning.choose(*key, lambda choice: run(choice, torch.empty_like(grad_x))), grad_x)
+    grad_bias = run(tuning.choose(*key, lambda choice: run(choice, torch.empty_like(grad_x))), grad_x)
     return grad_x, grad_bias, y
 
 

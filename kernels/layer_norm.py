@@ -5,12 +5,12 @@
 
 Add and LayerNorm apart read and write 7 row-lengths of memory, together 4. Backward reads the two incoming gradients
 and residual' once each and writes their common gradient once: 4 instead of 3 + 1 + 3; the normalised rows are computed
-again from mean and rstd, not kept.
+again from mean and rstd, not kept, and y with them where a product's weight gradient asks for it.
 
 A program holds whole rows in registers, cut into `CHUNKS` pieces of `CHUNK` columns: 768 is 3 x 256, where one power of
 two would leave a quarter of the threads idle. Sums are float32, the variance is that of the centred values (two passes
 over registers cost no memory traffic). Weight gradients take two steps without atomics, so two runs give the same bits:
-a fixed number of programs each add up their own rows, and a second kernel adds up the programs.
+a fixed number of programs each add up their own rows, and PyTorch adds up the programs.
 
 Ba, Kiros & Hinton 2016, arXiv:1607.06450; LayerScale: Touvron et al. 2021, arXiv:2103.17239; drop path: Huang et al.
 2016, arXiv:1603.09382.
@@ -115,16 +115,17 @@ def _layer_norm_fwd(
 @triton.jit
 def _layer_norm_bwd(
     grad_y_ptr, grad_sum_ptr, sum_ptr, x_ptr,       # in:  [rows, dim] each; grad_sum, x: or None
-    weight_ptr, scale_ptr, row_scale_ptr,           # in:  [dim], [dim] or None, [outer] float32 or None
+    weight_ptr, bias_ptr, scale_ptr, row_scale_ptr,  # in: [dim], [dim] or None x2, [outer] float32 or None
     statistics_ptr,                                 # in:  [2, rows] float32: mean, rstd
-    grad_residual_ptr, grad_x_ptr,                  # out: [rows, dim], [rows, dim] or None
+    grad_residual_ptr, grad_x_ptr, y_ptr,           # out: [rows, dim], [rows, dim] or None x2
     partial_ptr,                                    # out: [2 or 3, programs, dim] float32 or None
     stride_grad_y_outer, stride_grad_y_inner, stride_grad_sum_outer, stride_grad_sum_inner,
     stride_sum_outer, stride_sum_inner, stride_x_outer, stride_x_inner,
     rows, inner,
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """x is given where the gradient of scale is wanted; partial sums are those of weight, bias and then scale."""
+    """x is given where the gradient of scale is wanted, bias where y is; partial sums are those of weight, bias and
+    then scale."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     weight_sums, bias_sums, scale_sums = (), (), ()
@@ -152,7 +153,11 @@ def _layer_norm_bwd(
             if partial_ptr is not None:
                 new_weight_sums = new_weight_sums + (weight_sums[i] + grad_y * normal,)
                 new_bias_sums = new_bias_sums + (bias_sums[i] + grad_y,)
-            grad = grad_y * tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+            weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+            if y_ptr is not None:
+                y = normal * weight + tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+                tl.store(y_ptr + out_rows + cols, y, mask)
+            grad = grad_y * weight
             total += tl.sum(grad, 1)
             projection += tl.sum(grad * normal, 1)
             grads, normals = grads + (grad,), normals + (normal,)
@@ -192,29 +197,6 @@ def _layer_norm_bwd(
             tl.store(partial + programs * DIM, tl.sum(bias_sums[i], 0), cols < DIM)
             if x_ptr is not None:
                 tl.store(partial + 2 * programs * DIM, tl.sum(scale_sums[i], 0), cols < DIM)
-
-
-@triton.jit
-def _sum_programs(
-    partial_ptr,                                    # in:  [2 or 3, programs, dim] float32
-    grad_weight_ptr, grad_bias_ptr, grad_scale_ptr,  # out: [dim] each; grad_scale: or None
-    programs,
-    DIM: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    which = tl.program_id(1)
-    cols = tl.program_id(0) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    sums = tl.zeros([BLOCK_PROGRAMS, BLOCK_DIM], tl.float32)
-    for first in range(0, programs, BLOCK_PROGRAMS):
-        program = first + tl.arange(0, BLOCK_PROGRAMS)
-        offsets = (which * programs + program)[:, None] * DIM + cols[None, :]
-        sums += tl.load(partial_ptr + offsets, (program < programs)[:, None] & (cols < DIM)[None, :], other=0.0)
-    total = tl.sum(sums, 0)
-    if which == 0:
-        tl.store(grad_weight_ptr + cols, total, cols < DIM)
-    elif which == 1:
-        tl.store(grad_bias_ptr + cols, total, cols < DIM)
-    elif grad_scale_ptr is not None:
-        tl.store(grad_scale_ptr + cols, total, cols < DIM)
 
 
 def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
@@ -290,11 +272,15 @@ def _launch_forward(
 
 
 def _launch_backward(
-    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, x, weight, bias and scale; see `_empty_gradients` for those that are left out."""
+    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
+    *, bias=None, y=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of residual, x, and of weight, bias and scale; see `_empty_gradients` for those that are left out.
+
+    y, like summed and contiguous: where the normalised rows are to be written again; it takes the norm's bias.
+    """
     grads = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
-    grad_residual, grad_x, grad_weight, grad_bias, grad_scale = grads
+    grad_residual, grad_x, grad_parameters = grads
     dim = summed.shape[-1]
     rows = summed.numel() // dim
     if rows == 0:
@@ -303,38 +289,34 @@ def _launch_backward(
         return grads
     inner, (grad_y, grad_sum, summed, x), strides = _rows(grad_y, grad_sum, summed, x, per_sample=row_scale is not None)
 
-    def run(choice: tuning.Choice) -> None:
+    def run(choice: tuning.Choice) -> Tensor:
         tile = _tile(dim, summed.dtype.itemsize, choice)
         programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
-        kinds = 2 if x is None else 3
-        partial = summed.new_empty(kinds, programs, dim, dtype=torch.float32) if parameter_grads else None
+        partial = None
+        if parameter_grads:
+            partial = torch.empty(len(grad_parameters), programs, dim, dtype=torch.float32, device=summed.device)
         with torch.cuda.device_of(summed):
             _layer_norm_bwd[(programs,)](
-                grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics,
-                grad_residual, grad_x if grad_x.numel() else None, partial, *strides, rows, inner, **tile,
+                grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics,
+                grad_residual, grad_x if grad_x.numel() else None, y, partial, *strides, rows, inner, **tile,
             )  # fmt: skip
-            if parameter_grads:
-                _sum_programs[(cdiv(dim, 32), kinds)](
-                    partial, grad_weight, grad_bias, None if x is None else grad_scale, programs,
-                    DIM=dim, BLOCK_PROGRAMS=32, BLOCK_DIM=32, num_warps=4,
-                )  # fmt: skip
+        return grad_parameters if partial is None else partial.sum(1)
 
-    run(tuning.choose("layer_norm_backward", _shape(rows, dim), summed.dtype, summed.device, run))
-    return grads
+    grad_parameters = run(tuning.choose("layer_norm_backward", _shape(rows, dim), summed.dtype, summed.device, run))
+    return grad_residual, grad_x, grad_parameters
 
 
 def _empty_gradients(
     summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What backward returns, uninitialised. One that is not wanted has no elements; the gradient of x has none where it
-    is, value and dtype, that of residual."""
+    is, value and dtype, that of residual. Those of weight, bias and (where x is given) scale are rows of one tensor."""
     x_differs = scale is not None or row_scale is not None or x_dtype != residual_dtype
+    shape = (2 if x is None else 3, *weight.shape) if parameter_grads else (0,)
     return (
         summed.new_empty(summed.shape, dtype=residual_dtype),
         summed.new_empty(summed.shape if x_differs else 0, dtype=x_dtype),
-        weight.new_empty(weight.shape if parameter_grads else 0),
-        weight.new_empty(weight.shape if parameter_grads else 0),
-        weight.new_empty(0) if x is None else scale.new_empty(scale.shape),
+        weight.new_empty(shape, dtype=torch.float32),
     )
 
 
@@ -382,7 +364,7 @@ def _layer_norm_backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     parameter_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     weight, scale, row_scale = (t if t is None else t.contiguous() for t in (weight, scale, row_scale))
     return _launch_backward(
         grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads
@@ -407,10 +389,10 @@ def _backward(ctx, grad_y, _):
         return None, None, None, None
     x, weight, statistics = ctx.saved_tensors
     parameter_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    grad_x, _, grad_weight, grad_bias, _ = _layer_norm_backward(
+    grad_x, _, grads = _layer_norm_backward(
         grad_y, None, x, None, weight, None, None, statistics, x.dtype, x.dtype, parameter_grads
     )
-    return (*_wanted(ctx, grad_x, grad_weight, grad_bias), None)
+    return (*_wanted(ctx, grad_x, *split_parameter_gradients(grads, weight)), None)
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
@@ -433,12 +415,20 @@ def _add_backward(ctx, grad_sum, grad_y, _):
     if grad_y is None:  # only the sum was used, which hardly happens: not worth a kernel of its own
         grad_y = torch.zeros_like(grad_sum)
     parameter_grads = any(ctx.needs_input_grad[2:5])
-    grad_residual, grad_x, grad_weight, grad_bias, grad_scale = _layer_norm_backward(
+    grad_residual, grad_x, grads = _layer_norm_backward(
         grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, *ctx.dtypes, parameter_grads
     )
     if scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
-    return (*_wanted(ctx, grad_x, grad_residual, grad_weight, grad_bias, grad_scale), None, None)
+    grads = split_parameter_gradients(grads, weight, scale)
+    return (*_wanted(ctx, grad_x, grad_residual, *grads), None, None)
+
+
+def split_parameter_gradients(grads: Tensor, weight: Tensor, scale: Tensor | None = None) -> list[Tensor | None]:
+    """Those of weight, bias and scale in the parameters' dtypes, None for those that were not computed."""
+    dtypes = (weight.dtype, weight.dtype, weight.dtype if scale is None else scale.dtype)
+    found = [grad.to(dtype) for grad, dtype in zip(grads.unbind(), dtypes, strict=False)]
+    return [*found, *[None] * (3 - len(found))]
 
 
 def _wanted(ctx, *grads: Tensor) -> list[Tensor | None]:

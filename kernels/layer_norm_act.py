@@ -25,7 +25,6 @@ from fastvit.kernels.gelu import (
     activate_with_slope,
     as_rows,
     check_activation,
-    sum_partials,
 )
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
@@ -130,11 +129,10 @@ def _launch_backward(
     """Gradient of x, and those of weight and bias one behind the other, of no elements where not wanted."""
     rows, dim = x.shape
     grad_x = x.new_empty(rows, dim)
-    grad_parameters = weight.new_empty(2 * dim if parameter_grads else 0)
     if rows == 0:
-        return grad_x, grad_parameters.zero_()
+        return grad_x, weight.new_zeros(2 * dim if parameter_grads else 0)
 
-    def run(choice: tuning.Choice) -> None:
+    def run(choice: tuning.Choice) -> Tensor:
         tile = _tile(dim, x.dtype.itemsize, choice)
         programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(x.device).multiprocessors * choice["waves"])
         partial = x.new_empty(programs, 2 * dim, dtype=torch.float32) if parameter_grads else None
@@ -143,10 +141,9 @@ def _launch_backward(
                 grad_y, x, weight, bias, statistics, grad_x, partial, grad_y.stride(0), x.stride(0), rows,
                 FORMULA=FORMULAS[activation], **tile,
             )  # fmt: skip
-        if partial is not None:
-            sum_partials(partial, grad_parameters)
+        return weight.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
 
-    run(tuning.choose("layer_norm_act_backward", _shape_class(rows, dim), x.dtype, x.device, run))
+    grad_parameters = run(tuning.choose("layer_norm_act_backward", _shape_class(rows, dim), x.dtype, x.device, run))
     return grad_x, grad_parameters
 
 

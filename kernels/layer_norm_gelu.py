@@ -18,7 +18,7 @@ slower than cuBLAS's, and the error function's arithmetic runs while the tensor 
 multiprocessor.
 
 Kept for backward: residual' (or x), mean and rstd, and, with an activation, pre. The normalised rows are not: where the
-weight gradient needs them the LayerNorm kernel makes them again, a pass of 2 D a token.
+weight gradient needs them LayerNorm's backward, which has them in registers, writes them: D values a token.
 
 Ba, Kiros & Hinton 2016, arXiv:1607.06450; Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
@@ -82,30 +82,29 @@ def launch_forward(x, residual, norm, weight, bias, activation, keep_pre) -> tup
 
 def launch_backward(
     grad_pre, grad_sum, summed, statistics, norm, weight, x_dtype, residual_dtype, inputs, norm_grads, weight_grad
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, x, norm's weight and bias, and weight, from that of pre [rows, F].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, x, the norm's weight and bias (rows of one tensor) and weight, from that of pre [rows, F].
 
     Those not asked for have no elements; that of x has none where it is, value and dtype, that of residual.
     """
-    grad_weight = weight.new_empty(0)
-    if weight_grad:
-        rows = summed
-        if norm is not None:
-            _, rows, _ = layer_norm._launch_forward(summed, None, *norm[:2], None, None, norm[2], y_dtype=weight.dtype)
-        grad_weight = grad_pre.t() @ as_rows(rows)
+    rows = summed
     if not (inputs or norm_grads):
-        return *_no_input_gradients(summed, weight), grad_weight
-    grad_rows = (grad_pre @ weight).view(summed.shape)
-    if norm is None:
-        return grad_rows, *_no_input_gradients(summed, weight)[1:], grad_weight
-    *grads, _ = layer_norm._launch_backward(
-        grad_rows, grad_sum, summed, None, norm[0], None, None, statistics, x_dtype, residual_dtype, norm_grads
-    )
-    return *grads, grad_weight
+        grads = _no_input_gradients(summed)
+        if norm is not None and weight_grad:
+            _, rows, _ = layer_norm._launch_forward(summed, None, *norm[:2], None, None, norm[2], y_dtype=weight.dtype)
+    elif norm is None:
+        grads = ((grad_pre @ weight).view(summed.shape), *_no_input_gradients(summed)[1:])
+    else:
+        rows = torch.empty(summed.shape, dtype=weight.dtype, device=summed.device) if weight_grad else None
+        grads = layer_norm._launch_backward(
+            (grad_pre @ weight).view(summed.shape), grad_sum, summed, None, norm[0], None, None, statistics, x_dtype,
+            residual_dtype, norm_grads, bias=norm[1], y=rows,
+        )  # fmt: skip
+    return *grads, grad_pre.t() @ as_rows(rows) if weight_grad else weight.new_empty(0)
 
 
-def _no_input_gradients(summed: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return summed.new_empty(0), summed.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+def _no_input_gradients(summed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return summed.new_empty(0), summed.new_empty(0), summed.new_empty(0, dtype=torch.float32)
 
 
 def empty_outputs(x, residual, norm_weight, weight, activation, keep_pre) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,15 +120,15 @@ def empty_outputs(x, residual, norm_weight, weight, activation, keep_pre) -> tup
 
 def empty_gradients(
     summed, norm_weight, weight, x_dtype, residual_dtype, inputs, norm_grads, weight_grad
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `launch_backward` returns, uninitialised."""
-    grad_weight = weight.new_empty(weight.shape if weight_grad else 0)
     if not (inputs or norm_grads):
-        return *_no_input_gradients(summed, weight), grad_weight
-    if norm_weight is None:
-        return summed.new_empty(summed.shape), *_no_input_gradients(summed, weight)[1:], grad_weight
-    *grads, _ = layer_norm._empty_gradients(summed, None, norm_weight, None, None, x_dtype, residual_dtype, norm_grads)
-    return *grads, grad_weight
+        grads = _no_input_gradients(summed)
+    elif norm_weight is None:
+        grads = summed.new_empty(summed.shape), *_no_input_gradients(summed)[1:]
+    else:
+        grads = layer_norm._empty_gradients(summed, None, norm_weight, None, None, x_dtype, residual_dtype, norm_grads)
+    return *grads, weight.new_empty(weight.shape if weight_grad else 0)
 
 
 def as_norm(norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float) -> Norm | None:
@@ -187,7 +186,7 @@ def _layer_norm_linear_backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """wanted: gradients of the inputs, the norm, the weight, the bias."""
     *hidden_wanted, bias_wanted = wanted
     grad_pre = as_rows(grad_out)
@@ -233,8 +232,7 @@ def _layer_norm_linear_autograd(ctx, grad_sum, _statistics, _pre, grad_out):
         grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, ctx.eps, weight, ctx.activation,
         *ctx.dtypes, wanted,
     )  # fmt: skip
-    grad_x, grad_residual, grad_norm_weight, grad_norm_bias, grad_weight = sort_gradients(ctx, grads)
-    grads = (grad_x, grad_residual, grad_norm_weight, grad_norm_bias, None, grad_weight, grad_bias)
+    grads = (*sort_gradients(ctx, norm_weight, grads), grad_bias)
     return *needed(ctx, grads), None, None
 
 
@@ -246,12 +244,16 @@ def gradients_of_the_sum(ctx, grad_sum: Tensor | None) -> tuple[Tensor | None, T
     return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
 
 
-def sort_gradients(ctx, grads) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """From the order of `launch_backward` to that of the operators: x, residual, norm, weight."""
-    grad_residual, grad_x, *others = grads
+def sort_gradients(ctx, norm_weight: Tensor | None, grads) -> tuple[Tensor | None, ...]:
+    """From those of `launch_backward` to those of the operators' inputs: x, residual, norm's weight, bias and eps,
+    weight."""
+    grad_residual, grad_x, norm_grads, grad_weight = grads
     if ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
-    return grad_x, grad_residual, *others
+    grad_norm_weight, grad_norm_bias = None, None
+    if norm_grads.numel():
+        grad_norm_weight, grad_norm_bias, _ = layer_norm.split_parameter_gradients(norm_grads, norm_weight)
+    return grad_x, grad_residual, grad_norm_weight, grad_norm_bias, None, grad_weight
 
 
 def needed(ctx, grads) -> list[Tensor | None]:

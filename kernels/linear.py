@@ -45,7 +45,6 @@ from fastvit.kernels.gelu import (
     activate_with_slope,
     as_rows,
     launch_backward,
-    sum_partials,
     without_autocast,
 )
 from fastvit.kernels.operators import operator
@@ -354,7 +353,6 @@ def launch_linear_activation_backward(
         return launch_backward(grad_y, pre, None, activation, bias_grad=bias_grad, with_y=with_y, grad_x=grad_y)
     grad_pre = torch.empty_like(pre)
     y = pre.new_empty(pre.shape if with_y else (0, units))
-    grad_bias = pre.new_empty(units if bias_grad else 0)
     row_tiles = cdiv(rows, choice["rows"])
     partial = pre.new_empty(row_tiles, units, dtype=torch.float32) if bias_grad else None
     tiles = row_tiles * cdiv(units, choice["columns"])
@@ -370,9 +368,7 @@ def launch_linear_activation_backward(
         else:
             programs = min(tiles, choice["persistent"] * tuning.describe(pre.device).multiprocessors)
             _linear_activation_bwd_persistent[(programs,)](*described, *outputs, rows, programs, **settings)
-    if partial is not None:
-        sum_partials(partial, grad_bias)
-    return grad_pre, grad_bias, y
+    return grad_pre, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype), y
 
 
 def launch_linear_residual(

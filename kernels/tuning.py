@@ -75,10 +75,11 @@ TABLE = (
         {"elements": 40, "num_warps": 8},
         {"elements": 16, "num_warps": 4},
     )),
-    # waves: programs a multiprocessor; each adds up weight gradients over its rows, and writes them once.
-    # Backward holds five such sets of values: 24 fit (128 registers, four programs a multiprocessor), 40 took 254.
+    # waves: programs a multiprocessor; each adds up weight gradients over its rows, and writes them once. No more than
+    # fit on it at a time: the others would run afterwards, alone.
+    # Backward holds five such sets of values: 24 fit (164 registers, three programs a multiprocessor), 40 took 254.
     Rule("layer_norm_backward", None, None, None, (
-        {"elements": 24, "num_warps": 4, "waves": 4},
+        {"elements": 24, "num_warps": 4, "waves": 3},
         {"elements": 24, "num_warps": 4, "waves": 2},
         {"elements": 24, "num_warps": 8, "waves": 2},
         {"elements": 16, "num_warps": 4, "waves": 4},
@@ -104,10 +105,10 @@ TABLE = (
         {"rows": 8, "columns": 256, "num_warps": 4},
         {"rows": 16, "columns": 256, "num_warps": 8},
     )),
-    # Sums of the bias gradient stay in registers: 16 a thread. waves: as in layer_norm_backward.
+    # Sums of the bias gradient stay in registers: 16 a thread. waves: as in layer_norm_backward; five programs fit.
     Rule("activation_backward", None, None, None, (
-        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 8},
         {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4},
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 8},
         {"rows": 16, "columns": 256, "num_warps": 8, "waves": 4},
     )),
     # elements: the most values of a row that one thread holds, and then num_warps: the fewest warps of a program.

@@ -304,7 +304,14 @@ def test_gradients_where_only_one_output_is_used(used, scales):
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
-    monkeypatch.setattr(kernels, "_sum_programs", None)  # the second stage of weight gradients
+    launch, parameter_grads = kernels._launch_backward, []
+
+    def spy(*args, **kwargs):
+        grads = launch(*args, **kwargs)
+        parameter_grads.append(grads[2])
+        return grads
+
+    monkeypatch.setattr(kernels, "_launch_backward", spy)
     inputs = inputs_of(2, 9, 48)
     x = inputs["x"].requires_grad_()
     summed, y = add_layer_norm(**inputs, eps=EPS)
@@ -312,6 +319,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     assert x.grad is not None
     assert inputs["weight"].grad is None
     assert inputs["residual"].grad is None
+    assert [grads.numel() for grads in parameter_grads] == [0]
 
 
 def test_the_branch_and_the_residual_share_one_gradient_where_they_are_equal():

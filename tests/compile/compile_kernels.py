@@ -81,7 +81,8 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def layer_norm_cases(quick: bool) -> Iterator[Case]:
-    """Plain, with residual, with all options; rows in one piece and strided; every dtype, and autocast's mixture."""
+    """Plain, with residual (and y again in backward), with all options; rows in one piece and strided; every dtype, and
+    autocast's mixture."""
     for dim in (192, 768, 1280) if quick else WIDTHS:
         for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
             x, residual = meta(256, 197, dim, dtype=dtype), meta(256, 197, dim, dtype=dtype)
@@ -94,13 +95,15 @@ def layer_norm_cases(quick: bool) -> Iterator[Case]:
                 f"add {size}",
                 lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a),
             )
-            yield f"add {size}", lambda a=(x, residual, x, *backward): layer_norm._launch_backward(*a)
+            again = {"bias": vector, "y": meta(256, 197, dim, dtype=dtype)}  # as a product's weight gradient wants them
+            yield f"add {size}", lambda a=(x, residual, x, *backward), k=again: layer_norm._launch_backward(*a, **k)
         x, residual = meta(256, 197, dim, dtype=torch.bfloat16), meta(256, 197, dim)
         vector, factors, statistics = meta(dim), meta(256), meta(2, 256 * 197)
         size = f"{dim} bfloat16+float32"
         yield f"add {size}", lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a)
         arguments = (residual, residual, residual, None, vector, None, None, statistics, x.dtype, residual.dtype, True)
-        yield f"add {size}", lambda a=arguments: layer_norm._launch_backward(*a)
+        again = {"bias": vector, "y": x}
+        yield f"add {size}", lambda a=arguments, k=again: layer_norm._launch_backward(*a, **k)
         scales = (vector, factors)
         yield f"scaled {size}", lambda a=(x, residual, vector, vector, *scales, 1e-6): layer_norm._launch_forward(*a)
         arguments = (residual, residual, residual, x, vector, *scales, statistics, x.dtype, residual.dtype, True)
