@@ -40,6 +40,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
@@ -841,23 +842,22 @@ def _launch_forward(query: Tensor, key: Tensor, value: Tensor, call: Call) -> tu
     query, key, value = map(_readable, (query, key, value))
     mask, mask_strides = _mask_arguments(call.mask)
     keep_scale = 1.0 / (1.0 - call.dropout_p) if call.dropout_p < 1.0 else 0.0
-    arguments = (
-        query, key, value, mask, call.cu_seqlens, call.seed, out, lse,
+    tensors = (query, key, value, mask, call.cu_seqlens, call.seed, out, lse)
+    numbers = (
         *_strides(query), *_strides(key), *_strides(value), *mask_strides,
         sizes.heads, sizes.rows, sizes.queries, sizes.keys, call.scale, call.dropout_p, keep_scale,
     )  # fmt: skip
-
     programs = sizes.batch * sizes.heads
 
     def run(choice: tuning.Choice) -> None:
-        with torch.cuda.device_of(query):
-            if "piece" in choice:
-                tile = _short_forward_tile(sizes, call, choice)
-                grid = (programs * cdiv(sizes.queries, tile["ROWS"] * tile["BLOCKS"]),)
-                _attention_fwd_short[grid](*arguments, **tile)
-            else:
-                tile = _loop_tile(sizes, call, **choice)
-                _attention_fwd_long[(programs * cdiv(sizes.queries, tile["ROWS"]),)](*arguments, **tile)
+        if "piece" in choice:
+            tile = _short_forward_tile(sizes, call, choice)
+            grid = (programs * cdiv(sizes.queries, tile["ROWS"] * tile["BLOCKS"]),)
+            launch(_attention_fwd_short, grid, tensors, numbers, tile)
+        else:
+            tile = _loop_tile(sizes, call, **choice)
+            grid = (programs * cdiv(sizes.queries, tile["ROWS"]),)
+            launch(_attention_fwd_long, grid, tensors, numbers, tile)
 
     run(tuning.choose("attention_forward", _shape(sizes, call), query.dtype, query.device, run))
     return out, lse
@@ -882,29 +882,29 @@ def _launch_backward(
     strides = (*_strides(query), *_strides(key), *_strides(value), *_strides(grad_out), *mask_strides)
     grad_query, grad_key, grad_value = grads
     counts = (sizes.heads, sizes.rows, sizes.queries, sizes.keys)
-    numbers = (grad_query.stride(-3), *counts, call.scale, call.dropout_p, keep_scale)
+    numbers = (*strides, grad_query.stride(-3), *counts, call.scale, call.dropout_p, keep_scale)
     programs = sizes.batch * sizes.heads
 
     def run(choice: tuning.Choice) -> None:
-        with torch.cuda.device_of(query):
-            if "keys_per_warp" in choice:
-                _attention_bwd_short[(programs,)](
-                    query, key, value, out, grad_out, *inputs, *grads, None if grad_mask is None else delta,
-                    *strides, *numbers, **_short_backward_tile(sizes, call, choice),
-                )  # fmt: skip
-                return
-            # First by queries, which also computes the delta that the second reads.
-            rows, keys, num_warps, num_stages = (choice[name] for name in ("rows", "keys", "num_warps", "num_stages"))
-            tile = _loop_tile(sizes, call, rows, keys, num_warps, num_stages)
-            _attention_bwd_query[(programs * cdiv(sizes.queries, tile["ROWS"]),)](
-                query, key, value, out, grad_out, *inputs, grad_query, delta, *strides, *numbers, **tile
+        if "keys_per_warp" in choice:
+            tile = _short_backward_tile(sizes, call, choice)
+            outputs = (*grads, None if grad_mask is None else delta)
+            launch(
+                _attention_bwd_short, (programs,), (query, key, value, out, grad_out, *inputs, *outputs), numbers, tile
             )
-            rows, keys, num_warps = (choice[f"key_value_{name}"] for name in ("rows", "keys", "warps"))
-            tile = _loop_tile(sizes, call, rows, keys, num_warps, num_stages)
-            del tile["MASKED"]
-            _attention_bwd_key_value[(programs * cdiv(sizes.keys, tile["KEYS"]),)](
-                query, key, value, grad_out, *inputs, delta, grad_key, grad_value, *strides, *numbers, **tile
-            )
+            return
+        # First by queries, which also computes the delta that the second reads.
+        rows, keys, num_warps, num_stages = (choice[name] for name in ("rows", "keys", "num_warps", "num_stages"))
+        tile = _loop_tile(sizes, call, rows, keys, num_warps, num_stages)
+        grid = (programs * cdiv(sizes.queries, tile["ROWS"]),)
+        tensors = (query, key, value, out, grad_out, *inputs, grad_query, delta)
+        launch(_attention_bwd_query, grid, tensors, numbers, tile)
+        rows, keys, num_warps = (choice[f"key_value_{name}"] for name in ("rows", "keys", "warps"))
+        tile = _loop_tile(sizes, call, rows, keys, num_warps, num_stages)
+        del tile["MASKED"]
+        grid = (programs * cdiv(sizes.keys, tile["KEYS"]),)
+        tensors = (query, key, value, grad_out, *inputs, delta, grad_key, grad_value)
+        launch(_attention_bwd_key_value, grid, tensors, numbers, tile)
 
     run(tuning.choose("attention_backward", _shape(sizes, call), query.dtype, query.device, run))
     if grad_mask is not None:
@@ -927,11 +927,11 @@ def _launch_mask_backward(grad_mask, tensors, strides, sizes: Sizes, call: Call,
         partial = grad_mask
         if splits > 1 or grad_mask.shape != full:
             partial = grad_mask.new_empty(splits, *full, dtype=torch.float32)
-        with torch.cuda.device_of(grad_mask):
-            _attention_bwd_mask[(tiles * splits,)](
-                *tensors, partial, *strides, sizes.batch, sizes.heads, sizes.rows, sizes.queries, sizes.keys,
-                mask_batch, mask_heads, splits, call.scale, call.dropout_p, keep_scale, **tile,
-            )  # fmt: skip
+        numbers = (
+            *strides, sizes.batch, sizes.heads, sizes.rows, sizes.queries, sizes.keys,
+            mask_batch, mask_heads, splits, call.scale, call.dropout_p, keep_scale,
+        )  # fmt: skip
+        launch(_attention_bwd_mask, (tiles * splits,), (*tensors, partial), numbers, tile)
         if partial is not grad_mask:
             grad_mask.copy_(partial.sum(0).sum_to_size(grad_mask.shape))
 
@@ -1122,8 +1122,7 @@ def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, 
     if kept.numel():
         rows, cols = 16, 64
         grid = (batch * heads * cdiv(queries, rows) * cdiv(keys, cols),)
-        with torch.cuda.device_of(seed):
-            _dropout_mask[grid](seed, kept, queries, keys, dropout_p, ROWS=rows, KEYS=cols)
+        launch(_dropout_mask, grid, (seed, kept), (queries, keys, dropout_p), {"ROWS": rows, "KEYS": cols})
     return kept
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
@@ -185,8 +186,7 @@ def launch_forward(x: Tensor, bias: Tensor | None, activation: str, out: Tensor 
     def run(choice: tuning.Choice, out: Tensor) -> None:
         tile = _tile(dim, choice)
         grid = (cdiv(dim, tile["COLS"]) * cdiv(rows, tile["ROWS"]),)
-        with torch.cuda.device_of(x):
-            _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile, **formula)
+        launch(_activation_fwd, grid, (x, bias, out), (x.stride(0), rows), tile | formula)
 
     key = ("activation_forward", _shape_class(rows, dim), x.dtype, x.device)
     run(tuning.choose(*key, lambda choice: run(choice, torch.empty_like(out))), out)  # x is not to be lost to timing
@@ -223,11 +223,8 @@ def launch_backward(
         most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
         programs = min(cdiv(rows, tile["ROWS"]), most)
         partial = x.new_empty(programs, width, dtype=torch.float32) if bias_grad else None
-        with torch.cuda.device_of(x):
-            _activation_bwd[(columns, programs)](
-                grad_y, x, bias, grad_x, y if with_y else None, partial, grad_y.stride(0), x.stride(0), rows,
-                **tile, **formula,
-            )  # fmt: skip
+        tensors = (grad_y, x, bias, grad_x, y if with_y else None, partial)
+        launch(_activation_bwd, (columns, programs), tensors, (grad_y.stride(0), x.stride(0), rows), tile | formula)
         return x.new_empty(0, dtype=bias_dtype) if partial is None else partial.sum(0).to(bias_dtype)
 
     key = ("activation_backward", _shape_class(rows, dim), x.dtype, x.device)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
@@ -261,11 +262,9 @@ def _launch_forward(
 
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, dtype.itemsize, choice)
-        with torch.cuda.device_of(x):
-            _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](
-                x, residual, weight, bias, scale, row_scale, None if residual is None else summed,
-                None if statistics_only else y, statistics, *strides, rows, inner, eps, **tile,
-            )  # fmt: skip
+        outputs = (None if residual is None else summed, None if statistics_only else y, statistics)
+        tensors = (x, residual, weight, bias, scale, row_scale, *outputs)
+        launch(_layer_norm_fwd, (cdiv(rows, tile["ROWS"]),), tensors, (*strides, rows, inner, eps), tile)
 
     run(tuning.choose("layer_norm_forward", _shape(rows, dim), dtype, x.device, run))
     return summed, y, statistics
@@ -295,11 +294,9 @@ def _launch_backward(
         partial = None
         if parameter_grads:
             partial = torch.empty(len(grad_parameters), programs, dim, dtype=torch.float32, device=summed.device)
-        with torch.cuda.device_of(summed):
-            _layer_norm_bwd[(programs,)](
-                grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics,
-                grad_residual, grad_x if grad_x.numel() else None, y, partial, *strides, rows, inner, **tile,
-            )  # fmt: skip
+        outputs = (grad_residual, grad_x if grad_x.numel() else None, y, partial)
+        tensors = (grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, *outputs)
+        launch(_layer_norm_bwd, (programs,), tensors, (*strides, rows, inner), tile)
         return grad_parameters if partial is None else partial.sum(1)
 
     grad_parameters = run(tuning.choose("layer_norm_backward", _shape(rows, dim), summed.dtype, summed.device, run))

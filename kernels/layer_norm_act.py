@@ -26,6 +26,7 @@ from fastvit.kernels.gelu import (
     as_rows,
     check_activation,
 )
+from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
@@ -112,11 +113,9 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activat
     statistics = x.new_empty(2, rows, dtype=torch.float32)
 
     def run(choice: tuning.Choice) -> None:
-        tile = _tile(dim, x.dtype.itemsize, choice)
-        with torch.cuda.device_of(x):
-            _layer_norm_act_fwd[(cdiv(rows, tile["ROWS"]),)](
-                x, weight, bias, y, statistics, x.stride(0), rows, eps, FORMULA=FORMULAS[activation], **tile
-            )
+        tile = {"FORMULA": FORMULAS[activation], **_tile(dim, x.dtype.itemsize, choice)}
+        grid = (cdiv(rows, tile["ROWS"]),)
+        launch(_layer_norm_act_fwd, grid, (x, weight, bias, y, statistics), (x.stride(0), rows, eps), tile)
 
     if rows:
         run(tuning.choose("layer_norm_act_forward", _shape_class(rows, dim), x.dtype, x.device, run))
@@ -136,11 +135,9 @@ def _launch_backward(
         tile = _tile(dim, x.dtype.itemsize, choice)
         programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(x.device).multiprocessors * choice["waves"])
         partial = x.new_empty(programs, 2 * dim, dtype=torch.float32) if parameter_grads else None
-        with torch.cuda.device_of(x):
-            _layer_norm_act_bwd[(programs,)](
-                grad_y, x, weight, bias, statistics, grad_x, partial, grad_y.stride(0), x.stride(0), rows,
-                FORMULA=FORMULAS[activation], **tile,
-            )  # fmt: skip
+        tensors = (grad_y, x, weight, bias, statistics, grad_x, partial)
+        numbers = (grad_y.stride(0), x.stride(0), rows)
+        launch(_layer_norm_act_bwd, (programs,), tensors, numbers, {"FORMULA": FORMULAS[activation], **tile})
         return weight.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
 
     grad_parameters = run(tuning.choose("layer_norm_act_backward", _shape_class(rows, dim), x.dtype, x.device, run))

@@ -47,6 +47,7 @@ from fastvit.kernels.gelu import (
     launch_backward,
     without_autocast,
 )
+from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv
 
@@ -316,13 +317,13 @@ def launch_linear(
     stride_residual = 0 if residual is None else residual.stride(0)
     outputs = (residual, pre if keep_pre else None, out)
     settings = {"UNITS": units, "DEPTH": depth, "FORMULA": activation and FORMULAS[activation], **_tile(choice)}
+    if norm is not None or None in described:
+        tensors = (x, weight, bias, *(norm or (None, None, None)), *outputs)
+        launch(_linear_fwd, (tiles,), tensors, (x.stride(0), stride_residual, rows), settings)
+        return pre, out
+    programs = min(tiles, choice["persistent"] * tuning.describe(x.device).multiprocessors)
     with torch.cuda.device_of(x):
-        if norm is not None or None in described:
-            norm = norm or (None, None, None)
-            _linear_fwd[(tiles,)](x, weight, bias, *norm, *outputs, x.stride(0), stride_residual, rows, **settings)
-        else:
-            programs = min(tiles, choice["persistent"] * tuning.describe(x.device).multiprocessors)
-            _linear_fwd_persistent[(programs,)](*described, bias, *outputs, stride_residual, rows, programs, **settings)
+        _linear_fwd_persistent[(programs,)](*described, bias, *outputs, stride_residual, rows, programs, **settings)
     return pre, out
 
 
@@ -362,11 +363,12 @@ def launch_linear_activation_backward(
     )
     outputs = (pre, grad_pre, y if with_y else None, partial)
     settings = {"UNITS": units, "DEPTH": weight.shape[0], "FORMULA": FORMULAS[activation], **_tile(choice)}
-    with torch.cuda.device_of(pre):
-        if None in described:
-            _linear_activation_bwd[(tiles,)](grad_out, weight, *outputs, grad_out.stride(0), rows, **settings)
-        else:
-            programs = min(tiles, choice["persistent"] * tuning.describe(pre.device).multiprocessors)
+    if None in described:
+        tensors = (grad_out, weight, *outputs)
+        launch(_linear_activation_bwd, (tiles,), tensors, (grad_out.stride(0), rows), settings)
+    else:
+        programs = min(tiles, choice["persistent"] * tuning.describe(pre.device).multiprocessors)
+        with torch.cuda.device_of(pre):
             _linear_activation_bwd_persistent[(programs,)](*described, *outputs, rows, programs, **settings)
     return grad_pre, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype), y
 

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
@@ -336,23 +337,6 @@ def _patch_embed_tokens_bwd(
             tl.store(grad_cls_ptr + at, projected_sum.to(grad_cls_ptr.dtype.element_ty), unit_mask)
 
 
-@triton.jit
-def _sum_patches(
-    sums_ptr, out_ptr,                             # [N, D] float32 -> [D]
-    tokens, hidden,
-    PREFIX: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
-):  # fmt: skip
-    """The second stage: sum over the patch tokens."""
-    units = tl.program_id(0) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    acc = tl.zeros((BLOCK_TOKENS, BLOCK_HIDDEN), tl.float32)
-    for start in range(PREFIX, tokens, BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
-        mask = (token < tokens)[:, None] & (units < hidden)[None, :]
-        acc += tl.load(sums_ptr + token[:, None] * hidden + units[None, :], mask, other=0.0)
-    tl.store(out_ptr + units, tl.sum(acc, 0).to(out_ptr.dtype.element_ty), units < hidden)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,16 +468,15 @@ def _launch_forward(
 
     def run(tile: tuning.Choice) -> None:
         grid = (cdiv(total_rows, tile["rows"]) * cdiv(hidden, tile["columns"]),)
-        with torch.cuda.device_of(pixels):
-            _patch_embed_fwd[grid](
-                *operands,
-                total_rows=total_rows,
-                tokens=tokens,
-                PREFIX=prefix,
-                **geometry,
-                **normalization,
-                **_matrix_options(tile, "ROWS", "HIDDEN", "K"),
-            )
+        named = {
+            "total_rows": total_rows,
+            "tokens": tokens,
+            "PREFIX": prefix,
+            **geometry,
+            **normalization,
+            **_matrix_options(tile, "ROWS", "HIDDEN", "K"),
+        }
+        launch(_patch_embed_fwd, grid, operands, named=named)
 
     shape = _shape(total_rows, hidden, weight)
     run(tuning.choose("patch_embed_forward", shape, weight.dtype, pixels.device, run))
@@ -525,33 +508,22 @@ def _launch_weight_backward(
         split_patches = _split_patches(total_patches, tiles, tile["depth"])
         splits = cdiv(total_patches, split_patches)
         partial = torch.empty(splits, hidden, size_k, dtype=torch.float32, device=pixels.device)
-        with torch.cuda.device_of(pixels):
-            _patch_embed_weight_bwd[(splits * tiles,)](
-                grad_out,
-                pixels,
-                mask_bytes,
-                partial,
-                stride_grad_batch=grad_out.stride(0),
-                stride_grad_token=grad_out.stride(1),
-                total_patches=total_patches,
-                patches=patches,
-                split_patches=split_patches,
-                PREFIX=grad_out.shape[1] - patches,
-                **geometry,
-                **normalization,
-                **_matrix_options(tile, "HIDDEN", "K", "ROWS"),
-            )
-            _sum_weight_splits[(cdiv(hidden * size_k, SUM_BLOCK),)](
-                partial,
-                grad_weight,
-                splits,
-                hidden * size_k,
-                geometry["CHANNELS"],
-                geometry["PATCH_HEIGHT"],
-                geometry["PATCH_WIDTH"],
-                geometry["CHANNELS_LAST"],
-                BLOCK=SUM_BLOCK,
-            )
+        named = {
+            "stride_grad_batch": grad_out.stride(0),
+            "stride_grad_token": grad_out.stride(1),
+            "total_patches": total_patches,
+            "patches": patches,
+            "split_patches": split_patches,
+            "PREFIX": grad_out.shape[1] - patches,
+            **geometry,
+            **normalization,
+            **_matrix_options(tile, "HIDDEN", "K", "ROWS"),
+        }
+        launch(_patch_embed_weight_bwd, (splits * tiles,), (grad_out, pixels, mask_bytes, partial), named=named)
+        order = {name: geometry[name] for name in ("CHANNELS", "PATCH_HEIGHT", "PATCH_WIDTH", "CHANNELS_LAST")}
+        grid = (cdiv(hidden * size_k, SUM_BLOCK),)
+        numbers = (splits, hidden * size_k)
+        launch(_sum_weight_splits, grid, (partial, grad_weight), numbers, {**order, "BLOCK": SUM_BLOCK})
 
     shape = _shape(hidden * cdiv(total_patches, 4096), size_k, weight)  # splits sum over 4096 patches or more
     run(tuning.choose("patch_embed_weight", shape, weight.dtype, pixels.device, run))
@@ -575,20 +547,16 @@ def _launch_pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, ma
 
     def run(tile: tuning.Choice) -> None:
         grid = (cdiv(total_patches, tile["rows"]) * cdiv(size_k, tile["columns"]),)
-        with torch.cuda.device_of(pixels):
-            _patch_embed_pixels_bwd[grid](
-                grad_out,
-                weight_matrix,
-                mask_bytes,
-                view,
-                stride_grad_batch=grad_out.stride(0),
-                stride_grad_token=grad_out.stride(1),
-                total_patches=total_patches,
-                patches=patches,
-                PREFIX=grad_out.shape[1] - patches,
-                **geometry,
-                **_matrix_options(tile, "ROWS", "K", "HIDDEN"),
-            )
+        named = {
+            "stride_grad_batch": grad_out.stride(0),
+            "stride_grad_token": grad_out.stride(1),
+            "total_patches": total_patches,
+            "patches": patches,
+            "PREFIX": grad_out.shape[1] - patches,
+            **geometry,
+            **_matrix_options(tile, "ROWS", "K", "HIDDEN"),
+        }
+        launch(_patch_embed_pixels_bwd, grid, (grad_out, weight_matrix, mask_bytes, view), named=named)
 
     shape = _shape(total_patches, size_k, weight)
     run(tuning.choose("patch_embed_pixels", shape, weight.dtype, pixels.device, run))
@@ -608,33 +576,22 @@ def _launch_tokens_backward(
     batch, tokens, hidden = grad_out.shape
     if batch == 0:
         return tuple(grad.zero_() for grad in grads)
-    grad_bias, grad_cls, grad_pos, grad_mask_token = (grad if grad.numel() else None for grad in grads)
+    grad_bias, grad_cls, grad_pos, grad_mask_token = grads
     grad_out = _row_major(grad_out)
     mask = _mask_bytes(mask)
     projected = torch.empty(tokens, hidden, dtype=torch.float32, device=grad_out.device)
     masked = None if mask is None else torch.empty_like(projected)
-    with torch.cuda.device_of(grad_out):
-        block_hidden = min(256, next_power_of_2(hidden))
-        _patch_embed_tokens_bwd[(tokens, cdiv(hidden, block_hidden))](
-            grad_out,
-            mask,
-            grad_pos,
-            grad_cls,
-            projected,
-            masked,
-            stride_grad_batch=grad_out.stride(0),
-            stride_grad_token=grad_out.stride(1),
-            batch=batch,
-            tokens=tokens,
-            hidden=hidden,
-            PREFIX=prefix,
-            BLOCK_PICTURES=16,
-            BLOCK_HIDDEN=block_hidden,
-        )
-        for sums, grad in ((projected, grad_bias), (masked, grad_mask_token)):
-            if sums is not None and grad is not None:
-                _sum_patches[(cdiv(hidden, 32),)](sums, grad, tokens, hidden, prefix, BLOCK_TOKENS=64, BLOCK_HIDDEN=32)
-    return grads
+    block_hidden = min(256, next_power_of_2(hidden))
+    outputs = (grad_pos if grad_pos.numel() else None, grad_cls if grad_cls.numel() else None, projected, masked)
+    named = {"PREFIX": prefix, "BLOCK_PICTURES": 16, "BLOCK_HIDDEN": block_hidden}
+    numbers = (grad_out.stride(0), grad_out.stride(1), batch, tokens, hidden)
+    grid = (tokens, cdiv(hidden, block_hidden))
+    launch(_patch_embed_tokens_bwd, grid, (grad_out, mask, *outputs), numbers, named)
+    if bias_dtype is not None:
+        grad_bias = projected[prefix:].sum(0).to(bias_dtype)
+    if masked is not None and mask_token_dtype is not None:
+        grad_mask_token = masked[prefix:].sum(0).to(mask_token_dtype).view(grad_mask_token.shape)
+    return grad_bias, grad_cls, grad_pos, grad_mask_token
 
 
 def _empty_token_gradients(

@@ -33,6 +33,7 @@ from torch import Tensor
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import FORMULAS, activate, check_activation
+from fastvit.kernels.launch import launch
 from fastvit.kernels.layer_norm import MAX_DIM, _chunk, _row_offsets, _rows, _tile
 from fastvit.kernels.operators import operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
@@ -164,10 +165,9 @@ def _launch_activation(x: Tensor, bias: Tensor | None, activation: str | None) -
 
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, x.dtype.itemsize, choice)
-        with torch.cuda.device_of(x):
-            _activation_e4m3[(cdiv(rows, tile["ROWS"]),)](
-                x, bias, values, scale, *strides, rows, inner, FORMULA=formula, **tile
-            )
+        grid = (cdiv(rows, tile["ROWS"]),)
+        numbers = (*strides, rows, inner)
+        launch(_activation_e4m3, grid, (x, bias, values, scale), numbers, {"FORMULA": formula, **tile})
 
     run(tuning.choose("activation_fp8", _shape(rows, dim), x.dtype, x.device, run))
     return values, scale
@@ -187,11 +187,8 @@ def _launch_layer_norm(
 
     def run(choice: tuning.Choice) -> None:
         tile = _tile(dim, dtype.itemsize, choice)
-        with torch.cuda.device_of(x):
-            _layer_norm_e4m3[(cdiv(rows, tile["ROWS"]),)](
-                x, residual, weight, bias, None if residual is None else summed, values, scale, *strides,
-                rows, inner, eps, **tile,
-            )  # fmt: skip
+        tensors = (x, residual, weight, bias, None if residual is None else summed, values, scale)
+        launch(_layer_norm_e4m3, (cdiv(rows, tile["ROWS"]),), tensors, (*strides, rows, inner, eps), tile)
 
     run(tuning.choose("layer_norm_fp8", _shape(rows, dim), dtype, x.device, run))
     return summed, values, scale

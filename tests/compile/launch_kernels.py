@@ -2,19 +2,20 @@
 
 The interpreter takes any Python for a kernel, and `compile_kernels.py` hands the compiler its arguments by itself. Only
 this goes the whole way of a call on a GPU, up to the driver: how the launcher binds what it is given, and which
-language this version of Triton compiles. Prints a line for each call that fails; exit code 1 if one did.
+language this version of Triton compiles. Each launch is made three times: by Triton, and twice by our `launch`, which
+must hand the driver what Triton did. Prints a line for each call that fails; exit code 1 if one did.
 """
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
 
 import torch
 from torch import Tensor
 
-from fastvit.benchmarks.bench_host import launch_nothing
+from fastvit.benchmarks.bench_host import NoDevice, launch_nothing
 from fastvit.kernels import (
     attention,
     feed_forward,
@@ -27,10 +28,37 @@ from fastvit.kernels import (
     quantize,
     tuning,
 )
+from fastvit.kernels.launch import launch
 
-launch_nothing()
 EPS = 1e-6
 failures: list[str] = []
+given: list[tuple[object, ...]] = []  # to the driver: a binary's launcher, and its arguments
+
+
+class Recording(NoDevice):
+    class launcher_cls(NoDevice.launcher_cls):
+        def __call__(self, *arguments: object) -> None:
+            given.append((self, *arguments))
+
+
+def launch_three_times(
+    kernel, grid: tuple[int, ...], tensors: Sequence, numbers: Sequence = (), named: Mapping = {}
+) -> None:
+    given.clear()
+    kernel[grid](*tensors, *numbers, **named)
+    launch(kernel, grid, tensors, numbers, named)
+    launch(kernel, grid, tensors, numbers, named)
+    first, *others = given
+    for other in others:
+        for index, (expected, found) in enumerate(zip(first, other, strict=True)):
+            is_metadata = index == 7  # made anew for each launch
+            if not (is_metadata or found is expected or (not isinstance(found, Tensor) and found == expected)):
+                raise AssertionError(f"{kernel.__name__}: the driver was given {found} for {expected}, number {index}")
+
+
+launch_nothing(Recording())
+for module in (attention, gelu, layer_norm, layer_norm_act, linear, patch_embed, quantize):
+    module.launch = launch_three_times
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -82,6 +110,21 @@ def call_rows(dtype: torch.dtype, dim: int = 768) -> None:
     call(f"swiglu {dtype}", gelu.swiglu, x, vector)
 
 
+def call_unlike(dtype: torch.dtype) -> None:
+    """Sizes and addresses that are multiples of 16, or not, or 1: another binary each."""
+    for shape in ((2, 197, 100), (1, 1, 768), (16, 16, 768), (1, 16, 1)):
+        x, vector = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype)
+        call(f"layer_norm {shape} {dtype}", layer_norm.layer_norm, x, vector, vector, EPS)
+        call(f"bias_gelu {shape} {dtype}", gelu.bias_gelu, x, vector)
+    x, vector = random(2, 197, 769, dtype=dtype).detach()[..., 1:].requires_grad_(), random(768, dtype=dtype)
+    aligned = random(2, 197, 769, dtype=dtype).detach()[..., :768].requires_grad_()  # of the same strides
+    for name, rows in {"aligned": aligned, "one value further": x}.items():
+        call(f"layer_norm, {name}, {dtype}", layer_norm.layer_norm, rows, vector, vector, EPS)
+        call(f"bias_gelu, {name}, {dtype}", gelu.bias_gelu, rows, vector)
+        heads = rows.view(2, 197, 12, 64)
+        call(f"attention, {name}, {dtype}", attention.attention, heads, heads, heads)
+
+
 def call_products(dtype: torch.dtype, what: str, dim: int = 768) -> None:
     x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
     sizes = ((4 * dim, dim), (4 * dim,), (dim, 4 * dim))
@@ -125,6 +168,7 @@ def main() -> int:
     for dtype in (torch.bfloat16, torch.float32):
         call_attention(dtype)
         call_rows(dtype)
+        call_unlike(dtype)
         call_products(dtype, str(dtype))
         call_patch_embed(dtype, str(dtype))
         call_fp8(dtype)
