@@ -43,6 +43,7 @@ from fastvit.errors import InputError
 from fastvit.features import Features, blocks_to_take
 from fastvit.inspection import check_checkpoint, read_config
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pack, pictures_of
+from fastvit.reference import Affine, BlockWeights
 from fastvit.side_by_side import as_one, lay_side_by_side
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
@@ -72,7 +73,6 @@ def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)  # the last is what an export shows the model instead
-Affine = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 def plain_tensors(module: nn.Module, kind: type[nn.Module]) -> Affine | None:
@@ -100,9 +100,14 @@ def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return layer(x) if tensors is None else ops.linear(x, *tensors)
 
 
+def drops_nothing(layer: nn.Module) -> bool:
+    """Whether `layer` is an unhooked nn.Dropout that gives what it is given: no call for it."""
+    return is_own(layer, nn.Dropout) and not (layer.training and layer.p)
+
+
 def apply_dropout(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), which is x itself where an unhooked nn.Dropout is not training: no call for it."""
-    return layer(x) if layer.training or type(layer) is not nn.Dropout or is_hooked(layer) else x
+    """layer(x)."""
+    return x if drops_nothing(layer) else layer(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -389,12 +394,8 @@ class ViTSelfAttention(nn.Module):
         tensors = [plain_tensors(layer, nn.Linear) for layer in layers]
         projections = [pair for pair in tensors if pair is not None]
         if len(projections) < len(layers):
-            return self.by_heads([apply_linear(layer, hidden_states) for layer in layers])
-        return self.by_heads(project(hidden_states, projections))
-
-    def by_heads(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Each [B, N, D] as [B, N, heads, head_dim]."""
-        return tuple([tensor.unflatten(-1, (self.num_heads, self.head_dim)) for tensor in tensors])
+            return by_heads([apply_linear(layer, hidden_states) for layer in layers], self.num_heads)
+        return by_heads(project(hidden_states, projections), self.num_heads)
 
     def _apply(self, *args: Any, **kwargs: Any) -> ViTSelfAttention:
         """Part of `.to`, `.half` and the like, which make new tensors."""
@@ -413,6 +414,11 @@ class ViTSelfAttention(nn.Module):
         if all(is_plain(layer, nn.Linear) for layer in layers):
             for tensors in zip(*(layer.parameters() for layer in layers), strict=True):
                 lay_side_by_side(tensors)
+
+
+def by_heads(tensors: Sequence[Tensor], num_heads: int) -> tuple[Tensor, ...]:
+    """Each [B, N, D] as [B, N, heads, head_dim]."""
+    return tuple([tensor.unflatten(-1, (num_heads, -1)) for tensor in tensors])
 
 
 def project(x: Tensor, projections: Sequence[Affine]) -> Sequence[Tensor]:
@@ -510,15 +516,11 @@ def drop_path_rates(config: ViTConfig) -> list[float]:
 class PlainParts(NamedTuple):
     """A block whose parts nothing watches or replaces: what `ViTLayer.fused` computes it from."""
 
-    attention: ViTSelfAttention
-    norm_before: tuple[Tensor, Tensor, float]  # weight, bias, epsilon
-    projections: tuple[Affine, Affine, Affine]  # query, key, value
-    output: Affine
-    attention_dropout: nn.Module
-    norm_after: tuple[Tensor, Tensor, float]
-    first: Affine
+    weights: BlockWeights
+    num_heads: int
     activation: str
-    second: Affine
+    attention_dropout_prob: float
+    attention_dropout: nn.Module
     dropout: nn.Module
 
 
@@ -576,28 +578,32 @@ class ViTLayer(GradientCheckpointingLayer):
         self, parts: PlainParts, hidden_states: Tensor, residual: Tensor | None, attention_mask: Mask
     ) -> tuple[Tensor, Tensor]:
         """The same block as few operations, each with the LayerNorm before it: returns the branch and the residual."""
-        attention, norm = parts.attention, parts.norm_before
-        dropout_p = attention.dropout_prob if self.training else 0.0
+        weights, heads = parts.weights, parts.num_heads
+        norm, projections = weights.norm_before, weights[1:4]
+        dropout_p = parts.attention_dropout_prob if self.training else 0.0
+        drops = dropout_p or not drops_nothing(parts.attention_dropout) or (self.training and self.drop_path_rate)
+        if attention_mask is None and not drops and ops.has_whole_blocks(hidden_states, heads, parts.activation):
+            branch, residual = ops.transformer_block(hidden_states, residual, weights, heads, parts.activation)
+            return apply_dropout(parts.dropout, branch), residual
         if ops.has_kernels(hidden_states):
-            projection = joined(parts.projections)
+            projection = joined(projections)
             if residual is None:
                 residual, qkv = hidden_states, ops.layer_norm_linear(hidden_states, *norm, *projection)
             else:
                 residual, qkv = ops.add_layer_norm_linear(hidden_states, residual, *norm, *projection)
-            heads = attention.num_heads
             context = attend(ops.attention_packed, qkv, mask=attention_mask, num_heads=heads, dropout_p=dropout_p)
         else:
             if residual is None:
                 residual, normed = hidden_states, ops.layer_norm(hidden_states, *norm)
             else:
                 residual, normed = ops.add_layer_norm(hidden_states, residual, *norm)
-            query, key, value = attention.by_heads(project(normed, parts.projections))
+            query, key, value = by_heads(project(normed, projections), heads)
             context = attend(ops.attention, query, key, value, mask=attention_mask, dropout_p=dropout_p)
-        branch = apply_dropout(parts.attention_dropout, ops.linear(context, *parts.output))
+        branch = apply_dropout(parts.attention_dropout, ops.linear(context, *weights.output))
         branch = self.drop_path(branch, attention_mask)
-        linears = (*parts.first, *parts.second)
+        linears = (*weights.first, *weights.second)
         residual, branch = ops.add_layer_norm_feed_forward(
-            branch, residual, *parts.norm_after, *linears, parts.activation
+            branch, residual, *weights.norm_after, *linears, parts.activation
         )
         return self.drop_path(apply_dropout(parts.dropout, branch), attention_mask), residual
 
@@ -637,18 +643,10 @@ class ViTLayer(GradientCheckpointingLayer):
         after: Any = plain_tensors(own["layernorm_after"], LayerNorm)
         if not (query and key and value and projection and first and second and before and after):
             return None
-        return PlainParts(
-            attention,
-            (*before, own["layernorm_before"].eps),
-            (query, key, value),
-            projection,
-            output._modules["dropout"],
-            (*after, own["layernorm_after"].eps),
-            first,
-            intermediate.activation,
-            second,
-            last._modules["dropout"],
-        )
+        norms = (*before, own["layernorm_before"].eps), (*after, own["layernorm_after"].eps)
+        weights = BlockWeights(norms[0], query, key, value, projection, norms[1], first, second)
+        dropouts = attention.dropout_prob, output._modules["dropout"], last._modules["dropout"]
+        return PlainParts(weights, attention.num_heads, intermediate.activation, *dropouts)
 
     def feed_forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]: one operation where nothing watches or replaces its parts."""

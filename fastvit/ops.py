@@ -25,7 +25,7 @@ import torch
 from fastvit import reference
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
-from fastvit.watchers import is_transformed
+from fastvit.watchers import is_transformed, is_watched
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,6 +52,7 @@ KERNELS = {
     "bias_gelu_fp8": "quantize",
     "linear_fp8": "quantize",
     "swiglu": "gelu",
+    "transformer_block": "transformer_block",
 }
 
 
@@ -246,6 +247,34 @@ def _triton_runs() -> bool:
     return why_not_triton_anywhere() is None
 
 
+def has_whole_blocks(x: torch.Tensor, num_heads: int, activation: str) -> bool:
+    """Whether our kernels are to compute all of a block on tokens like `x` [B, N, D], so that `transformer_block` may
+    take it whole."""
+    if not has_kernels(x) or is_watched():
+        return False
+    facts = x.device.type, x.device.index, x.dtype, _threshold(x.shape[1])
+    return _has_whole_blocks(_backend, *facts, x.shape[2] // num_heads, activation)
+
+
+@functools.cache
+def _has_whole_blocks(
+    asked: str,
+    device_type: str,
+    device_index: int | None,
+    dtype: torch.dtype,
+    keys: int,
+    head_dim: int,
+    activation: str,
+) -> bool:
+    if _lacks_head_dim(head_dim) or activation not in ACTIVATIONS_WITH_KERNELS:
+        return False
+    facts = device_type, device_index, dtype
+    parts = ("layer_norm_linear", "add_layer_norm_linear", "attention_packed", "add_layer_norm_feed_forward")
+    if any(why_not_triton(part, *facts) for part in parts):
+        return False
+    return asked == "triton" or all(_runs_on_triton(part, asked, *facts, None, keys) for part in parts)
+
+
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
@@ -262,6 +291,10 @@ def _head_dim(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> st
 def _packed_head_dim(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any) -> str | None:
     is_flat = qkv.dim() == (3 if cu_seqlens is None else 2)
     return _lacks_head_dim(qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1])
+
+
+def _block(x: Any, residual: Any, weights: Any, num_heads: int, activation: str = "gelu") -> str | None:
+    return _activation(activation) or _lacks_head_dim(x.shape[-1] // num_heads)
 
 
 def _keys(query: Any, key: Any, *args: Any, max_seqlen: int | None = None, **kwargs: Any) -> int:
@@ -294,6 +327,7 @@ linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are floa
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 swiglu = _chosen(reference.swiglu)
+transformer_block = _chosen(reference.transformer_block, lacks=_block)
 join_tokens = reference.join_tokens
 linear = reference.linear
 normalize_pixels = reference.normalize_pixels

@@ -46,6 +46,12 @@ def lie_side_by_side(tensors: Sequence[Tensor]) -> bool:
     return end <= storage.data_ptr() + storage.nbytes()
 
 
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.cat(tensors) of one shape, without a copy where that can be."""
+    one = as_one(tensors)
+    return torch.cat(tuple(tensors)) if one is None else one
+
+
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """torch.cat(tensors) of one shape without a copy, or None where that cannot be: they must lie side by side, and no
     gradient be recorded."""

@@ -1126,6 +1126,10 @@ def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, 
     return kept
 
 
+def takes_head_dim(dim: int) -> bool:
+    return MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM and dim % 8 == 0
+
+
 def _autocast(tensor: Tensor) -> Tensor:
     device = tensor.device.type
     if tensor.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -1181,7 +1185,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None,
             raise ValueError(f"max_seqlen: expected the tokens of the largest picture, got {max_seqlen}")
         key_shape = query.shape
     dim = query.shape[-1]
-    if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM or dim % 8:
+    if not takes_head_dim(dim):
         raise ValueError(
             f"query: expected a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}"
         )

@@ -14,6 +14,8 @@ def check_tensor(
     name: str, tensor: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> None:
     """Raise ValueError, with the argument, what was expected and what was given, unless the tensor is as it must be."""
+    if tensor.shape == shape and tensor.dtype in dtypes and tensor.device == device:
+        return
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:

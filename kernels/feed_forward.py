@@ -94,15 +94,12 @@ def _feed_forward_backward(
     """wanted: gradients of the inputs, the norm, weight1, bias1, weight2, bias2. summed: x where there is no norm."""
     *hidden_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
     grad_rows = as_rows(grad_out)
-    grad_weight2, grad_bias2 = weight2.new_empty(0), weight2.new_empty(0)
-    if bias2_wanted:
-        grad_bias2 = grad_rows.sum(0)
+    grad_bias2 = grad_rows.sum(0) if bias2_wanted else weight2.new_empty(0)
     grad_pre, grad_bias1, hidden = linear.linear_activation_backward(
         grad_rows, weight2.contiguous(), pre, activation, bias_grad=bias1_wanted, with_y=weight2_wanted
     )
-    if weight2_wanted:
-        grad_weight2 = grad_rows.t() @ hidden
-        del hidden  # F values a token, and the largest temporaries are still to come
+    grad_weight2 = grad_rows.t() @ hidden if weight2_wanted else weight2.new_empty(0)
+    del hidden  # F values a token, and the largest temporaries are still to come
     norm = as_norm(norm_weight, norm_bias, eps)
     grads = launch_backward(
         grad_pre, grad_sum, summed, statistics, norm, weight1, x_dtype, residual_dtype, *hidden_wanted

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MOST = 4096  # launches to remember: batches of pictures of different sizes bring ever new numbers
 
@@ -21,15 +21,15 @@ _remembered: dict[tuple, tuple[Any, tuple]] = {}  # a compiled kernel, and the l
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    tensors: Sequence[Any],
+    tensors: Sequence[Tensor | None],
     numbers: Sequence[float] = (),
     named: Mapping[str, Any] = {},
 ) -> None:
-    """kernel[grid](*tensors, *numbers, **named) on the device of the first tensor; others may be None.
+    """kernel[grid](*tensors, *numbers, **named) on the device of the first tensor, which is not None.
 
     named: what follows in the kernel's signature, and compile options such as num_warps; no tensors.
     """
-    device = tensors[0].device
+    device = tensors[0].device  # type: ignore[union-attr]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, named)
@@ -37,12 +37,11 @@ def launch(
     key: list[Any] = [id(kernel), device]
     addresses = 0
     for tensor in tensors:
-        kind = type(tensor)
-        if kind is Tensor or kind is nn.Parameter:
+        if tensor is None:
+            key.append(None)
+        else:
             key.append(tensor.dtype)
             addresses |= tensor.data_ptr()
-        else:
-            key.append(kind)
     # A kernel is compiled for addresses that are multiples of 16, or for any. On AMD's GPUs sizes of memory count too.
     remembers = addresses % 16 == 0 and torch.version.hip is None
     if remembers:

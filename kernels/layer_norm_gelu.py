@@ -48,9 +48,10 @@ def launch_choice(
 
     x, residual: [..., D]; pre, out: [rows, F].
     """
-    summed, statistics = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     on_the_way = norm is not None and bool(choice["fused"] and choice["normalize"])
-    if norm is not None:
+    if norm is None:
+        summed, statistics = x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    else:
         norm_weight, norm_bias, eps = norm
         summed, normalized, statistics = layer_norm._launch_forward(
             x, residual, norm_weight, norm_bias, None, None, eps, y_dtype=weight.dtype, statistics_only=on_the_way

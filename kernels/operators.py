@@ -7,7 +7,7 @@ Python takes longer than a small kernel does on a GPU (`benchmarks/NOTES.md` has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
 
 from fastvit.watchers import is_watched
+
+
+def wants_operators(values: Sequence[Any]) -> bool:
+    """Whether somebody follows operations on these, some of which are tensors, and so must be shown operators."""
+    if is_watched() or torch._C._len_torch_dispatch_stack():
+        return True
+    for value in values:
+        kind = type(value)
+        if not (kind is Tensor or kind is nn.Parameter) and isinstance(value, Tensor):  # fake, sharded, quantised, ...
+            return True
+    return False
 
 
 class Operator:
