@@ -122,21 +122,22 @@ def passes(model: nn.Module) -> dict[str, Callable[[], object]]:
 
 
 def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of each provider and pass, in turn."""
+    """Milliseconds of each provider and pass: ten of a kind, as a loop has them, and all kinds in turn."""
     with_kernels = importlib.util.find_spec("triton") is not None
     if with_kernels:
         launch_nothing()
     steps = {(provider, name): step for provider, model in models().items() for name, step in passes(model).items()}
     milliseconds: dict[str, dict[str, list[float]]] = {}
-    for number in range(rounds + 3):  # compiling, warming up
+    for number in range(1 + rounds):  # the first to compile and to warm up
         for (provider, name), step in steps.items():
             backend = fastvit.backend("triton") if with_kernels and provider == "fastvit" else contextlib.nullcontext()
             with backend:
-                start = time.perf_counter()
-                step()
-                took = 1e3 * (time.perf_counter() - start)
-            if number >= 3:
-                milliseconds.setdefault(provider, {}).setdefault(name, []).append(took)
+                for _ in range(10):
+                    start = time.perf_counter()
+                    step()
+                    took = 1e3 * (time.perf_counter() - start)
+                    if number:
+                        milliseconds.setdefault(provider, {}).setdefault(name, []).append(took)
     return milliseconds
 
 
@@ -162,7 +163,7 @@ def run(settings: Settings, tick: Callable[[str], object] = lambda what: None) -
     tick("compiling for an H100 that is not there")
     failure, milliseconds = None, {}
     try:
-        milliseconds = in_its_own_process(10 if settings.quick else 300)
+        milliseconds = in_its_own_process(1 if settings.quick else 30)
     except RuntimeError as error:
         failure = describe(error)
     for provider in PROVIDERS:
