@@ -30,7 +30,13 @@ from fastvit.benchmarks.harness import (
 from fastvit.errors import InputError
 from fastvit.info import device_name
 
-KERNELS = ("bench_layer_norm", "bench_patch_embed", "bench_attention", "bench_layer_norm_gelu")
+KERNELS = (
+    "bench_layer_norm",
+    "bench_patch_embed",
+    "bench_attention",
+    "bench_layer_norm_gelu",
+    "bench_transformer_block",
+)
 MODELS = ("bench_model", "bench_quantize")
 SUITES = {
     "kernels": "each operation beside PyTorch, compilers and other kernels",

@@ -278,8 +278,10 @@ def _has_whole_blocks(
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
-def _activation(*args: Any, **kwargs: Any) -> str | None:
-    return None if args[-1] in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {args[-1]!r}"
+def _activation(*args: Any, activation: str | None = None, **kwargs: Any) -> str | None:
+    """The last of the arguments, "gelu" where it is left out."""
+    name = activation or (args[-1] if isinstance(args[-1], str) else "gelu")
+    return None if name in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {name!r}"
 
 
 def _head_dim(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> str | None:

@@ -139,9 +139,9 @@ def transformer_block(
     """(branch, h), of which the next block's residual' is the sum.
 
     x: [B, N, D], float32, bfloat16 or float16; residual: of x's shape, its dtype may be another, or None.
-    weights: see `fastvit.reference.BlockWeights`; a norm's weight and bias are of one dtype, those of all linear layers
-        of another or the same, to which autocast casts them. The head dim, D / num_heads, is a multiple of 8 from 16 to
-        128. activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+    weights: see `fastvit.reference.BlockWeights`. Those of a norm are of one dtype, so are those of attention's linear
+        layers, and those of the feed-forward's; autocast casts all linear layers. The head dim, D / num_heads, is a
+        multiple of 8 from 16 to 128. activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     Raises ValueError for shapes, dtypes or devices that do not fit. Second derivatives are not supported.
     """
     _check(x, residual, weights, num_heads, activation)
@@ -187,11 +187,14 @@ def _check(x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads:
         weight, bias, _ = getattr(weights, name)
         check_tensor(f"weights.{name}", weight, (dim,), DTYPES, device)
         check_tensor(f"weights.{name}", bias, (dim,), (weight.dtype,), device)
-    dtypes = (weights.query[0].dtype,) if weights.query[0].dtype in DTYPES else DTYPES
-    shapes = {"first": (units, dim), "second": (dim, units)}
-    for name in ("query", "key", "value", "output", "first", "second"):
-        weight, bias = getattr(weights, name)
-        shape = shapes.get(name, (dim, dim))
-        check_tensor(f"weights.{name}", weight, shape, dtypes, device)
-        if bias is not None:
-            check_tensor(f"weights.{name}", bias, shape[:1], dtypes, device)
+    square = (dim, dim)
+    for first, parts in (
+        (weights.query[0], (("query", square), ("key", square), ("value", square), ("output", square))),
+        (weights.first[0], (("first", (units, dim)), ("second", (dim, units)))),
+    ):
+        dtypes = (first.dtype,) if first.dtype in DTYPES else DTYPES
+        for name, shape in parts:
+            weight, bias = getattr(weights, name)
+            check_tensor(f"weights.{name}", weight, shape, dtypes, device)
+            if bias is not None:
+                check_tensor(f"weights.{name}", bias, shape[:1], dtypes, device)

@@ -276,6 +276,22 @@ def test_the_model_compiles_as_one_graph(name):
 
 
 @needs_triton
+def test_the_activation_may_be_left_out_or_named():
+    x, square, vector = (
+        torch.randn(2, 32, device=DEVICE),
+        torch.randn(32, 32, device=DEVICE),
+        torch.randn(32, device=DEVICE),
+    )
+    block = (x, x, vector, vector, 1e-6, square, vector, square, vector)
+    with fastvit.backend("triton"):
+        _, plain = ops.add_layer_norm_feed_forward(*block)
+        _, named = ops.add_layer_norm_feed_forward(*block, activation="gelu")
+        with pytest.raises(fastvit.InputError, match="the kernel has no activation 'relu'"):
+            ops.add_layer_norm_feed_forward(*block, activation="relu")
+    assert torch.equal(plain, named)
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("changes", "whole"),
     [

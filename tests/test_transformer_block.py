@@ -131,6 +131,15 @@ def test_a_wide_residual_with_narrow_layers():
     assert (branch.dtype, h.dtype) == (torch.bfloat16, torch.float32)
 
 
+def test_a_wide_feed_forward_after_narrow_attention():
+    wide = inputs_of(2, 9, 64)
+    attention = ("x", "query", "key", "value", "output")
+    inputs = {
+        name: tensor.bfloat16() if name.partition("_")[0] in attention else tensor for name, tensor in wide.items()
+    }
+    assert_same(results(of(transformer_block), inputs), results(of(kernels._pieces), inputs))
+
+
 @DTYPES
 def test_the_same_bits_as_the_operations_it_is_made_of(dtype):
     inputs = inputs_of(2, 17, 64, dtype=dtype)
