@@ -585,8 +585,8 @@ class ViTLayer(GradientCheckpointingLayer):
         if attention_mask is None and not drops and ops.has_whole_blocks(hidden_states, heads, parts.activation):
             branch, residual = ops.transformer_block(hidden_states, residual, weights, heads, parts.activation)
             return apply_dropout(parts.dropout, branch), residual
-        if ops.has_kernels(hidden_states):
-            projection = joined(projections)
+        projection = joined(projections) if ops.has_kernels(hidden_states) else joined_in_memory(projections)
+        if projection is not None:
             if residual is None:
                 residual, qkv = hidden_states, ops.layer_norm_linear(hidden_states, *norm, *projection)
             else:

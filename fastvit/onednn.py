@@ -12,6 +12,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Iterator
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -112,56 +113,77 @@ def turn_off_after(error: BaseException) -> None:
         warnings.warn("oneDNN is off from now on: it goes on failing after it once lacked memory", stacklevel=2)
 
 
-# Scores that are computed at a time: few enough for the cache, enough for both cores; and the fewest worth the trouble,
-# in inference and in training, where backward gains more.
-SCORES_AT_A_TIME, FEWEST_SCORES, FEWEST_IN_TRAINING = 2**19, 2**17, 2**16
+# Scores that are computed at a time: few enough for the cache, enough for both cores. The fewest multiplications of
+# queries with keys that are worth the trouble, in inference and in training, where backward gains more.
+SCORES_AT_A_TIME, FEWEST_FOR_SCORES, FEWEST_IN_TRAINING = 2**19, 6 * 10**6, 2**21
 
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attention` computes this (shapes as there): bfloat16 of some size."""
-    batch, queries, heads, _ = query.shape
-    fewest = FEWEST_IN_TRAINING if torch.is_grad_enabled() else FEWEST_SCORES
+    fewest = FEWEST_IN_TRAINING if torch.is_grad_enabled() else FEWEST_FOR_SCORES
     return (
         can_take(query, key)
         and query.dtype == value.dtype == torch.bfloat16
         and key.shape[-1] == value.shape[-1]
-        and batch * heads * queries * key.shape[1] >= fewest
+        and query.numel() * key.shape[1] >= fewest
         and has_bfloat16()
     )
 
 
-kept = threading.local()
+Scratch = tuple[Tensor, Tensor, Tensor, Tensor]  # two of bfloat16, two of float32
 
 
-def scratch_of(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    halves = torch.empty(size, dtype=torch.bfloat16), torch.empty(size, dtype=torch.bfloat16)
-    return *halves, torch.empty(size), torch.empty(size)
+class Kept(threading.local):
+    """Each thread's scratch, 6 MB, and its views by shape: touching new memory takes longer than multiplying."""
 
-
-def scratch(size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Memory for `size` scores: two of bfloat16, two of float32.
-
-    What `SCORES_AT_A_TIME` needs, 6 MB, is kept for each thread: touching new memory takes longer than multiplying.
-    """
-    if size > SCORES_AT_A_TIME:
-        return scratch_of(size)
-    if not hasattr(kept, "scratch"):
+    def __init__(self) -> None:
         with torch.inference_mode(False):
-            kept.scratch = scratch_of(SCORES_AT_A_TIME)
-    return kept.scratch
+            self.memory = scratch_of(SCORES_AT_A_TIME)
+        self.views: dict[tuple[int, int, int], Scratch] = {}
 
 
-def pieces(query: Tensor, key: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+def scratch_of(*shape: int) -> Scratch:
+    halves = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
+    return *halves, torch.empty(shape), torch.empty(shape)
+
+
+kept: Kept | None = None
+
+
+def scratch(count: int, queries: int, keys: int) -> Scratch:
+    """Memory for the scores of so many heads, each [count, queries, keys]."""
+    global kept
+    size = count * queries * keys
+    if size > SCORES_AT_A_TIME:
+        return scratch_of(count, queries, keys)
+    kept = kept or Kept()
+    found = kept.views.get((count, queries, keys))
+    if found is None:
+        if len(kept.views) >= 64:  # pictures of ever new sizes
+            kept.views.clear()
+        with torch.inference_mode(False):
+            first, second, third, fourth = (part[:size].view(count, queries, keys) for part in kept.memory)
+        found = kept.views[count, queries, keys] = (first, second, third, fourth)
+    return found
+
+
+def pieces(query: Tensor, key: Tensor) -> Iterator[tuple[slice | EllipsisType, Scratch]]:
     """Some heads at a time, and the scratch for their scores, each [some of the heads, Nq, Nk].
 
     query: [B * heads, Nq, head_dim]; key: [B * heads, Nk, head_dim].
     """
-    each = query.shape[1] * key.shape[1]
-    count = min(len(query), max(1, SCORES_AT_A_TIME // each))
-    buffers = [buffer[: count * each].view(count, query.shape[1], -1) for buffer in scratch(count * each)]
-    for first in range(0, len(query), count):
-        size = min(count, len(query) - first)
-        yield slice(first, first + size), tuple(buffer[:size] for buffer in buffers)
+    heads, queries, keys = len(query), query.shape[1], key.shape[1]
+    count = max(1, SCORES_AT_A_TIME // (queries * keys))
+    if count >= heads:
+        yield ..., scratch(heads, queries, keys)
+        return
+    for first in range(0, heads, count):
+        size = min(count, heads - first)
+        yield slice(first, first + size), scratch(size, queries, keys)
+
+
+def part(x: Tensor, some: slice | EllipsisType) -> Tensor:
+    return x if some is ... else x[some]
 
 
 def exact_product(x: Tensor, y: Tensor, scale: float, rounded: Tensor, rest: Tensor, out: Tensor) -> Tensor:
@@ -202,14 +224,27 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
     """`attention` without derivatives; the probabilities are left in kept [B * heads, Nq, Nk], bfloat16."""
-    q, k, v = by_heads(query), by_heads(key), by_heads(value)
-    context = torch.empty_like(q)
-    for some, (rounded, rest, scores, _) in pieces(q, k):
-        probabilities = rounded if kept is None else kept[some]
-        exact_product(q[some], k[some].transpose(1, 2), scale, rounded, rest, out=scores)
-        torch.softmax(scores, -1, out=scores)
-        torch.bmm(probabilities.copy_(scores), v[some], out=context[some])
+    context = attend_by_heads(by_heads(query), by_heads(key), by_heads(value), scale, kept)
     return by_tokens(context, query).flatten(2)
+
+
+def attend_packed(qkv: Tensor, scale: float) -> Tensor:
+    """`attend` of qkv [B, N, 3, heads, head_dim], of which one copy is made."""
+    batch, tokens, _, heads, head_dim = qkv.shape
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, batch * heads, tokens, head_dim).unbind()
+    context = attend_by_heads(q, k, v, scale)
+    return context.view(batch, heads, tokens, head_dim).transpose(1, 2).flatten(2)
+
+
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
+    """`attend` of contiguous [B * heads, N, head_dim], which is what it returns."""
+    context = torch.empty_like(q)
+    for some, (rounded, rest, scores, exact) in pieces(q, k):
+        probabilities = rounded if kept is None else part(kept, some)
+        exact_product(part(q, some), part(k, some).transpose(1, 2), scale, rounded, rest, out=scores)
+        torch.softmax(scores, -1, out=exact)  # in place it takes a quarter longer
+        torch.bmm(probabilities.copy_(exact), part(v, some), out=part(context, some))
+    return context
 
 
 class Attention(torch.autograd.Function):
@@ -236,17 +271,19 @@ class Attention(torch.autograd.Function):
         q, k, v, g = (by_heads(x) for x in (query, key, value, grad.unflatten(-1, query.shape[2:])))
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for some, (rounded, rest, probabilities, scores) in pieces(q, k):
-            exact_product(g[some], v[some].transpose(1, 2), 1.0, rounded, rest, out=scores)
+            some_q, some_k, some_v, some_g = (part(x, some) for x in (q, k, v, g))
+            exact_product(some_g, some_v.transpose(1, 2), 1.0, rounded, rest, out=scores)
             if kept is None:
-                exact_product(q[some], k[some].transpose(1, 2), ctx.scale, rounded, rest, out=probabilities)
+                exact_product(some_q, some_k.transpose(1, 2), ctx.scale, rounded, rest, out=probabilities)
                 halves = rounded.copy_(torch.softmax(probabilities, -1, out=probabilities))
             else:
-                halves = kept[some]
+                halves = part(kept, some)
                 probabilities.copy_(halves)
-            torch.bmm(halves.transpose(1, 2), g[some], out=grad_v[some])
+            torch.bmm(halves.transpose(1, 2), some_g, out=part(grad_v, some))
             # From the gradient of the probabilities to that of the scores, which is a difference: in float32.
             torch._softmax_backward_data(scores, probabilities, -1, torch.float32, grad_input=scores)
             rounded.copy_(scores)
-            torch.baddbmm(grad_q[some], rounded, k[some], beta=0, alpha=ctx.scale, out=grad_q[some])
-            torch.baddbmm(grad_k[some], rounded.transpose(1, 2), q[some], beta=0, alpha=ctx.scale, out=grad_k[some])
+            some_grad_q, some_grad_k = part(grad_q, some), part(grad_k, some)
+            torch.baddbmm(some_grad_q, rounded, some_k, beta=0, alpha=ctx.scale, out=some_grad_q)
+            torch.baddbmm(some_grad_k, rounded.transpose(1, 2), some_q, beta=0, alpha=ctx.scale, out=some_grad_k)
         return by_tokens(grad_q, query), by_tokens(grad_k, key), by_tokens(grad_v, value), None

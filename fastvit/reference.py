@@ -435,6 +435,9 @@ def attention_packed(
             raise InputError("num_heads: expected the number of heads in qkv's last dimension, got None")
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     query, key, value = qkv.unbind(-3)
+    is_plain = mask is None and dropout_p == 0 and cu_seqlens is None
+    if is_plain and not torch.is_grad_enabled() and onednn.attends(query, key, value):
+        return onednn.attend_packed(qkv, query.shape[-1] ** -0.5 if scale is None else scale)
     return attention(
         query, key, value, scale=scale, dropout_p=dropout_p, mask=mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
     )
