@@ -438,7 +438,7 @@ def joined(projections: Sequence[Affine]) -> Affine:
 
 
 def joined_in_memory(projections: Sequence[Affine]) -> Affine | None:
-    """`joined` without a copy, where that can be: for inference, of tensors that lie side by side."""
+    """`joined` without a copy, where that can be: of tensors that lie side by side and get no gradient."""
     weights, biases = zip(*projections, strict=True)
     weight = as_one(weights)
     if weight is None or biases[0] is None:

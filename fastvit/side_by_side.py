@@ -1,7 +1,8 @@
 """Parameters that lie one after the other in memory: one tensor without a copy.
 
-Query, key and value are three weights in a checkpoint and one matrix product in a fast model. Training makes their
-concatenation anew at each step, as it must cut the gradient apart again; for inference it is a view.
+Query, key and value are three weights in a checkpoint and one matrix product in a fast model. Where autograd must cut
+the gradient of their concatenation apart, that is made anew at each step. Elsewhere it is a view: in inference, of frozen
+weights, and in an operation that computes the gradients itself.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """torch.cat(tensors) of one shape without a copy, or None where that cannot be: they must lie side by side, and no
-    gradient be recorded."""
-    if torch.is_grad_enabled() or is_watched() or not lie_side_by_side(tensors):
+    gradient of theirs be recorded."""
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if records or is_watched() or not lie_side_by_side(tensors):
         return None
     first = tensors[0].detach()  # else a later change of the parameter would make the view require a gradient
     rows, *rest = first.shape

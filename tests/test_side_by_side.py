@@ -141,6 +141,11 @@ def test_one_tensor_is_a_view_and_only_without_gradients():
         assert torch.equal(as_one(tensors[1:]), expected[4:])
     assert as_one(tensors) is None
     assert all(tensor.requires_grad and tensor.is_leaf for tensor in tensors)
+    frozen = [tensor.requires_grad_(False) for tensor in tensors]
+    assert torch.equal(as_one(frozen), expected)
+    x = torch.ones(5, requires_grad=True)
+    torch.nn.functional.linear(x, as_one(frozen)).sum().backward()
+    torch.testing.assert_close(x.grad, expected.sum(0))
 
 
 def test_neighbours_by_chance_are_not_one():
