@@ -1,8 +1,8 @@
 """Parameters that lie one after the other in memory: one tensor without a copy.
 
 Query, key and value are three weights in a checkpoint and one matrix product in a fast model. Where autograd must cut
-the gradient of their concatenation apart, that is made anew at each step. Elsewhere it is a view: in inference, of frozen
-weights, and in an operation that computes the gradients itself.
+the gradient of their concatenation apart, that is made anew at each step. Elsewhere it is a view: in inference, of
+frozen weights, and in an operation that computes the gradients itself.
 """
 
 from __future__ import annotations
