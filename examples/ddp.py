@@ -79,6 +79,7 @@ def main() -> None:
         accelerator.unwrap_model(model).save_pretrained(options.output_dir)
         processor.save_pretrained(options.output_dir)
     accelerator.print(f"saved: {options.output_dir} (trained by {accelerator.num_processes} processes)")
+    accelerator.wait_for_everyone()  # Gloo may hang where a process leaves right after it has gathered
     accelerator.end_training()
 
 
