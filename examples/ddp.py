@@ -79,7 +79,8 @@ def main() -> None:
         accelerator.unwrap_model(model).save_pretrained(options.output_dir)
         processor.save_pretrained(options.output_dir)
     accelerator.print(f"saved: {options.output_dir} (trained by {accelerator.num_processes} processes)")
-    accelerator.wait_for_everyone()  # Gloo may hang where a process leaves right after it has gathered
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()  # and gives Gloo's threads the time to let go of what was gathered: else they may hang
     accelerator.end_training()
 
 
