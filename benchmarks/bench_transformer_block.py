@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvit import ops
 from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
 from fastvit.reference import BlockWeights
-from fastvit.side_by_side import join
+from fastvit.side_by_side import joined
 
 EPS = 1e-6
 
@@ -74,8 +74,7 @@ def ours(x: Tensor, residual: Tensor, tensors: list[Tensor], heads: int) -> tupl
 @transformer_block.provider("fastvit in pieces", kernel="transformer_block")
 def pieces(x: Tensor, residual: Tensor, tensors: list[Tensor], heads: int) -> tuple[Tensor, Tensor]:
     weights = BlockWeights.of(tensors, EPS, EPS)
-    weight, bias = (join(tensors[first:8:2]) for first in (2, 3))  # of query, key and value
-    residual, qkv = ops.add_layer_norm_linear(x, residual, *weights.norm_before, weight, bias)
+    residual, qkv = ops.add_layer_norm_linear(x, residual, *weights.norm_before, *joined(weights[1:4]))
     branch = ops.linear(ops.attention_packed(qkv, num_heads=heads), *weights.output)
     linears = (*weights.first, *weights.second)
     h, branch = ops.add_layer_norm_feed_forward(branch, residual, *weights.norm_after, *linears)

@@ -44,7 +44,7 @@ from fastvit.features import Features, blocks_to_take
 from fastvit.inspection import check_checkpoint, read_config
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pack, pictures_of
 from fastvit.reference import Affine, BlockWeights
-from fastvit.side_by_side import as_one, lay_side_by_side
+from fastvit.side_by_side import joined, joined_in_memory, lay_side_by_side
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
 
@@ -427,24 +427,6 @@ def project(x: Tensor, projections: Sequence[Affine]) -> Sequence[Tensor]:
     if together is None and x.is_cpu:
         return [ops.linear(x, *tensors) for tensors in projections]
     return ops.linear(x, *(together or joined(projections))).chunk(len(projections), dim=-1)
-
-
-def joined(projections: Sequence[Affine]) -> Affine:
-    """Weight and bias of one linear layer that computes all of these."""
-    if together := joined_in_memory(projections):
-        return together
-    weights, biases = zip(*projections, strict=True)
-    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
-
-
-def joined_in_memory(projections: Sequence[Affine]) -> Affine | None:
-    """`joined` without a copy, where that can be: of tensors that lie side by side and get no gradient."""
-    weights, biases = zip(*projections, strict=True)
-    weight = as_one(weights)
-    if weight is None or biases[0] is None:
-        return None if weight is None else (weight, None)
-    bias = as_one(biases)
-    return None if bias is None else (weight, bias)
 
 
 class ViTSelfOutput(nn.Module):

@@ -27,9 +27,9 @@ from fastvit.modeling import (
     add_and_norm,
     is_hooked,
     is_plain,
-    joined,
 )
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pictures_of
+from fastvit.side_by_side import joined
 
 
 def quantize(model: ViTPreTrainedModel, kind: str) -> ViTPreTrainedModel:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastvit.reference import Affine
 from fastvit.watchers import is_watched
 
 
@@ -47,10 +48,22 @@ def lie_side_by_side(tensors: Sequence[Tensor]) -> bool:
     return end <= storage.data_ptr() + storage.nbytes()
 
 
-def join(tensors: Sequence[Tensor]) -> Tensor:
-    """torch.cat(tensors) of one shape, without a copy where that can be."""
-    one = as_one(tensors)
-    return torch.cat(tuple(tensors)) if one is None else one
+def joined(projections: Sequence[Affine]) -> Affine:
+    """Weight and bias of one linear layer that computes all of these."""
+    if together := joined_in_memory(projections):
+        return together
+    weights, biases = zip(*projections, strict=True)
+    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+
+
+def joined_in_memory(projections: Sequence[Affine]) -> Affine | None:
+    """`joined` without a copy, where that can be: of tensors that lie side by side and get no gradient."""
+    weights, biases = zip(*projections, strict=True)
+    weight = as_one(weights)
+    if weight is None or biases[0] is None:
+        return None if weight is None else (weight, None)
+    bias = as_one(biases)
+    return None if bias is None else (weight, bias)
 
 
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:

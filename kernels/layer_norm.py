@@ -278,15 +278,12 @@ def _launch_backward(
 
     y, like summed and contiguous: where the normalised rows are to be written again; it takes the norm's bias.
     """
+    grads = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
+    grad_residual, grad_x, grad_parameters = grads
     dim = summed.shape[-1]
     rows = summed.numel() // dim
     if rows == 0:
-        grads = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
         return tuple(grad.zero_() for grad in grads)
-    # As `_empty_gradients`, but for those that are summed up at the end.
-    grad_residual = torch.empty(summed.shape, dtype=residual_dtype, device=summed.device)
-    x_differs = scale is not None or row_scale is not None or x_dtype != residual_dtype
-    grad_x = torch.empty(summed.shape if x_differs else 0, dtype=x_dtype, device=summed.device)
     inner, (grad_y, grad_sum, summed, x), strides = _rows(grad_y, grad_sum, summed, x, per_sample=row_scale is not None)
 
     def run(choice: tuning.Choice) -> Tensor:
@@ -294,12 +291,11 @@ def _launch_backward(
         programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
         partial = None
         if parameter_grads:
-            kinds = 2 if x is None else 3
-            partial = torch.empty(kinds, programs, dim, dtype=torch.float32, device=summed.device)
-        outputs = (grad_residual, grad_x if x_differs else None, y, partial)
+            partial = grad_parameters.new_empty(len(grad_parameters), programs, dim)
+        outputs = (grad_residual, grad_x if grad_x.numel() else None, y, partial)
         tensors = (grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, *outputs)
         launch(_layer_norm_bwd, (programs,), tensors, (*strides, rows, inner), tile)
-        return weight.new_empty(0, dtype=torch.float32) if partial is None else partial.sum(1)
+        return grad_parameters if partial is None else partial.sum(1)
 
     grad_parameters = run(tuning.choose("layer_norm_backward", _shape(rows, dim), summed.dtype, summed.device, run))
     return grad_residual, grad_x, grad_parameters

@@ -29,7 +29,7 @@ from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
 from fastvit.kernels.layer_norm_gelu import as_norm, recorded
 from fastvit.kernels.operators import wants_operators
 from fastvit.reference import BlockWeights
-from fastvit.side_by_side import join
+from fastvit.side_by_side import joined
 
 
 def _attention_call(heads: Tensor) -> attention.Call:
@@ -48,7 +48,7 @@ def _ready(tensor: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 def _forward(x, residual, weights: BlockWeights, num_heads, activation, dtype, keep_pre):
     """branch and h, what backward needs of the rows, and of the weights."""
     norm_before, query, key, value, output, norm_after, first, second = weights
-    qkv = [None if part[0] is None else join(part) for part in zip(query, key, value, strict=True)]
+    qkv = joined((query, key, value))
     qkv, output, first, second = ([_ready(t, dtype) for t in affine] for affine in (qkv, output, first, second))
     norm_before, norm_after = as_norm(*norm_before), as_norm(*norm_after)
 
@@ -158,7 +158,7 @@ def transformer_block(
 
 def _pieces(x, residual, weights: BlockWeights, num_heads, activation) -> tuple[Tensor, Tensor]:
     """The same by the operations that a compiler, an export or a transform can follow."""
-    qkv = [None if part[0] is None else join(part) for part in zip(*weights[1:4], strict=True)]
+    qkv = joined(weights[1:4])
     if residual is None:
         residual, heads = x, layer_norm_gelu.layer_norm_linear(x, *weights.norm_before, *qkv)
     else:

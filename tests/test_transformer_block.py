@@ -1,7 +1,5 @@
 """The whole block as one operation: as exact as PyTorch's chain, and the same bits as the operations it is made of."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -293,5 +291,5 @@ def test_heads_and_activations_that_the_kernels_lack():
     with pytest.raises(ValueError, match="num_heads: expected D / num_heads to be a multiple of 8 from 16 to 128"):
         of(transformer_block, heads=4)(**inputs)
     with pytest.raises(ValueError, match="activation: expected one of gelu"):
-        of(partial(transformer_block), activation="relu")(**inputs)
+        of(transformer_block, activation="relu")(**inputs)
     assert of(ops.transformer_block, heads=4, activation="relu")(**inputs)[0].shape == (2, 9, 32)  # plain PyTorch
