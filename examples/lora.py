@@ -11,7 +11,7 @@ import argparse
 
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoImageProcessor, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
 from fastvit import ViTForImageClassification
 
@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="%(default)s")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="%(default)s")
     options = parser.parse_args()
+    set_seed(0)  # classifier and adapters are drawn before Trainer sets its own
 
     if options.data_dir:
         pictures = load_dataset("imagefolder", data_dir=options.data_dir)

@@ -9,7 +9,7 @@ Pictures for validation are those under validation/ (then the others are under t
 import argparse
 
 from datasets import load_dataset
-from transformers import AutoImageProcessor, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, Trainer, TrainingArguments, set_seed
 
 from fastvit import ViTForImageClassification  # was: from transformers import ViTForImageClassification
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="%(default)s")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="%(default)s")
     options = parser.parse_args()
+    set_seed(0)  # the classifier is drawn before Trainer sets its own
 
     if options.data_dir:
         pictures = load_dataset("imagefolder", data_dir=options.data_dir)
