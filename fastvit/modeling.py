@@ -425,7 +425,7 @@ def project(x: Tensor, projections: Sequence[Affine]) -> Sequence[Tensor]:
     """Each of these linear layers of x [..., D], from one matrix product unless a CPU had to copy the weights."""
     together = joined_in_memory(projections)
     if together is None and x.is_cpu:
-        return [ops.linear(x, *tensors) for tensors in projections]
+        return ops.linears(x, projections)
     return ops.linear(x, *(together or joined(projections))).chunk(len(projections), dim=-1)
 
 

@@ -1,9 +1,10 @@
-"""Matrix products on x86 processors by oneDNN, and attention made of them.
+"""Matrix products on x86 processors by oneDNN.
 
 In float32 PyTorch takes MKL's product, which needed about twice as long on one AMD EPYC with AVX-512 and 1.0 to 1.7
 times as long on another; on Intel's nobody compared them. The product is oneDNN's float32 one, no lower precision: its
 error against float64 is within 1.5 times MKL's. In bfloat16 PyTorch takes oneDNN too, but with GELU and bias as passes
-of their own, and attention as many small products. `torch.backends.mkldnn.flags(enabled=False)` turns all of it off.
+of their own, and under autocast with weights that are rounded into new memory at each step.
+`torch.backends.mkldnn.flags(enabled=False)` turns all of it off.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Iterator
-from types import EllipsisType
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastvit.watchers import is_watched
 
@@ -44,13 +45,12 @@ FEWEST_WEIGHTS, FEWEST_PRODUCTS = 2**18, 2**24  # either is enough
 
 
 def can_take(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are plain tensors of one dtype on a CPU that has the products, and nobody watches."""
+    """Whether these are plain tensors on a CPU that has the products, and nobody watches."""
     return (
         not is_watched()
         and type(x) in PLAIN
         and type(weight) in PLAIN
         and x.is_cpu
-        and x.dtype == weight.dtype
         and x.numel() > 0
         and torch._C._get_mkldnn_enabled()  # what torch.backends.mkldnn.enabled reads, four times as fast
         and is_there()
@@ -60,9 +60,9 @@ def can_take(x: Tensor, weight: Tensor) -> bool:
 def takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the product of these tensors is oneDNN's: float32 of some size, for which a call takes longer than MKL's,
     or bfloat16 when no gradient is recorded."""
-    if not can_take(x, weight) or torch.is_autocast_enabled("cpu"):
-        return False
     dtype = x.dtype
+    if dtype is not weight.dtype or torch.is_autocast_enabled("cpu") or not can_take(x, weight):
+        return False
     if dtype is torch.float32:
         return weight.numel() >= FEWEST_WEIGHTS or x.numel() * len(weight) >= FEWEST_PRODUCTS
     return dtype is torch.bfloat16 and not torch.is_grad_enabled() and has_bfloat16()
@@ -70,13 +70,27 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight^T + bias and its gradients, as torch.nn.functional.linear's; by oneDNN for what it `takes`."""
+    if rounds(x, weight):
+        return rounded_linear(x, None, weight, bias)
     if not takes(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if records(x, weight, bias):
         return Linear.apply(x, weight, bias)
     return product(x, weight, bias)
+
+
+def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Sequence[Tensor]:
+    """`linear` of x by each of these weights and biases: one product where autocast rounds them."""
+    weights, biases = zip(*layers, strict=True)
+    alike = len({bias is None for bias in biases}) == 1
+    if not (alike and all(rounds(x, weight) for weight in weights)):
+        return [linear(x, *layer) for layer in layers]
+    return rounded_linear(x, None, *weights, *biases).split([len(weight) for weight in weights], dim=-1)
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is recorded of what is computed from these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
@@ -113,177 +127,153 @@ def turn_off_after(error: BaseException) -> None:
         warnings.warn("oneDNN is off from now on: it goes on failing after it once lacked memory", stacklevel=2)
 
 
-# Scores that are computed at a time: few enough for the cache, enough for both cores. The fewest multiplications of
-# queries with keys that are worth the trouble, in inference and in training, where backward gains more.
-SCORES_AT_A_TIME, FEWEST_FOR_SCORES, FEWEST_IN_TRAINING = 2**19, 6 * 10**6, 2**21
+# ---------------------------------------------------------------------------------------------------------------------
+# Autocast: float32 weights that are rounded to bfloat16 for each product
+# ---------------------------------------------------------------------------------------------------------------------
+
+FEWEST_TO_ROUND = 2**14  # weights of a layer
 
 
-def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether `attention` computes this (shapes as there): bfloat16 of some size."""
-    fewest = FEWEST_IN_TRAINING if torch.is_grad_enabled() else FEWEST_FOR_SCORES
+def rounds(x: Tensor, weight: Tensor) -> bool:
+    """Whether autocast has this weight rounded to bfloat16, for a product that is oneDNN's."""
     return (
-        can_take(query, key)
-        and query.dtype == value.dtype == torch.bfloat16
-        and key.shape[-1] == value.shape[-1]
-        and query.numel() * key.shape[1] >= fewest
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") is torch.bfloat16
+        and weight.dtype is torch.float32
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and weight.numel() >= FEWEST_TO_ROUND
+        and can_take(x, weight)
         and has_bfloat16()
     )
 
 
-Scratch = tuple[Tensor, Tensor, Tensor, Tensor]  # two of bfloat16, two of float32
+class Rounded:
+    """Memory for weights in bfloat16, kept from one step to the next: touching new memory takes longer than rounding.
 
-
-class Kept(threading.local):
-    """Each thread's scratch, 6 MB, and its views by shape: touching new memory takes longer than multiplying."""
+    While no step uses it, a copy belongs to its weight, and goes when the weight does.
+    """
 
     def __init__(self) -> None:
-        with torch.inference_mode(False):
-            self.memory = scratch_of(SCORES_AT_A_TIME)
-        self.views: dict[tuple[int, int, int], Scratch] = {}
+        self.copies = WeakTensorKeyDictionary()
+
+    def take(self, weights: Sequence[Tensor]) -> Tensor:
+        """The weights [units, D], one below the other, in bfloat16."""
+        shape = (sum(len(weight) for weight in weights), weights[0].shape[1])
+        copy = self.copies.pop(weights[0], None)
+        if copy is None or copy.shape != shape:
+            copy = torch.empty(shape, dtype=torch.bfloat16)
+        return round_to(copy, weights)
+
+    def give_back(self, weights: Sequence[Tensor], copy: Tensor) -> None:
+        """For the next step, which may write to it: `.data`, as autograd would complain in the name of this one."""
+        self.copies[weights[0]] = copy.data
 
 
-def scratch_of(*shape: int) -> Scratch:
-    halves = torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape, dtype=torch.bfloat16)
-    return *halves, torch.empty(shape), torch.empty(shape)
+rounded = Rounded()
 
 
-kept: Kept | None = None
+class Scratch(threading.local):
+    """Each thread's memory for one weight in bfloat16 that is needed but a moment."""
+
+    memory: Tensor | None = None
+
+    def of(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns]"""
+        size = rows * columns
+        if self.memory is None or len(self.memory) < size:
+            with torch.inference_mode(False):
+                self.memory = torch.empty(size, dtype=torch.bfloat16)
+        return self.memory[:size].view(rows, columns)
 
 
-def scratch(count: int, queries: int, keys: int) -> Scratch:
-    """Memory for the scores of so many heads, each [count, queries, keys]."""
-    global kept
-    size = count * queries * keys
-    if size > SCORES_AT_A_TIME:
-        return scratch_of(count, queries, keys)
-    kept = kept or Kept()
-    found = kept.views.get((count, queries, keys))
-    if found is None:
-        if len(kept.views) >= 64:  # pictures of ever new sizes
-            kept.views.clear()
-        with torch.inference_mode(False):
-            first, second, third, fourth = (part[:size].view(count, queries, keys) for part in kept.memory)
-        found = kept.views[count, queries, keys] = (first, second, third, fourth)
-    return found
+scratch = Scratch()
 
 
-def pieces(query: Tensor, key: Tensor) -> Iterator[tuple[slice | EllipsisType, Scratch]]:
-    """Some heads at a time, and the scratch for their scores, each [some of the heads, Nq, Nk].
+def round_to(copy: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`copy` [units, D], with these weights one below the other."""
+    for part, weight in zip(copy.split([len(weight) for weight in weights]), weights, strict=True):
+        part.copy_(weight)
+    return copy
 
-    query: [B * heads, Nq, head_dim]; key: [B * heads, Nk, head_dim].
+
+def rounded_linear(x: Tensor, gelu: str | None, *weights_and_biases: Tensor | None) -> Tensor:
+    """gelu(x) @ weight^T + bias of some float32 layers side by side, as autocast rounds them, and first derivatives.
+
+    x: [..., D]; gelu: its form, or None to leave it out. All weights [units, D] come before all biases [units], or a
+    None for each. Returns [..., units of all] in bfloat16.
     """
-    heads, queries, keys = len(query), query.shape[1], key.shape[1]
-    count = max(1, SCORES_AT_A_TIME // (queries * keys))
-    if count >= heads:
-        yield ..., scratch(heads, queries, keys)
-        return
-    for first in range(0, heads, count):
-        size = min(count, heads - first)
-        yield slice(first, first + size), scratch(size, queries, keys)
+    x = x.to(torch.bfloat16)
+    if records(x, *weights_and_biases):
+        return RoundedLinear.apply(x, gelu, *weights_and_biases)
+    weights, biases = in_halves(weights_and_biases)
+    copy = round_to(scratch.of(sum(len(weight) for weight in weights), x.shape[-1]), weights)
+    return product(activated(x, gelu), copy, together(biases))
 
 
-def part(x: Tensor, some: slice | EllipsisType) -> Tensor:
-    return x if some is ... else x[some]
+def in_halves(weights_and_biases: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+    count = len(weights_and_biases) // 2
+    return weights_and_biases[:count], weights_and_biases[count:]
 
 
-def exact_product(x: Tensor, y: Tensor, scale: float, rounded: Tensor, rest: Tensor, out: Tensor) -> Tensor:
-    """x @ y * scale of bfloat16 as float32, in `out`; the others are scratch.
-
-    A bfloat16 product is rounded, to a hundredth of a score of 4: what was rounded off is computed by a second product,
-    of which oneDNN subtracts the first before it rounds. The sum of both is as good as a float32 product.
-    """
-    torch.baddbmm(rounded, x, y, beta=0, alpha=scale, out=rounded)
-    torch.baddbmm(rounded, x, y, beta=-1, alpha=scale, out=rest)
-    return out.copy_(rounded).add_(rest)
+def together(biases: Sequence[Any]) -> Tensor | None:
+    """One bias in bfloat16."""
+    if biases[0] is None:
+        return None
+    return (biases[0] if len(biases) == 1 else torch.cat(list(biases))).to(torch.bfloat16)
 
 
-def by_heads(x: Tensor) -> Tensor:
-    """[B, N, heads, head_dim] -> [B * heads, N, head_dim], a copy: of a view each product would make one."""
-    return x.transpose(1, 2).contiguous().view(-1, x.shape[1], x.shape[3])
+def activated(x: Tensor, gelu: str | None) -> Tensor:
+    return x if gelu is None else F.gelu(x, approximate=gelu)
 
 
-def by_tokens(x: Tensor, like: Tensor) -> Tensor:
-    """The way back, to the shape [B, N, heads, head_dim] of `like`."""
-    batch, tokens, heads, head_dim = like.shape
-    return x.view(batch, heads, tokens, head_dim).transpose(1, 2)
+class RoundedLinear(torch.autograd.Function):
+    """`rounded_linear` with derivatives; gelu(x) is computed again in backward, not kept.
 
-
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(query key^T * scale) value, many heads a product, and its first derivatives.
-
-    query: [B, Nq, heads, head_dim]; key, value: [B, Nk, heads, head_dim]; bfloat16. scale: 1 / sqrt(head_dim) if None.
-    Returns [B, Nq, heads * head_dim].
-
-    PyTorch's own multiplies 64 queries of one head at a time, too little work for a call.
-    """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return Attention.apply(query, key, value, scale)
-    return attend(query, key, value, scale)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
-    """`attention` without derivatives; the probabilities are left in kept [B * heads, Nq, Nk], bfloat16."""
-    context = attend_by_heads(by_heads(query), by_heads(key), by_heads(value), scale, kept)
-    return by_tokens(context, query).flatten(2)
-
-
-def attend_packed(qkv: Tensor, scale: float) -> Tensor:
-    """`attend` of qkv [B, N, 3, heads, head_dim], of which one copy is made."""
-    batch, tokens, _, heads, head_dim = qkv.shape
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, batch * heads, tokens, head_dim).unbind()
-    context = attend_by_heads(q, k, v, scale)
-    return context.view(batch, heads, tokens, head_dim).transpose(1, 2).flatten(2)
-
-
-def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
-    """`attend` of contiguous [B * heads, N, head_dim], which is what it returns."""
-    context = torch.empty_like(q)
-    for some, (rounded, rest, scores, exact) in pieces(q, k):
-        probabilities = rounded if kept is None else part(kept, some)
-        exact_product(part(q, some), part(k, some).transpose(1, 2), scale, rounded, rest, out=scores)
-        torch.softmax(scores, -1, out=exact)  # in place it takes a quarter longer
-        torch.bmm(probabilities.copy_(exact), part(v, some), out=part(context, some))
-    return context
-
-
-class Attention(torch.autograd.Function):
-    """`attention` with derivatives. Few keys: the probabilities are kept, where they are no larger than query, key,
-    value and output together. Many: backward computes them again.
-
-    Autocast does not reach functions that are told where their result goes, which is how all of it is computed.
+    Like autocast's own, its gradients are those of the weights that forward saw, whatever became of them since.
     """
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        batch, queries, heads, head_dim = query.shape
-        kept = None
-        if key.shape[1] <= 4 * head_dim:
-            kept = query.new_empty(batch * heads, queries, key.shape[1])
-        ctx.scale = scale
-        ctx.save_for_backward(query, key, value, kept)
-        return attend(query, key, value, scale, kept)
+    def forward(ctx, x: Tensor, gelu: str | None, *weights_and_biases: Tensor | None) -> Tensor:
+        ctx.weights, biases = in_halves(weights_and_biases)
+        ctx.versions = [weight._version for weight in ctx.weights]
+        ctx.gelu, ctx.gave_back = gelu, False
+        copy = rounded.take(ctx.weights)
+        ctx.save_for_backward(x, copy)
+        return product(activated(x, gelu), copy, together(biases))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
-        query, key, value, kept = ctx.saved_tensors
-        q, k, v, g = (by_heads(x) for x in (query, key, value, grad.unflatten(-1, query.shape[2:])))
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for some, (rounded, rest, probabilities, scores) in pieces(q, k):
-            some_q, some_k, some_v, some_g = (part(x, some) for x in (q, k, v, g))
-            exact_product(some_g, some_v.transpose(1, 2), 1.0, rounded, rest, out=scores)
-            if kept is None:
-                exact_product(some_q, some_k.transpose(1, 2), ctx.scale, rounded, rest, out=probabilities)
-                halves = rounded.copy_(torch.softmax(probabilities, -1, out=probabilities))
-            else:
-                halves = part(kept, some)
-                probabilities.copy_(halves)
-            torch.bmm(halves.transpose(1, 2), some_g, out=part(grad_v, some))
-            # From the gradient of the probabilities to that of the scores, which is a difference: in float32.
-            torch._softmax_backward_data(scores, probabilities, -1, torch.float32, grad_input=scores)
-            rounded.copy_(scores)
-            some_grad_q, some_grad_k = part(grad_q, some), part(grad_k, some)
-            torch.baddbmm(some_grad_q, rounded, some_k, beta=0, alpha=ctx.scale, out=some_grad_q)
-            torch.baddbmm(some_grad_k, rounded.transpose(1, 2), some_q, beta=0, alpha=ctx.scale, out=some_grad_k)
-        return by_tokens(grad_q, query), by_tokens(grad_k, key), by_tokens(grad_v, value), None
+        x, copy = ctx.saved_tensors
+        weights, gelu = ctx.weights, ctx.gelu
+        needs_x, _, *needs = ctx.needs_input_grad
+        needs_weights, needs_biases = in_halves(needs)
+        units = [len(weight) for weight in weights]
+        rows = grad.flatten(0, -2)
+        grad_biases: Sequence[Tensor | None] = [None] * len(units)
+        if any(needs_biases):
+            grad_biases = rows.sum(0).float().split(units)
+        if ctx.gave_back or torch.is_grad_enabled():  # a second backward pass, or a gradient of this gradient
+            if ctx.versions != [weight._version for weight in weights]:
+                raise RuntimeError("a weight was modified by an inplace operation, and is needed for another gradient")
+            copy = torch.cat([weight.to(torch.bfloat16) for weight in weights])
+        if torch.is_grad_enabled():
+            wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
+            output = F.linear(activated(x, gelu), copy)
+            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+            grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in (x, *weights))
+            return grad_x, None, *grads, *grad_biases
+
+        grad_x = product(grad, copy.t(), None) if needs_x else None
+        if grad_x is not None and gelu is not None:
+            torch.ops.aten.gelu_backward.grad_input(grad_x, x, approximate=gelu, grad_input=grad_x)
+        if not ctx.gave_back:
+            rounded.give_back(weights, copy)
+            ctx.gave_back = True
+        grad_weights: Sequence[Tensor | None] = [None] * len(units)
+        if any(needs_weights):
+            whole = scratch.of(*copy.shape)
+            torch.mm(rows.t(), activated(x, gelu).flatten(0, -2), out=whole)
+            grad_weights = [
+                part.float() if needed else None for part, needed in zip(whole.split(units), needs_weights, strict=True)
+            ]
+        return grad_x, None, *grad_weights, *grad_biases

@@ -332,5 +332,6 @@ swiglu = _chosen(reference.swiglu)
 transformer_block = _chosen(reference.transformer_block, lacks=_block)
 join_tokens = reference.join_tokens
 linear = reference.linear
+linears = reference.linears
 normalize_pixels = reference.normalize_pixels
 ACTIVATIONS = reference.ACTIVATIONS

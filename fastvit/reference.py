@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit import onednn
+from fastvit import onednn, onednn_attention
 from fastvit.errors import InputError
-from fastvit.onednn import linear
+from fastvit.onednn import linear, linears
 from fastvit.watchers import is_watched
 
 
@@ -181,22 +181,23 @@ def feed_forward(
     x: [..., D]; weight1: [F, D]; bias1: [F]; weight2: [D, F]; bias2: [D]; activation: a key of `ACTIVATIONS`.
     Returns [..., D]. For GELU the activation is not kept for backward but recomputed: a third of what the block keeps.
     """
-    records = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, weight1, bias1, weight2, bias2)
-    )
+    records = onednn.records(x, weight1, bias1, weight2, bias2)
     if activation in GELU_FORMS and not records and onednn.takes(x, weight1):
         return linear(onednn.product(x, weight1, bias1, gelu=GELU_FORMS[activation]), weight2, bias2)
     hidden = linear(x, weight1, bias1)  # [..., F]
     if activation not in GELU_FORMS or is_watched():  # a compiler decides by itself what to keep
         return linear(ACTIVATIONS[activation](hidden), weight2, bias2)
-    if torch.is_autocast_enabled(hidden.device.type):
-        weight2 = weight2.to(hidden.dtype)
-        bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
+    form = GELU_FORMS[activation]
     if not records:
         # Nobody else holds `hidden`. Overwriting it matters on a CPU: touching a new tensor of this size for the first
         # time costs several times the arithmetic.
-        return linear(torch.ops.aten.gelu_.default(hidden, approximate=GELU_FORMS[activation]), weight2, bias2)
-    return GeluLinear.apply(hidden, weight2, bias2, GELU_FORMS[activation])
+        return linear(torch.ops.aten.gelu_.default(hidden, approximate=form), weight2, bias2)
+    if onednn.rounds(hidden, weight2):
+        return onednn.rounded_linear(hidden, form, weight2, bias2)
+    if torch.is_autocast_enabled(hidden.device.type):
+        weight2 = weight2.to(hidden.dtype)
+        bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
+    return GeluLinear.apply(hidden, weight2, bias2, form)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
@@ -342,7 +343,7 @@ def transformer_block(
     """
     residual = x if residual is None else x + residual
     normed = layer_norm(residual, *weights.norm_before)
-    heads = [linear(normed, *affine).unflatten(-1, (num_heads, -1)) for affine in weights[1:4]]
+    heads = [x.unflatten(-1, (num_heads, -1)) for x in linears(normed, weights[1:4])]
     branch = linear(attention(*heads), *weights.output)
     h, normed = add_layer_norm(branch, residual, *weights.norm_after)
     return feed_forward(normed, *weights.first, *weights.second, activation), h
@@ -410,8 +411,8 @@ def attention(
             parts = (tensor[None, first:end] for tensor in (query, key, value))
             pictures.append(attention(*parts, scale=scale, dropout_p=dropout_p, mask=own_mask)[0])
         return torch.cat(pictures)
-    if mask is None and dropout_p == 0 and onednn.attends(query, key, value):
-        return onednn.attention(query, key, value, scale)
+    if mask is None and dropout_p == 0 and onednn_attention.attends(query, key, value):
+        return onednn_attention.attention(query, key, value, scale)
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale
     )
@@ -436,8 +437,8 @@ def attention_packed(
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     query, key, value = qkv.unbind(-3)
     is_plain = mask is None and dropout_p == 0 and cu_seqlens is None
-    if is_plain and not torch.is_grad_enabled() and onednn.attends(query, key, value):
-        return onednn.attend_packed(qkv, query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_plain and not torch.is_grad_enabled() and onednn_attention.attends(query, key, value):
+        return onednn_attention.attend_packed(qkv, query.shape[-1] ** -0.5 if scale is None else scale)
     return attention(
         query, key, value, scale=scale, dropout_p=dropout_p, mask=mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
     )

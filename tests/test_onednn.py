@@ -1,5 +1,6 @@
 """Products on the CPU by oneDNN, and attention made of them: PyTorch's numbers and gradients, only where it may be."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import errors
 
-from fastvit import onednn, reference
+from fastvit import onednn, onednn_attention, reference
 
 pytestmark = pytest.mark.skipif(not onednn.is_there(), reason="this PyTorch or processor has no such product")
 
@@ -160,10 +161,10 @@ SHAPES = pytest.mark.parametrize(
 @torch.no_grad()
 def test_attention_is_no_worse_than_pytorchs(shape, layout, scale):
     query, key, value = heads(*shape, layout)
-    assert onednn.attends(query, key, value)
+    assert onednn_attention.attends(query, key, value)
     found = reference.attention(query, key, value, scale=scale)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not onednn.attends(query, key, value)
+        assert not onednn_attention.attends(query, key, value)
         expected = reference.attention(query, key, value, scale=scale)
     exact = reference.attention(query.double(), key.double(), value.double(), scale=scale)
     assert found.shape == exact.shape
@@ -213,7 +214,7 @@ def test_attention_keeps_no_more_for_backward_than_pytorchs_where_there_are_many
 def test_packed_and_apart_are_the_same_bits(scale):
     qkv = torch.randn(2, 197, 3 * 4 * 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     apart = [part.unflatten(-1, (4, 64)) for part in qkv.chunk(3, dim=-1)]
-    assert onednn.attends(*apart)
+    assert onednn_attention.attends(*apart)
     packed = reference.attention_packed(qkv, num_heads=4, scale=scale)
     assert torch.equal(packed, reference.attention(*apart, scale=scale))
 
@@ -226,20 +227,20 @@ def test_large_scores_keep_their_precision():
     exact = reference.attention(query.double(), key.double(), value.double())
     with torch.backends.mkldnn.flags(enabled=False):
         expected = reference.attention(query, key, value)
-    assert errors(onednn.attention(query, key, value), exact)[0] <= 1.3 * errors(expected, exact)[0]
+    assert errors(onednn_attention.attention(query, key, value), exact)[0] <= 1.3 * errors(expected, exact)[0]
 
 
 @needs_bfloat16
 def test_attention_that_it_does_not_compute_is_pytorchs():
     query, key, value = heads(8, 197, 197, 3, 64)
-    assert onednn.attends(query, key, value)
+    assert onednn_attention.attends(query, key, value)
     few = [x[:1, :, :2] for x in (query, key, value)]
-    assert onednn.attends(*few)
+    assert onednn_attention.attends(*few)
     with torch.no_grad():  # the same is too little work without a backward pass
-        assert onednn.attends(query[:1], key[:1], value[:1])
-        assert not onednn.attends(*few)
-    assert not onednn.attends(query[:1, :10], key[:1], value[:1])
-    assert not onednn.attends(*(x.float() for x in (query, key, value)))
+        assert onednn_attention.attends(query[:1], key[:1], value[:1])
+        assert not onednn_attention.attends(*few)
+    assert not onednn_attention.attends(query[:1, :10], key[:1], value[:1])
+    assert not onednn_attention.attends(*(x.float() for x in (query, key, value)))
     mask = torch.ones(197, 197, dtype=torch.bool).tril()
     found = reference.attention(query, key, value, mask=mask)
     exact = reference.attention(query.double(), key.double(), value.double(), mask=mask)
@@ -252,10 +253,164 @@ def test_threads_do_not_share_their_scratch():
 
     @torch.no_grad()
     def run(case):
-        return [onednn.attention(*case) for _ in range(8)]
+        return [onednn_attention.attention(*case) for _ in range(8)]
 
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(run, cases))
     for case, outputs in zip(cases, found, strict=True):
         (expected, *_) = run(case)
+        assert all(torch.equal(output, expected) for output in outputs)
+
+
+@pytest.fixture
+def rounds_any_size(monkeypatch):
+    monkeypatch.setattr(onednn, "FEWEST_TO_ROUND", 0)
+
+
+def autocast(function):
+    def call(*tensors):
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*tensors)
+
+    return call
+
+
+def gelu_linear(x, weight, bias):
+    return onednn.rounded_linear(x, "none", weight, bias)
+
+
+def gelu_linear_of_pytorch(x, weight, bias):
+    return F.linear(F.gelu(x.to(torch.bfloat16) if x.dtype == torch.float32 else x), weight, bias)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("rows", [(1,), (2, 7), (2, 3, 4), (2, 197)], ids=str)
+@pytest.mark.parametrize(("depth", "units"), [(24, 40), (1, 1), (33, 7), (192, 768)])
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [(onednn.linear, F.linear), (gelu_linear, gelu_linear_of_pytorch)], ids=["linear", "gelu"]
+)
+def test_autocast_is_no_worse_than_pytorchs(rounds_any_size, rows, depth, units, bias, ours, theirs):
+    tensors = operands(rows, depth, units, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.rounds(tensors[0], tensors[1])
+    assert not onednn.rounds(tensors[0], tensors[1])
+    found, expected = outcome(autocast(ours), tensors), outcome(autocast(theirs), tensors)
+    wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
+    for mine, other, exact in zip(found, expected, outcome(theirs, wide), strict=True):
+        assert (mine.shape, mine.dtype) == (other.shape, other.dtype)
+        assert errors(mine, exact)[0] <= 1.25 * errors(other, exact)[0]
+    with torch.no_grad():
+        assert torch.equal(autocast(ours)(*tensors), found[0])
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_layers_side_by_side_are_the_same_as_one_by_one(rounds_any_size, bias):
+    x, *first = operands(bias=bias)
+    second = [None if tensor is None else (tensor.detach()[:24] + 1).requires_grad_() for tensor in first]
+    given = [x, *(tensor for tensor in (*first, *second) if tensor is not None)]
+
+    def results(function):
+        outputs = autocast(function)(x, [first, second])
+        return [*outputs, *torch.autograd.grad([output.square().sum() for output in outputs], given)]
+
+    together = results(onednn.linears)
+    apart = results(lambda x, layers: [onednn.linear(x, *layer) for layer in layers])
+    assert together[0].grad_fn.next_functions[0][0] is together[1].grad_fn.next_functions[0][0]
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05 * expected.abs().max().item())
+    mixed = [first, [second[0], None if bias else torch.zeros(24)]]
+    for found, expected in zip(autocast(onednn.linears)(x, mixed), together[:2], strict=True):
+        assert found.shape == expected.shape
+
+
+@needs_bfloat16
+def test_only_wanted_gradients_are_computed(rounds_any_size):
+    for wanted in ([True, False, False], [False, True, False], [False, False, True]):
+        tensors = [tensor.detach().requires_grad_(flag) for tensor, flag in zip(operands(), wanted, strict=True)]
+        autocast(onednn.linear)(*tensors).sum().backward()
+        assert [tensor.grad is not None for tensor in tensors] == wanted
+
+
+@needs_bfloat16
+def test_a_step_does_not_disturb_another_of_the_same_weight(rounds_any_size):
+    """Rounded weights are written to the same memory again; a gradient still is that of the weights that it is of."""
+    x, weight, bias = operands()
+    step = autocast(onednn.linear)
+    (alone,) = torch.autograd.grad(step(x, weight, bias).sum(), x)
+
+    first, second = step(x, weight, bias), step(2 * x, weight, bias)
+    (given,) = torch.autograd.grad(first.sum(), x, retain_graph=True)
+    assert torch.equal(given, alone)
+    with torch.no_grad():
+        weight.add_(1)
+    changed = step(x, weight, bias)
+    (given,) = torch.autograd.grad(second.sum(), x)
+    assert torch.equal(given, 2 * alone)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(first.sum(), x)
+    (given,) = torch.autograd.grad(changed.sum(), x, retain_graph=True)
+    assert not torch.equal(given, alone)
+    step(x, weight + 1, bias)
+    (again,) = torch.autograd.grad(changed.sum(), x)  # a second backward pass, weights unchanged
+    assert torch.equal(again, given)
+
+
+@needs_bfloat16
+def test_memory_of_rounded_weights_is_kept_between_steps_and_goes_with_the_weight(rounds_any_size):
+    x, weight, bias = operands()
+    places = set()
+    for _ in range(3):
+        output = autocast(onednn.linear)(x, weight, bias)
+        places.add(output.grad_fn.saved_tensors[1].data_ptr())
+        output.sum().backward()
+    assert len(places) == 1
+    assert len(onednn.rounded.copies) >= 1
+    before = len(onednn.rounded.copies)
+    del output, weight
+    gc.collect()
+    assert len(onednn.rounded.copies) == before - 1
+
+
+@needs_bfloat16
+def test_second_derivatives_under_autocast(rounds_any_size):
+    tensors = operands((3,), 24, 40)
+
+    def penalty(function):
+        (grad,) = torch.autograd.grad(autocast(function)(*tensors).square().sum(), tensors[0], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), tensors)
+
+    for ours, theirs in ((onednn.linear, F.linear), (gelu_linear, gelu_linear_of_pytorch)):
+        for found, expected in zip(penalty(ours), penalty(theirs), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.03, atol=0.02 * expected.abs().max().item())
+
+
+@needs_bfloat16
+def test_what_is_not_rounded_is_pytorchs(rounds_any_size):
+    x, weight, bias = operands()
+    with torch.autocast("cpu", torch.float16):
+        assert not onednn.rounds(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn.rounds(x, weight.bfloat16())
+        assert not onednn.rounds(x[:0], weight)
+        assert not onednn.rounds(x.double(), weight)
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not onednn.rounds(x, weight)
+        with torch.autocast("cpu", enabled=False):
+            assert not onednn.rounds(x, weight)
+            assert onednn.linear(x, weight, bias).dtype == torch.float32
+        compiled = torch.compile(lambda *tensors: onednn.linear(*tensors), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_threads_round_weights_apart(rounds_any_size):
+    cases = [[tensor + i for tensor in operands((2, 50), 96, 384, grad=False)] for i in range(4)]
+    run = autocast(lambda *case: [onednn.linear(*case) for _ in range(20)])
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda case: run(*case), cases))
+    for case, outputs in zip(cases, found, strict=True):
+        (expected, *_) = run(*case)
         assert all(torch.equal(output, expected) for output in outputs)
