@@ -40,18 +40,22 @@ def has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16")) and not capabilities.get("amx_bf16")
 
 
+GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # of activations, in torch's words
+
 PLAIN = (Tensor, nn.Parameter)
 FEWEST_WEIGHTS, FEWEST_PRODUCTS = 2**18, 2**24  # either is enough
 
 
 def can_take(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are plain tensors on a CPU that has the products, and nobody watches."""
+    """Whether these are plain tensors on a CPU that has the products, and nobody watches; shapes that do not fit are
+    left to PyTorch, which says so."""
     return (
         not is_watched()
         and type(x) in PLAIN
         and type(weight) in PLAIN
         and x.is_cpu
         and x.numel() > 0
+        and x.shape[-1] == weight.shape[-1]
         and torch._C._get_mkldnn_enabled()  # what torch.backends.mkldnn.enabled reads, four times as fast
         and is_there()
     )
@@ -150,50 +154,63 @@ def rounds(x: Tensor, weight: Tensor) -> bool:
 class Rounded:
     """Memory for weights in bfloat16, kept from one step to the next: touching new memory takes longer than rounding.
 
-    While no step uses it, a copy belongs to its weight, and goes when the weight does.
+    While no step uses it, it belongs to the first of its weights, and goes when that does.
     """
 
     def __init__(self) -> None:
-        self.copies = WeakTensorKeyDictionary()
+        self.free = WeakTensorKeyDictionary()
 
-    def take(self, weights: Sequence[Tensor]) -> Tensor:
-        """The weights [units, D], one below the other, in bfloat16."""
-        shape = (sum(len(weight) for weight in weights), weights[0].shape[1])
-        copy = self.copies.pop(weights[0], None)
-        if copy is None or copy.shape != shape:
-            copy = torch.empty(shape, dtype=torch.bfloat16)
-        return round_to(copy, weights)
+    def lend(self, ctx: Any, weights: Sequence[Tensor]) -> Tensor:
+        """Memory [numbers of all] in which the node `ctx` is to round these weights, one after the other."""
+        ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
+        ctx.gave_back = False
+        memory, size = self.free.pop(weights[0], None), sum(weight.numel() for weight in weights)
+        if memory is None or len(memory) != size:
+            memory = torch.empty(size, dtype=torch.bfloat16)
+        return memory
 
-    def give_back(self, weights: Sequence[Tensor], copy: Tensor) -> None:
-        """For the next step, which may write to it: `.data`, as autograd would complain in the name of this one."""
-        self.copies[weights[0]] = copy.data
+    def take_back(self, ctx: Any, memory: Tensor) -> None:
+        """Where the node's backward pass needs it no more. The next step may write to it: hence `.data`, as autograd
+        would complain in the name of this one."""
+        if not ctx.gave_back:
+            self.free[ctx.weights[0]] = memory.data
+            ctx.gave_back = True
+
+    def again(self, ctx: Any) -> Tensor:
+        """The weights rounded into memory of their own, differentiable; what was lent may be overwritten by now."""
+        if ctx.versions != [weight._version for weight in ctx.weights]:
+            raise RuntimeError("a weight was modified by an inplace operation, and is needed for another gradient")
+        return rounded_together(ctx.weights)
 
 
 rounded = Rounded()
 
 
 class Scratch(threading.local):
-    """Each thread's memory for one weight in bfloat16 that is needed but a moment."""
+    """Each thread's memory for weights in bfloat16 that are needed but a moment."""
 
     memory: Tensor | None = None
 
-    def of(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns]"""
-        size = rows * columns
+    def of(self, size: int) -> Tensor:
         if self.memory is None or len(self.memory) < size:
             with torch.inference_mode(False):
                 self.memory = torch.empty(size, dtype=torch.bfloat16)
-        return self.memory[:size].view(rows, columns)
+        return self.memory[:size]
 
 
 scratch = Scratch()
 
 
-def round_to(copy: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`copy` [units, D], with these weights one below the other."""
-    for part, weight in zip(copy.split([len(weight) for weight in weights]), weights, strict=True):
-        part.copy_(weight)
-    return copy
+def round_to(memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`memory`, a piece of bfloat16, with these weights one after the other."""
+    parts = memory.split([weight.numel() for weight in weights])
+    torch._foreach_copy_([part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)], list(weights))
+    return memory
+
+
+def rounded_together(weights: Sequence[Tensor]) -> Tensor:
+    """These weights in bfloat16 one after the other, in new memory; differentiable."""
+    return torch.cat([weight.to(torch.bfloat16).flatten() for weight in weights])
 
 
 def rounded_linear(x: Tensor, gelu: str | None, *weights_and_biases: Tensor | None) -> Tensor:
@@ -206,13 +223,12 @@ def rounded_linear(x: Tensor, gelu: str | None, *weights_and_biases: Tensor | No
     if records(x, *weights_and_biases):
         return RoundedLinear.apply(x, gelu, *weights_and_biases)
     weights, biases = in_halves(weights_and_biases)
-    copy = round_to(scratch.of(sum(len(weight) for weight in weights), x.shape[-1]), weights)
-    return product(activated(x, gelu), copy, together(biases))
+    memory = round_to(scratch.of(sum(weight.numel() for weight in weights)), weights)
+    return product(activated(x, gelu), memory.view(-1, weights[0].shape[1]), together(biases))
 
 
-def in_halves(weights_and_biases: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
-    count = len(weights_and_biases) // 2
-    return weights_and_biases[:count], weights_and_biases[count:]
+def in_halves(both: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return both[: len(both) // 2], both[len(both) // 2 :]
 
 
 def together(biases: Sequence[Any]) -> Tensor | None:
@@ -226,6 +242,23 @@ def activated(x: Tensor, gelu: str | None) -> Tensor:
     return x if gelu is None else F.gelu(x, approximate=gelu)
 
 
+def grads_of_weights(grad: Tensor, x: Tensor, units: Sequence[int], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Float32 gradients of weights [units, D] side by side, from those of their product with x; None if not wanted.
+
+    grad: [rows, units of all]; x: [rows, D]; bfloat16.
+    """
+    if not any(wanted):
+        return [None] * len(units)
+    whole = scratch.of(grad.shape[1] * x.shape[1]).view(grad.shape[1], x.shape[1])
+    parts = torch.mm(grad.t(), x, out=whole).split(list(units))
+    return [part.float() if is_wanted else None for part, is_wanted in zip(parts, wanted, strict=True)]
+
+
+def grads_of_biases(grad: Tensor, units: Sequence[int], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Likewise of biases [units]."""
+    return grad.sum(0).float().split(list(units)) if any(wanted) else [None] * len(units)
+
+
 class RoundedLinear(torch.autograd.Function):
     """`rounded_linear` with derivatives; gelu(x) is computed again in backward, not kept.
 
@@ -234,46 +267,33 @@ class RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gelu: str | None, *weights_and_biases: Tensor | None) -> Tensor:
-        ctx.weights, biases = in_halves(weights_and_biases)
-        ctx.versions = [weight._version for weight in ctx.weights]
-        ctx.gelu, ctx.gave_back = gelu, False
-        copy = rounded.take(ctx.weights)
-        ctx.save_for_backward(x, copy)
-        return product(activated(x, gelu), copy, together(biases))
+        weights, biases = in_halves(weights_and_biases)
+        memory = round_to(rounded.lend(ctx, weights), weights)
+        ctx.gelu = gelu
+        ctx.save_for_backward(x, memory)
+        return product(activated(x, gelu), memory.view(-1, weights[0].shape[1]), together(biases))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, copy = ctx.saved_tensors
+        x, memory = ctx.saved_tensors
         weights, gelu = ctx.weights, ctx.gelu
         needs_x, _, *needs = ctx.needs_input_grad
         needs_weights, needs_biases = in_halves(needs)
         units = [len(weight) for weight in weights]
         rows = grad.flatten(0, -2)
-        grad_biases: Sequence[Tensor | None] = [None] * len(units)
-        if any(needs_biases):
-            grad_biases = rows.sum(0).float().split(units)
-        if ctx.gave_back or torch.is_grad_enabled():  # a second backward pass, or a gradient of this gradient
-            if ctx.versions != [weight._version for weight in weights]:
-                raise RuntimeError("a weight was modified by an inplace operation, and is needed for another gradient")
-            copy = torch.cat([weight.to(torch.bfloat16) for weight in weights])
-        if torch.is_grad_enabled():
+        grad_biases = grads_of_biases(rows, units, needs_biases)
+        if ctx.gave_back or torch.is_grad_enabled():
+            memory = rounded.again(ctx)
+        weight = memory.view(-1, x.shape[-1])
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
-            output = F.linear(activated(x, gelu), copy)
-            found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+            found = iter(torch.autograd.grad(F.linear(activated(x, gelu), weight), wanted, grad, create_graph=True))
             grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in (x, *weights))
             return grad_x, None, *grads, *grad_biases
 
-        grad_x = product(grad, copy.t(), None) if needs_x else None
+        grad_x = product(grad, weight.t(), None) if needs_x else None
         if grad_x is not None and gelu is not None:
             torch.ops.aten.gelu_backward.grad_input(grad_x, x, approximate=gelu, grad_input=grad_x)
-        if not ctx.gave_back:
-            rounded.give_back(weights, copy)
-            ctx.gave_back = True
-        grad_weights: Sequence[Tensor | None] = [None] * len(units)
-        if any(needs_weights):
-            whole = scratch.of(*copy.shape)
-            torch.mm(rows.t(), activated(x, gelu).flatten(0, -2), out=whole)
-            grad_weights = [
-                part.float() if needed else None for part, needed in zip(whole.split(units), needs_weights, strict=True)
-            ]
+        rounded.take_back(ctx, memory)
+        grad_weights = grads_of_weights(rows, activated(x, gelu).flatten(0, -2), units, needs_weights)
         return grad_x, None, *grad_weights, *grad_biases

@@ -6,7 +6,7 @@ PyTorch's own multiplies 64 queries of one head at a time, too little work for a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import EllipsisType
 
 import torch
@@ -22,14 +22,18 @@ SCORES_AT_A_TIME, FEWEST_FOR_SCORES, FEWEST_IN_TRAINING = 2**19, 6 * 10**6, 2**2
 
 def attends(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether `attention` computes this (shapes as there): bfloat16 of some size."""
-    fewest = FEWEST_IN_TRAINING if torch.is_grad_enabled() else FEWEST_FOR_SCORES
     return (
         can_take(query, key)
         and query.dtype == value.dtype == torch.bfloat16
         and key.shape[-1] == value.shape[-1]
-        and query.numel() * key.shape[1] >= fewest
+        and is_enough(query.numel(), key.shape[1])
         and has_bfloat16()
     )
+
+
+def is_enough(numbers: int, keys: int) -> bool:
+    """Whether so many numbers in the queries, and so many keys, are worth the trouble."""
+    return numbers * keys >= (FEWEST_IN_TRAINING if torch.is_grad_enabled() else FEWEST_FOR_SCORES)
 
 
 Scratch = tuple[Tensor, Tensor, Tensor]  # one of bfloat16, two of float32
@@ -130,10 +134,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, kept: Tensor
 
 def attend_packed(qkv: Tensor, scale: float) -> Tensor:
     """`attend` of qkv [B, N, 3, heads, head_dim], of which one copy is made."""
+    q, k, v = packed_by_heads(qkv)
+    return by_tokens(attend_by_heads(q, k, v, scale), qkv[:, :, 0]).flatten(2)
+
+
+def packed_by_heads(qkv: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value [B * heads, N, head_dim], one after the other, of qkv [B, N, 3, heads, head_dim]."""
     batch, tokens, _, heads, head_dim = qkv.shape
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, batch * heads, tokens, head_dim).unbind()
-    context = attend_by_heads(q, k, v, scale)
-    return context.view(batch, heads, tokens, head_dim).transpose(1, 2).flatten(2)
+    return qkv.permute(2, 0, 3, 1, 4).contiguous().view(3, batch * heads, tokens, head_dim).unbind()
+
+
+def keeps_probabilities(keys: int, head_dim: int) -> bool:
+    """Whether they are no larger than query, key, value and output together: then backward does not compute them."""
+    return keys <= 4 * head_dim
 
 
 def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
@@ -147,9 +160,31 @@ def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor 
     return context
 
 
+def grads_by_heads(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None, grads: Sequence[Tensor]
+) -> None:
+    """Backward of `attend_by_heads` for the gradient g: writes `grads`, those of q, k and v."""
+    grad_q, grad_k, grad_v = grads
+    for some, (halves, probabilities, scores) in pieces(q, k):
+        some_q, some_k, some_v, some_g = (part(x, some) for x in (q, k, v, g))
+        exact_product(some_g, some_v.transpose(1, 2), 1.0, halves, out=scores)
+        if kept is None:
+            exact_product(some_q, some_k.transpose(1, 2), scale, halves, out=probabilities)
+            rounded = halves.copy_(torch.softmax(probabilities, -1, out=probabilities))
+        else:
+            rounded = part(kept, some)
+            probabilities.copy_(rounded)
+        torch.bmm(rounded.transpose(1, 2), some_g, out=part(grad_v, some))
+        # From the gradient of the probabilities to that of the scores, which is a difference: in float32.
+        torch._softmax_backward_data(scores, probabilities, -1, torch.float32, grad_input=scores)
+        halves.copy_(scores)
+        some_grad_q, some_grad_k = part(grad_q, some), part(grad_k, some)
+        torch.baddbmm(some_grad_q, halves, some_k, beta=0, alpha=scale, out=some_grad_q)
+        torch.baddbmm(some_grad_k, halves.transpose(1, 2), some_q, beta=0, alpha=scale, out=some_grad_k)
+
+
 class Attention(torch.autograd.Function):
-    """`attention` with derivatives. Few keys: the probabilities are kept, where they are no larger than query, key,
-    value and output together. Many: backward computes them again.
+    """`attention` with derivatives. Few keys: the probabilities are kept. Many: backward computes them again.
 
     Autocast does not reach functions that are told where their result goes, which is how all of it is computed.
     """
@@ -158,7 +193,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, queries, heads, head_dim = query.shape
         kept = None
-        if key.shape[1] <= 4 * head_dim:
+        if keeps_probabilities(key.shape[1], head_dim):
             kept = query.new_empty(batch * heads, queries, key.shape[1])
         ctx.scale = scale
         ctx.save_for_backward(query, key, value, kept)
@@ -169,21 +204,6 @@ class Attention(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         query, key, value, kept = ctx.saved_tensors
         q, k, v, g = (by_heads(x) for x in (query, key, value, grad.unflatten(-1, query.shape[2:])))
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for some, (halves, probabilities, scores) in pieces(q, k):
-            some_q, some_k, some_v, some_g = (part(x, some) for x in (q, k, v, g))
-            exact_product(some_g, some_v.transpose(1, 2), 1.0, halves, out=scores)
-            if kept is None:
-                exact_product(some_q, some_k.transpose(1, 2), ctx.scale, halves, out=probabilities)
-                rounded = halves.copy_(torch.softmax(probabilities, -1, out=probabilities))
-            else:
-                rounded = part(kept, some)
-                probabilities.copy_(rounded)
-            torch.bmm(rounded.transpose(1, 2), some_g, out=part(grad_v, some))
-            # From the gradient of the probabilities to that of the scores, which is a difference: in float32.
-            torch._softmax_backward_data(scores, probabilities, -1, torch.float32, grad_input=scores)
-            halves.copy_(scores)
-            some_grad_q, some_grad_k = part(grad_q, some), part(grad_k, some)
-            torch.baddbmm(some_grad_q, halves, some_k, beta=0, alpha=ctx.scale, out=some_grad_q)
-            torch.baddbmm(some_grad_k, halves.transpose(1, 2), some_q, beta=0, alpha=ctx.scale, out=some_grad_k)
-        return by_tokens(grad_q, query), by_tokens(grad_k, key), by_tokens(grad_v, value), None
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        grads_by_heads(g, q, k, v, ctx.scale, kept, grads)
+        return *(by_tokens(x, like) for x, like in zip(grads, (query, key, value), strict=True)), None

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from fastvit import reference
+from fastvit import onednn_block, reference
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
 from fastvit.watchers import is_transformed, is_watched
@@ -247,13 +247,19 @@ def _triton_runs() -> bool:
     return why_not_triton_anywhere() is None
 
 
-def has_whole_blocks(x: torch.Tensor, num_heads: int, activation: str) -> bool:
-    """Whether our kernels are to compute all of a block on tokens like `x` [B, N, D], so that `transformer_block` may
-    take it whole."""
-    if not has_kernels(x) or is_watched():
-        return False
+def whole_block(
+    x: torch.Tensor, residual: torch.Tensor | None, weights: reference.BlockWeights, num_heads: int, activation: str
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Who computes a `transformer_block` of these as one operation: our kernels, where all parts have one, or oneDNN on
+    a CPU. None: nobody, its parts are faster one by one."""
+    if not has_kernels(x):
+        takes = onednn_block.takes(x, residual, weights, num_heads, activation)
+        return onednn_block.transformer_block if takes else None
+    if is_watched():
+        return None
     facts = x.device.type, x.device.index, x.dtype, _threshold(x.shape[1])
-    return _has_whole_blocks(_backend, *facts, x.shape[2] // num_heads, activation)
+    takes = _has_whole_blocks(_backend, *facts, x.shape[2] // num_heads, activation)
+    return transformer_block if takes else None
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvit import onednn, onednn_attention
 from fastvit.errors import InputError
-from fastvit.onednn import linear, linears
+from fastvit.onednn import GELU_FORMS, linear, linears
 from fastvit.watchers import is_watched
 
 
@@ -36,7 +36,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "tanh": torch.tanh,
 }
-GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:

@@ -8,12 +8,15 @@ frozen weights, and in an operation that computes the gradients itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastvit.reference import Affine
 from fastvit.watchers import is_watched
+
+if TYPE_CHECKING:
+    from fastvit.reference import Affine
 
 
 def lay_side_by_side(tensors: Sequence[Tensor]) -> None:

@@ -19,6 +19,11 @@ def any_size(monkeypatch):
     monkeypatch.setattr(onednn, "FEWEST_WEIGHTS", 0)
 
 
+@pytest.fixture
+def rounds_any_size(monkeypatch):
+    monkeypatch.setattr(onednn, "FEWEST_TO_ROUND", 0)
+
+
 def operands(rows=(2, 7), depth=24, units=40, bias=True, grad=True):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(*shape, generator=generator) for shape in ((*rows, depth), (units, depth), (units,))]
@@ -65,6 +70,13 @@ def test_feed_forward_is_the_same_with_and_without(any_size, activation, grad):
         expected = reference.feed_forward(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert found.requires_grad == grad
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_shapes_that_do_not_fit_are_pytorchs_error(any_size, rounds_any_size, autocast):
+    x, weight, bias = operands()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(RuntimeError, match="cannot be mult"):
+        onednn.linear(x[..., :12], weight, bias)
 
 
 def test_views_are_taken_as_they_are(any_size):
@@ -262,11 +274,6 @@ def test_threads_do_not_share_their_scratch():
         assert all(torch.equal(output, expected) for output in outputs)
 
 
-@pytest.fixture
-def rounds_any_size(monkeypatch):
-    monkeypatch.setattr(onednn, "FEWEST_TO_ROUND", 0)
-
-
 def autocast(function):
     def call(*tensors):
         with torch.autocast("cpu", torch.bfloat16):
@@ -366,11 +373,11 @@ def test_memory_of_rounded_weights_is_kept_between_steps_and_goes_with_the_weigh
         places.add(output.grad_fn.saved_tensors[1].data_ptr())
         output.sum().backward()
     assert len(places) == 1
-    assert len(onednn.rounded.copies) >= 1
-    before = len(onednn.rounded.copies)
+    assert len(onednn.rounded.free) >= 1
+    before = len(onednn.rounded.free)
     del output, weight
     gc.collect()
-    assert len(onednn.rounded.copies) == before - 1
+    assert len(onednn.rounded.free) == before - 1
 
 
 @needs_bfloat16

@@ -1,0 +1,203 @@
+"""A whole pre-LayerNorm block in bfloat16 on x86 processors as one operation.
+
+It calls what the pieces call, in their order, and gives the same bits (`fastvit.onednn`, `fastvit.onednn_attention`). A
+small model waits for Python between them: this saves a dozen nodes of the autograd graph, query, key and value apart,
+and the copies of their heads in backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastvit import onednn_attention
+from fastvit.onednn import (
+    GELU_FORMS,
+    PLAIN,
+    can_take,
+    grads_of_biases,
+    grads_of_weights,
+    has_bfloat16,
+    product,
+    records,
+    round_to,
+    rounded,
+    rounds,
+    scratch,
+    together,
+)
+from fastvit.side_by_side import joined
+
+if TYPE_CHECKING:
+    from fastvit.reference import BlockWeights
+
+
+def takes(x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: int, activation: str) -> bool:
+    """Whether `transformer_block` computes this: a float32 block that autocast has rounded, or a bfloat16 one of which
+    no gradient is recorded; with enough tokens for attention by oneDNN."""
+    dtype = weights.query[0].dtype
+    if dtype is torch.float32:
+        if not rounds(x, weights.query[0]):
+            return False
+    elif x.dtype is not torch.bfloat16 or torch.is_autocast_enabled("cpu") or not can_take(x, weights.query[0]):
+        return False
+    tensors = weights.tensors()
+    return (
+        (x if residual is None else residual).dtype is dtype
+        and all(tensor is None or (type(tensor) in PLAIN and tensor.dtype is dtype) for tensor in tensors)
+        and len({bias is None for bias in tensors[3:9:2]}) == 1
+        and activation in GELU_FORMS
+        and onednn_attention.is_enough(x.numel(), x.shape[1])
+        and has_bfloat16()
+        and not (dtype is torch.bfloat16 and records(x, residual, *tensors))
+    )
+
+
+def weights_of(tensors: Sequence[Any]) -> Sequence[Tensor]:
+    """Those of the six linear layers, of what `BlockWeights.tensors` gives."""
+    return [*tensors[2:10:2], *tensors[12::2]]
+
+
+def parts_of(memory: Tensor, dim: int) -> Sequence[Tensor]:
+    """The weights [3 D, D], [D, D], [F, D], [D, F] that lie in `memory` one after the other."""
+    square = dim * dim
+    qkv, output, first, second = memory.split([3 * square, square, *[(len(memory) - 4 * square) // 2] * 2])
+    return qkv.view(-1, dim), output.view(dim, dim), first.view(-1, dim), second.view(dim, -1)
+
+
+def transformer_block(
+    x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: int, activation: str
+) -> tuple[Tensor, Tensor]:
+    """As `fastvit.reference.transformer_block`, where that `takes`; with first derivatives."""
+    tensors, eps, gelu = weights.tensors(), (weights.norm_before[2], weights.norm_after[2]), GELU_FORMS[activation]
+    if records(x, residual, *tensors):
+        return TransformerBlock.apply(x, residual, eps, num_heads, gelu, *tensors)
+    layers: Iterator[Sequence[Any]]
+    if weights.query[0].dtype is torch.float32:
+        layers = rounded_layers(scratch.of(sum(weight.numel() for weight in weights_of(tensors))), tensors)
+    else:
+        layers = iter((joined(weights[1:4]), weights.output, weights.first, weights.second))
+    branch, h, *_ = forward(x, residual, norms_of(tensors, eps), layers, num_heads, gelu, keep=False)
+    return branch, h
+
+
+def rounded_layers(memory: Tensor, tensors: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    """Weight, part of `memory`, and bias of each product: rounded when it is asked for, and so in the cache."""
+    groups = tensors[2:8], tensors[8:10], tensors[12:14], tensors[14:16]
+    for part, group in zip(parts_of(memory, len(tensors[0])), groups, strict=True):
+        round_to(part.view(-1), group[::2])
+        yield part, together(group[1::2])
+
+
+def norms_of(tensors: Sequence[Any], eps: Sequence[float]) -> Sequence[Any]:
+    """What torch.native_layer_norm takes after its input, for both norms."""
+    shape = tensors[0].shape
+    return (shape, *tensors[:2], eps[0]), (shape, *tensors[10:12], eps[1])
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    norms: Sequence[Any],
+    layers: Iterator[Sequence[Any]],
+    num_heads: int,
+    gelu: str,
+    keep: bool,
+) -> Sequence[Any]:
+    """The branch and h, and with `keep` what backward needs besides weights. layers: weight and bias in bfloat16 of
+    query, key and value together, of the output, and of the feed-forward's two."""
+    before, after = norms
+    batch, tokens, _ = x.shape
+    summed = x if residual is None else x + residual
+    normed, *statistics = torch.native_layer_norm(summed, *before)
+    normed = normed.to(torch.bfloat16)
+    qkv = product(normed, *next(layers)).view(batch, tokens, 3, num_heads, -1)
+    q, k, v = onednn_attention.packed_by_heads(qkv)
+    head_dim = qkv.shape[-1]
+    probabilities = None
+    if keep and onednn_attention.keeps_probabilities(tokens, head_dim):
+        probabilities = normed.new_empty(batch * num_heads, tokens, tokens)
+    context = onednn_attention.attend_by_heads(q, k, v, head_dim**-0.5, probabilities)
+    context = onednn_attention.by_tokens(context, qkv[:, :, 0]).flatten(2)
+    h = product(context, *next(layers)) + summed
+    h_normed, *h_statistics = torch.native_layer_norm(h, *after)
+    h_normed = h_normed.to(torch.bfloat16)
+    if not keep:
+        weight, bias = next(layers)
+        hidden = product(h_normed, weight, bias, gelu)
+        return product(hidden, *next(layers)), h
+    hidden = product(h_normed, *next(layers))
+    branch = product(F.gelu(hidden, approximate=gelu), *next(layers))
+    return branch, h, summed, normed, *statistics, q, k, v, probabilities, context, h, h_normed, *h_statistics, hidden
+
+
+class TransformerBlock(torch.autograd.Function):
+    """`transformer_block` under autocast, with derivatives."""
+
+    @staticmethod
+    def forward(ctx, x, residual, eps, num_heads, gelu, *tensors):
+        memory = rounded.lend(ctx, weights_of(tensors))
+        layers = rounded_layers(memory, tensors)
+        branch, h, *kept = forward(x, residual, norms_of(tensors, eps), layers, num_heads, gelu, keep=True)
+        ctx.x_dtype, ctx.gelu = x.dtype, gelu
+        ctx.save_for_backward(memory, *tensors[:2], *tensors[10:12], *kept)
+        return branch, h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_branch, grad_h):
+        memory, *saved = ctx.saved_tensors
+        norms, saved = saved[:4], saved[4:]
+        summed, normed, mean, deviation, q, k, v, probabilities, context, h, h_normed, h_mean, h_deviation, hidden = (
+            saved
+        )
+        batch, tokens, dim = h.shape
+        if ctx.gave_back:
+            memory = rounded.again(ctx)
+        qkv, output, first, second = parts_of(memory, dim)
+        x_wanted, residual_wanted, _, _, _, *wanted = ctx.needs_input_grad
+        grads: list[Tensor | None] = [None] * 16
+
+        def linear_grads(grad: Tensor, x: Tensor, where: slice) -> None:
+            """Those of the layers of x whose tensors are `where`."""
+            weights, biases = slice(where.start, where.stop, 2), slice(where.start + 1, where.stop, 2)
+            grad, x = grad.flatten(0, 1), x.flatten(0, 1)
+            units = [grad.shape[1] // len(wanted[weights])] * len(wanted[weights])
+            grads[weights] = grads_of_weights(grad, x, units, wanted[weights])
+            grads[biases] = grads_of_biases(grad, units, wanted[biases])
+
+        def norm_grads(grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, norm: Sequence[Tensor], where: slice):
+            """That of x; those of the norm's tensors, which are `where`."""
+            grad, *grads[where] = torch.ops.aten.native_layer_norm_backward(
+                grad.float(), x, [dim], mean, deviation, *norm, [True, *wanted[where]]
+            )
+            return grad
+
+        grad_hidden = product(grad_branch, second.t(), None)
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, approximate=ctx.gelu, grad_input=grad_hidden)
+        linear_grads(grad_branch, F.gelu(hidden, approximate=ctx.gelu), slice(14, 16))
+        grad = product(grad_hidden, first.t(), None)
+        linear_grads(grad_hidden, h_normed, slice(12, 14))
+        grad_h = grad_h + norm_grads(grad, h, h_mean, h_deviation, norms[2:], slice(10, 12))
+
+        grad = grad_h.to(torch.bfloat16)
+        linear_grads(grad, context, slice(8, 10))
+        grad = product(grad, output.t(), None).view(batch, tokens, -1, q.shape[2])
+        heads_grads = q.new_empty(3, *q.shape)
+        onednn_attention.grads_by_heads(
+            onednn_attention.by_heads(grad), q, k, v, q.shape[2] ** -0.5, probabilities, heads_grads.unbind()
+        )
+        grad = heads_grads.view(3, batch, -1, tokens, q.shape[2]).permute(1, 3, 0, 2, 4).flatten(2)
+        linear_grads(grad, normed, slice(2, 8))
+        grad = product(grad, qkv.t(), None)
+        grad_summed = grad_h + norm_grads(grad, summed, mean, deviation, norms[:2], slice(0, 2))
+        rounded.take_back(ctx, memory)
+        return (
+            grad_summed.to(ctx.x_dtype) if x_wanted else None, grad_summed if residual_wanted else None,
+            None, None, None, *grads,
+        )  # fmt: skip
