@@ -291,7 +291,7 @@ class RoundedLinear(torch.autograd.Function):
             grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in (x, *weights))
             return grad_x, None, *grads, *grad_biases
 
-        grad_x = product(grad, weight.t(), None) if needs_x else None
+        grad_x = torch.mm(rows, weight).view(x.shape) if needs_x else None
         if grad_x is not None and gelu is not None:
             torch.ops.aten.gelu_backward.grad_input(grad_x, x, approximate=gelu, grad_input=grad_x)
         rounded.take_back(ctx, memory)

@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from fastvit import onednn_attention
 from fastvit.onednn import (
     GELU_FORMS,
-    PLAIN,
     can_take,
     grads_of_biases,
     grads_of_weights,
@@ -39,22 +38,29 @@ if TYPE_CHECKING:
 
 def takes(x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: int, activation: str) -> bool:
     """Whether `transformer_block` computes this: a float32 block that autocast has rounded, or a bfloat16 one of which
-    no gradient is recorded; with enough tokens for attention by oneDNN."""
-    dtype = weights.query[0].dtype
+    no gradient is recorded; with enough tokens for attention by oneDNN.
+
+    The layers are plain ones (`plain_tensors` in `fastvit.modeling`). Kept short: it is asked for each block, after
+    products that leave nothing of Python's in the cache.
+    """
+    (norm, _, _), (query, bias), (key, key_bias), (value, value_bias), (output, _), _, (first, _), (second, _) = weights
+    dtype = query.dtype
     if dtype is torch.float32:
-        if not rounds(x, weights.query[0]):
+        if not rounds(x, query):
             return False
-    elif x.dtype is not torch.bfloat16 or torch.is_autocast_enabled("cpu") or not can_take(x, weights.query[0]):
+    elif (
+        x.dtype is not torch.bfloat16
+        or torch.is_autocast_enabled("cpu")
+        or not (can_take(x, query) and has_bfloat16())
+        or records(x, residual, *weights.tensors())
+    ):
         return False
-    tensors = weights.tensors()
     return (
-        (x if residual is None else residual).dtype is dtype
-        and all(tensor is None or (type(tensor) in PLAIN and tensor.dtype is dtype) for tensor in tensors)
-        and len({bias is None for bias in tensors[3:9:2]}) == 1
-        and activation in GELU_FORMS
+        activation in GELU_FORMS
         and onednn_attention.is_enough(x.numel(), x.shape[1])
-        and has_bfloat16()
-        and not (dtype is torch.bfloat16 and records(x, residual, *tensors))
+        and (x if residual is None else residual).dtype is norm.dtype is dtype
+        and key.dtype is value.dtype is output.dtype is first.dtype is second.dtype is dtype
+        and (bias is None) is (key_bias is None) is (value_bias is None)
     )
 
 
@@ -163,41 +169,34 @@ class TransformerBlock(torch.autograd.Function):
         x_wanted, residual_wanted, _, _, _, *wanted = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 16
 
-        def linear_grads(grad: Tensor, x: Tensor, where: slice) -> None:
-            """Those of the layers of x whose tensors are `where`."""
+        def linear_backward(grad: Tensor, x: Tensor, weight: Tensor, where: slice) -> Tensor:
+            """The gradient of x; those of the layers whose tensors are `where` go to `grads`."""
             weights, biases = slice(where.start, where.stop, 2), slice(where.start + 1, where.stop, 2)
-            grad, x = grad.flatten(0, 1), x.flatten(0, 1)
-            units = [grad.shape[1] // len(wanted[weights])] * len(wanted[weights])
-            grads[weights] = grads_of_weights(grad, x, units, wanted[weights])
-            grads[biases] = grads_of_biases(grad, units, wanted[biases])
+            rows, units = grad.flatten(0, 1), [len(weight) // len(wanted[weights])] * len(wanted[weights])
+            grads[biases] = grads_of_biases(rows, units, wanted[biases])
+            grads[weights] = grads_of_weights(rows, x.flatten(0, 1), units, wanted[weights])
+            return torch.mm(rows, weight).view(x.shape)
 
-        def norm_grads(grad: Tensor, x: Tensor, mean: Tensor, deviation: Tensor, norm: Sequence[Tensor], where: slice):
-            """That of x; those of the norm's tensors, which are `where`."""
+        def norm_backward(grad: Tensor, x: Tensor, *statistics_and_norm: Tensor, where: slice) -> Tensor:
+            """Likewise of a LayerNorm."""
             grad, *grads[where] = torch.ops.aten.native_layer_norm_backward(
-                grad.float(), x, [dim], mean, deviation, *norm, [True, *wanted[where]]
+                grad.float(), x, [dim], *statistics_and_norm, [True, *wanted[where]]
             )
             return grad
 
-        grad_hidden = product(grad_branch, second.t(), None)
-        torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, approximate=ctx.gelu, grad_input=grad_hidden)
-        linear_grads(grad_branch, F.gelu(hidden, approximate=ctx.gelu), slice(14, 16))
-        grad = product(grad_hidden, first.t(), None)
-        linear_grads(grad_hidden, h_normed, slice(12, 14))
-        grad_h = grad_h + norm_grads(grad, h, h_mean, h_deviation, norms[2:], slice(10, 12))
+        grad = linear_backward(grad_branch, F.gelu(hidden, approximate=ctx.gelu), second, slice(14, 16))
+        torch.ops.aten.gelu_backward.grad_input(grad, hidden, approximate=ctx.gelu, grad_input=grad)
+        grad = linear_backward(grad, h_normed, first, slice(12, 14))
+        grad_h = norm_backward(grad, h, h_mean, h_deviation, *norms[2:], where=slice(10, 12)).add_(grad_h)
 
-        grad = grad_h.to(torch.bfloat16)
-        linear_grads(grad, context, slice(8, 10))
-        grad = product(grad, output.t(), None).view(batch, tokens, -1, q.shape[2])
+        grad = linear_backward(grad_h.to(torch.bfloat16), context, output, slice(8, 10))
+        g = onednn_attention.by_heads(grad.view(batch, tokens, -1, q.shape[2]))
         heads_grads = q.new_empty(3, *q.shape)
-        onednn_attention.grads_by_heads(
-            onednn_attention.by_heads(grad), q, k, v, q.shape[2] ** -0.5, probabilities, heads_grads.unbind()
-        )
+        onednn_attention.grads_by_heads(g, q, k, v, q.shape[2] ** -0.5, probabilities, heads_grads.unbind())
         grad = heads_grads.view(3, batch, -1, tokens, q.shape[2]).permute(1, 3, 0, 2, 4).flatten(2)
-        linear_grads(grad, normed, slice(2, 8))
-        grad = product(grad, qkv.t(), None)
-        grad_summed = grad_h + norm_grads(grad, summed, mean, deviation, norms[:2], slice(0, 2))
+        grad = linear_backward(grad, normed, qkv, slice(2, 8))
+        grad = norm_backward(grad, summed, mean, deviation, *norms[:2], where=slice(0, 2)).add_(grad_h)
         rounded.take_back(ctx, memory)
         return (
-            grad_summed.to(ctx.x_dtype) if x_wanted else None, grad_summed if residual_wanted else None,
-            None, None, None, *grads,
+            grad.to(ctx.x_dtype) if x_wanted else None, grad if residual_wanted else None, None, None, None, *grads,
         )  # fmt: skip
