@@ -128,14 +128,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
     """`attention` without derivatives; the probabilities are left in kept [B * heads, Nq, Nk], bfloat16."""
-    context = attend_by_heads(by_heads(query), by_heads(key), by_heads(value), scale, kept)
-    return by_tokens(context, query).flatten(2)
+    return attend_by_heads(by_heads(query), by_heads(key), by_heads(value), len(query), scale, kept)
 
 
 def attend_packed(qkv: Tensor, scale: float) -> Tensor:
     """`attend` of qkv [B, N, 3, heads, head_dim], of which one copy is made."""
     q, k, v = packed_by_heads(qkv)
-    return by_tokens(attend_by_heads(q, k, v, scale), qkv[:, :, 0]).flatten(2)
+    return attend_by_heads(q, k, v, len(qkv), scale)
 
 
 def packed_by_heads(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -149,15 +148,19 @@ def keeps_probabilities(keys: int, head_dim: int) -> bool:
     return keys <= 4 * head_dim
 
 
-def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None = None) -> Tensor:
-    """`attend` of contiguous [B * heads, N, head_dim], which is what it returns."""
-    context = torch.empty_like(q)
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, batch: int, scale: float, kept: Tensor | None = None) -> Tensor:
+    """`attend` of contiguous [B * heads, N, head_dim], where B is `batch`. Returns [B, Nq, heads * head_dim]."""
+    by_tokens = q.new_empty(batch, q.shape[1], len(q) // batch, q.shape[2])
+    # Of one picture the products write what is returned.
+    context = by_tokens[0].transpose(0, 1) if batch == 1 else torch.empty_like(q)
     for some, (halves, scores, exact) in pieces(q, k):
         probabilities = halves if kept is None else part(kept, some)
         exact_product(part(q, some), part(k, some).transpose(1, 2), scale, probabilities, out=scores)
         torch.softmax(scores, -1, out=exact)  # in place it takes a quarter longer
         torch.bmm(probabilities.copy_(exact), part(v, some), out=part(context, some))
-    return context
+    if batch != 1:
+        by_tokens.copy_(context.view(batch, -1, *q.shape[1:]).transpose(1, 2))
+    return by_tokens.flatten(2)
 
 
 def grads_by_heads(

@@ -128,8 +128,7 @@ def forward(
     probabilities = None
     if keep and onednn_attention.keeps_probabilities(tokens, head_dim):
         probabilities = normed.new_empty(batch * num_heads, tokens, tokens)
-    context = onednn_attention.attend_by_heads(q, k, v, head_dim**-0.5, probabilities)
-    context = onednn_attention.by_tokens(context, qkv[:, :, 0]).flatten(2)
+    context = onednn_attention.attend_by_heads(q, k, v, batch, head_dim**-0.5, probabilities)
     h = product(context, *next(layers)) + summed
     h_normed, *h_statistics = torch.native_layer_norm(h, *after)
     h_normed = h_normed.to(torch.bfloat16)
