@@ -13,7 +13,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -151,8 +151,37 @@ def rounds(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+class Layer(NamedTuple):
+    """Room for linear layers side by side in bfloat16."""
+
+    weight: Tensor  # [units of all, D]
+    bias: Tensor | None  # [units of all]
+    targets: list[Tensor]  # parts of both, one for each tensor of the layers
+    shapes: list[torch.Size | None]
+
+    def round(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias with these numbers: all weights of the layers, then all biases."""
+        torch._foreach_copy_(self.targets, [tensor for tensor in tensors if tensor is not None])
+        return self.weight, self.bias
+
+
+def shapes_of(tensors: Sequence[Tensor | None]) -> list[torch.Size | None]:
+    return [None if tensor is None else tensor.shape for tensor in tensors]
+
+
+def room_for(tensors: Sequence[Tensor | None]) -> Layer:
+    """For these: all weights [units, D], then all biases [units], or a None for each."""
+    weights, biases = in_halves(tensors)
+    units = [len(weight) for weight in weights]
+    weight = torch.empty(sum(units), weights[0].shape[1], dtype=torch.bfloat16)
+    bias = None if biases[0] is None else weight.new_empty(len(weight))
+    # `.data`: autograd would take the next rounding for a change of what it saved for an earlier step.
+    targets = [*weight.data.split(units), *(() if bias is None else bias.data.split(units))]
+    return Layer(weight, bias, targets, shapes_of(tensors))
+
+
 class Rounded:
-    """Memory for weights in bfloat16, kept from one step to the next: touching new memory takes longer than rounding.
+    """Room for weights in bfloat16, kept from one step to the next: touching new memory takes longer than rounding.
 
     While no step uses it, it belongs to the first of its weights, and goes when that does.
     """
@@ -160,27 +189,29 @@ class Rounded:
     def __init__(self) -> None:
         self.free = WeakTensorKeyDictionary()
 
-    def lend(self, ctx: Any, weights: Sequence[Tensor]) -> Tensor:
-        """Memory [numbers of all] in which the node `ctx` is to round these weights, one after the other."""
-        ctx.weights, ctx.versions = weights, [weight._version for weight in weights]
-        ctx.gave_back = False
-        memory, size = self.free.pop(weights[0], None), sum(weight.numel() for weight in weights)
-        if memory is None or len(memory) != size:
-            memory = torch.empty(size, dtype=torch.bfloat16)
-        return memory
+    def lend(self, ctx: Any, groups: Sequence[Sequence[Any]]) -> Sequence[Layer]:
+        """Room in which the node `ctx` is to round these layers, each group side by side."""
+        ctx.groups, ctx.versions = groups, versions_of(groups)
+        layers = self.free.pop(groups[0][0], None)
+        if layers is None or [layer.shapes for layer in layers] != [shapes_of(group) for group in groups]:
+            layers = [room_for(group) for group in groups]
+        ctx.layers = layers
+        return layers
 
-    def take_back(self, ctx: Any, memory: Tensor) -> None:
-        """Where the node's backward pass needs it no more. The next step may write to it: hence `.data`, as autograd
-        would complain in the name of this one."""
-        if not ctx.gave_back:
-            self.free[ctx.weights[0]] = memory.data
-            ctx.gave_back = True
+    def take_back(self, ctx: Any) -> None:
+        """Where the node's backward pass needs it no more."""
+        if ctx.layers is not None:
+            self.free[ctx.groups[0][0]] = ctx.layers
+            ctx.layers = None
 
-    def again(self, ctx: Any) -> Tensor:
-        """The weights rounded into memory of their own, differentiable; what was lent may be overwritten by now."""
-        if ctx.versions != [weight._version for weight in ctx.weights]:
+    def check(self, ctx: Any) -> None:
+        """Before the weights are rounded again: what was taken back may be another step's by now."""
+        if ctx.versions != versions_of(ctx.groups):
             raise RuntimeError("a weight was modified by an inplace operation, and is needed for another gradient")
-        return rounded_together(ctx.weights)
+
+
+def versions_of(groups: Sequence[Sequence[Any]]) -> list[int]:
+    return [weight._version for group in groups for weight in in_halves(group)[0]]
 
 
 rounded = Rounded()
@@ -189,28 +220,29 @@ rounded = Rounded()
 class Scratch(threading.local):
     """Each thread's memory for weights in bfloat16 that are needed but a moment."""
 
-    memory: Tensor | None = None
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.bfloat16)
+        self.layers: dict[tuple[torch.Size | None, ...], Layer] = {}
 
-    def of(self, size: int) -> Tensor:
-        if self.memory is None or len(self.memory) < size:
+    def of(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns]"""
+        if len(self.memory) < rows * columns:
+            self.memory = torch.empty(rows * columns, dtype=torch.bfloat16)
+        return self.memory[: rows * columns].view(rows, columns)
+
+    def round(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of these layers side by side: all their weights, then all biases."""
+        shapes = tuple(shapes_of(tensors))
+        layer = self.layers.get(shapes)
+        if layer is None:
+            if len(self.layers) >= 8:  # a block has four, its pieces one more
+                self.layers.clear()
             with torch.inference_mode(False):
-                self.memory = torch.empty(size, dtype=torch.bfloat16)
-        return self.memory[:size]
+                layer = self.layers[shapes] = room_for(tensors)
+        return layer.round(tensors)
 
 
 scratch = Scratch()
-
-
-def round_to(memory: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`memory`, a piece of bfloat16, with these weights one after the other."""
-    parts = memory.split([weight.numel() for weight in weights])
-    torch._foreach_copy_([part.view(weight.shape) for part, weight in zip(parts, weights, strict=True)], list(weights))
-    return memory
-
-
-def rounded_together(weights: Sequence[Tensor]) -> Tensor:
-    """These weights in bfloat16 one after the other, in new memory; differentiable."""
-    return torch.cat([weight.to(torch.bfloat16).flatten() for weight in weights])
 
 
 def rounded_linear(x: Tensor, gelu: str | None, *weights_and_biases: Tensor | None) -> Tensor:
@@ -222,20 +254,11 @@ def rounded_linear(x: Tensor, gelu: str | None, *weights_and_biases: Tensor | No
     x = x.to(torch.bfloat16)
     if records(x, *weights_and_biases):
         return RoundedLinear.apply(x, gelu, *weights_and_biases)
-    weights, biases = in_halves(weights_and_biases)
-    memory = round_to(scratch.of(sum(weight.numel() for weight in weights)), weights)
-    return product(activated(x, gelu), memory.view(-1, weights[0].shape[1]), together(biases))
+    return product(activated(x, gelu), *scratch.round(weights_and_biases))
 
 
 def in_halves(both: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
     return both[: len(both) // 2], both[len(both) // 2 :]
-
-
-def together(biases: Sequence[Any]) -> Tensor | None:
-    """One bias in bfloat16."""
-    if biases[0] is None:
-        return None
-    return (biases[0] if len(biases) == 1 else torch.cat(list(biases))).to(torch.bfloat16)
 
 
 def activated(x: Tensor, gelu: str | None) -> Tensor:
@@ -249,8 +272,7 @@ def grads_of_weights(grad: Tensor, x: Tensor, units: Sequence[int], wanted: Sequ
     """
     if not any(wanted):
         return [None] * len(units)
-    whole = scratch.of(grad.shape[1] * x.shape[1]).view(grad.shape[1], x.shape[1])
-    parts = torch.mm(grad.t(), x, out=whole).split(list(units))
+    parts = torch.mm(grad.t(), x, out=scratch.of(grad.shape[1], x.shape[1])).split(list(units))
     return [part.float() if is_wanted else None for part, is_wanted in zip(parts, wanted, strict=True)]
 
 
@@ -267,25 +289,25 @@ class RoundedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, gelu: str | None, *weights_and_biases: Tensor | None) -> Tensor:
-        weights, biases = in_halves(weights_and_biases)
-        memory = round_to(rounded.lend(ctx, weights), weights)
+        (layer,) = rounded.lend(ctx, [weights_and_biases])
+        weight, bias = layer.round(weights_and_biases)
         ctx.gelu = gelu
-        ctx.save_for_backward(x, memory)
-        return product(activated(x, gelu), memory.view(-1, weights[0].shape[1]), together(biases))
+        ctx.save_for_backward(x, weight)
+        return product(activated(x, gelu), weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, memory = ctx.saved_tensors
-        weights, gelu = ctx.weights, ctx.gelu
+        x, weight = ctx.saved_tensors
+        (weights, _), gelu = in_halves(ctx.groups[0]), ctx.gelu
         needs_x, _, *needs = ctx.needs_input_grad
         needs_weights, needs_biases = in_halves(needs)
         units = [len(weight) for weight in weights]
         rows = grad.flatten(0, -2)
         grad_biases = grads_of_biases(rows, units, needs_biases)
-        if ctx.gave_back or torch.is_grad_enabled():
-            memory = rounded.again(ctx)
-        weight = memory.view(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+        if ctx.layers is None or torch.is_grad_enabled():  # a second backward pass, or a gradient of this gradient
+            rounded.check(ctx)
+            weight = torch.cat([weight.to(torch.bfloat16) for weight in weights])
+        if torch.is_grad_enabled():
             wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
             found = iter(torch.autograd.grad(F.linear(activated(x, gelu), weight), wanted, grad, create_graph=True))
             grad_x, *grads = (next(found) if tensor.requires_grad else None for tensor in (x, *weights))
@@ -294,6 +316,6 @@ class RoundedLinear(torch.autograd.Function):
         grad_x = torch.mm(rows, weight).view(x.shape) if needs_x else None
         if grad_x is not None and gelu is not None:
             torch.ops.aten.gelu_backward.grad_input(grad_x, x, approximate=gelu, grad_input=grad_x)
-        rounded.take_back(ctx, memory)
+        rounded.take_back(ctx)
         grad_weights = grads_of_weights(rows, activated(x, gelu).flatten(0, -2), units, needs_weights)
         return grad_x, None, *grad_weights, *grad_biases

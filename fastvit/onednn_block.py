@@ -24,16 +24,15 @@ from fastvit.onednn import (
     has_bfloat16,
     product,
     records,
-    round_to,
+    room_for,
     rounded,
     rounds,
     scratch,
-    together,
 )
 from fastvit.side_by_side import joined
 
 if TYPE_CHECKING:
-    from fastvit.reference import BlockWeights
+    from fastvit.reference import Affine, BlockWeights
 
 
 def takes(x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: int, activation: str) -> bool:
@@ -64,16 +63,10 @@ def takes(x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: 
     )
 
 
-def weights_of(tensors: Sequence[Any]) -> Sequence[Tensor]:
-    """Those of the six linear layers, of what `BlockWeights.tensors` gives."""
-    return [*tensors[2:10:2], *tensors[12::2]]
-
-
-def parts_of(memory: Tensor, dim: int) -> Sequence[Tensor]:
-    """The weights [3 D, D], [D, D], [F, D], [D, F] that lie in `memory` one after the other."""
-    square = dim * dim
-    qkv, output, first, second = memory.split([3 * square, square, *[(len(memory) - 4 * square) // 2] * 2])
-    return qkv.view(-1, dim), output.view(dim, dim), first.view(-1, dim), second.view(dim, -1)
+def groups_of(tensors: Sequence[Any]) -> Sequence[Sequence[Any]]:
+    """Of what `BlockWeights.tensors` gives, those of each product, weights first: query, key and value together, the
+    output, and the feed-forward's two."""
+    return (*tensors[2:8:2], *tensors[3:8:2]), tensors[8:10], tensors[12:14], tensors[14:16]
 
 
 def transformer_block(
@@ -83,21 +76,13 @@ def transformer_block(
     tensors, eps, gelu = weights.tensors(), (weights.norm_before[2], weights.norm_after[2]), GELU_FORMS[activation]
     if records(x, residual, *tensors):
         return TransformerBlock.apply(x, residual, eps, num_heads, gelu, *tensors)
-    layers: Iterator[Sequence[Any]]
+    layers: Iterator[Affine]
     if weights.query[0].dtype is torch.float32:
-        layers = rounded_layers(scratch.of(sum(weight.numel() for weight in weights_of(tensors))), tensors)
+        layers = map(scratch.round, groups_of(tensors))
     else:
         layers = iter((joined(weights[1:4]), weights.output, weights.first, weights.second))
     branch, h, *_ = forward(x, residual, norms_of(tensors, eps), layers, num_heads, gelu, keep=False)
     return branch, h
-
-
-def rounded_layers(memory: Tensor, tensors: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """Weight, part of `memory`, and bias of each product: rounded when it is asked for, and so in the cache."""
-    groups = tensors[2:8], tensors[8:10], tensors[12:14], tensors[14:16]
-    for part, group in zip(parts_of(memory, len(tensors[0])), groups, strict=True):
-        round_to(part.view(-1), group[::2])
-        yield part, together(group[1::2])
 
 
 def norms_of(tensors: Sequence[Any], eps: Sequence[float]) -> Sequence[Any]:
@@ -110,13 +95,13 @@ def forward(
     x: Tensor,
     residual: Tensor | None,
     norms: Sequence[Any],
-    layers: Iterator[Sequence[Any]],
+    layers: Iterator[Affine],
     num_heads: int,
     gelu: str,
     keep: bool,
 ) -> Sequence[Any]:
-    """The branch and h, and with `keep` what backward needs besides weights. layers: weight and bias in bfloat16 of
-    query, key and value together, of the output, and of the feed-forward's two."""
+    """The branch and h, and with `keep` what backward needs besides weights. layers: weight and bias in bfloat16, one
+    after the other as `groups_of` has them; each is rounded when it is asked for, and so in the cache."""
     before, after = norms
     batch, tokens, _ = x.shape
     summed = x if residual is None else x + residual
@@ -146,25 +131,26 @@ class TransformerBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, residual, eps, num_heads, gelu, *tensors):
-        memory = rounded.lend(ctx, weights_of(tensors))
-        layers = rounded_layers(memory, tensors)
+        groups = groups_of(tensors)
+        lent = rounded.lend(ctx, groups)
+        layers = (layer.round(group) for layer, group in zip(lent, groups, strict=True))
         branch, h, *kept = forward(x, residual, norms_of(tensors, eps), layers, num_heads, gelu, keep=True)
         ctx.x_dtype, ctx.gelu = x.dtype, gelu
-        ctx.save_for_backward(memory, *tensors[:2], *tensors[10:12], *kept)
+        ctx.save_for_backward(*[layer.weight for layer in lent], *tensors[:2], *tensors[10:12], *kept)
         return branch, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_branch, grad_h):
-        memory, *saved = ctx.saved_tensors
+        qkv, output, first, second, *saved = ctx.saved_tensors
         norms, saved = saved[:4], saved[4:]
         summed, normed, mean, deviation, q, k, v, probabilities, context, h, h_normed, h_mean, h_deviation, hidden = (
             saved
         )
         batch, tokens, dim = h.shape
-        if ctx.gave_back:
-            memory = rounded.again(ctx)
-        qkv, output, first, second = parts_of(memory, dim)
+        if ctx.layers is None:  # a second backward pass
+            rounded.check(ctx)
+            qkv, output, first, second = (room_for(group).round(group)[0] for group in ctx.groups)
         x_wanted, residual_wanted, _, _, _, *wanted = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 16
 
@@ -195,7 +181,7 @@ class TransformerBlock(torch.autograd.Function):
         grad = heads_grads.view(3, batch, -1, tokens, q.shape[2]).permute(1, 3, 0, 2, 4).flatten(2)
         grad = linear_backward(grad, normed, qkv, slice(2, 8))
         grad = norm_backward(grad, summed, mean, deviation, *norms[:2], where=slice(0, 2)).add_(grad_h)
-        rounded.take_back(ctx, memory)
+        rounded.take_back(ctx)
         return (
             grad.to(ctx.x_dtype) if x_wanted else None, grad if residual_wanted else None, None, None, None, *grads,
         )  # fmt: skip
