@@ -206,6 +206,7 @@ class Operation:
     hides_launch = True  # measure the device's time, however slow the host is
     baseline = "PyTorch"  # whose error in the same dtype is the measure of everybody's
     seconds = 0.2  # of timing for a provider and pass
+    seconds_on_cpu: float | None = None  # where they are more: passes are long there, and others use the machine
     variants: Sequence[str] = ("",)
     # pass -> what is wanted on a GPU at the first shape. speed_up: over the best other; "over NAME": over one provider,
     # not compiled; of_floor: of the speed that the ceilings allow; memory: of the best other's; images_per_s
@@ -746,13 +747,14 @@ def run_case(
             records[label, name] = record | {"first_call_s": first.get(name)}
 
     costs = operation.costs(shape, dtype)
+    seconds = operation.seconds if device.type != "cpu" else operation.seconds_on_cpu or operation.seconds
     for name in operation.passes:
         if not settings.memory_only:
             tick(f"timing {name}")
             measured = measure(
                 {label: steps[name] for label, steps in ready.items()},
                 device,
-                seconds=0.02 if settings.quick else operation.seconds,
+                seconds=0.02 if settings.quick else seconds,
                 min_rounds=3 if settings.quick else 5,
                 hides_launch=operation.hides_launch,
             )
