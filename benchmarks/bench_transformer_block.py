@@ -68,7 +68,8 @@ transformer_block.targets = {"forward": {"speed_up": 1.2}, "forward + backward":
 
 @transformer_block.provider("fastvit", kernel="transformer_block")
 def ours(x: Tensor, residual: Tensor, tensors: list[Tensor], heads: int) -> tuple[Tensor, Tensor]:
-    return ops.transformer_block(x, residual, BlockWeights.of(tensors, EPS, EPS), heads)
+    block = (x, residual, BlockWeights.of(tensors, EPS, EPS), heads, "gelu")
+    return (ops.whole_block(*block) or ops.transformer_block)(*block)
 
 
 @transformer_block.provider("fastvit in pieces", kernel="transformer_block")

@@ -457,7 +457,7 @@ def time_calls(step: Step, calls: int, device: torch.device, pause: float | None
     return Samples([start.elapsed_time(end) for start, end in events], host)
 
 
-# Seconds of one provider before the next has its turn. In use one model runs in a loop; a pass of 8 ms right after
+# Seconds of one provider before the next has its turn. In use one model runs in a loop; a pass of 7 ms right after
 # another model's finds caches, branch predictors and the allocator in the other's state, and took 10 ms on two cores.
 IN_A_ROW = 0.1
 

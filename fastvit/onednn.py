@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastvit.watchers import is_watched
+from fastvit.watchers import is_watched, recorded
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return rounded_linear(x, None, weight, bias)
     if not takes(x, weight):
         return F.linear(x, weight, bias)
-    if records(x, weight, bias):
+    if recorded(x, weight, bias):
         return Linear.apply(x, weight, bias)
     return product(x, weight, bias)
 
@@ -90,11 +90,6 @@ def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> Sequen
     if not (alike and all(rounds(x, weight) for weight in weights)):
         return [linear(x, *layer) for layer in layers]
     return rounded_linear(x, None, *weights, *biases).split([len(weight) for weight in weights], dim=-1)
-
-
-def records(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is recorded of what is computed from these."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
@@ -252,7 +247,7 @@ def rounded_linear(x: Tensor, gelu: str | None, *weights_and_biases: Tensor | No
     None for each. Returns [..., units of all] in bfloat16.
     """
     x = x.to(torch.bfloat16)
-    if records(x, *weights_and_biases):
+    if recorded(x, *weights_and_biases):
         return RoundedLinear.apply(x, gelu, *weights_and_biases)
     return product(activated(x, gelu), *scratch.round(weights_and_biases))
 
@@ -306,7 +301,7 @@ class RoundedLinear(torch.autograd.Function):
         grad_biases = grads_of_biases(rows, units, needs_biases)
         if ctx.layers is None or torch.is_grad_enabled():  # a second backward pass, or a gradient of this gradient
             rounded.check(ctx)
-            weight = torch.cat([weight.to(torch.bfloat16) for weight in weights])
+            weight = torch.cat([part.to(torch.bfloat16) for part in weights])
         if torch.is_grad_enabled():
             wanted = [tensor for tensor in (x, *weights) if tensor.requires_grad]
             found = iter(torch.autograd.grad(F.linear(activated(x, gelu), weight), wanted, grad, create_graph=True))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastvit.onednn import can_take, has_bfloat16
+from fastvit.watchers import recorded
 
 # Scores that are computed at a time: few enough for the cache, enough for both cores. The fewest multiplications of
 # queries with keys that are worth the trouble, in inference and in training, where backward gains more.
@@ -121,7 +122,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     Returns [B, Nq, heads * head_dim].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if recorded(query, key, value):
         return Attention.apply(query, key, value, scale)
     return attend(query, key, value, scale)
 
@@ -150,17 +151,17 @@ def keeps_probabilities(keys: int, head_dim: int) -> bool:
 
 def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, batch: int, scale: float, kept: Tensor | None = None) -> Tensor:
     """`attend` of contiguous [B * heads, N, head_dim], where B is `batch`. Returns [B, Nq, heads * head_dim]."""
-    by_tokens = q.new_empty(batch, q.shape[1], len(q) // batch, q.shape[2])
+    output = q.new_empty(batch, q.shape[1], len(q) // batch, q.shape[2])
     # Of one picture the products write what is returned.
-    context = by_tokens[0].transpose(0, 1) if batch == 1 else torch.empty_like(q)
+    context = output[0].transpose(0, 1) if batch == 1 else torch.empty_like(q)
     for some, (halves, scores, exact) in pieces(q, k):
         probabilities = halves if kept is None else part(kept, some)
         exact_product(part(q, some), part(k, some).transpose(1, 2), scale, probabilities, out=scores)
         torch.softmax(scores, -1, out=exact)  # in place it takes a quarter longer
         torch.bmm(probabilities.copy_(exact), part(v, some), out=part(context, some))
     if batch != 1:
-        by_tokens.copy_(context.view(batch, -1, *q.shape[1:]).transpose(1, 2))
-    return by_tokens.flatten(2)
+        output.copy_(context.view(batch, -1, *q.shape[1:]).transpose(1, 2))
+    return output.flatten(2)
 
 
 def grads_by_heads(

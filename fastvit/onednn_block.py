@@ -23,13 +23,13 @@ from fastvit.onednn import (
     grads_of_weights,
     has_bfloat16,
     product,
-    records,
     room_for,
     rounded,
     rounds,
     scratch,
 )
 from fastvit.side_by_side import joined
+from fastvit.watchers import recorded
 
 if TYPE_CHECKING:
     from fastvit.reference import Affine, BlockWeights
@@ -51,7 +51,7 @@ def takes(x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: 
         x.dtype is not torch.bfloat16
         or torch.is_autocast_enabled("cpu")
         or not (can_take(x, query) and has_bfloat16())
-        or records(x, residual, *weights.tensors())
+        or recorded(x, residual, *weights.tensors())
     ):
         return False
     return (
@@ -74,7 +74,7 @@ def transformer_block(
 ) -> tuple[Tensor, Tensor]:
     """As `fastvit.reference.transformer_block`, where that `takes`; with first derivatives."""
     tensors, eps, gelu = weights.tensors(), (weights.norm_before[2], weights.norm_after[2]), GELU_FORMS[activation]
-    if records(x, residual, *tensors):
+    if recorded(x, residual, *tensors):
         return TransformerBlock.apply(x, residual, eps, num_heads, gelu, *tensors)
     layers: Iterator[Affine]
     if weights.query[0].dtype is torch.float32:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvit import onednn, onednn_attention
 from fastvit.errors import InputError
 from fastvit.onednn import GELU_FORMS, linear, linears
-from fastvit.watchers import is_watched
+from fastvit.watchers import is_watched, recorded
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def feed_forward(
     x: [..., D]; weight1: [F, D]; bias1: [F]; weight2: [D, F]; bias2: [D]; activation: a key of `ACTIVATIONS`.
     Returns [..., D]. For GELU the activation is not kept for backward but recomputed: a third of what the block keeps.
     """
-    records = onednn.records(x, weight1, bias1, weight2, bias2)
+    records = recorded(x, weight1, bias1, weight2, bias2)
     if activation in GELU_FORMS and not records and onednn.takes(x, weight1):
         return linear(onednn.product(x, weight1, bias1, gelu=GELU_FORMS[activation]), weight2, bias2)
     hidden = linear(x, weight1, bias1)  # [..., F]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastvit.watchers import is_watched
+from fastvit.watchers import is_watched, recorded
 
 if TYPE_CHECKING:
     from fastvit.reference import Affine
@@ -72,8 +72,7 @@ def joined_in_memory(projections: Sequence[Affine]) -> Affine | None:
 def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     """torch.cat(tensors) of one shape without a copy, or None where that cannot be: they must lie side by side, and no
     gradient of theirs be recorded."""
-    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if records or is_watched() or not lie_side_by_side(tensors):
+    if recorded(*tensors) or is_watched() or not lie_side_by_side(tensors):
         return None
     first = tensors[0].detach()  # else a later change of the parameter would make the view require a gradient
     rows, *rest = first.shape

@@ -1,9 +1,15 @@
-"""Who follows operations one by one while they run, and so must be shown PyTorch's own."""
+"""Who follows operations one by one and must be shown PyTorch's own; whether backward is to follow."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+
+
+def recorded(*tensors: Tensor | None) -> bool:
+    """Whether backward may be asked for what is computed from these, so that what it needs must be kept."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_transformed() -> bool:

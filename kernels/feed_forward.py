@@ -39,10 +39,10 @@ from fastvit.kernels.layer_norm_gelu import (
     launch_backward,
     launch_forward,
     needed,
-    recorded,
     sort_gradients,
 )
 from fastvit.kernels.operators import operator
+from fastvit.watchers import recorded
 
 
 @operator("feed_forward")

@@ -33,6 +33,7 @@ from fastvit.kernels import gelu, layer_norm, linear, tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
 from fastvit.kernels.operators import operator
+from fastvit.watchers import recorded
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
@@ -339,11 +340,6 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(x.device.type)
     return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
-
-
-def recorded(*tensors: Tensor | None) -> bool:
-    """Whether backward may be asked for, so that what it needs must be kept."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def check(x, residual, norm_weight, norm_bias, weight, bias, activation, suffix="") -> None:

@@ -26,10 +26,11 @@ from torch.autograd.function import once_differentiable
 from fastvit.kernels import attention, feed_forward, layer_norm_gelu
 from fastvit.kernels.checks import DTYPES, check_tensor
 from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
-from fastvit.kernels.layer_norm_gelu import as_norm, recorded
+from fastvit.kernels.layer_norm_gelu import as_norm
 from fastvit.kernels.operators import wants_operators
 from fastvit.reference import BlockWeights
 from fastvit.side_by_side import joined
+from fastvit.watchers import recorded
 
 
 def _attention_call(heads: Tensor) -> attention.Call:

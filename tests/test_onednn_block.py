@@ -1,6 +1,7 @@
 """A whole block by oneDNN on a CPU: the bits of its pieces, no worse than PyTorch's, only where it may be."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -284,3 +285,20 @@ def test_a_model_takes_it_where_nobody_watches_its_blocks():
     assert step(dropping)[0] == 0
     assert step(dropping.eval())[0] == 2
     assert ops.whole_block(torch.randn(1, 3, 32), None, weights_of(block_of(32, 64)), 1, "gelu") is None
+
+
+def test_threads_train_the_same_model_apart():
+    model = model_of()
+    weights = list(model.parameters())
+    pictures = [torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+    def gradients(pixels):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pixels).logits
+        return torch.autograd.grad(logits.float().square().sum(), weights)
+
+    expected = [gradients(pixels) for pixels in pictures]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, alone in zip(pool.map(gradients, pictures), expected, strict=True):
+                assert all(torch.equal(grad, other) for grad, other in zip(found, alone, strict=True))
