@@ -35,7 +35,6 @@ KERNELS = (
     "bench_patch_embed",
     "bench_attention",
     "bench_layer_norm_gelu",
-    "bench_transformer_block",
 )
 MODELS = ("bench_model", "bench_quantize")
 SUITES = {

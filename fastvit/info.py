@@ -25,12 +25,6 @@ def report() -> str:
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
     lines += [f"device {device}: {describe(device)}" for device in devices]
     lines.append(f"backend asked for: {ops.current_backend()} (FASTVIT_BACKEND, or with fastvit.backend(...))")
-    if ops.why_not_triton_anywhere() is None:
-        from fastvit.kernels import tuning
-
-        lines.append(
-            f"tiles: the table{'' if os.environ.get('FASTVIT_AUTOTUNE') == '0' else f', and {tuning.cache_path()}'}"
-        )
     for device in devices[:1]:
         lines.append(f"operations on {device}:")
         for operation in ops.KERNELS:

@@ -563,13 +563,6 @@ class ViTLayer(GradientCheckpointingLayer):
         weights, heads = parts.weights, parts.num_heads
         norm, projections = weights.norm_before, weights[1:4]
         dropout_p = parts.attention_dropout_prob if self.training else 0.0
-        drops = dropout_p or not drops_nothing(parts.attention_dropout) or (self.training and self.drop_path_rate)
-        if attention_mask is None and not drops:
-            block = (hidden_states, residual, weights, heads, parts.activation)
-            compute = ops.whole_block(*block)
-            if compute is not None:
-                branch, residual = compute(*block)
-                return apply_dropout(parts.dropout, branch), residual
         projection = joined(projections) if ops.has_kernels(hidden_states) else joined_in_memory(projections)
         if projection is not None:
             if residual is None:

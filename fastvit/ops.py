@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from fastvit import onednn_block, reference
+from fastvit import reference
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
-from fastvit.watchers import is_transformed, is_watched
+from fastvit.watchers import is_transformed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -52,7 +52,6 @@ KERNELS = {
     "bias_gelu_fp8": "quantize",
     "linear_fp8": "quantize",
     "swiglu": "gelu",
-    "transformer_block": "transformer_block",
 }
 
 
@@ -247,40 +246,6 @@ def _triton_runs() -> bool:
     return why_not_triton_anywhere() is None
 
 
-def whole_block(
-    x: torch.Tensor, residual: torch.Tensor | None, weights: reference.BlockWeights, num_heads: int, activation: str
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """Who computes a `transformer_block` of these as one operation: our kernels, where all parts have one, or oneDNN on
-    a CPU. None: nobody, its parts are faster one by one."""
-    if not has_kernels(x):
-        takes = onednn_block.takes(x, residual, weights, num_heads, activation)
-        return onednn_block.transformer_block if takes else None
-    if is_watched():
-        return None
-    facts = x.device.type, x.device.index, x.dtype, _threshold(x.shape[1])
-    takes = _has_whole_blocks(_backend, *facts, x.shape[2] // num_heads, activation)
-    return transformer_block if takes else None
-
-
-@functools.cache
-def _has_whole_blocks(
-    asked: str,
-    device_type: str,
-    device_index: int | None,
-    dtype: torch.dtype,
-    keys: int,
-    head_dim: int,
-    activation: str,
-) -> bool:
-    if _lacks_head_dim(head_dim) or activation not in ACTIVATIONS_WITH_KERNELS:
-        return False
-    facts = device_type, device_index, dtype
-    parts = ("layer_norm_linear", "add_layer_norm_linear", "attention_packed", "add_layer_norm_feed_forward")
-    if any(why_not_triton(part, *facts) for part in parts):
-        return False
-    return asked == "triton" or all(_runs_on_triton(part, asked, *facts, None, keys) for part in parts)
-
-
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
@@ -299,10 +264,6 @@ def _head_dim(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> st
 def _packed_head_dim(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any) -> str | None:
     is_flat = qkv.dim() == (3 if cu_seqlens is None else 2)
     return _lacks_head_dim(qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1])
-
-
-def _block(x: Any, residual: Any, weights: Any, num_heads: int, activation: str = "gelu") -> str | None:
-    return _activation(activation) or _lacks_head_dim(x.shape[-1] // num_heads)
 
 
 def _keys(query: Any, key: Any, *args: Any, max_seqlen: int | None = None, **kwargs: Any) -> int:
@@ -335,7 +296,6 @@ linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are floa
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 swiglu = _chosen(reference.swiglu)
-transformer_block = _chosen(reference.transformer_block, lacks=_block)
 join_tokens = reference.join_tokens
 linear = reference.linear
 linears = reference.linears

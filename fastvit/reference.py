@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastvit import onednn, onednn_attention
 from fastvit.errors import InputError
-from fastvit.onednn import GELU_FORMS, linear, linears
+from fastvit.onednn import GELU_FORMS, linear, linears  # noqa: F401
 from fastvit.watchers import is_watched, recorded
 
 
@@ -109,17 +109,6 @@ class BlockWeights(NamedTuple):
     norm_after: Norm
     first: Affine  # [F, D], of the feed-forward
     second: Affine  # [D, F]
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """All sixteen, weight and bias in turn."""
-        return (*self[0][:2], *self[1], *self[2], *self[3], *self[4], *self[5][:2], *self[6], *self[7])
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], eps_before: float, eps_after: float) -> BlockWeights:
-        """The inverse of `tensors`."""
-        before, query, key, value, output, after, first, second = zip(tensors[::2], tensors[1::2], strict=True)
-        parts: Any = (query, key, value, output, (*after, eps_after), first, second)
-        return cls((*before, eps_before), *parts)  # type: ignore[arg-type]
 
 
 def join_tokens(
@@ -330,22 +319,6 @@ def linear_fp8(
     with torch.autocast(values.device.type, enabled=False):  # the products are exact in float32
         x, weight = values.float() * scale, weight.float() * weight_scale
         return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
-
-
-def transformer_block(
-    x: Tensor, residual: Tensor | None, weights: BlockWeights, num_heads: int, activation: str = "gelu"
-) -> tuple[Tensor, Tensor]:
-    """A pre-LayerNorm block without its last residual add: (branch, h), of which the block's output is the sum.
-
-    x, residual: [B, N, D], of which the block's input is the sum, or x alone where residual is None.
-    h = input + attention(layer_norm(input)), branch = feed_forward(layer_norm(h)); Dosovitskiy et al. 2021, eq. 2, 3.
-    """
-    residual = x if residual is None else x + residual
-    normed = layer_norm(residual, *weights.norm_before)
-    heads = [x.unflatten(-1, (num_heads, -1)) for x in linears(normed, weights[1:4])]
-    branch = linear(attention(*heads), *weights.output)
-    h, normed = add_layer_norm(branch, residual, *weights.norm_after)
-    return feed_forward(normed, *weights.first, *weights.second, activation), h
 
 
 class GeluLinear(torch.autograd.Function):

@@ -1,75 +1,94 @@
-"""How an operation reaches PyTorch: as an operator of its dispatcher, and past it.
+"""Registration of a launcher as a PyTorch operator, and the safety net under it.
 
-Compilers, exports, dispatch modes and tensor subclasses follow operators (`torch.library.custom_op`) and must see one.
-Everybody else only wants the result: there a call goes straight to the launch, because the dispatcher's way through
-Python takes longer than a small kernel does on a GPU (`benchmarks/NOTES.md` has the numbers).
+`@operator("attention", fallback=...)` registers the decorated launcher as `fastvit::attention` with
+`torch.library.custom_op`: eager mode, autograd, `torch.compile`, export and dispatch modes all call the same operator.
+
+The fallback has the launcher's signature and is plain PyTorch. On a GPU, under backend "auto", a launch that fails for
+any reason but a lack of memory (Triton cannot compile it, ptxas or the driver refuses it) is logged once with its
+cause, and from then on the fallback computes calls of the same class: same dtypes, last dimensions and options. Under
+backend "triton", and wherever kernels are interpreted, the exception propagates: a test must never pass on a fallback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+import triton
+from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from fastvit.watchers import is_watched
+logger = logging.getLogger("fastvit")
+
+FALLBACK_DEVICES = ("cuda",)  # elsewhere kernels are interpreted, to be tested
 
 
-def wants_operators(values: Sequence[Any]) -> bool:
-    """Whether somebody follows operations on these, some of which are tensors, and so must be shown operators."""
-    if is_watched() or torch._C._len_torch_dispatch_stack():
-        return True
-    for value in values:
-        kind = type(value)
-        if not (kind is Tensor or kind is nn.Parameter) and isinstance(value, Tensor):  # fake, sharded, quantised, ...
-            return True
+class Failure(NamedTuple):
+    """A kernel that could not be compiled or launched, and what it was called with."""
+
+    operator: str
+    inputs: str
+    error: str
+    versions: str
+
+
+failures: dict[tuple, Failure] = {}  # by operator and class of call; read by `fastvit info` and the run report
+
+
+def is_strict() -> bool:
+    """Whether a failing kernel is an error. `fastvit.ops` replaces this: it is one under backend "triton"."""
     return False
 
 
-class Operator:
-    """An operator `fastvit::name`. Called like the function that computes it, with positional arguments."""
+def operator(name: str, *, fallback: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Register a launcher as the operator `fastvit::<name>`; its annotations are the operator's schema.
 
-    def __init__(self, name: str, function: Callable[..., Any]):
-        self.function = function
-        self.definition: CustomOpDef = torch.library.custom_op(f"fastvit::{name}", function, mutates_args=())
-        self.differentiable: Callable[..., Any] = self.definition  # without derivatives: its error says so
-        self.register_fake = self.definition.register_fake
+    Args:
+        name: the operator's name.
+        fallback: plain PyTorch with the launcher's signature and results.
 
-    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
-        """As torch.library's: backward(ctx, *grads), and setup_context(ctx, inputs, output)."""
-        self.definition.register_autograd(backward, setup_context=setup_context)
-        compute = self.function
+    Returns:
+        A decorator that returns the operator, on which `register_fake` and `register_autograd` are called.
+    """
 
-        class Differentiable(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *inputs):  # with a setup_context of its own PyTorch would read a signature at each call
-                output = compute(*inputs)
-                setup_context(ctx, inputs, output)
-                return output
+    def register(launcher: Callable[..., Any]) -> CustomOpDef:
+        @functools.wraps(launcher)
+        def guarded(*args: Any) -> Any:
+            device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            if fallback is None or device.type not in FALLBACK_DEVICES or is_strict():
+                return launcher(*args)
+            case = (name, device, *map(_class_of, args))
+            if case not in failures:
+                try:
+                    return launcher(*args)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:
+                    failures[case] = _describe(name, args, error)
+                    logger.warning("kernel %s failed on %s, PyTorch computes it from now on: %s (%s)", *failures[case])
+            return fallback(*args)
 
-            @staticmethod
-            def backward(ctx, *grads):
-                return backward(ctx, *grads)
+        schema = torch.library.infer_schema(launcher, mutates_args=())
+        return torch.library.custom_op(f"fastvit::{name}", guarded, mutates_args=(), schema=schema)
 
-        self.differentiable = Differentiable.apply
-
-    def __call__(self, *inputs: Any) -> Any:
-        if is_watched() or torch._C._len_torch_dispatch_stack():
-            return self.definition(*inputs)
-        compute = self.function
-        records = torch.is_grad_enabled()
-        for value in inputs:
-            kind = type(value)
-            if kind is Tensor or kind is nn.Parameter:
-                if records and value.requires_grad:
-                    compute = self.differentiable
-            elif isinstance(value, Tensor):  # fake, sharded, quantised, ...
-                return self.definition(*inputs)
-        return compute(*inputs)
+    return register
 
 
-def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
-    """Makes an `Operator` of the function that launches its kernels; its annotations are the operator's schema."""
-    return lambda function: Operator(name, function)
+def _class_of(value: Any) -> Any:
+    """What calls have in common that compile to the same binary, or nearly: not the number of rows."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape[-1] if value.ndim else 0
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _describe(name: str, args: tuple[Any, ...], error: Exception) -> Failure:
+    inputs = ", ".join(f"{str(arg.dtype)[6:]} {list(arg.shape)}" for arg in args if isinstance(arg, Tensor))
+    cause: BaseException = error
+    while cause.__cause__ is not None:  # a compilation error wraps the one that says why
+        cause = cause.__cause__
+    lines = str(cause).strip().splitlines() or [""]
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return Failure(name, inputs, f"{type(cause).__name__}: {lines[0]}", versions)

@@ -1,32 +1,18 @@
-"""Which tile a kernel runs with: one small table, and a cache on disk of what was measured.
+"""The tiles that each kernel may run with: one table.
 
-A choice is a mapping of names to integers that the kernel's launcher understands. `FASTVIT_AUTOTUNE` says where it
-comes from:
-
-    unset   what an earlier run measured and left in the cache, else the table; nothing is timed
-    1       as before, and what the cache lacks is timed once (tens of milliseconds a candidate) and kept there
-    0       the table alone
-
-The cache is `tuning.json` in `$FASTVIT_CACHE_DIR` or `~/.cache/fastvit`. An entry holds for one operation, shape class,
-dtype, device name and Triton version. Nothing is timed on a CPU, nor while a CUDA graph is being captured.
+A rule lists at most three candidates for a kernel, a shape class, a dtype and a kind of GPU; a candidate maps names to
+integers that the kernel's launcher understands. An operation runs with candidate number `candidate` of each of its
+kernels, 0 unless a measurement on this GPU says otherwise (`fastvit.tuning`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import os
 import re
-import tempfile
-import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
-from filelock import FileLock, Timeout
 
 Choice = Mapping[str, int]
 
@@ -264,88 +250,22 @@ def candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.dev
     raise KeyError(f"no tile for {operation}, {shape}, {dtype}, {architecture}")
 
 
-_chosen: dict[tuple, Choice] = {}
+def candidate(operation: str, shape: str, dtype: torch.dtype, device: torch.device, number: int) -> Choice:
+    """Candidate `number` for one launch; the first where the rule has fewer.
+
+    Args:
+        operation: the kernel's name in the table.
+        shape: the launcher's word for the shape, such as "many rows, 1024".
+        number: which candidate, from 0.
+    """
+    options = candidates(operation, shape, dtype, device)
+    return options[number] if number < len(options) else options[0]
 
 
 def choose(
     operation: str, shape: str, dtype: torch.dtype, device: torch.device, run: Callable[[Choice], object]
 ) -> Choice:
-    """The choice for one launch. `run(choice)` launches the kernel with it and may be called many times, or never.
-
-    shape: a word for the shapes that are to share a choice, such as "many rows, 1024".
-    """
-    key = (operation, shape, dtype, device)
-    if key not in _chosen:
-        options = candidates(*key)
-        mode = os.environ.get("FASTVIT_AUTOTUNE", "")
-        if mode not in ("", "0", "1"):
-            raise ValueError(f"FASTVIT_AUTOTUNE: expected 0, 1 or nothing, got {mode!r}")
-        choice: Choice | None = None
-        if device.type != "cuda" or mode == "0" or len(options) == 1:
-            choice = options[0]
-        else:
-            entry = "|".join((operation, shape, str(dtype), describe(device).name, triton.__version__))
-            choice = read_cache().get(entry)
-            if choice not in options:  # never measured, or the table has changed since
-                choice = options[0]
-                if mode == "1":
-                    if torch.cuda.is_current_stream_capturing():
-                        return choice  # for now: it is measured at a later call
-                    choice = fastest(options, run)
-                    add_to_cache(entry, choice)
-        _chosen[key] = choice
-    return _chosen[key]
+    return candidates(operation, shape, dtype, device)[0]
 
 
-def fastest(options: tuple[Choice, ...], run: Callable[[Choice], object]) -> Choice:
-    """The candidate with the lowest median time; one that this device cannot launch is passed over."""
-    times = []
-    for option in options:
-        try:
-            times.append(triton.testing.do_bench(lambda: run(option), warmup=5, rep=20, return_mode="median"))  # noqa: B023
-        except triton.runtime.errors.OutOfResources:
-            times.append(float("inf"))
-    return options[times.index(min(times))]
-
-
-def cache_path() -> Path:
-    folder = os.environ.get("FASTVIT_CACHE_DIR")
-    return (Path(folder) if folder else Path.home() / ".cache" / "fastvit") / "tuning.json"
-
-
-def read_cache() -> dict[str, Choice]:
-    """Everything that was measured. A file that is no such cache is reported and replaced by an empty one."""
-    path = cache_path()
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict):
-            raise ValueError("not a table of measurements")
-    except OSError:
-        return {}
-    except ValueError as error:  # also broken JSON and broken UTF-8
-        warnings.warn(f"{path} is not a tuning cache ({error}): starting a new one", stacklevel=2)
-        with contextlib.suppress(OSError):
-            write_cache({})
-        return {}
-    return entries
-
-
-def add_to_cache(entry: str, choice: Choice) -> None:
-    """Add one measurement to what is on disk now, which other processes may be adding to as well."""
-    path = cache_path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock"), timeout=10):
-            write_cache(read_cache() | {entry: dict(choice)})
-    except (OSError, Timeout) as error:  # a read-only home directory is no reason to stop
-        warnings.warn(f"tile measurements are not kept: {error}", stacklevel=2)
-
-
-def write_cache(entries: dict[str, Choice]) -> None:
-    """Replace the file in one step: a reader sees the old one or the new one, never a part."""
-    path = cache_path()
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".part", delete=False
-    ) as file:
-        json.dump(entries, file, indent=1, sort_keys=True)
-    Path(file.name).replace(path)
+_chosen: dict = {}

@@ -292,48 +292,6 @@ def test_the_activation_may_be_left_out_or_named():
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    ("changes", "whole"),
-    [
-        ({}, 4),
-        ({"attention_probs_dropout_prob": 0.1}, 0),
-        ({"hidden_dropout_prob": 0.1}, 0),
-        ({"drop_path_rate": 0.1}, 1),  # of the first block the chance is 0
-        ({"hidden_act": "relu"}, 0),
-        ({"num_attention_heads": 4}, 0),  # heads of 12
-    ],
-    ids=lambda value: next(iter(value), "plain") if isinstance(value, dict) else "",
-)
-def test_which_blocks_are_taken_whole(monkeypatch, changes, whole):
-    sizes = {"hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 96}
-    config = ViTConfig(**sizes | changes, image_size=16, patch_size=8)
-    config.drop_path_rate = changes.get("drop_path_rate", 0.0)
-    model = fastvit.ViTModel(config, add_pooling_layer=False).to(DEVICE).train()
-    pixels = pixels_for(config).to(DEVICE)
-    block, calls = ops.transformer_block, []
-    monkeypatch.setattr(ops, "transformer_block", lambda *args: calls.append(args) or block(*args))
-    with fastvit.backend("triton"):
-        if changes and whole == 0 and not changes.keys() & {"attention_probs_dropout_prob", "hidden_dropout_prob"}:
-            with pytest.raises(fastvit.InputError, match="cannot compute"):  # by its pieces either
-                model(pixels)
-        else:
-            model(pixels)
-    assert len(calls) == whole
-    calls.clear()
-    if not changes:
-        with fastvit.backend("triton"):
-            handle = model.encoder.layer[1].attention.output.register_forward_hook(lambda *args: None)
-            model(pixels)
-            assert len(calls) == 3
-            handle.remove()
-            calls.clear()
-            model([pixels[0], torch.rand(3, 24, 16, device=DEVICE)])  # of two sizes: packed
-            assert not calls
-        model.to("cpu")(pixels.cpu())
-        assert not calls
-
-
-@needs_triton
 def test_a_model_compiles_as_one_graph_before_any_kernel_was_imported():
     code = """
 import torch, fastvit

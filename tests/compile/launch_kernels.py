@@ -26,11 +26,9 @@ from fastvit.kernels import (
     linear,
     patch_embed,
     quantize,
-    transformer_block,
     tuning,
 )
 from fastvit.kernels.launch import launch
-from fastvit.reference import BlockWeights
 
 EPS = 1e-6
 failures: list[str] = []
@@ -141,15 +139,6 @@ def call_products(dtype: torch.dtype, what: str, dim: int = 768) -> None:
     call(f"linear_residual, {what}", linear.linear_residual, x, random(dim, dim, dtype=dtype), vector, x)
 
 
-def call_block(dtype: torch.dtype, dim: int = 128) -> None:
-    x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
-    square, first, second = (random(*shape, dtype=dtype) for shape in ((dim, dim), (256, dim), (dim, 256)))
-    norm, affine = (vector, vector, EPS), (square, vector)
-    weights = BlockWeights(norm, *[affine] * 4, norm, (first, random(256, dtype=dtype)), (second, vector))
-    for residual in (x, None):
-        call(f"transformer_block {dtype}", transformer_block.transformer_block, x, residual, weights, 2)
-
-
 def call_patch_embed(dtype: torch.dtype, what: str) -> None:
     weight, bias, token = (random(*shape, dtype=dtype) for shape in ((768, 3, 16, 16), (768,), (1, 1, 768)))
     masked = {"mask_token": token, "mask": torch.zeros(2, 196, dtype=torch.bool)}
@@ -181,7 +170,6 @@ def main() -> int:
         call_rows(dtype)
         call_unlike(dtype)
         call_products(dtype, str(dtype))
-        call_block(dtype)
         call_patch_embed(dtype, str(dtype))
         call_fp8(dtype)
     table = tuning.candidates
