@@ -58,6 +58,9 @@ def operator(name: str, *, fallback: Callable[..., Any] | None = None) -> Callab
         @functools.wraps(launcher)
         def guarded(*args: Any) -> Any:
             device = next(arg.device for arg in args if isinstance(arg, Tensor))
+            if device.type == "cuda" and device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):  # Triton launches on the current device
+                    return guarded(*args)
             if fallback is None or device.type not in FALLBACK_DEVICES or is_strict():
                 return launcher(*args)
             case = (name, device, *map(_class_of, args))
