@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastvit import info, onednn, ops
+from fastvit import eager, info, ops
 from fastvit.options import SIZES
 
 OURS = "fastvit"  # how the names of our own providers begin
@@ -521,7 +521,7 @@ def multiply_into(out: Tensor, left: Tensor, right: Tensor, _: Any) -> None:
 
 
 def multiply_by_onednn(left: Tensor, right: Tensor, _: Any) -> None:
-    onednn.product(left, right, None)
+    eager.product(left, right, None)
 
 
 def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -> dict[str, Any]:
@@ -544,7 +544,7 @@ def ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick: bool) -
         left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
         out = torch.empty_like(left)
         took = median(Step(partial(multiply_into, out, left, right)))
-        if onednn.takes(left, right):  # on a CPU MKL's product is not always the fastest there is
+        if eager.takes(left, right):  # on a CPU MKL's product is not always the fastest there is
             took = min(took, median(Step(partial(multiply_by_onednn, left, right))))
         products[name_of(dtype)] = 2e-12 * side**3 / took
         del left, right, out

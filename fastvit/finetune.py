@@ -38,7 +38,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import calibration, onednn, page, report
+from fastvit import calibration, eager, page, report
 from fastvit.cli import report_errors
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
@@ -483,7 +483,7 @@ def early_end_is_said(trainer: RecipeTuner, options: argparse.Namespace) -> Iter
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        onednn.turn_off_after(error)
+        eager.turn_off_after(error)
         advice = "--gradient-checkpointing or a smaller --image-size"
         if options.batch_size > 1:
             advice = f"--auto-batch, a smaller --batch-size, {advice}"

@@ -44,7 +44,6 @@ from fastvit.features import Features, blocks_to_take
 from fastvit.inspection import check_checkpoint, read_config
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pack, pictures_of
 from fastvit.reference import Affine, BlockWeights
-from fastvit.side_by_side import joined, joined_in_memory, lay_side_by_side
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
 
@@ -170,11 +169,11 @@ class ViTEmbeddings(nn.Module):
     ) -> Tensor:
         """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]; a list of pictures -> [1, tokens of all, D].
 
-        bool_masked_pos: [B, P], or a list of [P].
+        bool_masked_pos: [B, P].
         """
         if isinstance(pixel_values, Tensor):
             return self.dropout(self.embed(pixel_values, bool_masked_pos, interpolate_pos_encoding))
-        return self.dropout(self.embed_each(pixel_values, bool_masked_pos))
+        return self.dropout(self.embed_each(pixel_values))
 
     def embed(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, interpolate_pos_encoding: bool) -> Tensor:
         """A batch of pictures of one size -> [B, N, D], before dropout."""
@@ -210,34 +209,32 @@ class ViTEmbeddings(nn.Module):
         patches = self.patch_embeddings(as_float_channels_first(pixel_values, self.config, projection.weight.dtype))
         return ops.join_tokens(patches, self.cls_token, pos_embed, mask_token=self.mask_token, mask=bool_masked_pos)
 
-    def embed_each(self, pictures: list[Tensor], masks: list[Tensor] | None) -> Tensor:
-        """Pictures of any sizes -> [1, tokens of all, D], in their order; those of one size are embedded together."""
+    def embed_each(self, images: list[Tensor]) -> Tensor:
+        """Images of any sizes -> [1, tokens of all, D], in their order; those of one size are embedded together."""
         same: dict[Any, list[int]] = {}
-        for index, picture in enumerate(pictures):
-            same.setdefault((picture.shape, picture.dtype), []).append(index)
+        for index, image in enumerate(images):
+            same.setdefault((image.shape, image.dtype), []).append(index)
         tokens: dict[int, Tensor] = {}
         for indices in same.values():
-            batch = torch.stack([pictures[index] for index in indices])
-            mask = None if masks is None else torch.stack([masks[index] for index in indices])
-            embeddings = self.embed(batch, mask, interpolate_pos_encoding=True)
+            batch = torch.stack([images[index] for index in indices])
+            embeddings = self.embed(batch, None, interpolate_pos_encoding=True)
             tokens.update(zip(indices, embeddings.unbind(), strict=True))
-        return torch.cat([tokens[index] for index in range(len(pictures))]).unsqueeze(0)
+        return torch.cat([tokens[index] for index in range(len(images))]).unsqueeze(0)
 
-    def collate(self, pictures: Any, masks: Any) -> tuple[Any, Any, Packing | None]:
-        """A list of pictures, and the list of their masks if any, as `forward` takes them, and how it will pack them.
+    def collate(self, images: Any) -> tuple[Any, Packing | None]:
+        """A list of images as `forward` accepts them, and their packing.
 
-        Pictures of one size are stacked: they are a batch like any other and need no packing. Raises InputError for
-        what is not a list of pictures, and for masks that don't fit.
+        Images of one size are stacked: they are a batch like any other and need no packing. Raises InputError for
+        anything but a list of images.
         """
-        if not isinstance(pictures, list | tuple):
-            raise InputError(f"pixel_values: expected a tensor or a list of tensors, got {type(pictures).__name__}")
-        if not pictures:
-            raise InputError("pixel_values: expected pictures, got an empty list")
-        patches = [rows * columns for rows, columns in self.grid_of(pictures)]
-        masks = None if masks is None else flat_masks(masks, patches)
-        if len({(picture.shape, picture.dtype) for picture in pictures}) == 1:
-            return torch.stack(list(pictures)), None if masks is None else torch.stack(masks), None
-        return list(pictures), masks, pack([1 + count for count in patches], pictures[0].device)
+        if not isinstance(images, list | tuple):
+            raise InputError(f"pixel_values: expected a tensor or a list of tensors, got {type(images).__name__}")
+        if not images:
+            raise InputError("pixel_values: expected images, got an empty list")
+        patches = [rows * columns for rows, columns in self.grid_of(images)]
+        if len({(image.shape, image.dtype) for image in images}) == 1:
+            return torch.stack(list(images)), None
+        return list(images), pack([1 + count for count in patches], images[0].device)
 
     def grid_of(self, pixel_values: Tensor | Sequence[Tensor]) -> Any:
         """(rows, columns) of patches in the pictures of a batch; of a list, a list of them."""
@@ -266,17 +263,6 @@ class ViTEmbeddings(nn.Module):
         if image_size[0] < patch_size[0] or image_size[1] < patch_size[1]:
             raise InputError(f"{name}: expected room for one patch of {patch_size}, got {image_size} (height, width)")
         return image_size
-
-
-def flat_masks(masks: Any, patches: Sequence[int]) -> list[Tensor]:
-    """The masks of a list of pictures with so many patches, each [P] or [rows, columns], as bool [P]."""
-    if not isinstance(masks, list | tuple) or len(masks) != len(patches):
-        given = f"{type(masks).__name__} of {len(masks)}"
-        raise InputError(f"bool_masked_pos: expected a list of {len(patches)} masks, one a picture, got {given}")
-    for index, (mask, count) in enumerate(zip(masks, patches, strict=True)):
-        if mask.numel() != count:
-            raise InputError(f"bool_masked_pos[{index}]: expected {count} values, one a patch, got {mask.numel()}")
-    return [mask.flatten().bool() for mask in masks]
 
 
 def image_mean_of(config: ViTConfig) -> tuple[float, ...]:
@@ -336,7 +322,6 @@ class ViTSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.lay_side_by_side()
 
     def forward(
         self,
@@ -397,36 +382,27 @@ class ViTSelfAttention(nn.Module):
             return by_heads([apply_linear(layer, hidden_states) for layer in layers], self.num_heads)
         return by_heads(project(hidden_states, projections), self.num_heads)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> ViTSelfAttention:
-        """Part of `.to`, `.half` and the like, which make new tensors."""
-        super()._apply(*args, **kwargs)
-        self.lay_side_by_side()
-        return self
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Part of `copy.deepcopy` and unpickling, which give every tensor a memory of its own."""
-        super().__setstate__(state)
-        self.lay_side_by_side()
-
-    def lay_side_by_side(self) -> None:
-        """The weights of query, key and value in one piece of memory, and their biases: see `joined`."""
-        layers = (self.query, self.key, self.value)
-        if all(is_plain(layer, nn.Linear) for layer in layers):
-            for tensors in zip(*(layer.parameters() for layer in layers), strict=True):
-                lay_side_by_side(tensors)
-
 
 def by_heads(tensors: Sequence[Tensor], num_heads: int) -> tuple[Tensor, ...]:
     """Each [B, N, D] as [B, N, heads, head_dim]."""
     return tuple([tensor.unflatten(-1, (num_heads, -1)) for tensor in tensors])
 
 
+def joined(projections: Sequence[Affine]) -> Affine:
+    """Weight and bias of one linear layer that computes all of these.
+
+    Concatenated at each use: checkpoints, optimizers and LoRA see three parameters. It costs a copy of the weights for
+    each call, 3.5 MB read and written in a block of ViT-B in half precision.
+    """
+    weights, biases = zip(*projections, strict=True)
+    return torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+
+
 def project(x: Tensor, projections: Sequence[Affine]) -> Sequence[Tensor]:
-    """Each of these linear layers of x [..., D], from one matrix product unless a CPU had to copy the weights."""
-    together = joined_in_memory(projections)
-    if together is None and x.is_cpu:
-        return ops.linears(x, projections)
-    return ops.linear(x, *(together or joined(projections))).chunk(len(projections), dim=-1)
+    """Each of these linear layers of x [..., D]: one matmul on a GPU; on a CPU the copy of the weights costs more."""
+    if x.is_cpu:
+        return [ops.linear(x, *projection) for projection in projections]
+    return ops.linear(x, *joined(projections)).chunk(len(projections), dim=-1)
 
 
 class ViTSelfOutput(nn.Module):
@@ -563,8 +539,8 @@ class ViTLayer(GradientCheckpointingLayer):
         weights, heads = parts.weights, parts.num_heads
         norm, projections = weights.norm_before, weights[1:4]
         dropout_p = parts.attention_dropout_prob if self.training else 0.0
-        projection = joined(projections) if ops.has_kernels(hidden_states) else joined_in_memory(projections)
-        if projection is not None:
+        if ops.has_kernels(hidden_states):
+            projection = joined(projections)
             if residual is None:
                 residual, qkv = hidden_states, ops.layer_norm_linear(hidden_states, *norm, *projection)
             else:
@@ -806,9 +782,6 @@ class ViTPreTrainedModel(PreTrainedModel):
                 raise InputError(f"{pretrained_model_name_or_path}: {len(backbone)} {kind.replace('_', ' ')}: {names}")
         if image_size is not None:
             model.resize_position_embeddings(image_size)
-        for module in model.modules():
-            if isinstance(module, ViTSelfAttention):
-                module.lay_side_by_side()
         return (model, info) if return_info else model
 
     def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
@@ -908,7 +881,7 @@ class ViTModel(ViTPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
-        bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
+        bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -942,7 +915,9 @@ class ViTModel(ViTPreTrainedModel):
         if is_list:
             if attention_mask is not None:
                 raise InputError("attention_mask: expected None with a list of pictures, which are not padded")
-            pixel_values, bool_masked_pos, mask = self.embeddings.collate(pixel_values, bool_masked_pos)
+            if bool_masked_pos is not None:
+                raise InputError("bool_masked_pos: expected None with a list of images; stack those of one size")
+            pixel_values, mask = self.embeddings.collate(pixel_values)
         elif attention_mask is not None:
             mask = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask
             mask = mask if mask.is_floating_point() else mask.bool()
@@ -1016,10 +991,40 @@ class ViTForImageClassification(ViTPreTrainedModel):
             return_dict=True,
         )
         logits = self.classifier(outputs.last_hidden_state[:, 0])
-        loss = self.loss_function(labels, logits, self.config, **kwargs) if labels is not None else None
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits, self.config.problem_type, kwargs.get("ignore_index", -100))
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def check_labels(labels: Any, logits: Tensor, problem_type: str | None, ignore_index: int) -> None:
+    """Raise InputError unless the loss of `problem_type` accepts these labels for logits [B, num_labels].
+
+    The range of class indices is checked on a CPU only: on a GPU it would wait for the device.
+    """
+    batch, num_labels = logits.shape
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if problem_type is None:
+        is_index = labels.dtype in (torch.long, torch.int)
+        problem_type = "regression" if num_labels == 1 else "single_label_classification" if is_index else "multi_label"
+    if problem_type != "single_label_classification":
+        expected = [batch] if num_labels == 1 else [batch, num_labels]
+        if labels.numel() != logits.numel() or (num_labels > 1 and labels.shape != logits.shape):
+            raise InputError(f"labels: expected {expected} for {problem_type}, got {list(labels.shape)} {labels.dtype}")
+        return
+    if labels.numel() != batch or labels.dtype != torch.long:
+        raise InputError(
+            f"labels: expected int64 class indices [{batch}], got {list(labels.shape)} {labels.dtype};"
+            " for several labels an image, set config.problem_type = 'multi_label_classification'"
+        )
+    if labels.is_cpu and not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor):
+        wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)]
+        if wrong.numel():
+            raise InputError(f"labels: expected class indices from 0 to {num_labels - 1}, got {wrong[0].item()}")
 
 
 class ViTForMaskedImageModeling(ViTPreTrainedModel):
@@ -1038,7 +1043,7 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor | Sequence[Tensor] | None = None,
-        bool_masked_pos: Tensor | Sequence[Tensor] | None = None,
+        bool_masked_pos: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_mask: Tensor | None = None,
         output_attentions: bool | None = None,
@@ -1046,15 +1051,15 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         **kwargs: Any,
     ) -> MaskedImageModelingOutput:
         """
-        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels of all pictures.
-        The other arguments are those of `ViTModel`. Returns the reconstruction [B, C, H, W]; of a list, a list.
+        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels of all images.
+        The other arguments are those of `ViTModel`, but for lists of images. Returns the reconstruction [B, C, H, W].
         """
-        if pixel_values is None:
-            raise InputError("pixel_values: expected pictures, got None")
+        if not isinstance(pixel_values, Tensor):
+            raise InputError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
         patch_size = as_pair(self.config.patch_size)
         if bool_masked_pos is not None and patch_size != as_pair(self.config.encoder_stride):
             raise InputError(
-                "config.encoder_stride: expected the patch size, so that the reconstruction has the picture's size;"
+                "config.encoder_stride: expected the patch size, so that the reconstruction has the image's size;"
                 f" got encoder_stride {self.config.encoder_stride} and patch_size {self.config.patch_size}"
             )
         outputs = self.vit(
@@ -1066,41 +1071,20 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        is_list = not isinstance(pixel_values, Tensor)
-        batches: list[tuple[Any, Tensor, Any]] = [(pixel_values, outputs.last_hidden_state, bool_masked_pos)]
-        if is_list:  # as many batches of one
-            masks = [None] * len(pixel_values) if bool_masked_pos is None else bool_masked_pos
-            pictures = zip(pixel_values, outputs.last_hidden_state, masks, strict=True)
-            batches = [(pixels[None], tokens[None], mask) for pixels, tokens, mask in pictures]
-        reconstructions = [self.reconstruct(tokens, pixels) for pixels, tokens, _ in batches]
-
+        rows, columns = self.vit.embeddings.grid_of(pixel_values)
+        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
+        reconstruction = self.decoder(patches)  # [B, C, H, W], without the pixels left over beside whole patches
         loss = None
         if bool_masked_pos is not None:
-            pairs = zip(batches, reconstructions, strict=True)
-            errors = [self.masked_error(result, pixels, mask) for (pixels, _, mask), result in pairs]
-            error, count = (sum(parts) for parts in zip(*errors, strict=True))
-            loss = error / (count + 1e-5) / self.config.num_channels
-        reconstruction = [result[0] for result in reconstructions] if is_list else reconstructions[0]
+            mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
+            mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
+            target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
+            target = target[:, :, : mask.shape[2], : mask.shape[3]]
+            error = F.l1_loss(target, reconstruction, reduction="none") * mask
+            loss = error.sum() / (mask.sum() + 1e-5) / self.config.num_channels
         return MaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def reconstruct(self, tokens: Tensor, pixel_values: Tensor) -> Tensor:
-        """The tokens [B, N, D] of these pictures -> [B, C, H, W], without the pixels left over beside whole patches."""
-        return self.decoder(tokens[:, 1:].transpose(1, 2).unflatten(2, self.vit.embeddings.grid_of(pixel_values)))
-
-    def masked_error(
-        self, reconstruction: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The sum of the absolute errors of masked pixels in all channels, and the number of masked pixels."""
-        rows, columns = self.vit.embeddings.grid_of(pixel_values)
-        patch_size = as_pair(self.config.patch_size)
-        mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
-        mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
-        target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
-        target = target[:, :, : mask.shape[2], : mask.shape[3]]
-        error = F.l1_loss(target, reconstruction, reduction="none") * mask
-        return error.sum(), mask.sum()

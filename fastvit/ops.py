@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
-from fastvit import reference
+from fastvit import eager, reference
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
 from fastvit.watchers import is_transformed
@@ -212,6 +212,7 @@ def _chosen(
     which says what of these arguments the kernel does not have, and by `keys`, the tokens to attend to.
     """
     operation = definition.__name__
+    plain = getattr(eager, operation, definition)
 
     @functools.wraps(definition)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -219,13 +220,14 @@ def _chosen(
             x: Any = args[like]
             if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
                 _announce_cpu(operation, x.dtype)
-                return definition(*args, **kwargs)
+                return plain(*args, **kwargs)
             lack = (
                 "torch.func and forward-mode derivatives need PyTorch's" if is_transformed() else lacks(*args, **kwargs)
             )
             facts = x.device.type, x.device.index, x.dtype, lack, _threshold(keys(*args, **kwargs))
             if _runs_on_triton(operation, _backend, *facts):
                 return _kernels[operation](*args, **kwargs)
+            return plain(*args, **kwargs)
         return definition(*args, **kwargs)
 
     return function
@@ -297,7 +299,6 @@ attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 swiglu = _chosen(reference.swiglu)
 join_tokens = reference.join_tokens
-linear = reference.linear
-linears = reference.linears
+linear = eager.linear
 normalize_pixels = reference.normalize_pixels
 ACTIVATIONS = reference.ACTIVATIONS

@@ -27,9 +27,9 @@ from fastvit.modeling import (
     add_and_norm,
     is_hooked,
     is_plain,
+    joined,
 )
 from fastvit.packing import Mask, Packing, attend, class_tokens_of, pictures_of
-from fastvit.side_by_side import joined
 
 
 def quantize(model: ViTPreTrainedModel, kind: str) -> ViTPreTrainedModel:
@@ -103,7 +103,6 @@ class Fp8Linear(nn.Module):
         values, scale = reference.quantize_rows(weight)
         self.register_buffer("weight", values)
         self.register_buffer("scale", scale)
-        # A copy: `joined` may give a view of the parameters.
         self.register_buffer("bias", None if bias is None else bias.to(torch.bfloat16, copy=True))
 
     def forward(self, values: Tensor, scale: Tensor, units: slice = slice(None), with_bias: bool = True) -> Tensor:

@@ -17,11 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit import onednn, onednn_attention
-from fastvit.errors import InputError
-from fastvit.onednn import GELU_FORMS, linear, linears  # noqa: F401
-from fastvit.watchers import is_watched, recorded
-
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the approximation of GELU that CLIP uses (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
@@ -74,24 +69,34 @@ def patch_embed(
     mask: bool [B, P] with mask_token [1, 1, D]: masked patches are replaced by the mask token (SimMIM).
     Returns [B, T + P, D] in weight's dtype.
     """
-    patch_height, patch_width = patch_size
-    hidden_size, channels = weight.shape[:2]
+    patches = cut_into_patches(pixels, weight, patch_size, mean, std)
+    tokens = F.linear(patches, weight.flatten(1), bias)  # [B, P, D]
+    return join_tokens(tokens, cls_token, pos_embed, mask_token=mask_token, mask=mask)
+
+
+def cut_into_patches(
+    pixels: Tensor,
+    weight: Tensor,
+    patch_size: tuple[int, int],
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Tensor:
+    """The first half of `patch_embed`: pixels in weight's dtype, one row a patch, [B, P, C * ph * pw].
+
+    A convolution whose stride is its kernel is one matmul over these rows.
+    """
+    (patch_height, patch_width), channels = patch_size, weight.shape[1]
     if pixels.shape[1] != channels:  # [B, H, W, C]
         pixels = pixels.permute(0, 3, 1, 2)
     if pixels.dtype == torch.uint8:
         if mean is None or std is None:
-            raise InputError("mean, std: expected one number a channel to normalise uint8 pixels by, got None")
+            raise ValueError("mean, std: expected one number a channel to normalise uint8 pixels by, got None")
         pixels = normalize_pixels(pixels, mean, std, weight.dtype)
     batch, _, height, width = pixels.shape
     rows, columns = height // patch_height, width // patch_width
     pixels = pixels[:, :, : rows * patch_height, : columns * patch_width].to(weight.dtype)
-
-    # A convolution whose stride is its kernel is one matrix product over the patches, [B * P, C * ph * pw] x [.., D].
     patches = pixels.reshape(batch, channels, rows, patch_height, columns, patch_width)
-    patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
-    tokens = linear(patches, weight.reshape(hidden_size, -1), bias)  # [B, P, D]
-
-    return join_tokens(tokens, cls_token, pos_embed, mask_token=mask_token, mask=mask)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
 
 
 Affine = tuple[Tensor, Tensor | None]  # weight [units, D] and bias [units] of a linear layer
@@ -122,7 +127,7 @@ def join_tokens(
     """The second half of `patch_embed`: mask token, class token, position embedding around patch tokens [B, P, D]."""
     if mask is not None:
         if mask_token is None:
-            raise InputError("mask_token: expected the token that stands for masked patches, got None")
+            raise ValueError("mask_token: expected the token that stands for masked patches, got None")
         tokens = torch.where(mask.unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
     if cls_token is not None:
         tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
@@ -167,25 +172,9 @@ def feed_forward(
     """activation(x @ weight1^T + bias1) @ weight2^T + bias2, applied to each token (Vaswani et al. 2017, eq. 2).
 
     x: [..., D]; weight1: [F, D]; bias1: [F]; weight2: [D, F]; bias2: [D]; activation: a key of `ACTIVATIONS`.
-    Returns [..., D]. For GELU the activation is not kept for backward but recomputed: a third of what the block keeps.
+    Returns [..., D].
     """
-    records = recorded(x, weight1, bias1, weight2, bias2)
-    if activation in GELU_FORMS and not records and onednn.takes(x, weight1):
-        return linear(onednn.product(x, weight1, bias1, gelu=GELU_FORMS[activation]), weight2, bias2)
-    hidden = linear(x, weight1, bias1)  # [..., F]
-    if activation not in GELU_FORMS or is_watched():  # a compiler decides by itself what to keep
-        return linear(ACTIVATIONS[activation](hidden), weight2, bias2)
-    form = GELU_FORMS[activation]
-    if not records:
-        # Nobody else holds `hidden`. Overwriting it matters on a CPU: touching a new tensor of this size for the first
-        # time costs several times the arithmetic.
-        return linear(torch.ops.aten.gelu_.default(hidden, approximate=form), weight2, bias2)
-    if onednn.rounds(hidden, weight2):
-        return onednn.rounded_linear(hidden, form, weight2, bias2)
-    if torch.is_autocast_enabled(hidden.device.type):
-        weight2 = weight2.to(hidden.dtype)
-        bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
-    return GeluLinear.apply(hidden, weight2, bias2, form)
+    return F.linear(ACTIVATIONS[activation](F.linear(x, weight1, bias1)), weight2, bias2)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
@@ -209,14 +198,14 @@ def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activati
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """residual + x @ weight^T + bias. x: [..., K]; weight: [D, K]; bias: [D]; residual: [..., D]. Returns [..., D]."""
-    return linear(x, weight, bias) + residual
+    return F.linear(x, weight, bias) + residual
 
 
 def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     """layer_norm(x) @ weight^T + bias. x: [..., D]; the norm's [D]; weight: [F, D]; bias: [F]. Returns [..., F]."""
-    return linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
+    return F.linear(layer_norm(x, norm_weight, norm_bias, eps), weight, bias)
 
 
 def add_layer_norm_linear(
@@ -224,7 +213,7 @@ def add_layer_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """(x + residual, layer_norm_linear of it). x, residual: [..., D]. Returns [..., D] and [..., F]."""
     residual, normed = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
-    return residual, linear(normed, weight, bias)
+    return residual, F.linear(normed, weight, bias)
 
 
 def layer_norm_gelu(
@@ -321,35 +310,6 @@ def linear_fp8(
         return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
 
 
-class GeluLinear(torch.autograd.Function):
-    """gelu(hidden) @ weight^T + bias, keeping `hidden` for backward and not gelu(hidden)."""
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-        ctx.approximate = approximate
-        ctx.save_for_backward(hidden, weight)
-        return linear(F.gelu(hidden, approximate=approximate), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        hidden, weight = ctx.saved_tensors
-        rows = grad_output.flatten(0, -2)
-        grad_hidden = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = linear(rows.t(), F.gelu(hidden, approximate=ctx.approximate).flatten(0, -2).t())
-        if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        if ctx.needs_input_grad[0]:
-            grad_hidden = linear(grad_output, weight.t())
-            if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-                grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate=ctx.approximate)
-            else:
-                torch.ops.aten.gelu_backward.grad_input(
-                    grad_hidden, hidden, approximate=ctx.approximate, grad_input=grad_hidden
-                )
-        return grad_hidden, grad_weight, grad_bias, None
-
-
 def attention(
     query: Tensor,
     key: Tensor,
@@ -372,7 +332,7 @@ def attention(
     """
     if cu_seqlens is not None:
         if max_seqlen is None:
-            raise InputError("max_seqlen: expected the tokens of the largest picture, got None")
+            raise ValueError("max_seqlen: expected the tokens of the largest picture, got None")
         bounds = cu_seqlens.tolist()
         pictures = []
         for index, (first, end) in enumerate(pairwise(bounds)):
@@ -383,8 +343,6 @@ def attention(
             parts = (tensor[None, first:end] for tensor in (query, key, value))
             pictures.append(attention(*parts, scale=scale, dropout_p=dropout_p, mask=own_mask)[0])
         return torch.cat(pictures)
-    if mask is None and dropout_p == 0 and onednn_attention.attends(query, key, value):
-        return onednn_attention.attention(query, key, value, scale)
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale
     )
@@ -405,12 +363,9 @@ def attention_packed(
     with cu_seqlens the same without B."""
     if qkv.ndim == (3 if cu_seqlens is None else 2):
         if num_heads is None:
-            raise InputError("num_heads: expected the number of heads in qkv's last dimension, got None")
+            raise ValueError("num_heads: expected the number of heads in qkv's last dimension, got None")
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     query, key, value = qkv.unbind(-3)
-    is_plain = mask is None and dropout_p == 0 and cu_seqlens is None
-    if is_plain and not torch.is_grad_enabled() and onednn_attention.attends(query, key, value):
-        return onednn_attention.attend_packed(qkv, query.shape[-1] ** -0.5 if scale is None else scale)
     return attention(
         query, key, value, scale=scale, dropout_p=dropout_p, mask=mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
     )

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastvit import onednn
+from fastvit import eager
 from fastvit.calibration import temperature_of
 from fastvit.errors import InputError, is_out_of_memory
 from fastvit.modeling import ViTPreTrainedModel, image_mean_of, image_std_of
@@ -104,7 +104,7 @@ class Runner:
                 start += len(piece)
                 continue
             except Exception as error:
-                onednn.turn_off_after(error)
+                eager.turn_off_after(error)
                 if len(piece) == 1 or not is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -45,7 +45,7 @@ def models():
     yield "timm", VisionTransformer(num_classes=2)
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_training_keeps_at_most_three_quarters_of_what_others_keep(backend):
     if backend == "triton" and ops.why_not_triton_anywhere():
         pytest.skip("Triton is not installed")

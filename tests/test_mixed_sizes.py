@@ -183,26 +183,6 @@ def test_pictures_of_the_configs_size_need_no_interpolation_to_be_equal():
     assert torch.equal(model(list(batch)).logits, model(batch).logits)
 
 
-def test_masked_image_modeling_of_any_sizes():
-    model = small(fastvit.ViTForMaskedImageModeling, encoder_stride=8)
-    generator = torch.Generator().manual_seed(3)
-    grids = [(height // 8, width // 8) for height, width in SIZES]
-    masks = [(torch.rand(grid, generator=generator) < 0.6).to(DEVICE) for grid in grids]  # [rows, columns], or flat
-    masks[1] = masks[1].flatten()
-    found = model(pictures(), bool_masked_pos=masks)
-    error = count = 0
-    for index, (picture, mask, grid) in enumerate(zip(pictures(), masks, grids, strict=True)):
-        own = alone(model, picture, bool_masked_pos=mask.flatten()[None])
-        assert found.reconstruction[index].shape == (3, grid[0] * 8, grid[1] * 8)
-        assert relative_error(found.reconstruction[index], own.reconstruction[0]) < 1e-5
-        masked = mask.sum() * 64
-        error, count = error + own.loss * (masked + 1e-5), count + masked
-    expected = error / (count + 1e-5)  # of all masked pixels, as for a batch
-    assert relative_error(found.loss, expected) < 1e-5
-    assert_same_gradients(gradients_of(model, found.loss), gradients_of(model, expected))
-    assert model(pictures()).loss is None
-
-
 def test_dropout_acts_in_training_only():
     for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         model = small(fastvit.ViTForImageClassification, **{option: 0.5})
@@ -348,7 +328,7 @@ def test_class_tokens_of_no_blocks():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "pixel_values: expected pictures, got an empty list"),
+        ([], "pixel_values: expected images, got an empty list"),
         (np.zeros((1, 3, 8, 8)), "pixel_values: expected a tensor or a list of tensors, got ndarray"),
         ([torch.zeros(3, 8, 8), "leaf.jpg"], r"pixel_values\[1\]: expected a tensor, got str"),
         (
@@ -373,18 +353,12 @@ def test_a_batch_too_small_for_a_patch_is_named_too():
         small(fastvit.ViTModel).cpu()(torch.zeros(1, 3, 7, 8), interpolate_pos_encoding=True)
 
 
-def test_masks_that_do_not_fit_are_named():
+def test_masks_are_refused_with_a_list_of_images():
     given = [torch.zeros(3, 8, 8), torch.zeros(3, 16, 8)]
-    model = small(fastvit.ViTForMaskedImageModeling, encoder_stride=8).cpu()
-    right = [torch.ones(1), torch.ones(2)]
-    for masks, message in (
-        (right[:1], "bool_masked_pos: expected a list of 2 masks, one a picture, got list of 1"),
-        (torch.ones(2, 1), "bool_masked_pos: expected a list of 2 masks, one a picture, got Tensor of 2"),
-        (right[::-1], r"bool_masked_pos\[0\]: expected 1 values, one a patch, got 2"),
-    ):
-        with pytest.raises(fastvit.InputError, match=message):
-            model(given, bool_masked_pos=masks)
-    with pytest.raises(fastvit.InputError, match="bool_masked_pos: this model has no mask token"):
-        small(fastvit.ViTModel).cpu()(given, bool_masked_pos=right)
+    with pytest.raises(fastvit.InputError, match="pixel_values: expected a tensor, got list"):
+        small(fastvit.ViTForMaskedImageModeling, encoder_stride=8).cpu()(given)
+    model = small(fastvit.ViTModel).cpu()
+    with pytest.raises(fastvit.InputError, match="bool_masked_pos: expected None with a list of images"):
+        model(given, bool_masked_pos=torch.ones(2, 1))
     with pytest.raises(fastvit.InputError, match="attention_mask: expected None with a list of pictures"):
-        small(fastvit.ViTModel).cpu()(given, attention_mask=torch.ones(2, 3))
+        model(given, attention_mask=torch.ones(2, 3))

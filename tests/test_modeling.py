@@ -215,6 +215,26 @@ def test_losses_equal_transformers(problem_type, labels, tmp_path):
     assert relative_error(ours(pixels, labels=labels).loss, theirs(pixels, labels=labels).loss) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, 4], "expected a tensor, got list"),
+        (torch.tensor([1, 5]), "expected class indices from 0 to 4, got 5"),
+        (torch.tensor([-1, 0]), "expected class indices from 0 to 4, got -1"),
+        (torch.tensor([1, 2, 3]), r"expected int64 class indices \[2\], got \[3\] torch.int64"),
+        (torch.tensor([1, 2], dtype=torch.int32), "got \\[2\\] torch.int32"),
+        (torch.zeros(2, 4), r"expected \[2, 5\] for multi_label, got \[2, 4\] torch.float32"),
+    ],
+    ids=["list", "too large", "negative", "too many", "int32", "other classes"],
+)
+def test_wrong_labels_are_named(labels, message):
+    model = fastvit.ViTForImageClassification(ViTConfig(**BASE, image_size=16, patch_size=8))
+    with pytest.raises(fastvit.InputError, match=f"labels: {message}" if message[0] == "e" else message):
+        model(pixels_for(model.config), labels=labels)
+    ignored = model(pixels_for(model.config), labels=torch.tensor([-100, 3])).loss
+    assert torch.isfinite(ignored)
+
+
 def test_other_sizes_by_interpolation_equal_transformers(tmp_path):
     ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
     pixels = torch.randn(2, 3, 48, 64)
