@@ -15,27 +15,28 @@ if TYPE_CHECKING:
     from fastvit.attention_interface import register_attention
     from fastvit.auto import register, unregister
     from fastvit.errors import InputError
-    from fastvit.features import Features
-    from fastvit.modeling import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel, ViTPreTrainedModel
+    from fastvit.models.features import Features
+    from fastvit.models.heads import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+    from fastvit.models.pretrained import ViTPreTrainedModel
+    from fastvit.models.quantization import quantize
     from fastvit.ops import backend
     from fastvit.predictor import Prediction, Predictor
-    from fastvit.quantization import quantize
     from fastvit.weights import convert
 
 _MODULE_OF = {
-    "Features": "fastvit.features",
+    "Features": "fastvit.models.features",
     "InputError": "fastvit.errors",
     "Prediction": "fastvit.predictor",
     "Predictor": "fastvit.predictor",
     "ViTConfig": "transformers",
-    "ViTForImageClassification": "fastvit.modeling",
-    "ViTForMaskedImageModeling": "fastvit.modeling",
-    "ViTModel": "fastvit.modeling",
-    "ViTPreTrainedModel": "fastvit.modeling",
+    "ViTForImageClassification": "fastvit.models.heads",
+    "ViTForMaskedImageModeling": "fastvit.models.heads",
+    "ViTModel": "fastvit.models.heads",
+    "ViTPreTrainedModel": "fastvit.models.pretrained",
     "backend": "fastvit.ops",
     "convert": "fastvit.weights",
     "optimize": "fastvit.adapters.swap",
-    "quantize": "fastvit.quantization",
+    "quantize": "fastvit.models.quantization",
     "register": "fastvit.auto",
     "register_attention": "fastvit.attention_interface",
     "restore": "fastvit.adapters.swap",

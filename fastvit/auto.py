@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import transformers
 
-from fastvit import modeling
+from fastvit.models import heads
 
 AUTO_CLASSES = {
     "AutoModel": "ViTModel",
@@ -19,7 +19,7 @@ def register() -> None:
 
     Models that exist already stay what they are. `fastvit.unregister()` ends it; either may be called twice.
     """
-    _load_from(modeling)
+    _load_from(heads)
 
 
 def unregister() -> None:

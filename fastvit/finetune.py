@@ -40,6 +40,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import fastvit
 from fastvit import calibration, eager, page, report
 from fastvit.cli import report_errors
+from fastvit.configuration import as_pair
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
 from fastvit.distributed import MARKER, joined_processes, launch_id, lost_process_is_said
 from fastvit.errors import InputError, Stopped, is_out_of_memory
@@ -47,7 +48,7 @@ from fastvit.files import PARTIAL, WriteError, remove_folder, whole_files, write
 from fastvit.folds import summarize_folds, take_fold
 from fastvit.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.loading import load_config, load_image_settings, load_pretrained
-from fastvit.modeling import ViTForImageClassification, as_pair
+from fastvit.models.heads import ViTForImageClassification
 from fastvit.options import SIZES, parse_options
 from fastvit.recipes import (
     MixPictures,

@@ -12,7 +12,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 from fastvit.configuration import checked_config, read_json, shown
 from fastvit.errors import InputError
 from fastvit.inspection import read_config
-from fastvit.modeling import ViTForImageClassification
+from fastvit.models.heads import ViTForImageClassification
 from fastvit.weights import ImageSettings, image_settings
 
 T = TypeVar("T")

@@ -28,11 +28,11 @@ from transformers import TrainerState
 import fastvit
 from fastvit import info, ops, report
 from fastvit.charts import Series, line_chart, thousands
+from fastvit.configuration import as_pair
 from fastvit.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.html import percent, render_template
 from fastvit.images import ImageSet
 from fastvit.loading import load_pretrained
-from fastvit.modeling import as_pair
 from fastvit.options import build_parser
 from fastvit.predict import with_attention
 from fastvit.run_log import curve

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 
 from fastvit.batching import CLOSED, Batcher
+from fastvit.configuration import as_pair
 from fastvit.errors import InputError
 from fastvit.images import to_image
 from fastvit.loading import load_pretrained
-from fastvit.modeling import ViTPreTrainedModel, as_pair
+from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.preprocessing import Preprocessor, load_preprocessor
 from fastvit.runner import Runner, capture_graphs
 

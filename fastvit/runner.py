@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fastvit import eager
 from fastvit.calibration import temperature_of
 from fastvit.errors import InputError, is_out_of_memory
-from fastvit.modeling import ViTPreTrainedModel, image_mean_of, image_std_of
+from fastvit.models.pretrained import ViTPreTrainedModel
+from fastvit.models.vit import image_mean_of, image_std_of
 from fastvit.preprocessing import Preprocessor
 
 Outputs = tuple[Tensor, Tensor]  # probabilities [B, classes], indices of the best [B, top_k]

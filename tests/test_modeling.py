@@ -15,7 +15,7 @@ from torch import nn
 from transformers import ViTConfig
 
 import fastvit
-from fastvit.modeling import resample_position_embeddings
+from fastvit.models.vit import resample_position_embeddings
 
 BASE = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96, "num_labels": 5}
 SMALL_CONFIGS = {
@@ -554,10 +554,10 @@ def test_tuple_output_and_attention_switch(tmp_path):
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        (None, "pixel_values: expected pictures, got None"),
+        (None, "pixel_values: expected images, got None"),
         (torch.zeros(3, 16, 16), r"pixel_values: expected \[batch, 3, height, width\].*got \[3, 16, 16\]"),
         (torch.zeros(1, 4, 16, 16), "config.num_channels is 3"),
-        (torch.zeros(1, 3, 24, 16), r"expected pictures of \(16, 16\) \(height, width\), got \(24, 16\)"),
+        (torch.zeros(1, 3, 24, 16), r"expected images of \(16, 16\) \(height, width\), got \(24, 16\)"),
         (torch.zeros(1, 3, 16, 16, dtype=torch.int64), "expected floating or uint8 pixels, got torch.int64"),
     ],
 )

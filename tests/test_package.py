@@ -43,7 +43,7 @@ def test_transformers_vit_imports_beside_the_folder_kernels(installed, tmp_path)
 
 @pytest.mark.parametrize("from_root", [False, True])
 def test_package_works_from_its_source_tree_alone(from_root, tmp_path):
-    code = "import fastvit, fastvit.modeling; print(fastvit.__file__)"
+    code = "import fastvit, fastvit.models.vit; print(fastvit.__file__)"
     printed = run(code, ROOT if from_root else tmp_path, ROOT)
     assert Path(printed.strip()) == ROOT / "fastvit" / "__init__.py"
 

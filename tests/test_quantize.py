@@ -18,7 +18,7 @@ from transformers import ViTConfig
 
 import fastvit
 from fastvit import info, ops, reference
-from fastvit.quantization import Fp8Linear, Fp8ViTLayer
+from fastvit.block import Fp8Linear
 
 pytest.importorskip("triton")
 from operations import DEVICE, EPS, VIEWS, random, view_of
@@ -575,7 +575,9 @@ def test_what_cannot_be_quantised_is_named():
         fastvit.quantize(small_model(torch.float16), "fp8")
     model = fastvit.quantize(small_model(), "fp8")
     for kind in ("fp8", "int8"):
-        with pytest.raises(fastvit.InputError, match="not quantised yet, block 0 is a Fp8ViTLayer"):
+        with pytest.raises(
+            fastvit.InputError, match="not quantised yet, attention.attention.query of block 0 is in fp8"
+        ):
             fastvit.quantize(model, kind)
 
 
@@ -585,7 +587,7 @@ def test_a_watched_or_wrapped_layer_is_named_and_nothing_is_changed():
     with pytest.raises(fastvit.InputError, match=r"output\.dense of block 1 is wrapped, quantised or hooked"):
         fastvit.quantize(model, "fp8")
     hook.remove()
-    assert not any(isinstance(module, Fp8ViTLayer) for module in model.modules())
+    assert not any(isinstance(module, Fp8Linear) for module in model.modules())
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(fastvit.InputError, match=r"query\S* of block 0 is wrapped"):

@@ -21,11 +21,11 @@ from fastvit.datasets import TRAIN, VALIDATION, ImageDataset, Split
 from fastvit.finetune import main
 from fastvit.folds import take_fold
 from fastvit.images import Augment, ImageCache, ImageSet
-from fastvit.modeling import drop_path_rates
+from fastvit.models.vit import drop_path_rates
 from fastvit.options import parse_options
-from fastvit.packing import pack
 from fastvit.predictor import Predictor
 from fastvit.recipes import MixPictures, RandAugment, RecipeTuner, TargetLoss, UpdateAverage, class_weights
+from fastvit.varlen import pack
 
 CPU = ["--data-dir", "pictures", "--image-size", "16", "--precision", "fp32", "--cpu", "--learning-rate", "1e-3"]
 SCRATCH = [*CPU, "--from-scratch", "micro", "--patch-size", "8"]

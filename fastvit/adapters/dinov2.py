@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.adapters.block import Adapter, Block, Branch, FeedForward, drop_path_of
+from fastvit.block import Adapter, Block, Branch, FeedForward, drop_path_of
 
 
 def block(layer: Any) -> Block:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit.adapters.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of
+from fastvit.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of
 
 
 def block(layer: Any) -> Block:

@@ -1,10 +1,4 @@
-"""`fastvit.optimize` and `fastvit.restore`.
-
-A block is given our forward by giving it another class: a subclass of its own, with the same name, that differs in
-`forward` alone. So parameters, hooks, `isinstance`, state dicts and the model's own gradient checkpointing stay as they
-are, a compiler sees an ordinary module, and a copy or a pickle of the model is optimized too. Giving the class back
-undoes it.
-"""
+"""`fastvit.optimize` and `fastvit.restore`: the fused block of `fastvit.block`, attached to a model and taken off."""
 
 from __future__ import annotations
 
@@ -13,13 +7,14 @@ import importlib
 import logging
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 
-from fastvit.adapters import block as blocks
-from fastvit.adapters.block import Adapter
+from fastvit import block as blocks
+from fastvit.block import Adapter, Fused
 from fastvit.errors import InputError
+from fastvit.models import fused
 
 logger = logging.getLogger("fastvit")
 
@@ -30,7 +25,7 @@ FAMILIES = ("vit", "dinov2", "clip", "timm", "yolos", "beit", "dinov3")
 @functools.cache
 def adapters() -> dict[str, Adapter]:
     """Class of a block -> its adapter."""
-    modules = [importlib.import_module(f"fastvit.adapters.{name}") for name in FAMILIES]
+    modules = [fused, *(importlib.import_module(f"fastvit.adapters.{name}") for name in FAMILIES)]
     return {adapter.class_name: adapter for module in modules for adapter in module.ADAPTERS}
 
 
@@ -58,46 +53,16 @@ def blocks_counted(count: int) -> str:
     return "1 block" if count == 1 else f"{count} blocks"
 
 
-class Optimized:
-    """A block with our forward; always beside the block's own class."""
-
-    _fastvit_original: ClassVar[type[nn.Module]]
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        # Generated classes cannot be found by name, which is what a pickle keeps: it keeps the original's.
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (new_optimized, (self._fastvit_original,), *reduced[2:])
-
-
 @functools.cache
 def optimized_class(original: Any) -> Any:
-    """The subclass of a block's class that has our forward."""
-    adapter = adapters()[blocks.name_of(original)]
-
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
-        block, reason = blocks.examine(adapter, self)
-        if block is not None:
-            inputs = adapter.inputs(self, *args, **kwargs)
-            reason = blocks.why_inputs_left(inputs)
-        if reason is not None:
-            blocks.announce_left(adapter.family, reason)
-            return original.forward(self, *args, **kwargs)
-        return blocks.compute(block, inputs)
-
-    names = {
-        "forward": forward,
-        "_fastvit_original": original,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-    }
-    # The same name: device maps and FSDP's policies name the classes that must not be split.
-    return type(original)(original.__name__, (Optimized, original), names)
+    """The subclass of a block's class that has the fused forward."""
+    if original in fused.FORWARDS:
+        return fused.class_for(original)
+    return blocks.fused_class(original, blocks.block_forward(adapters()[blocks.name_of(original)], original), rebuild)
 
 
-def new_optimized(original: Any) -> nn.Module:
-    """What a pickle or a copy of an optimized block calls before it gives the block its attributes."""
+def rebuild(original: Any) -> nn.Module:
+    """An empty module of the fused class, for copies and pickles."""
     kind = optimized_class(original)
     return kind.__new__(kind)
 
@@ -116,7 +81,7 @@ def optimize(model: nn.Module) -> Report:
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report = Report()
     for name, module in model.named_modules():
-        is_done = isinstance(module, Optimized)
+        is_done = isinstance(module, Fused)
         original: Any = module._fastvit_original if is_done else type(module)
         adapter = adapters().get(blocks.name_of(original))
         if adapter is None:
@@ -133,10 +98,11 @@ def optimize(model: nn.Module) -> Report:
         # Other reasons may go away: hooks are removed, LoRA is merged.
         if not is_done and refusal is None:
             module.__class__ = optimized_class(original)
+    fused.attach(model)  # of our own models also the embeddings and the encoder
     if not (report.replaced or report.left):
         raise InputError(
             f"model: {type(model).__name__} has no block that optimize knows; it knows those of"
-            f" {', '.join(supported())} (fastvit's own models need no optimizing)"
+            f" {', '.join(supported())}"
         )
     logger.info("optimize: %s", report)
     return report
@@ -149,7 +115,7 @@ def restore(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Optimized)}
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
     for name, module in found.items():
         if type(module) is not optimized_class(module._fastvit_original) or "forward" in module.__dict__:
             raise InputError(

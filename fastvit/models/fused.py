@@ -1,0 +1,162 @@
+"""The fused operations, attached to the modules of `fastvit.models.vit`.
+
+Each forward here computes what the module's own computes, from the same parameters. Where a part of the module is
+hooked, wrapped or replaced, the module's own forward runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from fastvit import block as fused
+from fastvit import ops, varlen
+from fastvit.block import (
+    Adapter,
+    Block,
+    Branch,
+    FeedForward,
+    Fused,
+    Inputs,
+    Stream,
+    compute,
+    is_hooked,
+    is_plain,
+    total,
+)
+from fastvit.models import vit
+from fastvit.varlen import Mask
+
+
+def parts_of(layer: Any) -> Block:
+    """Where a `ViTLayer` keeps its parts."""
+    attention, output = layer.attention.attention, layer.attention.output
+    own = ((layer.attention, vit.ViTAttention), (attention, vit.ViTSelfAttention), (output, vit.ViTSelfOutput))
+    own = (*own, (layer.intermediate, vit.ViTIntermediate), (layer.output, vit.ViTOutput))
+    lacks = "a part of it was replaced" if any(type(module) is not kind for module, kind in own) else None
+    if attention.config._attn_implementation == "eager":
+        lacks = "its attention is 'eager'"
+    drop_path = layer.drop_path if layer.drop_path.rate or is_hooked(layer.drop_path) else None
+    return Block(
+        norm1=layer.layernorm_before,
+        qkv=(attention.query, attention.key, attention.value),
+        num_heads=attention.num_heads,
+        attention_scale=attention.head_dim**-0.5,
+        attention_dropout=attention.dropout_prob if attention.training else 0.0,
+        projection=output.dense,
+        after_attention=Branch((output.dropout,), drop_path=drop_path),
+        norm2=layer.layernorm_after,
+        feed_forward=FeedForward((layer.intermediate.dense,), layer.output.dense, layer.intermediate.activation),
+        after_feed_forward=Branch((layer.output.dropout,), drop_path=drop_path),
+        bypassed=tuple(module for module, _ in own),
+        attention_implementation=attention.config._attn_implementation,
+        lacks=lacks,
+    )
+
+
+def inputs_of(
+    layer: Any, hidden_states: Tensor, attention_mask: Mask = None, output_attentions: bool = False
+) -> Inputs:
+    return Inputs(hidden_states, attention_mask, output_attentions=output_attentions)
+
+
+ADAPTERS = [Adapter("fastvit's ViT", "fastvit.models.vit.ViTLayer", parts_of, inputs_of)]
+
+
+def embed(
+    self: Any, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
+) -> Tensor:
+    """`ViTEmbeddings.forward`, with patches, tokens and position embeddings in one pass."""
+    patches = self.patch_embeddings
+    if type(patches) is not vit.ViTPatchEmbeddings or is_hooked(patches) or not is_plain(patches.projection, nn.Conv2d):
+        return vit.ViTEmbeddings.forward(self, pixel_values, bool_masked_pos, interpolate_pos_encoding)
+    position_embeddings = self.positions_for(pixel_values, interpolate_pos_encoding)
+    tokens = ops.patch_embed(
+        pixel_values,
+        patches.projection.weight,
+        patches.projection.bias,
+        self.cls_token,
+        position_embeddings,
+        patch_size=patches.patch_size,
+        mean=vit.image_mean_of(self.config),
+        std=vit.image_std_of(self.config),
+        mask_token=self.mask_token,
+        mask=self.check_mask(bool_masked_pos),
+    )
+    return self.dropout(tokens)
+
+
+def encode(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Mask = None,
+    output_attentions: bool = False,
+    output_hidden_states: bool | int | Sequence[int] = False,
+    class_token_only: bool = False,
+    num_blocks: int | None = None,
+) -> BaseModelOutput:
+    """`ViTEncoder.forward`: the residual add at a block's end joins the LayerNorm of the next one, and where nothing
+    else is asked for the last block is computed for the class token alone: the same logits and gradients."""
+    layers = self.first_blocks(num_blocks)
+    asked = vit.indices_asked_for(output_hidden_states, len(layers) + 1)
+    all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
+    stream, is_short = Stream(hidden_states), False
+    for index, layer in enumerate(layers, start=1):
+        block = block_to_join(layer)
+        if block is None:
+            output = layer(total(stream), attention_mask, output_attentions)
+            stream, attentions = (Stream(output[0]), output[1]) if output_attentions else (Stream(output), None)
+        else:
+            is_short = class_token_only and index == len(layers) and not (output_attentions or asked)
+            inputs = Inputs(hidden_states, attention_mask, output_attentions=output_attentions)
+            stream, attentions = compute(block, stream, inputs, is_short)
+        if index in asked:
+            stream = Stream(total(stream))
+        all_hidden_states.append(stream.branch if index in asked else None)
+        all_attentions.append(attentions)
+    last = total(stream)
+    return BaseModelOutput(
+        last_hidden_state=varlen.class_tokens_of(last, attention_mask) if class_token_only and not is_short else last,
+        hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),
+        attentions=tuple(all_attentions) if output_attentions else None,
+    )
+
+
+def block_to_join(layer: Any) -> Block | None:
+    """The parts of a block that need not be called as a module: it is ours, and not hooked, checkpointed or compiled.
+
+    With gradient checkpointing a block's inputs are saved for backward: one tensor is less than two.
+    """
+    is_ours = isinstance(layer, Fused) and layer._fastvit_original is vit.ViTLayer
+    if not is_ours or is_hooked(layer) or layer.gradient_checkpointing or layer._compiled_call_impl is not None:
+        return None
+    return fused.examine(ADAPTERS[0], layer)[0]
+
+
+FORWARDS: dict[Any, Any] = {
+    vit.ViTEmbeddings: embed,
+    vit.ViTLayer: fused.block_forward(ADAPTERS[0], vit.ViTLayer),
+    vit.ViTEncoder: encode,
+}
+
+
+@functools.cache
+def class_for(original: Any) -> Any:
+    return fused.fused_class(original, FORWARDS[original], rebuild)
+
+
+def rebuild(original: Any) -> nn.Module:
+    """An empty module of the fused class, for copies and pickles."""
+    kind = class_for(original)
+    return kind.__new__(kind)
+
+
+def attach(model: nn.Module) -> None:
+    """Give embeddings, blocks and encoder of `model` their fused forward."""
+    for module in model.modules():
+        if type(module) in FORWARDS:
+            module.__class__ = class_for(type(module))

@@ -1,0 +1,282 @@
+"""The models: the backbone, and backbones with a head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import ViTConfig
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from fastvit import varlen
+from fastvit.configuration import as_pair
+from fastvit.errors import InputError
+from fastvit.models import fused
+from fastvit.models.pretrained import TRANSFORMERS_NAMES, ViTPreTrainedModel
+from fastvit.models.vit import (
+    LayerNorm,
+    ViTEmbeddings,
+    ViTEncoder,
+    ViTPatchEmbeddings,
+    ViTPooler,
+    as_float_channels_first,
+)
+from fastvit.varlen import Mask, Packing
+
+
+class ViTModel(ViTPreTrainedModel):
+    """The backbone: tokens after the final LayerNorm, and the pooled class token.
+
+    add_pooling_layer: with the pooler of the in21k checkpoints. use_mask_token: for masked image modelling.
+    """
+
+    def __init__(self, config: ViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        self.embeddings = ViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.encoder = ViTEncoder(config)
+        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = ViTPooler(config) if add_pooling_layer else None
+        self.post_init()
+        fused.attach(self)
+
+    def get_input_embeddings(self) -> ViTPatchEmbeddings:
+        return self.embeddings.patch_embeddings
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Part of `load_state_dict`: takes a state dict of transformers 5 too."""
+        for name in [name for name in state_dict if name.startswith(f"{prefix}layers.")]:
+            renamed = name
+            for pattern, replacement in TRANSFORMERS_NAMES.items():
+                renamed = re.sub(pattern, replacement, renamed)
+            state_dict[renamed] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        class_token_only: bool = False,
+        num_blocks: int | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """
+        pixel_values: [B, C, H, W] or [B, H, W, C]; floating and normalised, or uint8 as decoded: the model then
+            normalises by config.image_mean and config.image_std. Or a list of such pictures without B, of any sizes:
+            what is [B, ..] here and below is then a list of tensors without B (but pooler_output is [B, D] all the
+            same), position embeddings are interpolated, and each picture's numbers are those it has alone.
+        bool_masked_pos: [B, P], true where a patch is replaced by the mask token.
+        interpolate_pos_encoding: take pictures of another size than config.image_size.
+        attention_mask: [B, N], true (1) for tokens that may be attended to, or broadcastable to [B, heads, N, N].
+        output_attentions, output_hidden_states: return the maps of every block [B, heads, N, N], and the tokens before
+            and after every block [B, N, D], the last of them before the final LayerNorm. Hidden states may be asked for
+            by index, one or a list; the others are then None.
+        class_token_only: return the class token alone, [B, 1, D], of a list too. The last block is then computed for it
+            alone: exact, and a block's work less; not so when attentions or hidden states are asked for.
+        num_blocks: stop after so many blocks; the final LayerNorm and the pooler follow.
+        """
+        if pixel_values is None:
+            raise InputError("pixel_values: expected images, got None")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        mask: Mask = attention_mask
+        is_list = not isinstance(pixel_values, Tensor)
+        if is_list:
+            if attention_mask is not None:
+                raise InputError("attention_mask: expected None with a list of images, which are not padded")
+            if bool_masked_pos is not None:
+                raise InputError("bool_masked_pos: expected None with a list of images; stack those of one size")
+            if not isinstance(pixel_values, list | tuple):
+                given = type(pixel_values).__name__
+                raise InputError(f"pixel_values: expected a tensor or a list of tensors, got {given}")
+            if not pixel_values:
+                raise InputError("pixel_values: expected images, got an empty list")
+            pixel_values, mask = varlen.stack_or_pack(pixel_values, self.embeddings.grid_of(pixel_values))
+        elif attention_mask is not None:
+            mask = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask
+            mask = mask if mask.is_floating_point() else mask.bool()
+
+        if isinstance(mask, Packing):
+            embeddings = varlen.embed_images(self.embeddings, pixel_values)
+        else:
+            embeddings = self.embeddings(pixel_values, bool_masked_pos, is_list or bool(interpolate_pos_encoding))
+        encoded = self.encoder(embeddings, mask, output_attentions, output_hidden_states, class_token_only, num_blocks)
+        hidden_states = self.layernorm(encoded.last_hidden_state)
+        pooler_output = None
+        if self.pooler is not None:
+            is_packed = isinstance(mask, Packing) and not class_token_only
+            pooler_output = self.pooler(varlen.class_tokens_of(hidden_states, mask) if is_packed else hidden_states)
+        outputs = BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=pooler_output,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+        return outputs_of_list(outputs, mask, class_token_only) if is_list else outputs
+
+
+def outputs_of_list(
+    outputs: BaseModelOutputWithPooling, mask: Mask, class_token_only: bool
+) -> BaseModelOutputWithPooling:
+    """What a list of images, stacked or packed, gave: a list of [N, D] or [heads, N, N] in place of each tensor."""
+
+    def listed(states: Any) -> Any:
+        return varlen.images_of(states, mask) if isinstance(states, Tensor) else states
+
+    if not class_token_only:
+        outputs.last_hidden_state = listed(outputs.last_hidden_state)
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(listed(states) for states in outputs.hidden_states)
+    if outputs.attentions is not None:
+        outputs.attentions = tuple(listed(maps) for maps in outputs.attentions)
+    return outputs
+
+
+class ViTForImageClassification(ViTPreTrainedModel):
+    """ViT with a linear classifier on the class token."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """
+        labels: class indices int [B] (cross-entropy), targets float [B, num_labels] (multi-label: binary cross-entropy;
+            or, with config.problem_type "regression" or one label, the mean squared error).
+        The other arguments are those of `ViTModel`. Returns logits [B, num_labels], and the loss if labels are given.
+        """
+        outputs = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            class_token_only=True,
+            return_dict=True,
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits, self.config.problem_type, kwargs.get("ignore_index", -100))
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def check_labels(labels: Any, logits: Tensor, problem_type: str | None, ignore_index: int) -> None:
+    """Raise InputError unless the loss of `problem_type` accepts these labels for logits [B, num_labels].
+
+    The range of class indices is checked on a CPU only: on a GPU it would wait for the device.
+    """
+    batch, num_labels = logits.shape
+    if not isinstance(labels, Tensor):
+        raise InputError(f"labels: expected a tensor, got {type(labels).__name__}")
+    if problem_type is None:
+        is_index = labels.dtype in (torch.long, torch.int)
+        problem_type = "regression" if num_labels == 1 else "single_label_classification" if is_index else "multi_label"
+    if problem_type != "single_label_classification":
+        expected = [batch] if num_labels == 1 else [batch, num_labels]
+        if labels.numel() != logits.numel() or (num_labels > 1 and labels.shape != logits.shape):
+            raise InputError(f"labels: expected {expected} for {problem_type}, got {list(labels.shape)} {labels.dtype}")
+        return
+    if labels.numel() != batch or labels.dtype != torch.long:
+        raise InputError(
+            f"labels: expected int64 class indices [{batch}], got {list(labels.shape)} {labels.dtype};"
+            " for several labels an image, set config.problem_type = 'multi_label_classification'"
+        )
+    if labels.is_cpu and not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor):
+        wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)]
+        if wrong.numel():
+            raise InputError(f"labels: expected class indices from 0 to {num_labels - 1}, got {wrong[0].item()}")
+
+
+class ViTForMaskedImageModeling(ViTPreTrainedModel):
+    """SimMIM (Xie et al. 2021, arXiv:2111.09886): predict the pixels of masked patches with a linear decoder."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__(config)
+        self.vit = ViTModel(config, add_pooling_layer=False, use_mask_token=True)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, config.encoder_stride**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor] | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> MaskedImageModelingOutput:
+        """
+        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels of all images.
+        The other arguments are those of `ViTModel`, but for lists of images. Returns the reconstruction [B, C, H, W].
+        """
+        if not isinstance(pixel_values, Tensor):
+            raise InputError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
+        patch_size = as_pair(self.config.patch_size)
+        if bool_masked_pos is not None and patch_size != as_pair(self.config.encoder_stride):
+            raise InputError(
+                "config.encoder_stride: expected the patch size, so that the reconstruction has the image's size;"
+                f" got encoder_stride {self.config.encoder_stride} and patch_size {self.config.patch_size}"
+            )
+        outputs = self.vit(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            attention_mask=attention_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        rows, columns = self.vit.embeddings.grid_of(pixel_values)
+        patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
+        reconstruction = self.decoder(patches)  # [B, C, H, W], without the pixels left over beside whole patches
+        loss = None
+        if bool_masked_pos is not None:
+            mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
+            mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
+            target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
+            target = target[:, :, : mask.shape[2], : mask.shape[3]]
+            error = F.l1_loss(target, reconstruction, reduction="none") * mask
+            loss = error.sum() / (mask.sum() + 1e-5) / self.config.num_channels
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

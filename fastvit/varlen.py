@@ -1,0 +1,105 @@
+"""Images of different sizes as one sequence: their tokens one after the other, without padding.
+
+    tokens of image 0 | tokens of image 1 | ...        [1, all tokens, D]
+
+What a Vision Transformer does to each token by itself (LayerNorm, linear layers, activation, residual add) takes such a
+sequence as it takes any other. Attention alone must know where an image ends: a `Packing` goes where an attention mask
+goes, and says that the tokens of an image attend to one another and to nothing else. Dehghani et al. 2023 (NaViT),
+arXiv:2307.06304, pack images for training likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit import ops
+
+
+class Packing(NamedTuple):
+    """Where the images lie in a sequence [1, all tokens, D]. A tuple: what moves the arguments of a module to its
+    device, or goes through them in any other way, knows tuples."""
+
+    lengths: tuple[int, ...]  # tokens of each image
+    cu_seqlens: Tensor  # int32 [B + 1]: image i has the tokens from cu_seqlens[i] to cu_seqlens[i + 1]
+    max_seqlen: int  # tokens of the largest image
+
+
+Mask = Tensor | Packing | None  # what may be attended to
+
+
+def pack(lengths: Sequence[int], device: torch.device) -> Packing:
+    """The packing of images with so many tokens each."""
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return Packing(tuple(lengths), bounds, max(lengths))
+
+
+def images_of(x: Tensor, mask: Mask) -> list[Tensor]:
+    """A batch [B, N, ...] or, with a `Packing`, a sequence [1, all tokens, ...] as a list of [N, ...]; views."""
+    return list(x[0].split(mask.lengths)) if isinstance(mask, Packing) else list(x.unbind())
+
+
+def class_tokens_of(tokens: Tensor, mask: Mask) -> Tensor:
+    """The class token of each image, [B, 1, D], of a batch [B, N, D] or a sequence [1, all tokens, D]."""
+    if isinstance(mask, Packing):
+        return tokens[0].index_select(0, mask.cu_seqlens[:-1]).unsqueeze(1)
+    return tokens[:, :1]
+
+
+def attend(attention: Callable[..., Tensor], *tensors: Tensor, mask: Mask, **options: Any) -> Tensor:
+    """`attention`, which is `ops.attention` or `ops.attention_packed`, of a batch [B, N, ...] or a packed sequence.
+
+    Returns [B, N, D] or [1, all tokens, D].
+    """
+    if not isinstance(mask, Packing):
+        return attention(*tensors, mask=mask, **options)
+    sequences = (tensor[0] for tensor in tensors)
+    return attention(*sequences, cu_seqlens=mask.cu_seqlens, max_seqlen=mask.max_seqlen, **options).unsqueeze(0)
+
+
+def attention_probabilities(query: Tensor, key: Tensor, mask: Mask, scale: float | None = None) -> Any:
+    """Attention maps [B, heads, Nq, Nk] of query and key [B, N, heads, head_dim].
+
+    Packed, a list with [heads, N, N] for each image.
+    """
+    if not isinstance(mask, Packing):
+        return ops.attention_probabilities(query, key, scale=scale, mask=mask)
+    pairs = zip(images_of(query, mask), images_of(key, mask), strict=True)
+    return [ops.attention_probabilities(q[None], k[None], scale=scale)[0] for q, k in pairs]
+
+
+def attend_with_maps(
+    attention: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: Mask, maps: bool
+) -> tuple[Tensor, Any]:
+    """(context, probabilities) of an attention that computes both, packed images one by one; probabilities if asked."""
+    if not isinstance(mask, Packing):
+        context, probabilities = attention(query, key, value, mask)
+        return context, probabilities if maps else None
+    images = zip(*(images_of(tensor, mask) for tensor in (query, key, value)), strict=True)
+    contexts, probabilities = zip(*(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True)
+    return torch.cat(contexts, dim=1), [own[0] for own in probabilities] if maps else None
+
+
+def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) -> Tensor:
+    """`embeddings` of images [C, H, W] of any sizes -> [1, tokens of all, D], in their order; those of one size run
+    together."""
+    same: dict[Any, list[int]] = {}
+    for index, image in enumerate(images):
+        same.setdefault((image.shape, image.dtype), []).append(index)
+    tokens: dict[int, Tensor] = {}
+    for indices in same.values():
+        batch = torch.stack([images[index] for index in indices])
+        tokens.update(zip(indices, embeddings(batch, None, True).unbind(), strict=True))
+    return torch.cat([tokens[index] for index in range(len(images))]).unsqueeze(0)
+
+
+def stack_or_pack(images: Any, grids: Sequence[tuple[int, int]]) -> tuple[Any, Packing | None]:
+    """A list of images with these (rows, columns) of patches: a batch where all have one size, else the list and its
+    packing."""
+    if len({(image.shape, image.dtype) for image in images}) == 1:
+        return torch.stack(list(images)), None
+    return list(images), pack([1 + rows * columns for rows, columns in grids], images[0].device)
