@@ -15,9 +15,9 @@ from test_modeling import randomise, relative_error
 from torch import nn
 
 import fastvit
+from fastvit import block as blocks
 from fastvit import ops
-from fastvit.adapters import block as blocks
-from fastvit.adapters.swap import Optimized, adapters, supported
+from fastvit.adapters.swap import adapters, supported
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
@@ -199,7 +199,7 @@ def only_ours(model: nn.Module):
     def fail(family, reason):
         raise AssertionError(f"a block of {family} computed itself: {reason}")
 
-    assert any(isinstance(module, Optimized) for module in model.modules())
+    assert any(isinstance(module, blocks.Fused) for module in model.modules())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "announce_left", fail)
         yield
@@ -378,15 +378,37 @@ def said(caplog):
 
 
 def test_a_model_without_known_blocks_is_an_error():
-    for model in (nn.Linear(4, 4), fastvit.ViTModel(transformers.ViTConfig(**PICTURES))):
-        with pytest.raises(
-            fastvit.InputError, match=rf"{type(model).__name__} has no block .* ViT, DeiT, .* DINOv3 ViT"
-        ):
-            fastvit.optimize(model)
-        assert fastvit.restore(model) == 0
+    model = nn.Linear(4, 4)
+    with pytest.raises(fastvit.InputError, match=r"Linear has no block .* ViT, DeiT, .* DINOv3 ViT"):
+        fastvit.optimize(model)
+    assert fastvit.restore(model) == 0
     for function in (fastvit.optimize, fastvit.restore):
         with pytest.raises(fastvit.InputError, match=r"model: expected a torch\.nn\.Module, got str"):
             function("google/vit-base-patch16-224")
+
+
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}, {"output_attentions": True}], ids=str)
+def test_our_own_model_is_optimized_as_it_is_made_and_plain_when_restored(options):
+    torch.manual_seed(0)
+    model = fastvit.ViTForImageClassification(transformers.ViTConfig(**PICTURES)).to(DEVICE)
+    randomise(model)
+
+    def outcome():
+        outputs = model(pixels(), **options)
+        tensors = [outputs.logits, *(outputs.hidden_states or ()), *(outputs.attentions or ())]
+        grads = torch.autograd.grad(sum(tensor.square().mean() for tensor in tensors), list(model.parameters()))
+        return [tensor.detach() for tensor in tensors] + list(grads)
+
+    fused = outcome()
+    kinds = {type(module) for module in model.modules() if isinstance(module, blocks.Fused)}
+    assert {kind.__name__ for kind in kinds} == {"ViTEmbeddings", "ViTLayer", "ViTEncoder"}
+    assert fastvit.restore(model) == 2
+    assert not any(isinstance(module, blocks.Fused) for module in model.modules())
+    for found, expected in zip(outcome(), fused, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert list(fastvit.optimize(model).replaced.values()) == ["fastvit's ViT"] * 2
+    for found, expected in zip(outcome(), fused, strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_text_towers_are_left():
@@ -580,7 +602,7 @@ def test_a_replaced_forward_is_left_and_stops_restore():
     report = fastvit.optimize(model)
     assert list(report.replaced) == ["layers.1"]
     assert report.left == {"layers.0": "its forward was replaced (a device map?)"}
-    assert not isinstance(first, Optimized)
+    assert not isinstance(first, blocks.Fused)
     last = model.layers[1]
     last.forward = last.forward
     with pytest.raises(fastvit.InputError, match=r"layers.1 was wrapped after optimize .*undo that before restore"):
@@ -715,7 +737,7 @@ def test_a_saved_model_is_loaded_by_its_own_class(tmp_path):
     fastvit.optimize(model)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModel.from_pretrained(tmp_path).to(DEVICE)
-    assert not any(isinstance(module, Optimized) for module in loaded.modules())
+    assert not any(isinstance(module, blocks.Fused) for module in loaded.modules())
     assert torch.equal(main_tensor(called(loaded)), expected)
 
 

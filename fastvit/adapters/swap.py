@@ -31,7 +31,7 @@ def adapters() -> dict[str, Adapter]:
 
 def supported() -> list[str]:
     """The names of the families that `optimize` knows."""
-    return list(dict.fromkeys(adapter.family for adapter in adapters().values()))
+    return list(dict.fromkeys(adapter.family for adapter in adapters().values() if adapter not in fused.ADAPTERS))
 
 
 @dataclass
@@ -111,6 +111,8 @@ def optimize(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> int:
     """Give the blocks of `model` their own forward back, exactly as before `fastvit.optimize`; returns how many.
 
+    Of fastvit's own models the embeddings and the encoder too: what is left is the plain model of `fastvit.models.vit`.
+
     Raises InputError, before it changes anything, if something has wrapped a block since: that has to go first.
     """
     if not isinstance(model, nn.Module):
@@ -124,4 +126,4 @@ def restore(model: nn.Module) -> int:
             )
     for module in found.values():
         module.__class__ = module._fastvit_original
-    return len(found)
+    return sum(blocks.name_of(type(module)) in adapters() for module in found.values())
