@@ -34,7 +34,7 @@ KERNELS = (
     "bench_layer_norm",
     "bench_patch_embed",
     "bench_attention",
-    "bench_layer_norm_gelu",
+    "bench_layer_norm_linear",
 )
 MODELS = ("bench_model", "bench_quantize")
 SUITES = {

@@ -196,11 +196,6 @@ def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activati
     return ACTIVATIONS[activation](layer_norm(x, weight, bias, eps))
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """residual + x @ weight^T + bias. x: [..., K]; weight: [D, K]; bias: [D]; residual: [..., D]. Returns [..., D]."""
-    return F.linear(x, weight, bias) + residual
-
-
 def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -229,21 +224,6 @@ def layer_norm_gelu(
     return ACTIVATIONS[activation](layer_norm_linear(x, norm_weight, norm_bias, eps, weight, bias))
 
 
-def layer_norm_feed_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: str = "gelu",
-) -> Tensor:
-    """feed_forward(layer_norm(x)). The norm's [D]; others as in `feed_forward`. Returns [..., D]."""
-    return feed_forward(layer_norm(x, norm_weight, norm_bias, eps), weight1, bias1, weight2, bias2, activation)
-
-
 def add_layer_norm_feed_forward(
     x: Tensor,
     residual: Tensor,
@@ -256,7 +236,7 @@ def add_layer_norm_feed_forward(
     bias2: Tensor | None,
     activation: str = "gelu",
 ) -> tuple[Tensor, Tensor]:
-    """(x + residual, layer_norm_feed_forward of it): a block from its attention's output to its last residual add."""
+    """(x + residual, feed_forward of its LayerNorm): a block from its attention's output to its last residual add."""
     residual, normed = add_layer_norm(x, residual, norm_weight, norm_bias, eps)
     return residual, feed_forward(normed, weight1, bias1, weight2, bias2, activation)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,3 +22,15 @@ def check_tensor(
         raise ValueError(f"{name}: expected {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} like the others, got {tensor.device}")
+
+
+def check_tensors(*, optional: Mapping[str, object] = {}, **tensors: object) -> None:
+    """Raise ValueError unless all of these, by name, are tensors; the optional ones may be None."""
+    for name, value in (*tensors.items(), *optional.items()):
+        if not isinstance(value, Tensor) and (value is not None or name in tensors):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether backward may be asked for, so that what it needs must be saved."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

@@ -47,7 +47,7 @@ def matrix(rows: int, columns: int, depth: int, num_warps: int, num_stages: int)
 
 
 CUBLAS: Choice = {"fused": 0}  # torch's product; `fused` is 1 where ours does what stands before and after it, too
-MATRIX_OPERATIONS = "layer_norm_(linear|gelu)|linear_.*"
+PRODUCTS = "linear_(forward|backward)"
 WGMMA = "sm_(90|100)"  # has the wide tensor core instructions, and 227 KiB of shared memory a block
 
 # The first line that matches is used. Chosen from compiled registers, instructions and shared memory on sm_80 and sm_90
@@ -107,50 +107,24 @@ TABLE = (
         {"elements": 24, "num_warps": 4},
         {"elements": 40, "num_warps": 8},
     )),
-    # cuBLAS with other kernels around it comes first until ours is measured against it: it is known to be fast. Full
-    # float32 products run on the ordinary units, where there is nothing to gain on it; nor is there for an interpreter.
-    Rule(MATRIX_OPERATIONS, None, torch.float32, None, (CUBLAS,)),
-    Rule(MATRIX_OPERATIONS, None, None, "interpreter", (CUBLAS,)),
-    # normalize: LayerNorm on the product's way in (26 us less memory traffic for a ViT-B at batch 256, but its operand
-    # passes through registers), or its rows written before. 128 x 128: the sums leave room for a second program on the
-    # multiprocessor (124 registers), which multiplies while the first one computes its activation; 256 columns read the
-    # rows half as often. persistent: programs a multiprocessor that take tile after tile, by descriptor (TMA).
-    Rule("layer_norm_(linear|gelu)", None, None, WGMMA, (
-        CUBLAS,
-        {"fused": 1, "normalize": 0, **matrix(128, 128, 64, 8, 3)},
-        {"fused": 1, "normalize": 1, **matrix(128, 128, 64, 8, 3)},
-        {"fused": 1, "normalize": 0, "persistent": 2, **matrix(128, 128, 64, 8, 3)},
-        {"fused": 1, "normalize": 0, **matrix(128, 256, 64, 8, 4)},
-        {"fused": 1, "normalize": 1, **matrix(128, 256, 64, 8, 4)},
-        {"fused": 1, "normalize": 0, "persistent": 1, **matrix(128, 256, 64, 8, 4)},
-    )),
-    Rule("linear_.*", None, None, WGMMA, (
+    # Products with an activation: cuBLAS and a pass for the activation, our fused kernel, the persistent one. cuBLAS
+    # comes first until ours is measured against it: it is known to be fast. Full float32 products run on the ordinary
+    # units, where there is nothing to gain on it; nor is there for an interpreter.
+    Rule(PRODUCTS, None, torch.float32, None, (CUBLAS,)),
+    Rule(PRODUCTS, None, None, "interpreter", (CUBLAS,)),
+    # 128 x 128 in eight warps: forward 124 registers, backward 125 to 128, 96 KiB, so that two programs share a
+    # multiprocessor: one multiplies while the other computes its activation. 128 x 256 reads the rows half as often,
+    # but takes 226 to 244 registers and 192 KiB: one program, whose tensor cores wait during the activation. Compiled
+    # for sm_90 with Triton 3.6 and 3.9, 29 November 2026; not measured. persistent: programs a multiprocessor that take
+    # tile after tile, by descriptor (TMA).
+    Rule(PRODUCTS, None, None, WGMMA, (
         CUBLAS,
         {"fused": 1, **matrix(128, 128, 64, 8, 3)},
-        {"fused": 1, **matrix(128, 256, 64, 8, 4)},
         {"fused": 1, "persistent": 2, **matrix(128, 128, 64, 8, 3)},
-        {"fused": 1, "persistent": 1, **matrix(128, 256, 64, 8, 4)},
     )),
-    # 64 KiB of shared memory, and the epilogue takes all of it.
-    Rule("layer_norm_(linear|gelu)", None, None, "gfx.*", (
-        CUBLAS,
-        {"fused": 1, "normalize": 0, **matrix(128, 128, 32, 8, 2)},
-        {"fused": 1, "normalize": 1, **matrix(128, 128, 32, 8, 2)},
-    )),
-    Rule("linear_.*", None, None, "gfx.*", (CUBLAS, {"fused": 1, **matrix(128, 128, 32, 8, 2)})),
-    # Four warps: two programs a multiprocessor, for the same reason as above; 48 KiB each, of 99 on sm_86 and sm_89.
-    Rule("layer_norm_(linear|gelu)", None, None, None, (
-        CUBLAS,
-        {"fused": 1, "normalize": 0, **matrix(128, 128, 32, 4, 4)},
-        {"fused": 1, "normalize": 1, **matrix(64, 128, 32, 4, 4)},
-        {"fused": 1, "normalize": 0, **matrix(128, 128, 32, 8, 4)},
-        {"fused": 1, "normalize": 1, **matrix(128, 128, 32, 8, 4)},
-    )),
-    Rule("linear_.*", None, None, None, (
-        CUBLAS,
-        {"fused": 1, **matrix(128, 128, 32, 4, 4)},
-        {"fused": 1, **matrix(128, 128, 32, 8, 4)},
-    )),
+    # Four warps for the same reason: 221 to 248 registers and 48 KiB each (of 99 on sm_86 and sm_89), two programs a
+    # multiprocessor; eight warps take 129 to 158 and leave room for one.
+    Rule(PRODUCTS, None, None, None, (CUBLAS, {"fused": 1, **matrix(128, 128, 32, 4, 4)})),
     # Attention. rows, keys: the tile of scores. piece: all keys at once, in pieces of at most so many, and `blocks`
     # tiles of rows for a program. 64 rows and 208 keys in pieces take 193 registers (two programs a multiprocessor) and
     # nothing is read twice; in one piece of 256 they spill. wgmma needs 64 rows; with mma.sync (sm_80) 64 spill, 32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -20,19 +20,17 @@ EPS = 1e-6
 TILE = {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
 VARIANTS = {
     "separate": {"fused": 0},
-    "fused": {"fused": 1, "normalize": 0, **TILE},
-    "persistent": {"fused": 1, "normalize": 0, "persistent": 2, **TILE},
-    "normalizing": {"fused": 1, "normalize": 1, **TILE},
+    "fused": {"fused": 1, **TILE},
+    "persistent": {"fused": 1, "persistent": 2, **TILE},
 }
 
 
 @contextmanager
-def variant(name: str) -> Iterator[None]:
-    """Inside, every matrix operation goes this way."""
-    table = tuple(
-        rule._replace(candidates=(VARIANTS[name],)) if "fused" in rule.candidates[0] else rule for rule in tuning.TABLE
-    )
-    with mock.patch.object(tuning, "TABLE", table), mock.patch.object(tuning, "_chosen", {}):
+def variant(*names: str) -> Iterator[None]:
+    """Inside, these ways are the candidates of every matrix operation, the first of them what runs by default."""
+    ways = tuple(VARIANTS[name] for name in names)
+    table = tuple(rule._replace(candidates=ways) if "fused" in rule.candidates[0] else rule for rule in tuning.TABLE)
+    with mock.patch.object(tuning, "TABLE", table):
         yield
 
 
@@ -99,6 +97,16 @@ def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> No
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
+    """Of the same shapes, dtypes and strides, and the same numbers up to a few roundings."""
+    for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.dtype == other.dtype and one.shape == other.shape, index
+        assert one.stride() == other.stride(), index
+        precision = torch.finfo(one.dtype).eps
+        largest = other.abs().max().item() if other.numel() else 0.0
+        torch.testing.assert_close(one, other, rtol=8 * precision, atol=8 * precision * largest)
 
 
 def view_of(kind: str, tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The feed-forward as one operation: as exact as PyTorch's chain against float64, and what it keeps for backward."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from operations import (
     EPS,
     VARIANTS,
     VIEWS,
+    assert_alike,
     assert_close,
     assert_same,
     check,
@@ -27,12 +29,13 @@ from operations import (
 )
 
 from fastvit.kernels import feed_forward as kernels
-from fastvit.kernels.feed_forward import add_layer_norm_feed_forward, feed_forward, layer_norm_feed_forward
-from fastvit.kernels.layer_norm_gelu import layer_norm_linear
+from fastvit.kernels import linear, operators, tuning
+from fastvit.kernels.feed_forward import add_layer_norm_feed_forward, feed_forward
+from fastvit.kernels.layer_norm_linear import layer_norm_linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 EVERY_WAY = pytest.mark.parametrize("way", VARIANTS)
-KINDS = pytest.mark.parametrize("kind", ["alone", "norm", "add"])
+KINDS = pytest.mark.parametrize("kind", ["alone", "add"])
 
 
 def inputs_of(*shape, units, kind="add", dtype=torch.float32, residual_dtype=None, bias=True, scale=1.0, shift=0.0):
@@ -53,13 +56,10 @@ def inputs_of(*shape, units, kind="add", dtype=torch.float32, residual_dtype=Non
     }
 
 
-def ours(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **layers):
+def ours(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **others):
     if norm_weight is None:
-        return feed_forward(x, **layers, activation=activation)
-    norm = (norm_weight, norm_bias, EPS)
-    if residual is None:
-        return layer_norm_feed_forward(x, *norm, **layers, activation=activation)
-    return add_layer_norm_feed_forward(x, residual, *norm, **layers, activation=activation)
+        return feed_forward(x, **others, activation=activation)
+    return add_layer_norm_feed_forward(x, residual, norm_weight, norm_bias, EPS, **others, activation=activation)
 
 
 def pytorch(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **layers):
@@ -78,7 +78,6 @@ def test_the_definitions_of_the_reference_are_what_is_tested_against(kind):
     inputs = inputs_of(2, 3, 24, units=40, kind=kind)
     function = {
         "alone": reference.feed_forward,
-        "norm": partial(reference.layer_norm_feed_forward, eps=EPS),
         "add": partial(reference.add_layer_norm_feed_forward, eps=EPS),
     }[kind]
     torch.testing.assert_close(function(**inputs, activation="quick_gelu"), pytorch(**inputs, activation="quick_gelu"))
@@ -147,7 +146,7 @@ def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_give_what_contiguous_tensors_give(kind, view):
     inputs = inputs_of(3, 5, 24, units=40, kind=kind)
-    with variant("normalizing"):
+    with variant("fused"):
         expected = results(ours, inputs)
         assert_same(results(ours, inputs | {"x": view_of(view, inputs["x"])}), expected)
         transposed = {name: inputs[name].t().contiguous().t() for name in ("weight1", "weight2")}
@@ -160,7 +159,7 @@ def test_views_give_what_contiguous_tensors_give(kind, view):
     units=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     way=st.sampled_from(sorted(VARIANTS)),
-    kind=st.sampled_from(["alone", "norm", "add"]),
+    kind=st.sampled_from(["alone", "add"]),
     bias=st.booleans(),
 )
 def test_any_shape_and_dtype(shape, units, dtype, way, kind, bias):
@@ -203,8 +202,7 @@ def test_gradients_where_only_one_output_is_used(way, unused):
     ("kind", "wanted"),
     [
         *(("alone", name) for name in ("x", "weight1", "bias1", "weight2", "bias2")),
-        *(("norm", name) for name in ("x", "norm_weight", "weight1")),
-        *(("add", name) for name in ("x", "residual", "norm_bias", "weight1", "weight2")),
+        *(("add", name) for name in ("x", "residual", "norm_weight", "norm_bias", "weight1", "weight2")),
     ],
 )
 def test_each_gradient_alone_is_what_it_is_among_the_others(kind, wanted):
@@ -222,17 +220,17 @@ def test_opcheck(kind):
     statistics = random(2, 6) if norm_weight is not None else random(0)
     for wanted in ([True] * 6, [False, False, True, False, True, True], [True, False, False, True, False, False]):
         torch.library.opcheck(
-            kernels._feed_forward_backward.definition,
+            kernels._feed_forward_backward,
             (
                 random(2, 3, 16), x if residual is not None else None, x, statistics, random(6, 24), norm_weight,
-                norm_bias, EPS, weight1, weight2, "gelu", torch.float32, torch.float32, wanted,
+                norm_bias, weight1, weight2, EPS, "gelu", torch.float32, torch.float32, wanted, 0,
             ),
         )  # fmt: skip
     for tensor in inputs.values():
         tensor.requires_grad_()
     layers = (weight1, bias1, weight2, bias2)
-    inputs = (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True)
-    torch.library.opcheck(kernels._feed_forward.definition, inputs)
+    inputs = (x, residual, norm_weight, norm_bias, EPS, *layers, "gelu", True, 0)
+    torch.library.opcheck(kernels._feed_forward, inputs)
 
 
 @EVERY_WAY
@@ -314,13 +312,13 @@ def test_backward_under_autocast_computes_in_the_dtypes_of_forward(way):
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("kind", ["add", "norm", "alone"])
+@pytest.mark.parametrize("kind", ["add", "alone"])
 def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, kind):
     rows, dim, units = 2 * 9, 48, 192
     inputs = inputs_of(2, 9, dim, units=units, kind=kind, dtype=torch.bfloat16)
     with variant(way):
         kept = saved_bytes(ours, inputs)
-    expected = {"add": 2 * rows * dim + 8 * rows, "norm": 8 * rows, "alone": 0}[kind] + 2 * rows * units
+    expected = {"add": 2 * rows * dim + 8 * rows, "alone": 0}[kind] + 2 * rows * units
     assert kept == expected
     if kind == "add":  # PyTorch keeps the normalised rows and the activation too; its statistics may be smaller
         assert saved_bytes(pytorch, inputs) - kept >= 2 * rows * dim + 2 * rows * units - 8 * rows
@@ -364,7 +362,7 @@ def test_without_gradients_nothing_is_kept():
     with torch.no_grad():
         assert not any(output.requires_grad for output in ours(**tensors))
     layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
-    _, statistics, pre, _ = kernels._feed_forward(inputs["x"], None, None, None, 0.0, *layers, "gelu", False)
+    _, statistics, pre, _ = kernels._feed_forward(inputs["x"], None, None, None, 0.0, *layers, "gelu", False, 0)
     assert pre.numel() == statistics.numel() == 0
 
 
@@ -380,6 +378,8 @@ def test_without_gradients_nothing_is_kept():
         ({"weight2": torch.zeros(16, 16)}, r"weight2: expected \[units, 24\], got \[16, 16\]"),
         ({"weight2": torch.zeros(16, 24).half()}, "weight2: expected torch.float32, got torch.float16"),
         ({"bias2": torch.zeros(24)}, r"bias2: expected \[16\], got \[24\]"),
+        ({"x": [1.0]}, "x: expected a tensor, got list"),
+        ({"bias2": [1.0]}, "bias2: expected a tensor, got list"),
         ({"activation": "relu"}, "activation: expected one of gelu.*got 'relu'"),
     ],
 )
@@ -388,3 +388,57 @@ def test_bad_input_is_named_before_anything_is_launched(changes, message, monkey
     inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16, units=24).items()}
     with pytest.raises(ValueError, match=message):
         ours(**(inputs | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu"])
+@KINDS
+def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, activation, kind):
+    residual_dtype = torch.float32 if kind == "add" else None
+    inputs = inputs_of(3, 5, 24, units=40, kind=kind, dtype=dtype, residual_dtype=residual_dtype)
+    norm = (inputs.get("norm_weight"), inputs.get("norm_bias"))
+    layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
+    arguments = (inputs["x"], inputs.get("residual"), *norm, EPS, *layers, activation, True, 0)
+    outputs = kernels._feed_forward(*arguments)
+    assert_alike(kernels._forward_in_pytorch(*arguments), outputs)
+    summed, statistics, pre, out = outputs
+    grad_sum, rows = (random(3, 5, 24, seed=9), summed) if kind == "add" else (None, inputs["x"])
+    grad_out = random(*out.shape, dtype=dtype, seed=10).mul(0.1)
+    saved = (grad_sum, rows, statistics, pre, *norm, layers[0], layers[2], EPS, activation, dtype, rows.dtype)
+    some = [False, kind == "add", True, True, False, True]
+    for wanted in ([True] * 6, [True, False, False, False, True, False], some):
+        backward = (grad_out, *saved, wanted, 0)
+        assert_alike(kernels._backward_in_pytorch(*backward), kernels._feed_forward_backward(*backward))
+
+
+@KINDS
+def test_the_fallback_takes_over(kind, monkeypatch):
+    monkeypatch.setattr(operators, "FALLBACK_DEVICES", (DEVICE,))
+    monkeypatch.setattr(operators, "failures", {})
+    for name in ("launch_forward", "launch_backward"):
+        monkeypatch.setattr(linear, name, mock.Mock(side_effect=RuntimeError("no such instruction")))
+    check(ours, pytorch, inputs_of(2, 9, 40, units=24, kind=kind))
+    assert [failure.operator for failure in operators.failures.values()] == ["feed_forward", "feed_forward_backward"]
+
+
+@KINDS
+@pytest.mark.parametrize("candidate", [0, 1, 2])
+def test_the_candidate_says_how_both_products_are_computed(kind, candidate):
+    ways = tuple(VARIANTS)
+    inputs = inputs_of(2, 9, 48, units=40, kind=kind, dtype=torch.bfloat16)
+    with variant(ways[candidate]):
+        expected = results(ours, inputs)
+    seen = []
+
+    def spy(operation, *case):
+        seen.append((operation, case[-1]))
+        return candidate_of(operation, *case)
+
+    candidate_of = tuning.candidate
+    with variant(*ways), mock.patch.object(tuning, "candidate", spy):
+        found = results(partial(ours, candidate=candidate), inputs)
+    assert_same(found, expected)
+    assert [case for case in seen if case[0].startswith("linear")] == [
+        ("linear_forward", candidate),
+        ("linear_backward", candidate),
+    ]

@@ -1,223 +1,219 @@
-"""A linear layer that adds to the residual stream: as exact as PyTorch's against float64, by cuBLAS or our product."""
+"""Products with an activation behind them: as exact as PyTorch's chain against float64, whichever way they run."""
 
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from fastvit import reference
 
 pytest.importorskip("triton")
-from operations import DEVICE, VARIANTS, VIEWS, assert_close, assert_same, check, random, results, variant, view_of
+from accuracy import assert_no_worse_than, poisoned
+from operations import DEVICE, VARIANTS, assert_alike, random, variant
 
 from fastvit.kernels import linear as kernels
 from fastvit.kernels import tuning
-from fastvit.kernels.linear import linear_residual
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-WAYS = ["separate", "fused", "persistent"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WAYS = list(VARIANTS)
+ACTIVATIONS = ["gelu", "gelu_new", "quick_gelu"]
 EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 
 
-def inputs_of(*shape, units, dtype=torch.float32, residual_dtype=None, bias=True, scale=1.0):
-    return {
-        "x": random(*shape, dtype=dtype, seed=1, scale=scale),
-        "weight": random(units, shape[-1], dtype=dtype, seed=2, scale=shape[-1] ** -0.5),
-        "bias": random(units, dtype=dtype, seed=3, scale=scale) if bias else None,
-        "residual": random(*shape[:-1], units, dtype=residual_dtype or dtype, seed=4, scale=scale),
-    }
+def forward_inputs(rows, depth, units, dtype, bias=True, scale=1.0):
+    return [
+        random(rows, depth, dtype=dtype, seed=1, scale=scale),
+        random(units, depth, dtype=dtype, seed=2, scale=depth**-0.5),
+        random(units, dtype=dtype, seed=3, scale=scale) if bias else None,
+    ]
+
+
+def backward_inputs(rows, depth, units, dtype, scale=1.0):
+    return [
+        random(rows, depth, dtype=dtype, seed=4, scale=scale),
+        random(depth, units, dtype=dtype, seed=5, scale=depth**-0.5),
+        random(rows, units, dtype=dtype, seed=6),
+    ]
+
+
+def forward(x, weight, bias, activation):
+    """Pre-activation and output by PyTorch; the activation of what backward reads, the rounded pre-activation."""
+    pre = torch.nn.functional.linear(x, weight, bias)
+    return pre, pre if activation is None else reference.ACTIVATIONS[activation](pre)
+
+
+def backward(grad_out, weight, pre, activation):
+    """Gradients of pre and the bias, and the activation, by PyTorch."""
+    pre = pre.detach().requires_grad_()
+    out = reference.ACTIVATIONS[activation](pre)
+    (grad,) = torch.autograd.grad(out, pre, grad_out @ weight)
+    return grad, grad.sum(0), out.detach()
+
+
+def check(ours, theirs, inputs, slack=1.25):
+    with poisoned():
+        found = ours(*inputs)
+    with torch.backends.mkldnn.flags(enabled=inputs[0].dtype != torch.float32):
+        expected = theirs(*inputs)
+    exact = theirs(*(None if tensor is None else tensor.double() for tensor in inputs))
+    for index, results in enumerate(zip(found, expected, exact, strict=True)):
+        assert_no_worse_than(*results, slack=slack, name=str(index))
+
+
+def check_forward(way, inputs, activation, slack=1.25):
+    def ours(*tensors):
+        pre, out = kernels.launch_forward(*tensors, activation, activation is not None, 0)
+        return (out if activation is None else pre), out
+
+    with variant(way):
+        check(ours, partial(forward, activation=activation), inputs, slack)
+
+
+def check_backward(way, inputs, activation, slack=1.25):
+    ours = partial(kernels.launch_backward, activation=activation, bias_grad=True, with_y=True, candidate=0)
+    with variant(way):
+        check(ours, partial(backward, activation=activation), inputs, slack)
 
 
 @EVERY_WAY
-@DTYPES
-@pytest.mark.parametrize(("dim", "units"), [(192, 48), (101, 72), (400, 100)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize(("rows", "depth", "units"), [(34, 192, 48), (34, 101, 72), (130, 400, 100), (1, 24, 8)])
+def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, rows, depth, units):
+    check_forward(way, forward_inputs(rows, depth, units, dtype), "gelu")
+    check_backward(way, backward_inputs(rows, depth, units, dtype), "gelu")
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, dim, units, bias):
-    with variant(way):
-        check(linear_residual, reference.linear_residual, inputs_of(2, 17, dim, units=units, dtype=dtype, bias=bias))
-
-
-@EVERY_WAY
-@pytest.mark.parametrize("shape", [(1, 1, 24), (1, 197, 24), (1, 257, 24), (24,), (3, 24), (2, 3, 2, 24)])
-def test_any_leading_shape(way, shape):
-    with variant(way):
-        check(linear_residual, reference.linear_residual, inputs_of(*shape, units=40, dtype=torch.bfloat16))
-
-
-@EVERY_WAY
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_a_float32_residual_stream_stays_float32(way, dtype, bias):
-    inputs = inputs_of(2, 9, 48, units=40, dtype=dtype, residual_dtype=torch.float32, bias=bias)
-    with variant(way):
-        check(linear_residual, reference.linear_residual, inputs)
-        assert linear_residual(**inputs).dtype == torch.float32
-
-
-@EVERY_WAY
-def test_a_residual_in_less_precision(way):
-    with variant(way):
-        check(linear_residual, reference.linear_residual, inputs_of(2, 9, 48, units=40, residual_dtype=torch.bfloat16))
+def test_every_activation(way, activation, bias):
+    check_forward(way, forward_inputs(9, 40, 72, torch.bfloat16, bias), activation)
+    if activation is not None:
+        check_backward(way, backward_inputs(9, 40, 72, torch.bfloat16), activation)
 
 
 @EVERY_WAY
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e15), (torch.bfloat16, 1e-15), (torch.float16, 1e3)])
 def test_huge_and_tiny_values(way, dtype, scale):
-    wanted = ("weight", "residual") if dtype == torch.float16 else None
-    with variant(way):
-        inputs = inputs_of(2, 9, 48, units=40, dtype=dtype, scale=scale)
-        check(linear_residual, reference.linear_residual, inputs, wanted=wanted)
+    check_forward(way, forward_inputs(9, 48, 40, dtype, scale=scale), "gelu")
+    check_backward(way, backward_inputs(9, 48, 40, dtype, scale=min(scale, 10.0)), "gelu")
 
 
 @EVERY_WAY
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["x", "weight", "bias", "residual"])
-def test_nan_and_infinity_spread_as_in_pytorch(way, bad, where):
-    inputs = inputs_of(3, 40, units=24)
-    inputs[where].view(-1)[7] = bad
-    theirs = results(reference.linear_residual, inputs)
-    with variant(way):
-        for name, tensor in results(linear_residual, inputs).items():
-            assert torch.equal(tensor.isnan(), theirs[name].isnan()), name
-            assert torch.equal(tensor.isinf(), theirs[name].isinf()), name
+def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
+    for where in range(3):
+        inputs = forward_inputs(3, 40, 24, torch.float32)
+        inputs[where].view(-1)[7] = bad
+        with variant(way):
+            pre, out = kernels.launch_forward(*inputs, "gelu", True, 0)
+        for found, expected in zip((pre, out), forward(*inputs, "gelu"), strict=True):
+            assert torch.equal(found.isfinite(), expected.isfinite())
+        inputs = backward_inputs(3, 40, 24, torch.float32)
+        inputs[where].view(-1)[7] = bad
+        with variant(way):
+            grads = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
+        for found, expected in zip(grads, backward(*inputs, "gelu"), strict=True):
+            assert torch.equal(found.isfinite(), expected.isfinite())
 
 
 @EVERY_WAY
-@pytest.mark.parametrize("kind", VIEWS)
-def test_views_give_what_contiguous_tensors_give(way, kind):
-    inputs = inputs_of(3, 5, 24, units=40)
+def test_strided_rows_give_what_contiguous_rows_give(way):
+    x, weight, bias = forward_inputs(5, 24, 40, torch.bfloat16)
+    grad_out, back, pre = backward_inputs(5, 24, 40, torch.bfloat16)
+    options = {"activation": "gelu", "bias_grad": True, "with_y": True, "candidate": 0}
+    views = {
+        "a slice": lambda t: torch.cat((t, t), 1)[:, : t.shape[1]],
+        "not on 16 bytes": lambda t: torch.cat((t, t), 1)[:, 1 : t.shape[1] + 1].copy_(t),
+        "every other row": lambda t: torch.stack((t, t), 1).flatten(0, 1)[::2],
+    }
     with variant(way):
-        expected = results(linear_residual, inputs)
-        for name in ("x", "residual"):
-            assert_same(results(linear_residual, inputs | {name: view_of(kind, inputs[name])}), expected)
-        assert_same(results(linear_residual, inputs | {"weight": inputs["weight"].t().contiguous().t()}), expected)
+        expected = (
+            *kernels.launch_forward(x, weight, bias, "gelu", True, 0),
+            *kernels.launch_backward(grad_out, back, pre, **options),
+        )
+        for name, view in views.items():
+            found = (
+                *kernels.launch_forward(view(x), weight, bias, "gelu", True, 0),
+                *kernels.launch_backward(view(grad_out), back, pre, **options),
+            )
+            for one, other in zip(found, expected, strict=True):
+                assert torch.equal(one, other), name
+
+
+@EVERY_WAY
+def test_one_row_for_all(way):
+    """A stride of 0, which the copy engine does not take: the gradient of a sum over the rows, say."""
+    inputs = forward_inputs(1, 24, 40, torch.bfloat16)
+    with variant(way):
+        one = kernels.launch_forward(*inputs, "gelu", False, 0)[1]
+        all_rows = kernels.launch_forward(inputs[0].expand(37, 24), *inputs[1:], "gelu", False, 0)[1]
+    torch.testing.assert_close(all_rows, one.expand(37, 40))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 80)),
-    units=st.integers(1, 140),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    residual_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    shape=st.tuples(st.integers(1, 90), st.integers(1, 80), st.integers(1, 140)),
+    dtype=st.sampled_from(DTYPES),
     way=st.sampled_from(WAYS),
+    activation=st.sampled_from(ACTIVATIONS),
     bias=st.booleans(),
 )
-def test_any_shape_and_dtype(shape, units, dtype, residual_dtype, way, bias):
-    inputs = inputs_of(*shape, units=units, dtype=dtype, residual_dtype=residual_dtype, bias=bias)
-    with variant(way):
-        check(linear_residual, reference.linear_residual, inputs, slack=4)
+def test_any_shape_and_dtype(shape, dtype, way, activation, bias):
+    check_forward(way, forward_inputs(*shape, dtype, bias), activation, slack=4)
+    check_backward(way, backward_inputs(*shape, dtype), activation, slack=4)
 
 
 @EVERY_WAY
-def test_an_empty_batch(way):
+def test_no_rows(way):
     with variant(way):
-        found = results(linear_residual, inputs_of(0, 5, 24, units=40))
-    assert found["output 0"].shape == (0, 5, 40)
-    assert found["grad x"].shape == (0, 5, 24)
-    assert found["grad weight"].count_nonzero() == found["grad bias"].count_nonzero() == 0
+        pre, out = kernels.launch_forward(*forward_inputs(0, 24, 40, torch.float32), "gelu", True, 0)
+        inputs = backward_inputs(0, 24, 40, torch.float32)
+        grad_pre, grad_bias, y = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
+    assert pre.shape == out.shape == grad_pre.shape == y.shape == (0, 40)
+    assert torch.equal(grad_bias, torch.zeros_like(grad_bias)) and grad_bias.shape == (40,)
 
 
 @EVERY_WAY
-def test_two_runs_give_the_same_bits_and_the_residual_is_left_alone(way):
-    inputs = inputs_of(5, 23, 48, units=72, dtype=torch.bfloat16)
-    before = inputs["residual"].clone()
+def test_two_runs_give_the_same_bits_and_what_is_not_wanted_is_empty(way):
+    x, weight, bias = forward_inputs(115, 48, 72, torch.bfloat16)
+    inputs = backward_inputs(115, 48, 72, torch.bfloat16)
     with variant(way):
-        assert_same(results(linear_residual, inputs), results(linear_residual, inputs))
-        assert_same(*(results(linear_residual, inputs | {"bias": None}) for _ in range(2)))
-    assert torch.equal(inputs["residual"], before)
+        every = kernels.launch_forward(x, weight, bias, "gelu", True, 0)
+        again = kernels.launch_forward(x, weight, bias, "gelu", False, 0)
+        assert torch.equal(every[1], again[1]) and again[0].numel() == 0
+        every = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
+        again = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
+        assert all(torch.equal(one, other) for one, other in zip(every, again, strict=True))
+        grad_pre, grad_bias, y = kernels.launch_backward(*inputs, "gelu", bias_grad=False, with_y=False, candidate=0)
+    assert torch.equal(grad_pre, every[0]) and grad_bias.numel() == y.numel() == 0
 
 
-def test_opcheck():
-    for bias in (True, False):
-        inputs = inputs_of(2, 3, 16, units=24, bias=bias)
-        for tensor in inputs.values():
-            if tensor is not None:
-                tensor.requires_grad_()
-        torch.library.opcheck(kernels._linear_residual.definition, tuple(inputs.values()))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_fallbacks_activation_is_pytorchs(activation):
+    x = random(40, 8, scale=3.0).double().requires_grad_()
+    expected = reference.ACTIVATIONS[activation](x)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    assert_alike(kernels.activate_in_pytorch(x.detach(), activation), (expected.detach().float(), slope.float()))
 
 
-@EVERY_WAY
-def test_compiled_without_a_graph_break(way):
-    torch._dynamo.reset()
-    compiled = torch.compile(linear_residual, fullgraph=True, backend="aot_eager")
-    with variant(way):
-        for batch in (2, 3):  # the second has a dynamic shape
-            inputs = inputs_of(batch, 3, 16, units=24)
-            assert_close(results(compiled, inputs), results(linear_residual, inputs))
-
-
-def test_activation_checkpointing():
-    inputs = inputs_of(2, 3, 16, units=24)
-    again = results(lambda **named: checkpoint(linear_residual, *named.values(), use_reentrant=False), inputs)
-    assert_same(again, results(linear_residual, inputs))
-
-
-def test_export_with_any_batch_size():
-    class Layer(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(16, 24, device=DEVICE)
-
-        def forward(self, x, residual):
-            return linear_residual(x, self.linear.weight, self.linear.bias, residual)
-
-    layer, batch = Layer(), {0: torch.export.Dim("batch", min=2, max=64)}
-    example = (random(2, 3, 16), random(2, 3, 24))
-    program = torch.export.export(layer, example, dynamic_shapes=(batch, batch))
-    x, residual = random(5, 3, 16, seed=8), random(5, 3, 24, seed=9)
-    assert torch.equal(program.module()(x, residual), layer(x, residual))
-
-
-@EVERY_WAY
-def test_autocast_casts_like_a_linear_layer(way):
-    inputs = inputs_of(2, 9, 48, units=40)
-
-    def autocast(function):
-        def call(**named):
-            with torch.autocast(DEVICE, torch.bfloat16, enabled=named["x"].dtype == torch.float32):
-                return function(**named)
-
-        return call
-
-    with variant(way):
-        check(autocast(linear_residual), autocast(reference.linear_residual), inputs)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"x": torch.zeros(())}, r"x: expected \[..., D\].*got \[\]"),
-        ({"x": torch.zeros(2, 3, 16).int()}, "x: expected torch.float32 .*got torch.int32"),
-        ({"x": torch.zeros(2, 3, 16).half()}, "x: expected torch.float32, got torch.float16"),
-        ({"weight": torch.zeros(24, 15)}, r"weight: expected \[units, 16\], got \[24, 15\]"),
-        ({"bias": torch.zeros(24).half()}, "bias: expected torch.float32, got torch.float16"),
-        ({"residual": torch.zeros(2, 3, 16)}, r"residual: expected \[2, 3, 24\], got \[2, 3, 16\]"),
-        ({"residual": torch.zeros(2, 3, 24, device="meta")}, "residual: expected device .*got meta"),
-    ],
-)
-def test_bad_input_is_named_before_anything_is_launched(changes, message, monkeypatch):
-    monkeypatch.setattr(kernels, "_linear_residual", None)
-    inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16, units=24).items()}
-    with pytest.raises(ValueError, match=message):
-        linear_residual(**(inputs | changes))
-
-
-def test_descriptors_are_for_rows_on_16_byte_boundaries():
+def test_descriptors_are_for_rows_on_16_byte_boundaries_that_do_not_overlap():
     choice = VARIANTS["persistent"]
     matrix = torch.zeros(6, 40, dtype=torch.bfloat16, device=DEVICE)
     assert kernels.descriptor_of(choice, matrix, 32, 64).block_shape == [32, 64]
     assert kernels.descriptor_of(VARIANTS["fused"], matrix, 32, 64) is None
-    for unfit in (matrix[:, 1:33], matrix[:, ::2], matrix[:, :36].contiguous(), matrix.t()):
+    odd = (matrix[:, 1:33], matrix[:, ::2], matrix[:, :36].contiguous(), matrix.t())
+    for unfit in (*odd, matrix[:1].expand(6, 40), matrix.as_strided((6, 40), (8, 1))):
         assert kernels.descriptor_of(choice, unfit, 32, 64) is None
 
 
 @pytest.mark.parametrize("units", [40, 36], ids=["by descriptor", "by address"])
 def test_the_persistent_kernels_compute_what_they_can(units):
-    inputs = inputs_of(5, 70, 48, units=units, dtype=torch.bfloat16)
+    x, weight, bias = forward_inputs(350, 48, units, torch.bfloat16)
     called = []
 
     class Spy:
@@ -233,12 +229,23 @@ def test_the_persistent_kernels_compute_what_they_can(units):
         for name in names:
             stack.enter_context(mock.patch.object(kernels, name, Spy(name)))
         stack.enter_context(variant("persistent"))
-        linear_residual(**inputs)
-        pre, weight = random(350, units, dtype=torch.bfloat16), random(48, units, dtype=torch.bfloat16)
-        grad_out = random(350, 48, dtype=torch.bfloat16)
-        kernels.linear_activation_backward(grad_out, weight, pre, "gelu", bias_grad=True, with_y=True)
+        kernels.launch_forward(x, weight, bias, "gelu", False, 0)
+        inputs = backward_inputs(350, 48, units, torch.bfloat16)
+        kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
     # Rows of 48 values are on such boundaries either way, those of [48, 36] are not.
     suffix = "_persistent" if units == 40 else ""
     assert [name for name, _ in called] == ["_linear_fwd_persistent", f"_linear_activation_bwd{suffix}"]
-    programs = 2 * tuning.describe(inputs["x"].device).multiprocessors
+    programs = 2 * tuning.describe(x.device).multiprocessors
     assert called[0][1] == (min(11, programs),)
+
+
+def test_the_table_has_cublas_first_and_what_the_gpu_can_do_behind_it(monkeypatch):
+    expected = {"sm_90": ["plain", "persistent"], "sm_100": ["plain", "persistent"], "interpreter": []}
+    for architecture in ("interpreter", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
+        monkeypatch.setattr(tuning, "describe", lambda device, a=architecture: tuning.Device("some GPU", a, 132))
+        for operation in ("linear_forward", "linear_backward"):
+            for dtype in DTYPES:
+                first, *fused = tuning.candidates(operation, "768 to 3072", dtype, torch.device(DEVICE))
+                assert first == {"fused": 0}
+                kinds = ["persistent" if choice.get("persistent") else "plain" for choice in fused]
+                assert kinds == ([] if dtype == torch.float32 else expected.get(architecture, ["plain"]))

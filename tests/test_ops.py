@@ -164,7 +164,7 @@ def test_how_many_tokens_are_attended_to():
 
 
 @needs_triton
-@pytest.mark.parametrize("name", ["separate", "fused", "persistent", "normalizing"])
+@pytest.mark.parametrize("name", ["separate", "fused", "persistent"])
 def test_the_model_is_the_same_whichever_way_its_products_are_computed(name):
     from operations import variant
 

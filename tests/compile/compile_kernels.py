@@ -35,7 +35,6 @@ from fastvit.kernels import (
     gelu,
     layer_norm,
     layer_norm_act,
-    layer_norm_gelu,
     linear,
     patch_embed,
     quantize,
@@ -167,81 +166,44 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
         yield "one pixel", lambda a=backward: patch_embed._launch_weight_backward(*a)
     yield "one pixel", lambda: patch_embed._launch_pixels_backward(grad_out, meta(1, 1, 1, 1), weight, mask)
     yield "one pixel", lambda: patch_embed._launch_tokens_backward(grad_out, mask, 1, *[torch.float32] * 4)
-    row, norm = meta(1, 1), (one, one, 1e-6)
+    row = meta(1, 1)
     yield "one value", lambda: gelu.launch_forward(meta(1, 2), meta(2), "swiglu")
     yield "one value", lambda: gelu.launch_backward(row, row, one, "gelu", bias_grad=True, with_y=True)
     yield "one value", lambda: layer_norm_act._launch_forward(row, one, one, 1e-6, "gelu")
     yield "one value", lambda: layer_norm_act._launch_backward(row, row, one, one, meta(2, 1), "gelu", True)
-    for normalize in (0, 1):
-        choice = {"fused": 1, "normalize": normalize, **tuning.matrix(64, 64, 32, 4, 2)}
-        hidden = (row, row, norm, meta(2, 1), meta(2), "gelu", True)
-        yield "one value", lambda a=(choice, *hidden): layer_norm_gelu.launch_choice(*a)
-    yield "one value", lambda: linear.launch_linear_residual(choice, row, meta(2, 1), meta(2), meta(1, 2))
-    backward = (choice, row, meta(1, 2), meta(1, 2), "gelu")
-    yield "one value", lambda: linear.launch_linear_activation_backward(*backward, bias_grad=True, with_y=True)
+    row, weight, units = (meta(*size, dtype=torch.bfloat16) for size in ((1, 1), (2, 1), (2,)))
+    for candidate in range(CANDIDATES):
+        yield "one value", lambda a=(row, weight, units, "gelu", True, candidate): linear.launch_forward(*a)
+        backward = (row, weight.t(), weight.t(), "gelu")
+        wanted = {"bias_grad": True, "with_y": True, "candidate": candidate}
+        yield "one value", lambda a=backward, k=wanted: linear.launch_backward(*a, **k)
 
 
-def choices(label: str, operation: str, call: Callable[[tuning.Choice], object], quick: bool) -> Iterator[Case]:
-    """A case for each candidate of the table, for half precision; how many there are depends on the GPU."""
-
-    def choose(index: int) -> None:
-        candidates = tuning.candidates(operation, "many rows", torch.bfloat16, torch.device("meta"))
-        if index < len(candidates):
-            call(candidates[index])
-
-    for index in range(4 if quick else 7):
-        yield f"{label}, choice {index}", lambda index=index: choose(index)
+CANDIDATES = 3  # the most that a rule of the table has
 
 
 def feed_forward_cases(quick: bool) -> Iterator[Case]:
-    """LayerNorm into query, key and value and into the feed-forward, its backward, the residual add behind it."""
-    batch, tokens = 256, 197
+    """Each way of a feed-forward's first product, of query, key and value, and of its second product's backward."""
     for dim in (768,) if quick else WIDTHS:
-        dtype = torch.bfloat16
-        x, hidden = (meta(batch, tokens, size, dtype=dtype) for size in (dim, 4 * dim))
-        vector, units = meta(dim, dtype=dtype), meta(4 * dim, dtype=dtype)
-        weight1, weight2 = meta(4 * dim, dim, dtype=dtype), meta(dim, 4 * dim, dtype=dtype)
-        norm = (vector, vector, 1e-6)
-        rows, hidden_rows = x.flatten(0, 1), hidden.flatten(0, 1)
-        packed, packed_bias = meta(3 * dim, dim, dtype=dtype), meta(3 * dim, dtype=dtype)
         for kept in (True,) if quick else (True, False):
-            yield from choices(
-                f"{dim} to {4 * dim} gelu{', kept' if kept else ''}, bfloat16",
-                "layer_norm_gelu",
-                lambda choice, a=(x, x, norm, weight1, units, "gelu", kept): layer_norm_gelu.launch_choice(choice, *a),
-                quick,
-            )
-        yield from choices(
-            f"{dim} to {3 * dim}, bfloat16",
-            "layer_norm_linear",
-            lambda choice, a=(x, x, norm, packed, packed_bias, None, False): layer_norm_gelu.launch_choice(choice, *a),
-            quick,
-        )
-        yield from choices(
-            f"{dim} to {4 * dim} gelu, bfloat16",
-            "linear_activation_backward",
-            lambda choice, a=(rows, weight2, hidden_rows, "gelu"): linear.launch_linear_activation_backward(
-                choice, *a, bias_grad=True, with_y=True
-            ),
-            quick,
-        )
-        yield from choices(
-            f"{4 * dim} to {dim} residual, bfloat16",
-            "linear_residual",
-            lambda choice, a=(hidden_rows, weight2, vector, rows): linear.launch_linear_residual(choice, *a),
-            quick,
-        )
+            yield from product_cases(dim, torch.bfloat16, "gelu", kept)
     if not quick:
-        residual, float_norm = meta(batch, tokens, 768), (meta(768), meta(768), 1e-6)
-        x, weight1 = meta(batch, tokens, 768, dtype=torch.bfloat16), meta(3072, 768, dtype=torch.bfloat16)
-        yield from choices(
-            "768 to 3072 gelu_tanh, kept, bfloat16+float32",
-            "layer_norm_gelu",
-            lambda choice: layer_norm_gelu.launch_choice(
-                choice, x, residual, float_norm, weight1, None, "gelu_new", True
-            ),
-            quick,
-        )
+        yield from product_cases(768, torch.float16, "gelu", True)
+        for activation in ("gelu_new", "quick_gelu"):
+            yield from product_cases(768, torch.bfloat16, activation, True)
+
+
+def product_cases(dim: int, dtype: torch.dtype, activation: str, kept: bool) -> Iterator[Case]:
+    x, hidden = (meta(256 * 197, size, dtype=dtype) for size in (dim, 4 * dim))
+    weight1, weight2 = meta(4 * dim, dim, dtype=dtype), meta(dim, 4 * dim, dtype=dtype)
+    units, packed, packed_bias = (meta(*size, dtype=dtype) for size in ((4 * dim,), (3 * dim, dim), (3 * dim,)))
+    for candidate in range(CANDIDATES):
+        label = f"{dim} to {4 * dim} {activation}{', kept' if kept else ''}, {str(dtype)[6:]}, candidate {candidate}"
+        yield label, lambda a=(x, weight1, units, activation, kept, candidate): linear.launch_forward(*a)
+        wanted = {"bias_grad": True, "with_y": True, "candidate": candidate}
+        yield label, lambda k=wanted: linear.launch_backward(x, weight2, hidden, activation, **k)
+        label = f"{dim} to {3 * dim}, {str(dtype)[6:]}, candidate {candidate}"
+        yield label, lambda a=(x, packed, packed_bias, None, False, candidate): linear.launch_forward(*a)
 
 
 def gelu_cases(quick: bool) -> Iterator[Case]:

@@ -22,8 +22,7 @@ from fastvit.kernels import (
     gelu,
     layer_norm,
     layer_norm_act,
-    layer_norm_gelu,
-    linear,
+    layer_norm_linear,
     patch_embed,
     quantize,
     tuning,
@@ -57,7 +56,7 @@ def launch_three_times(
 
 
 launch_nothing(Recording())
-for module in (attention, gelu, layer_norm, layer_norm_act, linear, patch_embed, quantize):
+for module in (attention, gelu, layer_norm, layer_norm_act, patch_embed, quantize):
     module.launch = launch_three_times
 
 
@@ -125,18 +124,23 @@ def call_unlike(dtype: torch.dtype) -> None:
         call(f"attention, {name}, {dtype}", attention.attention, heads, heads, heads)
 
 
-def call_products(dtype: torch.dtype, what: str, dim: int = 768) -> None:
+def call_products(dtype: torch.dtype, what: str, candidate: int, dim: int = 768) -> None:
     x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
     sizes = ((4 * dim, dim), (4 * dim,), (dim, 4 * dim))
     first, bias, second = (random(*shape, dtype=dtype) for shape in sizes)
-    norm = (vector, vector, EPS)
-    call(f"layer_norm_linear, {what}", layer_norm_gelu.layer_norm_linear, x, *norm, first, bias)
-    call(f"add_layer_norm_linear, {what}", layer_norm_gelu.add_layer_norm_linear, x, x, *norm, first, bias)
-    call(f"layer_norm_gelu, {what}", layer_norm_gelu.layer_norm_gelu, x, *norm, first, bias)
-    call(f"feed_forward, {what}", feed_forward.feed_forward, x, first, bias, second, vector, "gelu")
-    add = feed_forward.add_layer_norm_feed_forward
-    call(f"add_layer_norm_feed_forward, {what}", add, x, x, *norm, first, bias, second, vector)
-    call(f"linear_residual, {what}", linear.linear_residual, x, random(dim, dim, dtype=dtype), vector, x)
+    norm, products = (vector, vector, EPS), layer_norm_linear
+    for name, function, arguments in (
+        ("layer_norm_linear", products.layer_norm_linear, (x, *norm, first, bias)),
+        ("add_layer_norm_linear", products.add_layer_norm_linear, (x, x, *norm, first, bias)),
+        ("layer_norm_gelu", products.layer_norm_gelu, (x, *norm, first, bias)),
+        ("feed_forward", feed_forward.feed_forward, (x, first, bias, second, vector, "gelu")),
+        (
+            "add_layer_norm_feed_forward",
+            feed_forward.add_layer_norm_feed_forward,
+            (x, x, *norm, first, bias, second, vector),
+        ),
+    ):
+        call(f"{name}, {what}", function, *arguments, candidate=candidate)
 
 
 def call_patch_embed(dtype: torch.dtype, what: str) -> None:
@@ -169,7 +173,8 @@ def main() -> int:
         call_attention(dtype)
         call_rows(dtype)
         call_unlike(dtype)
-        call_products(dtype, str(dtype))
+        for candidate in range(3):
+            call_products(dtype, f"{dtype}, candidate {candidate}", candidate)
         call_patch_embed(dtype, str(dtype))
         call_fp8(dtype)
     table = tuning.candidates
@@ -178,7 +183,6 @@ def main() -> int:
         tuning.candidates = lambda *case, number=number: table(*case)[min(number, len(table(*case)) - 1) :]
         call_attention(torch.bfloat16)
         call_rows(torch.bfloat16)
-        call_products(torch.bfloat16, f"candidate {number}")
         call_patch_embed(torch.bfloat16, f"candidate {number}")
     print(f"{len(failures)} calls failed")
     return int(bool(failures))

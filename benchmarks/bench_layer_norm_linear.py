@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -52,29 +50,20 @@ def ours(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias
     return ops.layer_norm_gelu(x, norm_weight, norm_bias, EPS, weight, bias, "gelu")
 
 
-def add_variant(name: str, fits: Callable[[Mapping[str, int]], bool]) -> None:
-    """One of the ways that the tuning table chooses between, its first tile that fits, whatever the table prefers."""
-    remembered: dict[tuple, Mapping[str, int]] = {}
+def add_candidate(name: str, number: int) -> None:
+    """One of the ways that a measurement chooses between."""
 
     @layer_norm_gelu.provider(f"fastvit {name}", devices=("cuda",), kernel="layer_norm_gelu")
-    def variant(*operands: Tensor, **named: Tensor) -> Tensor:
-        from fastvit.kernels import tuning
+    def candidate(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        from fastvit.kernels import layer_norm_linear, tuning
 
-        def fitting(*case: Any) -> tuple[Mapping[str, int], ...]:
-            tiles = tuple(tile for tile in candidates(*case) if "fused" not in tile or fits(tile))
-            if not tiles:
-                raise RuntimeError(f"the tuning table has no tile for this way, {case[0]} in {case[2]}")
-            return tiles[:1]
-
-        candidates = tuning.candidates
-        with mock.patch.object(tuning, "candidates", fitting), mock.patch.object(tuning, "_chosen", remembered):
-            return ours(*operands, **named)
+        if number >= len(tuning.candidates("linear_forward", "", x.dtype, x.device)):
+            raise RuntimeError(f"there is no {name} product for {x.dtype} on this GPU")
+        return layer_norm_linear.layer_norm_gelu(x, norm_weight, norm_bias, EPS, weight, bias, candidate=number)
 
 
-add_variant("separate", lambda tile: not tile["fused"])
-add_variant("GELU in the product", lambda tile: bool(tile["fused"]) and not (tile["normalize"] or "persistent" in tile))
-add_variant("GELU in the persistent product", lambda tile: "persistent" in tile)
-add_variant("LayerNorm and GELU in the product", lambda tile: bool(tile["fused"] and tile["normalize"]))
+for number, name in enumerate(("cuBLAS", "fused", "persistent")):
+    add_candidate(name, number)
 
 layer_norm_gelu.provider("PyTorch")(chain)
 layer_norm_gelu.compiled("PyTorch")

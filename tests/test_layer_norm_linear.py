@@ -1,6 +1,7 @@
 """LayerNorm into a linear layer and its activation: as exact as PyTorch's chain, whichever way it runs."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from operations import (
     EPS,
     VARIANTS,
     VIEWS,
+    assert_alike,
     assert_close,
     assert_same,
     check,
@@ -26,14 +28,9 @@ from operations import (
     view_of,
 )
 
-from fastvit.kernels import layer_norm_gelu as kernels
-from fastvit.kernels import tuning
-from fastvit.kernels.layer_norm_gelu import (
-    add_layer_norm_gelu,
-    add_layer_norm_linear,
-    layer_norm_gelu,
-    layer_norm_linear,
-)
+from fastvit.kernels import layer_norm, linear, operators
+from fastvit.kernels import layer_norm_linear as kernels
+from fastvit.kernels.layer_norm_linear import add_layer_norm_linear, layer_norm_gelu, layer_norm_linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 EVERY_WAY = pytest.mark.parametrize("way", VARIANTS)
@@ -69,15 +66,16 @@ def pytorch(x, norm_weight, norm_bias, weight, bias, residual=None, activation=N
     return out if residual is None else (summed, out)
 
 
-def ours(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None):
+def ours(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None, candidate=0):
     arguments = (norm_weight, norm_bias, EPS, weight, bias)
     if residual is None:
         if activation is None:
-            return layer_norm_linear(x, *arguments)
-        return layer_norm_gelu(x, *arguments, activation)
+            return layer_norm_linear(x, *arguments, candidate=candidate)
+        return layer_norm_gelu(x, *arguments, activation, candidate=candidate)
     if activation is None:
-        return add_layer_norm_linear(x, residual, *arguments)
-    return add_layer_norm_gelu(x, residual, *arguments, activation)
+        return add_layer_norm_linear(x, residual, *arguments, candidate=candidate)
+    kernels.check_activation(activation)
+    return kernels._apply(x, residual, *arguments, activation, candidate)  # what a feed-forward begins with
 
 
 def check_activation(activation, inputs, **options):
@@ -118,7 +116,7 @@ def test_any_number_of_tokens(way, tokens):
 
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 2, 24)])
 def test_any_number_of_dimensions(shape):
-    with variant("normalizing"):
+    with variant("fused"):
         check_activation("gelu", inputs_of(*shape, units=40))
 
 
@@ -213,7 +211,7 @@ def test_views_give_what_contiguous_tensors_give(way, kind):
 
 def test_transposed_and_sliced_weights():
     inputs = inputs_of(3, 5, 24, units=40)
-    with variant("normalizing"):
+    with variant("fused"):
         expected = results(partial(ours, activation="gelu"), inputs)
         changed = inputs | {
             "weight": inputs["weight"].t().contiguous().t(),
@@ -275,15 +273,6 @@ def test_training_and_inference_give_the_same_bits(way):
             )
 
 
-def test_normalizing_on_the_way_in_gives_what_normalized_rows_give():
-    inputs = inputs_of(2, 9, 48, units=72, dtype=torch.bfloat16, shift=10.0)
-    found = []
-    for way in ("fused", "normalizing"):
-        with variant(way):
-            found.append(ours(**inputs)[1])
-    torch.testing.assert_close(*found, rtol=2**-8, atol=2**-8)  # one rounding apart at most
-
-
 @EVERY_WAY
 @pytest.mark.parametrize("unused", [0, 1])
 def test_gradients_where_only_one_output_is_used(way, unused):
@@ -321,22 +310,22 @@ def test_opcheck(activation, add):
     norm = (inputs["norm_weight"], inputs["norm_bias"], EPS)
     linear = (inputs["weight"], inputs["bias"])
     arguments = (inputs["x"], inputs.get("residual"), *norm, *linear, activation)
-    torch.library.opcheck(kernels._layer_norm_linear.definition, (*arguments, activation is not None))
+    torch.library.opcheck(kernels._layer_norm_linear, (*arguments, activation is not None, 0))
     pre = random(6 if activation else 0, 24)
     for wanted in ([True, True, True, True], [False, False, True, False], [True, False, False, True]):
         torch.library.opcheck(
-            kernels._layer_norm_linear_backward.definition,
+            kernels._layer_norm_linear_backward,
             (
                 random(2, 3, 24), inputs["x"].detach() if add else None, inputs["x"].detach(), random(2, 6), pre,
-                *(tensor.detach() for tensor in norm[:2]), EPS, linear[0].detach(), activation, torch.float32,
+                *(tensor.detach() for tensor in norm[:2]), linear[0].detach(), EPS, activation, torch.float32,
                 torch.float32, wanted,
             ),
         )  # fmt: skip
 
 
 def two_layers(x, residual, norm_weight, norm_bias, weight, bias):
-    summed, hidden = add_layer_norm_gelu(x, residual, norm_weight, norm_bias, EPS, weight, bias)
-    return summed, layer_norm_linear(hidden, norm_weight, norm_bias, EPS, weight, bias)
+    summed, hidden = add_layer_norm_linear(x, residual, norm_weight, norm_bias, EPS, weight, bias)
+    return summed, layer_norm_gelu(hidden, norm_weight, norm_bias, EPS, weight, bias)
 
 
 @EVERY_WAY
@@ -414,7 +403,7 @@ def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, activ
 def test_without_gradients_nothing_is_kept_and_no_pre_activation_is_returned():
     inputs = inputs_of(2, 9, 48, units=192)
     arguments = [inputs[n] for n in ("x", "residual", "norm_weight", "norm_bias")], inputs["weight"], inputs["bias"]
-    _, _, pre, _ = kernels._layer_norm_linear(*arguments[0], EPS, *arguments[1:], "gelu", False)
+    _, _, pre, _ = kernels._layer_norm_linear(*arguments[0], EPS, *arguments[1:], "gelu", False, 0)
     assert pre.numel() == 0
     assert not layer_norm_gelu(
         *(inputs[n] for n in ("x", "norm_weight", "norm_bias")), EPS, *arguments[1:]
@@ -435,6 +424,8 @@ def test_without_gradients_nothing_is_kept_and_no_pre_activation_is_returned():
         ({"weight": torch.zeros(24, 16, device="meta")}, "weight: expected device .*got meta"),
         ({"bias": torch.zeros(16)}, r"bias: expected \[24\], got \[16\]"),
         ({"bias": torch.zeros(24).half()}, "bias: expected torch.float32, got torch.float16"),
+        ({"x": [1.0]}, "x: expected a tensor, got list"),
+        ({"weight": None}, "weight: expected a tensor, got NoneType"),
         ({"activation": "swish"}, "activation: expected one of gelu.*got 'swish'"),
     ],
 )
@@ -445,8 +436,49 @@ def test_bad_input_is_named_before_anything_is_launched(changes, message, monkey
         ours(**({"activation": "gelu"} | inputs | changes))
 
 
-def test_the_table_has_a_line_for_every_operation_and_cublas_first():
-    for operation in ("layer_norm_linear", "layer_norm_gelu", "linear_activation_backward", "linear_residual"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            first = tuning.candidates(operation, "768 to 3072, many rows", dtype, torch.device("cpu"))[0]
-            assert first == {"fused": 0}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("add", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_new", "quick_gelu"])
+def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, add, activation):
+    residual_dtype = torch.float32 if add else None
+    inputs = inputs_of(3, 5, 24, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=torch.float32)
+    x, residual = view_of("tokens", inputs["x"]), inputs["residual"] if add else None
+    norm, weight = (inputs["norm_weight"], inputs["norm_bias"]), inputs["weight"].t().contiguous().t()
+    arguments = (x, residual, *norm, EPS, weight, inputs["bias"], activation, activation is not None, 0)
+    outputs = kernels.launch_forward(*arguments)
+    assert_alike(kernels.forward_in_pytorch(*arguments), outputs)
+    summed, statistics, pre, out = outputs
+    grad_sum, rows = (random(3, 5, 24, seed=7), summed) if add else (None, x)
+    grad_out = random(*out.shape, dtype=dtype, seed=8).mul(0.1)
+    for wanted in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, True, True]):
+        saved = (rows, statistics, pre, *norm, weight, EPS, activation, dtype, rows.dtype)
+        backward = (grad_out, grad_sum, *saved, wanted)
+        assert_alike(kernels.backward_in_pytorch(*backward), kernels.launch_backward(*backward))
+
+
+def test_the_fallback_takes_over(monkeypatch):
+    monkeypatch.setattr(operators, "FALLBACK_DEVICES", (DEVICE,))
+    monkeypatch.setattr(operators, "failures", {})
+    monkeypatch.setattr(layer_norm, "_launch_forward", mock.Mock(side_effect=RuntimeError("no such instruction")))
+    monkeypatch.setattr(layer_norm, "_launch_backward", mock.Mock(side_effect=RuntimeError("no such instruction")))
+    check_activation("gelu", inputs_of(2, 9, 40, units=24))
+    assert {failure.operator for failure in operators.failures.values()} == {
+        "layer_norm_linear",
+        "layer_norm_linear_backward",
+    }
+
+
+@pytest.mark.parametrize("candidate", [0, 1, 2])
+def test_the_candidate_says_how_the_product_is_computed(candidate, monkeypatch):
+    ways = ("separate", "fused", "persistent")
+    spies = {name: mock.MagicMock(wraps=None) for name in ("_linear_fwd", "_linear_fwd_persistent")}
+    inputs = inputs_of(2, 9, 48, units=40, dtype=torch.bfloat16)
+    with variant(ways[candidate]):
+        expected = results(partial(ours, activation="gelu"), inputs)
+    with variant(*ways):
+        assert_same(results(partial(ours, activation="gelu", candidate=candidate), inputs), expected)
+        for name, spy in spies.items():
+            monkeypatch.setattr(linear, name, spy)
+        ours(**inputs, activation="gelu", candidate=candidate)
+    called = [name for name, spy in spies.items() if spy.__getitem__.called]
+    assert called == [[], ["_linear_fwd"], ["_linear_fwd_persistent"]][candidate]
