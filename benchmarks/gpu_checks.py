@@ -203,7 +203,7 @@ def check(case: Case) -> dict[str, Any]:
         if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
             wrong.append(f"{name}: a second run has other bits")
         if is_fp8(case.call):  # where a number is rounded to the other side, it is a step of three bits away
-            if not our_error <= max(1.25 * their_error, 2e-3):
+            if not our_error <= max(1.25 * their_error, 4e-3):
                 wrong.append(f"{name}: error {our_error:.3g}, PyTorch's {their_error:.3g}")
             continue
         try:

@@ -14,8 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import zip_longest
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,28 +144,36 @@ def check_kernels(run: Run) -> bool:
     return not bad
 
 
-def compile_rivals(run: Run) -> bool:
-    """Fill the compilers' caches with what the timed phases compile, while nothing is timed."""
+def compile_ahead(run: Run) -> bool:
+    """Fill the caches of Triton and the compilers with what the timed phases will need, while nothing is timed."""
     if run.toy:
         raise Skip("there is no GPU to compile for")
-    jobs = [
-        (operation, shape, provider)
+    ours = [(f"tune {shape.name} {training}", partial(try_to_tune, run, shape, training)) for shape, training in TUNED]
+    rivals = [
+        (f"{operation.name} {shape.name}, {provider.name}", partial(call_once, run, operation, shape, provider))
         for operation, shape in [*model_cases(run), *kernel_cases(run)]
         for provider in operation.providers.values()
         if provider.compile_mode is not None and re.search(PROVIDERS, provider.name)
         if provider.max_batch is None or shape.batch <= provider.max_batch
     ]
-
-    def compile_one(job: Any) -> dict[str, Any]:
-        operation, shape, provider = job
-        case = getattr(operation, "make_inputs", operation.make_case)(shape, BFLOAT16, run.device)
-        calls = operation.first_calls(operation.prepare(provider, case))
-        return {name: run_once(step, run.device) for name, step in calls.items()}
-
+    jobs = [job for pair in zip_longest(ours, rivals) for job in pair if job is not None]
     few = run._replace(at_once=max(1, run.at_once // 2))  # each has threads, and a model in memory
-    for (operation, shape, provider), found in in_processes(jobs, compile_one, few):
-        print(f"{operation.name} {shape.name}, {provider.name}: {found}", flush=True)
+    for (name, _), found in in_processes(jobs, lambda job: job[1](), few):
+        print(f"{name}: {found}", flush=True)
     return True
+
+
+def try_to_tune(run: Run, shape: Shape, training: bool) -> dict[str, Any]:
+    """Run every candidate, time none, keep nothing but the binaries."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FASTVIT_CACHE_DIR"] = folder
+        return {"records": len(tune(run, shape, training, run.left(), timer=lambda trial: 1.0))}
+
+
+def call_once(run: Run, operation: Any, shape: Shape, provider: Any) -> dict[str, Any]:
+    case = getattr(operation, "make_inputs", operation.make_case)(shape, BFLOAT16, run.device)
+    calls = operation.first_calls(operation.prepare(provider, case))
+    return {name: round(run_once(step, run.device), 1) for name, step in calls.items()}
 
 
 def sanitize(run: Run) -> bool:
@@ -204,27 +215,40 @@ def sanitize(run: Run) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+TUNED = [
+    (Shape(size, 224, batch), training)
+    for size, batch in (("base", 256), ("small", 256), ("large", 64), ("tiny", 256))
+    for training in (False, True)
+]
+
+
+def tune(run: Run, shape: Shape, training: bool, seconds: float, timer: Callable[[Any], float] | None) -> list[Any]:
+    from fastvit.tuning import tuner
+
+    tuner.compile_ahead = lambda *_: {}  # the phase before has done it, with fewer starts of processes
+    with run.device:
+        model = fastvit.ViTForImageClassification(bench_model.vit_config(shape))
+    return tuner.tune(
+        model if training else model.to(BFLOAT16),
+        batch_size=shape.batch,
+        training=training,
+        dtype=BFLOAT16 if training else None,
+        time_limit=seconds,
+        timer=timer,
+        progress=False,
+    )
+
+
 def tune_models(run: Run) -> bool:
     """Records for ViTs of each size, inference and training; OUT/records.json can be shipped as it is."""
-    from fastvit.tuning import records, tune
+    from fastvit.tuning import records
 
-    sizes = [("micro", 64, 2)] if run.toy else [(size, 224, 256) for size in ("base", "small", "large", "tiny")]
-    todo = [(Shape(*size), training) for size in sizes for training in (False, True)]
-    for number, (shape, training) in enumerate(todo):
-        model = fastvit.ViTForImageClassification(bench_model.vit_config(shape)).to(run.device)
-        model = model if training else model.to(BFLOAT16)
-        made = tune(
-            model,
-            batch_size=shape.batch,
-            training=training,
-            dtype=BFLOAT16 if training else None,
-            time_limit=max(1.0, run.left() / (len(todo) - number)),
-            timer=(lambda trial: 1.0) if run.toy else None,
-            progress=False,
-        )
+    todo = [(Shape("micro", 32, 1), training) for training in (False, True)] if run.toy else TUNED
+    for shape, training in todo:  # the first ones may take their time, but not all of it
+        timer = (lambda trial: 1.0) if run.toy else None
+        made = tune(run, shape, training, max(1.0, run.left() / 2), timer)
         records.write(run.out / "records.json", records.read_own())
         print(f"{shape.name}, {'training' if training else 'inference'}: {len(made)} records", flush=True)
-        del model
     return True
 
 
@@ -336,7 +360,7 @@ def summarize(run: Run) -> bool:
 
 PHASES: dict[str, Callable[[Run], bool]] = {
     "environment": look_around,
-    "compile": compile_rivals,
+    "compile": compile_ahead,
     "sanitizer": sanitize,
     "correctness": check_kernels,
     "records": tune_models,

@@ -46,7 +46,7 @@ def test_a_phase_that_fails_or_outruns_its_limit_leaves_the_others_and_all_files
     child = "import subprocess; subprocess.Popen(['sleep', '987']).wait()"
     phases = [
         gpu.Phase("environment", 2, command=raising),
-        phase("compile", tmp_path, "print('no GPU'); sys.exit(3)", beside=True),
+        phase("compile", tmp_path, "print('no GPU'); sys.exit(3)", beside="correctness"),
         phase("correctness", tmp_path, child, seconds=1),
         phase("operations", tmp_path),
     ]
