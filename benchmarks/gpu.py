@@ -38,7 +38,7 @@ class Phase(NamedTuple):
 
 
 PHASES = (
-    Phase("environment", 30),
+    Phase("environment", 45),
     Phase("compile", 115, beside="correctness"),
     Phase("sanitizer", 115, beside="correctness"),
     Phase("correctness", 115),
@@ -84,9 +84,7 @@ def finish(running: Running, options: argparse.Namespace) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         status = "out of time"
     seconds = round(time.monotonic() - running.begun, 1)
-    with contextlib.suppress(ProcessLookupError):  # its processes too, also those it forgot
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill(running)
     running.log.seek(max(0, running.log.seek(0, os.SEEK_END) - LOG_BYTES))
     text = running.log.read().decode(errors="replace")
     running.log.close()
@@ -104,6 +102,13 @@ def finish(running: Running, options: argparse.Namespace) -> dict[str, Any]:
     return outcome
 
 
+def kill(running: Running) -> None:
+    """With the processes that it began, also those it forgot."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(running.process.pid, signal.SIGKILL)
+    running.process.wait()
+
+
 def run(phases: Sequence[Phase], options: argparse.Namespace) -> list[dict[str, Any]]:
     """All phases; how each ended. summary.json holds it after every one."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -116,8 +121,13 @@ def run(phases: Sequence[Phase], options: argparse.Namespace) -> list[dict[str, 
         left -= options.time_scale * phase.seconds  # for those after it
         together = [phase, *(other for other in phases if other.beside == phase.name)]
         limit = max(1.0, end - left - time.monotonic())
-        for running in [begin(one, options, limit) for one in together]:
-            outcomes.append(finish(running, options))
+        running = [begin(one, options, limit) for one in together]
+        try:
+            outcomes += [finish(one, options) for one in running]
+        except BaseException:  # stopped: nobody may go on
+            for one in running:
+                kill(one)
+            raise
         write_summary(options.out, outcomes)
     return outcomes
 
