@@ -124,6 +124,8 @@ def cases(large: str = "ViT-B", small: str | None = "odd") -> list[Case]:
     steps = [Case("training step", size, dtype) for size in (large,) for dtype in (torch.bfloat16, torch.float32)]
     found = []
     for call in CALLS:
+        if call == "linear_fp8" and large == "toy":
+            continue  # PyTorch's matmul with a scale for each row is for GPUs
         name = call.split(",")[0]
         count = 3 if "candidate" in inspect.signature(function_of(name)).parameters and name == call else 1
         found += [Case(call, large, torch.bfloat16, candidate) for candidate in range(count)]
