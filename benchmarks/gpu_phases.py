@@ -7,6 +7,7 @@ Exit codes: 0; 1 something is wrong; 3 it cannot run here, for the reason in the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -259,6 +260,8 @@ def kernel_cases(run: Run) -> list[tuple[Any, Shape]]:
     modules = [importlib.import_module(f"fastvit.benchmarks.{module}") for module in command.KERNELS]
     operations = [operation for module in modules for operation in module.OPERATIONS]
     cases = [(operation, shape) for operation in operations for shape in operation.shapes(run.device, run.toy)]
+    if run.toy:
+        return [(operation, dataclasses.replace(shape, image_size=32, batch=1)) for operation, shape in cases]
     return sorted((case for case in cases if case[1].tier < 2), key=lambda case: case[1].tier)
 
 
