@@ -158,7 +158,8 @@ def compile_ahead(run: Run) -> bool:
         if provider.max_batch is None or shape.batch <= provider.max_batch
     ]
     jobs = [job for pair in zip_longest(ours, rivals) for job in pair if job is not None]
-    few = run._replace(at_once=max(1, run.at_once // 2))  # each has threads, and a model in memory
+    # Each has threads, and up to 25 GB on the GPU: a training step's activations at batch 256.
+    few = run._replace(at_once=max(1, run.at_once // 3))
     for (name, _), found in in_processes(jobs, lambda job: job[1](), few):
         print(f"{name}: {found}", flush=True)
     return True
@@ -198,7 +199,7 @@ def sanitize(run: Run) -> bool:
             output = process.communicate(timeout=max(1.0, run.left()))[0]
             lines = [line for line in output.splitlines() if line.startswith("=====")]
             record |= {"exit code": process.returncode, "last lines": lines[-4:] or output.splitlines()[-4:]}
-            if "not supported" in output:
+            if "Device not supported" in output:
                 record["skipped"] = "it does not support this machine's device"
         except subprocess.TimeoutExpired:
             process.kill()
@@ -245,12 +246,16 @@ def tune_models(run: Run) -> bool:
     from fastvit.tuning import records
 
     todo = [(Shape("micro", 32, 1), training) for training in (False, True)] if run.toy else TUNED
-    for shape, training in todo:  # the first ones may take their time, but not all of it
-        timer = (lambda trial: 1.0) if run.toy else None
-        made = tune(run, shape, training, max(1.0, run.left() / 2), timer)
+    timer = (lambda trial: 1.0) if run.toy else None
+    failed = 0
+    for shape, training in todo:
+        try:  # the first ones may take their time, but not all of it
+            said = f"{len(tune(run, shape, training, max(1.0, run.left() / 2), timer))} records"
+        except Exception as error:
+            said, failed = describe(error), failed + 1
         records.write(run.out / "records.json", records.read_own())
-        print(f"{shape.name}, {'training' if training else 'inference'}: {len(made)} records", flush=True)
-    return True
+        print(f"{shape.name}, {'training' if training else 'inference'}: {said}", flush=True)
+    return not failed
 
 
 PROVIDERS = "^(?!.*max-autotune)"  # which takes a minute each
