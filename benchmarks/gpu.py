@@ -112,6 +112,8 @@ def kill(running: Running) -> None:
 def run(phases: Sequence[Phase], options: argparse.Namespace) -> list[dict[str, Any]]:
     """All phases; how each ended. summary.json holds it after every one."""
     options.out.mkdir(parents=True, exist_ok=True)
+    for phase in phases:
+        (options.out / f"{phase.name}.json").unlink(missing_ok=True)  # an earlier run's
     names = {phase.name for phase in phases}
     serial = [phase for phase in phases if phase.beside not in names]
     left = options.time_scale * sum(phase.seconds for phase in serial)

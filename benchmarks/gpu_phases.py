@@ -99,7 +99,8 @@ def in_processes(
 
     They are forks of this process, which has imported everything and must not have touched the GPU.
     """
-    context, waiting, running = get_context("fork"), list(cases), {}
+    context, waiting = get_context("fork"), list(cases)
+    running: dict[Any, tuple[Any, Any, float]] = {}
     while waiting or running:
         while waiting and len(running) < run.at_once and run.left() > 0:
             receiver, sender = context.Pipe(duplex=False)
@@ -107,11 +108,11 @@ def in_processes(
             process.start()
             sender.close()  # the process has its own; now its end is seen here
             running[receiver] = process, waiting.pop(0), time.monotonic()
-        ready = connection.wait(list(running), timeout=max(0.0, run.left()))
-        for receiver in ready or list(running):  # nobody in time: that was the end
-            process, case, begun = running.pop(receiver)
+        ready: Any = connection.wait(list(running), timeout=max(0.0, run.left()))
+        for end in ready or list(running):  # nobody in time: that was the end
+            process, case, begun = running.pop(end)
             try:
-                found = receiver.recv() if ready else {"failed": "not ready in time"}
+                found = end.recv() if ready else {"failed": "not ready in time"}
             except EOFError:
                 process.join()
                 found = {"failed": f"its process ended with exit code {process.exitcode}"}
@@ -186,15 +187,15 @@ def sanitize(run: Run) -> bool:
     running = {}
     for check in ("racecheck", "memcheck"):
         for call in ("attention_packed", "add_layer_norm"):
-            line = (tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m")
-            line += ("fastvit.benchmarks.gpu_phases", "launch", call, "0")
+            line = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
+            line += ["fastvit.benchmarks.gpu_phases", "launch", call, "0"]
             env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, with its own end
             running[check, call] = subprocess.Popen(
                 line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
             )
     records = []
     for (check, call), process in running.items():
-        record = {"tool": check, "case": call}
+        record: dict[str, Any] = {"tool": check, "case": call}
         try:
             output = process.communicate(timeout=max(1.0, run.left()))[0]
             lines = [line for line in output.splitlines() if line.startswith("=====")]
