@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune test compat lint format typecheck benchmark kernels-report clean
+.PHONY: help setup finetune test compat lint format typecheck benchmark gpu kernels-report clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -40,6 +40,10 @@ format: setup  ## let ruff rewrite the code's layout
 
 benchmark: setup  ## time fastvit beside its rivals on this machine (ARGS="model --quick", "compare A B", ...)
 	$(BIN)/fastvit benchmark $(ARGS)
+
+# Needs no setup: on a machine that is lent for minutes, the source tree and python3's PyTorch are all there is.
+gpu:  ## a GPU's first ten minutes: right numbers, races, records, speeds (OUT=folder ARGS="--only correctness")
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(OUT),runs/gpu) $(ARGS)
 
 kernels-report: setup  ## compile every kernel for real GPUs (none needed) and write registers, spills, instructions
 	$(BIN)/python tests/compile/compile_kernels.py $(ARGS)

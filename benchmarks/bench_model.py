@@ -107,7 +107,8 @@ class Model(Operation):
     def limit_of_error(self, dtype: torch.dtype) -> float:
         return 1e-2 if dtype == torch.float32 else 0.2
 
-    def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> ModelCase:
+    def make_inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> ModelCase:
+        """A case without the results that are held against the others'."""
         torch.manual_seed(0)
         transformers.utils.logging.disable_progress_bar()  # one for each model that is loaded
         model = transformers.ViTForImageClassification(vit_config(shape))
@@ -118,7 +119,10 @@ class Model(Operation):
         model.save_pretrained(folder.name)
         pixels = torch.randn(shape.batch, 3, shape.image_size, shape.image_size, device=device)
         labels = torch.arange(shape.batch, device=device) % NUM_CLASSES
-        case = ModelCase(folder, pixels, labels, dtype, {}, {})
+        return ModelCase(folder, pixels, labels, dtype, {}, {})
+
+    def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> ModelCase:
+        case = self.make_inputs(shape, dtype, device)
         exact = case._replace(dtype=torch.float32, models={})
         steps = self.prepare(self.providers["transformers"], exact)
         case.expected.update(self.results(steps, exact))
@@ -182,14 +186,19 @@ class Model(Operation):
 
     def first_calls(self, steps: dict[str, Step]) -> dict[str, Step]:
         """A training step's is without AdamW: weights must not change before they are checked."""
-        return {INFERENCE: steps[INFERENCE], TRAINING: steps["gradients"]}
+        calls = {INFERENCE: steps[INFERENCE], TRAINING: steps["gradients"]}
+        return {name: calls[name] for name in self.passes}
 
     def results(self, steps: dict[str, Step], case: Any) -> dict[str, Tensor]:
-        found: Any = steps["gradients"].run(None)
-        inferred: Any = steps[INFERENCE].run(None)
-        return {"logits": inferred.clone(), **found}
+        found: Any = steps["gradients"].run(None) if TRAINING in self.passes else {}
+        if INFERENCE in self.passes:
+            inferred: Any = steps[INFERENCE].run(None)
+            found["logits"] = inferred.clone()
+        return found
 
     def kept_bytes(self, steps: dict[str, Step], case: Any) -> int | None:
+        if TRAINING not in self.passes:
+            return None
         known = [case.pixels, case.labels]
         for models in case.models.values():
             for model in models:

@@ -6,14 +6,13 @@ The logits' error stands beside each provider: against transformers in float32, 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fastvit
 from fastvit.benchmarks.bench_model import INFERENCE, Model, ours, theirs
-from fastvit.benchmarks.harness import Compiled, Shape, Step, as_test
+from fastvit.benchmarks.harness import Compiled, Shape, as_test
 
 
 class QuantizedModel(Model):
@@ -37,19 +36,6 @@ class QuantizedModel(Model):
 
     def limit_of_error(self, dtype: torch.dtype) -> float:
         return 0.3
-
-    def prepare(self, provider: Any, case: Any) -> dict[str, Step]:
-        return {INFERENCE: super().prepare(provider, case)[INFERENCE]}
-
-    def first_calls(self, steps: dict[str, Step]) -> dict[str, Step]:
-        return steps
-
-    def results(self, steps: dict[str, Step], case: Any) -> dict[str, Tensor]:
-        inferred: Any = steps[INFERENCE].run(None)
-        return {"logits": inferred.clone()}
-
-    def kept_bytes(self, steps: dict[str, Step], case: Any) -> None:
-        return None
 
 
 quantized_model = QuantizedModel()

@@ -182,7 +182,7 @@ def run(options: argparse.Namespace) -> int:
     with full_float32():
         if not settings.memory_only:
             settings.ceilings = ceilings(device, list(dict.fromkeys([*dtypes, torch.float32])), options.quick)
-        results = run_tasks(tasks, settings, options, folder)
+        results = run_tasks(tasks, settings, options, lambda result: report.write(result, folder))
     if not settings.memory_only and (drawn := report.draw(list(results.values()), folder)) is not None:
         print(drawn)
     print(report.table(list(results.values())))
@@ -213,9 +213,9 @@ def introduction(device: torch.device, folder: Path) -> str:
 
 
 def run_tasks(
-    tasks: list[Task], settings: Settings, options: argparse.Namespace, folder: Path
+    tasks: list[Task], settings: Settings, options: argparse.Namespace, save: Callable[[dict[str, Any]], object]
 ) -> dict[str, dict[str, Any]]:
-    """Results by operation, written after every task: a run that is killed leaves what it has measured."""
+    """Results by operation, each saved after every task: a run that is killed leaves what it has measured."""
     about = {
         "environment": environment(settings.device),
         "ceilings": settings.ceilings,
@@ -258,7 +258,7 @@ def run_tasks(
         result["case_seconds"][task.name] = round(time.monotonic() - begun, 1)
         waiting.remove(task.name)
         result["not_begun"] = [name for name in waiting if name.split()[0] == task.operation]
-        report.write(result, folder)
+        save(result)
         free(settings.device)
     progress.close()
     if waiting:

@@ -817,12 +817,12 @@ def as_test(operation: Operation) -> Callable[..., None]:
         return lambda: None
     import pytest
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names = [name for name, provider in operation.providers.items() if provider.tier == 0]
 
     @pytest.mark.parametrize("step", operation.passes)
     @pytest.mark.parametrize("name", names)
     def test(benchmark: Any, name: str, step: str) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         provider = operation.providers[name]
         if reason := provider.why_not(device):
             pytest.skip(reason)

@@ -51,24 +51,28 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def load(paths: Iterable[Path], *, may_be_empty: bool = False) -> list[dict[str, Any]]:
-    """Results of all files given, and of all in the folders given; `source` says where each was."""
+    """Results of all files given, and of all in the folders given; `source` says where each was.
+
+    A file holds the results of one operation, or a list of them.
+    """
     results = []
     for path in paths:
         files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         found = 0
         for file in files:
             try:
-                result = json.loads(file.read_text(encoding="utf-8"))
+                content = json.loads(file.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise InputError(f"{file}: cannot be read as results ({error})") from None
-            if not isinstance(result, dict) or "records" not in result or "environment" not in result:
-                if file is path:
-                    raise InputError(f"{file}: expected results of `fastvit benchmark`, got other JSON")
-                continue  # other reports lie beside results
-            if result.get("schema") != SCHEMA:
-                raise InputError(f"{file}: expected results of schema {SCHEMA}, got {result.get('schema')}")
-            results.append(result | {"source": str(file.parent)})
-            found += 1
+            for result in content if isinstance(content, list) else [content]:
+                if not isinstance(result, dict) or "records" not in result or "environment" not in result:
+                    if file is path:
+                        raise InputError(f"{file}: expected results of `fastvit benchmark`, got other JSON")
+                    continue  # other reports lie beside results
+                if result.get("schema") != SCHEMA:
+                    raise InputError(f"{file}: expected results of schema {SCHEMA}, got {result.get('schema')}")
+                results.append(result | {"source": str(file.parent)})
+                found += 1
         if not found and not may_be_empty:
             raise InputError(f"{path}: expected a folder with results of `fastvit benchmark`, found none")
     return results

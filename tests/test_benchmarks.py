@@ -335,12 +335,12 @@ def test_stopped_run_leaves_what_it_has_measured(tmp_path, operation):
     tasks = [command.Task("square", "square one", 0, case), command.Task("square", "square two", 0, stopped)]
     options = command.build_parser().parse_args(["kernels", "--quick"])
     with pytest.raises(KeyboardInterrupt):
-        command.run_tasks(tasks, Settings(DEVICE, quick=True), options, tmp_path)
+        command.run_tasks(tasks, Settings(DEVICE, quick=True), options, lambda result: report.write(result, tmp_path))
     (result,) = report.load([tmp_path])
     assert len(result["records"]) == 3 and result["not_begun"] == ["square two"]
 
 
-def test_case_that_cannot_be_set_up_is_reported_and_the_rest_goes_on(tmp_path, operation):
+def test_case_that_cannot_be_set_up_is_reported_and_the_rest_goes_on(operation):
     def case(settings, tick):
         return harness.run_case(operation, MICRO, torch.float32, settings, tick)
 
@@ -349,7 +349,7 @@ def test_case_that_cannot_be_set_up_is_reported_and_the_rest_goes_on(tmp_path, o
 
     tasks = [command.Task("square", "square one", 0, too_large), command.Task("square", "square two", 0, case)]
     options = command.build_parser().parse_args(["kernels", "--quick"])
-    results = command.run_tasks(tasks, Settings(DEVICE, quick=True), options, tmp_path)
+    results = command.run_tasks(tasks, Settings(DEVICE, quick=True), options, lambda result: None)
     assert results["square"]["failed_cases"] == [{"case": "square one", "reason": "MemoryError: too large"}]
     assert len(results["square"]["records"]) == 3
     assert "too large" in report.table(list(results.values()))
