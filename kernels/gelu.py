@@ -4,12 +4,13 @@
     y = silu(x1 + b1) * (x2 + b2)    [..., 2 F] -> [..., F]    SwiGLU: [x1, x2] = x and [b1, b2] = bias, in halves
 
 Op by op PyTorch writes x + bias and reads it again (2 of 4 passes), and SwiGLU's halves make 7 passes where 3 suffice.
-Backward reads the gradient and x and writes the gradient of x. The bias gradient, a pass of its own in PyTorch, falls
-out of it: each of a fixed number of programs adds up its rows, and PyTorch adds up the programs, without atomics, so
-two runs give the same bits. The activation is never kept: whoever needs it in backward, as the second layer
-of a feed-forward does for its weight gradient, has it written by this same pass.
+Backward reads the gradient and x and writes the gradient of x. The bias gradient, a pass of its own in PyTorch, is
+summed by the same kernel: each of a fixed number of programs sums its rows, and PyTorch sums over the programs, without
+atomics, so two runs give the same bits. The activation is not saved for backward: where backward needs it again, as
+the second layer of a feed-forward does for its weight gradient, this same pass writes it.
 
-All arithmetic is float32. On ViT-B at batch 256 the pass moves 620 MB, 207 us at the 3.0 TB/s of an H100.
+All arithmetic is float32. Exact GELU of float32 takes erf, 23 instructions an element more than the polynomial that
+half precision takes: with erf the pass is bound by instructions, not by memory.
 
 GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415. SwiGLU: Shazeer 2020, arXiv:2002.05202.
 """
@@ -19,18 +20,46 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.launch import launch
 from fastvit.kernels.operators import operator
-from fastvit.kernels.tuning import cdiv, next_power_of_2
+from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
 
 # The names of the configuration files, to the formula that the kernels know.
 FORMULAS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+
+
+def formula_for(activation: str, dtype: torch.dtype) -> str:
+    """What kernels take as FORMULA; "gelu_half" where the result is rounded to, or x was, half precision."""
+    formula = "silu" if activation == "swiglu" else FORMULAS[activation]
+    return "gelu_half" if formula == "gelu" and dtype != torch.float32 else formula
+
+
+# Half precision's exact GELU, with t = |x|. Before rounding, results and derivatives are within 0.15 of half a unit in
+# the last place of bfloat16 and float16 (tests/test_gelu.py tries every number of both types). The coefficients are
+# minimax fits on [0, 13.6], where bfloat16's results end (tests/gelu_coefficients.py has the fit and prints them).
+@triton.jit
+def _normal_tail(t):
+    """P(normal variable > t) = 2 ** polynomial(t). Beyond 13.6 the polynomial falls to -inf and this to 0."""
+    p = 1.52230143e-07 - 2.10761542e-09 * t
+    p = ((p * t - 4.81986444e-06) * t + 8.86188718e-05) * t - 0.00106114056
+    p = ((p * t + 0.00885618757) * t - 0.0544526987) * t - 0.458139986
+    return tl.exp2((p * t - 1.1513207) * t - 0.999995708)
+
+
+@triton.jit
+def _slope_from_tail(t, tail):
+    """GELU's derivative at -t. Its zero is a factor, so no digits beside it are cancelled."""
+    u = tl.minimum(t, 13.6)  # a polynomial of 1e38 would be infinite, and NaN with a tail of 0
+    q = 1.20755485e-05 - 2.35477088e-07 * u
+    q = ((q * u - 0.000256690226) * u + 0.00297435117) * u - 0.0209625531
+    q = ((q * u + 0.095648706) * u + 0.708148539) * u + 1.33012164
+    return tail * (0.751791525 - t) * q
 
 
 @triton.jit
@@ -60,15 +89,26 @@ def _gate(x, FORMULA: tl.constexpr):
 @triton.jit
 def activate(x, FORMULA: tl.constexpr):
     """activation(x) in float32."""
-    gate, _ = _gate(x, FORMULA)
+    if FORMULA == "gelu_half":
+        tail = _normal_tail(tl.abs(x))
+        gate = tl.where(x < 0, tail, 1.0 - tail)
+    else:
+        gate, _ = _gate(x, FORMULA)
     return x * gate
 
 
 @triton.jit
 def activate_with_slope(x, FORMULA: tl.constexpr):
     """activation(x) and its derivative at x, in float32; what both need is computed once."""
-    gate, gate_slope = _gate(x, FORMULA)
-    return x * gate, gate + x * gate_slope
+    if FORMULA == "gelu_half":
+        tail = _normal_tail(tl.abs(x))
+        slope = _slope_from_tail(tl.abs(x), tail)
+        gate = tl.where(x < 0, tail, 1.0 - tail)
+        slope = tl.where(x < 0, slope, 1.0 - slope)
+    else:
+        gate, gate_slope = _gate(x, FORMULA)
+        slope = gate + x * gate_slope
+    return x * gate, slope
 
 
 @triton.jit
@@ -108,6 +148,7 @@ def _activation_bwd(
     partial_ptr,                                    # out: [programs, width of x] float32 or None
     stride_grad_y, stride_x, rows,
     DIM: tl.constexpr, FORMULA: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = 2 * DIM if GATED else DIM
     program = tl.program_id(1)
@@ -115,7 +156,8 @@ def _activation_bwd(
     cols = tl.broadcast_to((tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :], [ROWS, COLS])
     sums = tl.zeros([ROWS, COLS], tl.float32)
     linear_sums = tl.zeros([ROWS, COLS], tl.float32)
-    for first in range(program * ROWS, rows, programs * ROWS):
+    # STAGES of 2 or more: the next rows are copied to shared memory (cp.async) while these are computed.
+    for first in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (row < rows) & (cols < DIM)
         grad_y = tl.load(grad_y_ptr + row * stride_grad_y + cols, mask, other=0.0).to(tl.float32)
@@ -157,39 +199,32 @@ def without_autocast(function):
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[..., dim] as [rows, dim] with its values side by side; copied only where no step from row to row does it."""
+    """[..., dim] as [rows, dim] with a stride of 1 along dim; copied only where one stride does not reach every row."""
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _tile(dim: int, choice: tuning.Choice) -> dict[str, int]:
+def _tile(dim: int, dtype: torch.dtype, activation: str, choice: tuning.Choice) -> dict[str, object]:
+    """What the kernels take by name."""
     columns = min(choice["columns"], next_power_of_2(dim))
     rows = max(1, choice["rows"] * choice["columns"] // columns)
-    return {"DIM": dim, "ROWS": rows, "COLS": columns, "num_warps": choice["num_warps"]}
+    formula = {"FORMULA": formula_for(activation, dtype), "GATED": activation == "swiglu"}
+    return {"DIM": dim, "ROWS": rows, "COLS": columns, "num_warps": choice["num_warps"], **formula}
 
 
-def _formula(activation: str) -> dict[str, object]:
-    gated = activation == "swiglu"
-    return {"FORMULA": "silu" if gated else FORMULAS[activation], "GATED": gated}
-
-
-def launch_forward(x: Tensor, bias: Tensor | None, activation: str, out: Tensor | None = None) -> Tensor:
+def launch_forward(
+    x: Tensor, bias: Tensor | None, activation: str, out: Tensor | None = None, candidate: int = 0
+) -> Tensor:
     """activation(x + bias) [rows, dim] for rows x; `out` may be x itself."""
     rows, width = x.shape
-    formula = _formula(activation)
-    dim = width // 2 if formula["GATED"] else width
+    dim = width // 2 if activation == "swiglu" else width
     if out is None:
         out = x.new_empty(rows, dim)
-    if rows == 0:
-        return out
-
-    def run(choice: tuning.Choice, out: Tensor) -> None:
-        tile = _tile(dim, choice)
+    if rows:
+        choice = tuning.candidate("activation_forward", rows_class(rows, dim), x.dtype, x.device, candidate)
+        tile = _tile(dim, x.dtype, activation, choice)
         grid = (cdiv(dim, tile["COLS"]) * cdiv(rows, tile["ROWS"]),)
-        launch(_activation_fwd, grid, (x, bias, out), (x.stride(0), rows), tile | formula)
-
-    key = ("activation_forward", _shape_class(rows, dim), x.dtype, x.device)
-    run(tuning.choose(*key, lambda choice: run(choice, torch.empty_like(out))), out)  # x is not to be lost to timing
+        _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile)
     return out
 
 
@@ -202,103 +237,152 @@ def launch_backward(
     bias_grad: bool,
     with_y: bool = False,
     grad_x: Tensor | None = None,
+    candidate: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of a bias, and y again; the last two of no elements where not wanted.
+    """Gradients of x and of a bias, and y again; the last two have no elements where they are not wanted.
 
-    grad_y, x and what is returned are rows; `grad_x`, which may be grad_y itself, is where the first is to be written.
+    grad_y, x and what is returned are rows; the first is written to `grad_x`, which may be grad_y itself.
     """
     rows, width = x.shape
-    formula = _formula(activation)
-    dim = width // 2 if formula["GATED"] else width
+    dim = width // 2 if activation == "swiglu" else width
     if grad_x is None:
         grad_x = x.new_empty(rows, width)
     bias_dtype = x.dtype if bias is None else bias.dtype
     y = x.new_empty((rows, dim) if with_y else (0, dim))
     if rows == 0:
         return grad_x, x.new_zeros(width if bias_grad else 0, dtype=bias_dtype), y
-
-    def run(choice: tuning.Choice, grad_x: Tensor) -> Tensor:
-        tile = _tile(dim, choice)
-        columns = cdiv(dim, tile["COLS"])
-        most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
-        programs = min(cdiv(rows, tile["ROWS"]), most)
-        partial = x.new_empty(programs, width, dtype=torch.float32) if bias_grad else None
-        tensors = (grad_y, x, bias, grad_x, y if with_y else None, partial)
-        launch(_activation_bwd, (columns, programs), tensors, (grad_y.stride(0), x.stride(0), rows), tile | formula)
-        return x.new_empty(0, dtype=bias_dtype) if partial is None else partial.sum(0).to(bias_dtype)
-
-    key = ("activation_backward", _shape_class(rows, dim), x.dtype, x.device)
-    grad_bias = run(tuning.choose(*key, lambda choice: run(choice, torch.empty_like(grad_x))), grad_x)
+    choice = tuning.candidate("activation_backward", rows_class(rows, dim), x.dtype, x.device, candidate)
+    tile = _tile(dim, x.dtype, activation, choice)
+    columns = cdiv(dim, tile["COLS"])
+    most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
+    programs = min(cdiv(rows, tile["ROWS"]), most)
+    partial = x.new_empty(programs, width, dtype=torch.float32) if bias_grad else None
+    tensors = (grad_y, x, bias, grad_x, y if with_y else None, partial)
+    strides = (grad_y.stride(0), x.stride(0))
+    _activation_bwd[(columns, programs)](*tensors, *strides, rows, STAGES=choice["stages"], **tile)
+    grad_bias = x.new_empty(0, dtype=bias_dtype) if partial is None else partial.sum(0).to(bias_dtype)
     return grad_x, grad_bias, y
 
 
-def _shape_class(rows: int, dim: int) -> str:
-    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
+def plain_activation(x: Tensor, activation: str) -> Tensor:
+    """The definition, for fallbacks."""
+    if activation == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
 
 
-@operator("activation")
-def _activation(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    y = launch_forward(as_rows(x), None if bias is None else bias.contiguous(), activation)
+def plain_activation_backward(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
+    """The gradient of x. An operator's body runs below autograd, which cannot be asked for it there."""
+    if activation == "quick_gelu":
+        return torch.ops.aten.silu_backward(grad_y, 1.702 * x)
+    return torch.ops.aten.gelu_backward(grad_y, x, approximate="none" if activation == "gelu" else "tanh")
+
+
+def _fallback(x: Tensor, bias: Tensor | None, activation: str, candidate: int) -> Tensor:
+    z = x.float() if bias is None else x.float() + bias.float()
+    if activation == "swiglu":
+        gate, linear = z.chunk(2, -1)
+        return (F.silu(gate) * linear).to(x.dtype)
+    return plain_activation(z, activation).to(x.dtype)
+
+
+def _fallback_backward(
+    grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int
+) -> tuple[Tensor, Tensor]:
+    z, grad_y = x.float() if bias is None else x.float() + bias.float(), grad_y.float()
+    if activation == "swiglu":
+        gate, linear = z.chunk(2, -1)
+        grad = torch.cat([torch.ops.aten.silu_backward(grad_y * linear, gate), grad_y * F.silu(gate)], -1)
+    else:
+        grad = plain_activation_backward(grad_y, z, activation)
+    grad_bias = grad.flatten(0, -2).sum(0) if bias_grad else grad.new_empty(0)
+    return grad.to(x.dtype), grad_bias.to(x.dtype if bias is None else bias.dtype)
+
+
+@operator("activation", fallback=_fallback)
+def _activation(x: Tensor, bias: Tensor | None, activation: str, candidate: int) -> Tensor:
+    y = launch_forward(as_rows(x), None if bias is None else bias.contiguous(), activation, candidate=candidate)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 @_activation.register_fake
-def _(x, bias, activation):
+def _(x, bias, activation, candidate):
     return x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if activation == "swiglu" else x.shape[-1])
 
 
-@operator("activation_backward")
+@operator("activation_backward", fallback=_fallback_backward)
 def _activation_backward(
-    grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool
+    grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int
 ) -> tuple[Tensor, Tensor]:
     bias = None if bias is None else bias.contiguous()
-    grad_x, grad_bias, _ = launch_backward(as_rows(grad_y), as_rows(x), bias, activation, bias_grad=bias_grad)
+    rows = as_rows(grad_y), as_rows(x)
+    grad_x, grad_bias, _ = launch_backward(*rows, bias, activation, bias_grad=bias_grad, candidate=candidate)
     return grad_x.view(x.shape), grad_bias
 
 
 @_activation_backward.register_fake
-def _(grad_y, x, bias, activation, bias_grad):
+def _(grad_y, x, bias, activation, bias_grad, candidate):
     dtype = x.dtype if bias is None else bias.dtype
     return x.new_empty(x.shape), x.new_empty(x.shape[-1] if bias_grad else 0, dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, bias, ctx.activation = inputs
+    x, bias, ctx.activation, ctx.candidate = inputs
     ctx.save_for_backward(x, bias)
 
 
 def _backward(ctx, grad_y):
     x, bias = ctx.saved_tensors
-    grad_x, grad_bias = _activation_backward(grad_y, x, bias, ctx.activation, ctx.needs_input_grad[1])
-    return grad_x, grad_bias if ctx.needs_input_grad[1] else None, None
+    bias_grad = ctx.needs_input_grad[1]
+    grad_x, grad_bias = _activation_backward(grad_y, x, bias, ctx.activation, bias_grad, ctx.candidate)
+    return grad_x, grad_bias if bias_grad else None, None, None
 
 
 _activation.register_autograd(_backward, setup_context=_setup_context)
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *, candidate: int = 0) -> Tensor:
     """activation(x + bias), elementwise over the last dimension's bias.
 
-    x: [..., F], float32, bfloat16 or float16; copied where its rows cannot be reached by one step. bias: [F] or None,
-        any of these dtypes. activation: a key of `FORMULAS`.
-    Returns [..., F] in x's dtype, contiguous. The sum is not rounded before the activation. Keeps x for backward.
-    Raises ValueError for shapes, dtypes or devices that do not fit. Second derivatives are not supported.
+    The sum is not rounded before the activation. x is saved for backward. Second derivatives are not supported.
+
+    Args:
+        x: [..., F], float32, bfloat16 or float16; copied where one stride does not reach every row.
+        bias: [F] or None, any of these dtypes.
+        activation: a key of `FORMULAS`.
+        candidate: which tile of the table, forward and backward.
+
+    Returns:
+        [..., F] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
     check_activation(activation)
     _check(x, bias)
-    return _activation(x, bias, activation)
+    return _activation(x, bias, activation, candidate)
 
 
-def swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """silu(x1 + b1) * (x2 + b2), the gated unit of DINOv2 (giant) and DINOv3: both halves from one matrix product.
+def swiglu(x: Tensor, bias: Tensor | None = None, *, candidate: int = 0) -> Tensor:
+    """silu(x1 + b1) * (x2 + b2), the gated unit of DINOv2 (giant) and DINOv3: both halves from one GEMM.
 
-    x: [..., 2 F], the gate's half first; bias: [2 F] or None. Dtypes and strides as in `bias_gelu`.
-    Returns [..., F] in x's dtype. Keeps x for backward.
+    x is saved for backward. Second derivatives are not supported.
+
+    Args:
+        x: [..., 2 F], the gate's half first; dtypes and strides as in `bias_gelu`.
+        bias: [2 F] or None.
+        candidate: which tile of the table, forward and backward.
+
+    Returns:
+        [..., F] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
     _check(x, bias)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected an even last dimension, two halves, got {list(x.shape)}")
-    return _activation(x, bias, "swiglu")
+    return _activation(x, bias, "swiglu", candidate)
 
 
 def check_activation(activation: str) -> None:

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.launch import launch
+from fastvit.kernels.gelu import activate, activate_with_slope, formula_for
 from fastvit.kernels.operators import operator
-from fastvit.kernels.tuning import cdiv, next_power_of_2
+from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
 
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
 
@@ -57,23 +57,17 @@ def _chunk(index: tl.constexpr, row_mask, DIM: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _layer_norm_fwd(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr,      # in:  [rows, dim], [rows, dim] or None, [dim] x2
-    scale_ptr, row_scale_ptr,                       # in:  [dim] or None, [outer] float32 or None
-    sum_ptr, y_ptr, statistics_ptr,                 # out: [rows, dim] x2 (None: no residual, not wanted), [2, rows]
-    stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
-    rows, inner, eps,
+def _load_and_add(
+    x_ptr, residual_ptr, scale_ptr, row_scale_ptr, sum_ptr,
+    row, row_mask, inner, stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < rows
+    """The rows to normalise, CHUNKS of float32 [ROWS, CHUNK]; where there is a residual, their sum, which is stored."""
     x_rows = x_ptr + _row_offsets(row, inner, stride_x_outer, stride_x_inner)
-    out_rows = row.to(tl.int64)[:, None] * DIM
     if residual_ptr is not None:
         residual_rows = residual_ptr + _row_offsets(row, inner, stride_residual_outer, stride_residual_inner)
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row // inner, row_mask, other=0.0)[:, None]
-
     values = ()
     for i in tl.static_range(CHUNKS):
         cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
@@ -85,30 +79,64 @@ def _layer_norm_fwd(
         if residual_ptr is not None:
             value = value + tl.load(residual_rows + cols, mask, other=0.0).to(tl.float32)
             rounded = value.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + out_rows + cols, rounded, mask)
+            tl.store(sum_ptr + row.to(tl.int64)[:, None] * DIM + cols, rounded, mask)
             value = rounded.to(tl.float32)  # normalise what the next layer will read
         values = values + (value,)
+    return values
 
+
+@triton.jit
+def _mean_and_rstd(
+    values, row_mask, eps, DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """[ROWS] each, of rows whose columns beyond DIM are 0."""
     total = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(CHUNKS):
         total += tl.sum(values[i], 1)
     mean = total / DIM
     squares = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(CHUNKS):
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
+        cols, _ = _chunk(i, row_mask, DIM, ROWS, CHUNK)
         centred = values[i] - mean[:, None]
         if DIM % CHUNK != 0:
             centred = tl.where(cols < DIM, centred, 0.0)
         squares += tl.sum(centred * centred, 1)
-    rstd = tl.rsqrt(squares / DIM + eps)
+    return mean, tl.rsqrt(squares / DIM + eps)
 
+
+@triton.jit
+def _affine(normal, weight_ptr, bias_ptr, cols, mask):
+    """normal * weight + bias in float32."""
+    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+    return normal * weight + tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _layer_norm_fwd(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr,      # in:  [rows, dim], [rows, dim] or None, [dim] x2
+    scale_ptr, row_scale_ptr,                       # in:  [dim] or None, [outer] float32 or None
+    sum_ptr, y_ptr, statistics_ptr,                 # out: [rows, dim] x2 (None: no residual, not wanted), [2, rows]
+    stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
+    rows, inner, eps,
+    DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    FORMULA: tl.constexpr,                          # of an activation behind it, or None
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row_mask = row < rows
+    values = _load_and_add(
+        x_ptr, residual_ptr, scale_ptr, row_scale_ptr, sum_ptr,
+        row, row_mask, inner, stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
+        DIM, ROWS, CHUNK, CHUNKS,
+    )  # fmt: skip
+    mean, rstd = _mean_and_rstd(values, row_mask, eps, DIM, ROWS, CHUNK, CHUNKS)
     if y_ptr is not None:
+        y_rows = y_ptr + row.to(tl.int64)[:, None] * DIM
         for i in tl.static_range(CHUNKS):
             cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-            weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-            bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
-            y = (values[i] - mean[:, None]) * rstd[:, None] * weight + bias
-            tl.store(y_ptr + out_rows + cols, y, mask)
+            y = _affine((values[i] - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, cols, mask)
+            if FORMULA is not None:
+                y = activate(y, FORMULA)
+            tl.store(y_rows + cols, y, mask)
     tl.store(statistics_ptr + row, mean, row_mask)
     tl.store(statistics_ptr + rows + row, rstd, row_mask)
 
@@ -124,17 +152,23 @@ def _layer_norm_bwd(
     stride_sum_outer, stride_sum_inner, stride_x_outer, stride_x_inner,
     rows, inner,
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    FORMULA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x is given where the gradient of scale is wanted, bias where y is; partial sums are those of weight, bias and
-    then scale."""
+    """x is given where the gradient of scale is wanted, bias where y is or an activation (FORMULA) follows; partial
+    sums are those of weight, bias and then scale."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
-    weight_sums, bias_sums, scale_sums = (), (), ()
+    weight_sums, bias_sums, scale_sums, weights, biases = (), (), (), (), ()
     for i in tl.static_range(CHUNKS):
+        cols, mask = _chunk(i, tl.arange(0, ROWS) < ROWS, DIM, ROWS, CHUNK)
+        weights = weights + (tl.load(weight_ptr + cols, mask, other=0.0),)
+        if bias_ptr is not None:
+            biases = biases + (tl.load(bias_ptr + cols, mask, other=0.0),)
         zero = tl.zeros([ROWS, CHUNK], tl.float32)
         weight_sums, bias_sums, scale_sums = weight_sums + (zero,), bias_sums + (zero,), scale_sums + (zero,)
 
-    for first in range(program * ROWS, rows, programs * ROWS):
+    # STAGES of 2 or more: the next rows are copied to shared memory (cp.async) while these are computed.
+    for first in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         row_mask = row < rows
         grad_y_rows = grad_y_ptr + _row_offsets(row, inner, stride_grad_y_outer, stride_grad_y_inner)
@@ -151,13 +185,17 @@ def _layer_norm_bwd(
             cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
             grad_y = tl.load(grad_y_rows + cols, mask, other=0.0).to(tl.float32)
             normal = (tl.load(sum_rows + cols, mask, other=0.0).to(tl.float32) - mean) * rstd
+            weight = weights[i].to(tl.float32)
+            if bias_ptr is not None:
+                affine = normal * weight + biases[i].to(tl.float32)
+                if y_ptr is not None:
+                    tl.store(y_ptr + out_rows + cols, affine, mask)
+                if FORMULA is not None:
+                    _, slope = activate_with_slope(affine, FORMULA)
+                    grad_y = grad_y * slope
             if partial_ptr is not None:
                 new_weight_sums = new_weight_sums + (weight_sums[i] + grad_y * normal,)
                 new_bias_sums = new_bias_sums + (bias_sums[i] + grad_y,)
-            weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-            if y_ptr is not None:
-                y = normal * weight + tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
-                tl.store(y_ptr + out_rows + cols, y, mask)
             grad = grad_y * weight
             total += tl.sum(grad, 1)
             projection += tl.sum(grad * normal, 1)
@@ -215,10 +253,6 @@ def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     }
 
 
-def _shape(rows: int, dim: int) -> str:
-    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
-
-
 def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor | None], list[int]]:
     """How to step through the rows of tensors of one shape [..., D]: `inner`, the tensors, two strides for each.
 
@@ -243,12 +277,13 @@ def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor |
 
 
 def _launch_forward(
-    x, residual, weight, bias, scale, row_scale, eps, *, y_dtype=None, statistics_only=False
-) -> tuple[Tensor, Tensor, Tensor]:
+    x, residual, weight, bias, scale, row_scale, eps,
+    *, y_dtype=None, statistics_only=False, activation=None, candidate=0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
 
-    y is in residual's dtype unless another is named: the product that reads it may want half precision. A product that
-    normalises by itself wants the statistics only, and y is empty.
+    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision. It is empty where
+    statistics_only. activation: one that follows, whose result y is.
     """
     dim = x.shape[-1]
     rows = x.numel() // dim
@@ -259,24 +294,23 @@ def _launch_forward(
     if rows == 0:
         return summed, y, statistics
     inner, (x, residual), strides = _rows(x, residual, per_sample=row_scale is not None)
-
-    def run(choice: tuning.Choice) -> None:
-        tile = _tile(dim, dtype.itemsize, choice)
-        outputs = (None if residual is None else summed, None if statistics_only else y, statistics)
-        tensors = (x, residual, weight, bias, scale, row_scale, *outputs)
-        launch(_layer_norm_fwd, (cdiv(rows, tile["ROWS"]),), tensors, (*strides, rows, inner, eps), tile)
-
-    run(tuning.choose("layer_norm_forward", _shape(rows, dim), dtype, x.device, run))
+    choice = tuning.candidate("layer_norm_forward", rows_class(rows, dim), dtype, x.device, candidate)
+    tile = _tile(dim, dtype.itemsize, choice)
+    formula = None if activation is None else formula_for(activation, y.dtype)
+    outputs = (None if residual is None else summed, None if statistics_only else y, statistics)
+    tensors = (x, residual, weight, bias, scale, row_scale, *outputs)
+    _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, FORMULA=formula, **tile)
     return summed, y, statistics
 
 
 def _launch_backward(
     grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
-    *, bias=None, y=None,
+    *, bias=None, y=None, activation=None, candidate=0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of residual, x, and of weight, bias and scale; see `_empty_gradients` for those that are left out.
 
-    y, like summed and contiguous: where the normalised rows are to be written again; it takes the norm's bias.
+    y, like summed and contiguous: where the normalised rows are to be written again. activation: one that followed.
+    Both take the norm's bias.
     """
     grads = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
     grad_residual, grad_x, grad_parameters = grads
@@ -285,20 +319,15 @@ def _launch_backward(
     if rows == 0:
         return tuple(grad.zero_() for grad in grads)
     inner, (grad_y, grad_sum, summed, x), strides = _rows(grad_y, grad_sum, summed, x, per_sample=row_scale is not None)
-
-    def run(choice: tuning.Choice) -> Tensor:
-        tile = _tile(dim, summed.dtype.itemsize, choice)
-        programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
-        partial = None
-        if parameter_grads:
-            partial = grad_parameters.new_empty(len(grad_parameters), programs, dim)
-        outputs = (grad_residual, grad_x if grad_x.numel() else None, y, partial)
-        tensors = (grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, *outputs)
-        launch(_layer_norm_bwd, (programs,), tensors, (*strides, rows, inner), tile)
-        return grad_parameters if partial is None else partial.sum(1)
-
-    grad_parameters = run(tuning.choose("layer_norm_backward", _shape(rows, dim), summed.dtype, summed.device, run))
-    return grad_residual, grad_x, grad_parameters
+    choice = tuning.candidate("layer_norm_backward", rows_class(rows, dim), summed.dtype, summed.device, candidate)
+    tile = _tile(dim, summed.dtype.itemsize, choice)
+    formula = None if activation is None else formula_for(activation, summed.dtype)
+    programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
+    partial = grad_parameters.new_empty(len(grad_parameters), programs, dim) if parameter_grads else None
+    outputs = (grad_residual, grad_x if grad_x.numel() else None, y, partial)
+    tensors = (grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, *outputs)
+    _layer_norm_bwd[(programs,)](*tensors, *strides, rows, inner, FORMULA=formula, STAGES=choice["stages"], **tile)
+    return grad_residual, grad_x, grad_parameters if partial is None else partial.sum(1)
 
 
 def _empty_gradients(
@@ -315,18 +344,62 @@ def _empty_gradients(
     )
 
 
-@operator("layer_norm")
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    _, y, statistics = _launch_forward(x, None, weight.contiguous(), bias.contiguous(), None, None, eps)
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The definition, for fallbacks: the LayerNorm in float32, mean and rstd [2, rows]."""
+    y, *statistics = torch.native_layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
+    return y, torch.stack([tensor.reshape(-1) for tensor in statistics])
+
+
+def _branch(x: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    """row_scale * scale * x in float32."""
+    x = x.float() if scale is None else x.float() * scale.float()
+    return x if row_scale is None else x * row_scale.view(-1, *[1] * (x.ndim - 1))
+
+
+def _fallback(x: Tensor, weight: Tensor, bias: Tensor, eps: float, candidate: int) -> tuple[Tensor, Tensor]:
+    y, statistics = plain_layer_norm(x, weight, bias, eps)
+    return y.to(x.dtype).contiguous(), statistics
+
+
+def _add_fallback(x, residual, weight, bias, scale, row_scale, eps, candidate) -> tuple[Tensor, Tensor, Tensor]:
+    summed = (_branch(x, scale, row_scale) + residual.float()).to(torch.result_type(x, residual)).contiguous()
+    y, statistics = plain_layer_norm(summed, weight, bias, eps)
+    return summed, y.to(summed.dtype), statistics
+
+
+def _fallback_backward(
+    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
+    candidate,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    lead = tuple(range(summed.ndim - 1))
+    mean, rstd = statistics.view(2, *summed.shape[:-1], 1)
+    grad_y, normal = grad_y.float(), (summed.float() - mean) * rstd
+    grad = grad_y * weight.float()
+    grad = (grad - grad.mean(-1, True) - normal * (grad * normal).mean(-1, True)) * rstd
+    grad = grad if grad_sum is None else grad + grad_sum.float()
+    products = [grad_y * normal, grad_y, *([] if x is None else [_branch(grad, None, row_scale) * x.float()])]
+    outputs = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
+    outputs[0].copy_(grad)
+    if outputs[1].numel():
+        outputs[1].copy_(_branch(grad, scale, row_scale))
+    if parameter_grads:
+        outputs[2].copy_(torch.stack([product.sum(lead) if lead else product for product in products]))
+    return outputs
+
+
+@operator("layer_norm", fallback=_fallback)
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, candidate: int) -> tuple[Tensor, Tensor]:
+    vectors = weight.contiguous(), bias.contiguous()
+    _, y, statistics = _launch_forward(x, None, *vectors, None, None, eps, candidate=candidate)
     return y, statistics
 
 
 @_layer_norm.register_fake
-def _(x, weight, bias, eps):
+def _(x, weight, bias, eps, candidate):
     return x.new_empty(x.shape), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@operator("add_layer_norm")
+@operator("add_layer_norm", fallback=_add_fallback)
 def _add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -335,18 +408,19 @@ def _add_layer_norm(
     scale: Tensor | None,
     row_scale: Tensor | None,
     eps: float,
+    candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     vectors = (tensor if tensor is None else tensor.contiguous() for tensor in (weight, bias, scale, row_scale))
-    return _launch_forward(x, residual, *vectors, eps)
+    return _launch_forward(x, residual, *vectors, eps, candidate=candidate)
 
 
 @_add_layer_norm.register_fake
-def _(x, residual, weight, bias, scale, row_scale, eps):
+def _(x, residual, weight, bias, scale, row_scale, eps, candidate):
     summed = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
     return summed, torch.empty_like(summed), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@operator("layer_norm_backward")
+@operator("layer_norm_backward", fallback=_fallback_backward)
 def _layer_norm_backward(
     grad_y: Tensor,
     grad_sum: Tensor | None,
@@ -359,20 +433,23 @@ def _layer_norm_backward(
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     parameter_grads: bool,
+    candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    weight, scale, row_scale = (t if t is None else t.contiguous() for t in (weight, scale, row_scale))
-    return _launch_backward(
-        grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads
-    )
+    vectors = (t if t is None else t.contiguous() for t in (weight, scale, row_scale))
+    options = (x_dtype, residual_dtype, parameter_grads)
+    return _launch_backward(grad_y, grad_sum, summed, x, *vectors, statistics, *options, candidate=candidate)
 
 
 @_layer_norm_backward.register_fake
-def _(grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads):
+def _(
+    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
+    candidate,
+):  # fmt: skip
     return _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _ = inputs
+    x, weight, _, _, ctx.candidate = inputs
     _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -381,20 +458,18 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_y, _):
     if grad_y is None:
-        return None, None, None, None
+        return (None,) * 5
     x, weight, statistics = ctx.saved_tensors
-    parameter_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    grad_x, _, grads = _layer_norm_backward(
-        grad_y, None, x, None, weight, None, None, statistics, x.dtype, x.dtype, parameter_grads
-    )
-    return (*_wanted(ctx, grad_x, *split_parameter_gradients(grads, weight)), None)
+    options = (x.dtype, x.dtype, any(ctx.needs_input_grad[1:3]), ctx.candidate)
+    grad_x, _, grads = _layer_norm_backward(grad_y, None, x, None, weight, None, None, statistics, *options)
+    return (*_wanted(ctx, grad_x, *split_parameter_gradients(grads, weight)), None, None)
 
 
 _layer_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _add_setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, _, scale, row_scale, _ = inputs
+    x, residual, weight, _, scale, row_scale, _, ctx.candidate = inputs
     summed, _, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
@@ -405,18 +480,18 @@ def _add_setup_context(ctx, inputs, output) -> None:
 
 def _add_backward(ctx, grad_sum, grad_y, _):
     if grad_sum is None and grad_y is None:
-        return (None,) * 7
+        return (None,) * 8
     summed, x, weight, scale, row_scale, statistics = ctx.saved_tensors
     if grad_y is None:  # only the sum was used, which hardly happens: not worth a kernel of its own
         grad_y = torch.zeros_like(grad_sum)
-    parameter_grads = any(ctx.needs_input_grad[2:5])
+    options = (*ctx.dtypes, any(ctx.needs_input_grad[2:5]), ctx.candidate)
     grad_residual, grad_x, grads = _layer_norm_backward(
-        grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, *ctx.dtypes, parameter_grads
+        grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, *options
     )
     if scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
     grads = split_parameter_gradients(grads, weight, scale)
-    return (*_wanted(ctx, grad_x, grad_residual, *grads), None, None)
+    return (*_wanted(ctx, grad_x, grad_residual, *grads), None, None, None)
 
 
 def split_parameter_gradients(grads: Tensor, weight: Tensor, scale: Tensor | None = None) -> list[Tensor | None]:
@@ -433,18 +508,28 @@ def _wanted(ctx, *grads: Tensor) -> list[Tensor | None]:
 _add_layer_norm.register_autograd(_add_backward, setup_context=_add_setup_context)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 
-    x: [..., D], float32, bfloat16 or float16, D at most 8,192. Rows may be strided (tokens[:, 1:], a slice of columns);
-        where the last dimension is not contiguous, or the rows need more than two strides, x is copied.
-    weight, bias: [D], of one dtype, which may be another than x's.
-    Returns [..., D] in x's dtype, contiguous. Autocast changes nothing: the sums are float32 whatever the dtype, so
-    unlike PyTorch's own LayerNorm on CUDA it has no reason to return float32.
-    Raises ValueError for shapes, dtypes or devices that do not fit. Second derivatives are not supported.
+    Autocast changes nothing: the sums are float32 whatever the dtype, so unlike PyTorch's own LayerNorm on CUDA it has
+    no reason to return float32. x and 8 bytes a row are saved for backward. Second derivatives are not supported.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16, D at most 8,192. Rows may be strided (tokens[:, 1:], a slice of
+            columns); where the last dimension is not contiguous, or the rows need more than two strides, x is copied.
+        weight: [D], which may be of another dtype than x.
+        bias: [D], of weight's dtype.
+        eps: what is added to the variance.
+        candidate: which tile of the table, forward and backward.
+
+    Returns:
+        [..., D] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    _check(x, weight, bias)
-    return _layer_norm(x, weight, bias, eps)[0]
+    check_norm(x, weight, bias)
+    return _layer_norm(x, weight, bias, eps, candidate)[0]
 
 
 def add_layer_norm(
@@ -456,28 +541,39 @@ def add_layer_norm(
     *,
     scale: Tensor | None = None,
     row_scale: Tensor | None = None,
+    candidate: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """residual + row_scale * scale * x, and the LayerNorm of that.
 
-    x: the branch [..., D]; weight, bias, eps: as in `layer_norm`.
-    residual: [..., D], of x's shape; its dtype may be another (under autocast it is float32 and x bfloat16).
-    scale: [D], LayerScale's factor. row_scale: [B] float32, drop path's factor for each sample (0, or 1 / keep
-        probability), with x [B, ..., D]; it has no gradient.
-    Returns (the sum, its LayerNorm), each [..., D] and contiguous, in the dtype that x and residual promote to. The sum
-    is rounded to that dtype once, and what is normalised is the rounded sum.
-    Raises ValueError for shapes, dtypes or devices that do not fit. Second derivatives are not supported.
+    Second derivatives are not supported.
+
+    Args:
+        x: the branch, as in `layer_norm`.
+        residual: of x's shape; its dtype may be another.
+        weight, bias, eps, candidate: as in `layer_norm`.
+        scale: [D], LayerScale's factor.
+        row_scale: [B] float32, drop path's factor for each sample (0, or 1 / keep probability), with x [B, ..., D]; it
+            has no gradient.
+
+    Returns:
+        (the sum, its LayerNorm), each [..., D] and contiguous, in the dtype that x and residual promote to. The sum is
+        rounded to that dtype once, and the rounded sum is normalised.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    _check(x, weight, bias)
+    check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)
     if scale is not None:
         check_tensor("scale", scale, weight.shape, DTYPES, x.device)
     if row_scale is not None:
         check_tensor("row_scale", row_scale, x.shape[:1] if x.ndim > 1 else (1,), (torch.float32,), x.device)
-    summed, y, _ = _add_layer_norm(x, residual, weight, bias, scale, row_scale, eps)
+    summed, y, _ = _add_layer_norm(x, residual, weight, bias, scale, row_scale, eps, candidate)
     return summed, y
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+def check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raise ValueError unless rows x can be normalised with this weight and bias."""
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_DIM:
         raise ValueError(f"x: expected [..., D] with D from 1 to {MAX_DIM}, got {list(x.shape)}")
     check_tensor("x", x, x.shape, DTYPES, x.device)

@@ -32,11 +32,20 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.gelu import FORMULAS, activate, check_activation
-from fastvit.kernels.launch import launch
-from fastvit.kernels.layer_norm import MAX_DIM, _chunk, _row_offsets, _rows, _tile
+from fastvit.kernels.gelu import FORMULAS, activate, check_activation, formula_for, plain_activation
+from fastvit.kernels.layer_norm import (
+    _affine,
+    _chunk,
+    _load_and_add,
+    _mean_and_rstd,
+    _row_offsets,
+    _rows,
+    _tile,
+    check_norm,
+    plain_layer_norm,
+)
 from fastvit.kernels.operators import operator
-from fastvit.kernels.tuning import cdiv, next_power_of_2
+from fastvit.kernels.tuning import cdiv, rows_class
 
 FP8 = torch.float8_e4m3fn
 MAX_WIDTH = 16384  # of a row that is not normalised: forward holds its values once
@@ -105,39 +114,17 @@ def _layer_norm_e4m3(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
-    x_rows = x_ptr + _row_offsets(row, inner, stride_x_outer, stride_x_inner)
-    pieces = ()
-    total = tl.zeros([ROWS], tl.float32)
-    for i in tl.static_range(CHUNKS):
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        value = tl.load(x_rows + cols, mask, other=0.0).to(tl.float32)
-        if residual_ptr is not None:
-            residual_rows = residual_ptr + _row_offsets(row, inner, stride_residual_outer, stride_residual_inner)
-            value += tl.load(residual_rows + cols, mask, other=0.0).to(tl.float32)
-            rounded = value.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + row.to(tl.int64)[:, None] * DIM + cols, rounded, mask)
-            value = rounded.to(tl.float32)  # normalise what the next layer will read
-        total += tl.sum(value, 1)
-        pieces = pieces + (value,)
-    mean = (total / DIM)[:, None]
-
-    centred = ()
-    squares = tl.zeros([ROWS], tl.float32)
-    for i in tl.static_range(CHUNKS):
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        value = pieces[i] - mean
-        if DIM % CHUNK != 0:
-            value = tl.where(cols < DIM, value, 0.0)
-        squares += tl.sum(value * value, 1)
-        centred = centred + (value,)
-    rstd = tl.rsqrt(squares / DIM + eps)[:, None]
-
+    values = _load_and_add(
+        x_ptr, residual_ptr, None, None, sum_ptr,
+        row, row_mask, inner, stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
+        DIM, ROWS, CHUNK, CHUNKS,
+    )  # fmt: skip
+    mean, rstd = _mean_and_rstd(values, row_mask, eps, DIM, ROWS, CHUNK, CHUNKS)
     normalized = ()
-    for i in tl.static_range(CHUNKS):
+    for i in tl.static_range(CHUNKS):  # beyond DIM weight and bias are 0
         cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-        bias = tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
-        normalized = normalized + (centred[i] * rstd * weight + bias,)
+        normal = (values[i] - mean[:, None]) * rstd[:, None]
+        normalized = normalized + (_affine(normal, weight_ptr, bias_ptr, cols, mask),)
     _store_e4m3(normalized, values_ptr, scale_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
 
 
@@ -146,35 +133,28 @@ def _layer_norm_e4m3(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _shape(rows: int, dim: int) -> str:
-    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
-
-
 def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Values and scales of x's rows, uninitialised."""
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-def _launch_activation(x: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
+def _launch_activation(x: Tensor, bias: Tensor | None, activation: str | None, candidate=0) -> tuple[Tensor, Tensor]:
     values, scale = _empty_rows(x)
     rows, dim = scale.numel(), x.shape[-1]
     if rows == 0:
         return values, scale
     inner, (x,), strides = _rows(x, per_sample=False)
-    formula = None if activation is None else FORMULAS[activation]
-
-    def run(choice: tuning.Choice) -> None:
-        tile = _tile(dim, x.dtype.itemsize, choice)
-        grid = (cdiv(rows, tile["ROWS"]),)
-        numbers = (*strides, rows, inner)
-        launch(_activation_e4m3, grid, (x, bias, values, scale), numbers, {"FORMULA": formula, **tile})
-
-    run(tuning.choose("activation_fp8", _shape(rows, dim), x.dtype, x.device, run))
+    tile = _tile(
+        dim, x.dtype.itemsize, tuning.candidate("activation_fp8", rows_class(rows, dim), x.dtype, x.device, candidate)
+    )
+    formula = None if activation is None else formula_for(activation, x.dtype)
+    tensors = (x, bias, values, scale)
+    _activation_e4m3[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, FORMULA=formula, **tile)
     return values, scale
 
 
 def _launch_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate=0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """residual' (an empty tensor where there is no residual), values, scale."""
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
@@ -184,13 +164,11 @@ def _launch_layer_norm(
     if rows == 0:
         return summed, values, scale
     inner, (x, residual), strides = _rows(x, residual, per_sample=False)
-
-    def run(choice: tuning.Choice) -> None:
-        tile = _tile(dim, dtype.itemsize, choice)
-        tensors = (x, residual, weight, bias, None if residual is None else summed, values, scale)
-        launch(_layer_norm_e4m3, (cdiv(rows, tile["ROWS"]),), tensors, (*strides, rows, inner, eps), tile)
-
-    run(tuning.choose("layer_norm_fp8", _shape(rows, dim), dtype, x.device, run))
+    tile = _tile(
+        dim, dtype.itemsize, tuning.candidate("layer_norm_fp8", rows_class(rows, dim), dtype, x.device, candidate)
+    )
+    tensors = (x, residual, weight, bias, None if residual is None else summed, values, scale)
+    _layer_norm_e4m3[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, **tile)
     return summed, values, scale
 
 
@@ -211,25 +189,44 @@ def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@operator("activation_fp8")
-def _activation_fp8(x: Tensor, bias: Tensor | None, activation: str | None) -> tuple[Tensor, Tensor]:
-    return _launch_activation(x, None if bias is None else bias.contiguous(), activation)
+def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition, for fallbacks."""
+    scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
+    return (x * (1 / scale)).to(FP8).contiguous(), scale.contiguous()
+
+
+def _fallback(x: Tensor, bias: Tensor | None, activation: str | None, candidate: int) -> tuple[Tensor, Tensor]:
+    z = x.float() if bias is None else x.float() + bias.float()
+    return _quantize(z if activation is None else plain_activation(z, activation))
+
+
+def _norm_fallback(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    summed = x if residual is None else (x + residual).contiguous()
+    y, _ = plain_layer_norm(summed, weight, bias, eps)
+    return x.new_empty(0) if residual is None else summed, *_quantize(y)
+
+
+@operator("activation_fp8", fallback=_fallback)
+def _activation_fp8(x: Tensor, bias: Tensor | None, activation: str | None, candidate: int) -> tuple[Tensor, Tensor]:
+    return _launch_activation(x, None if bias is None else bias.contiguous(), activation, candidate)
 
 
 @_activation_fp8.register_fake
-def _(x, bias, activation):
+def _(x, bias, activation, candidate):
     return _empty_rows(x)
 
 
-@operator("layer_norm_fp8")
+@operator("layer_norm_fp8", fallback=_norm_fallback)
 def _layer_norm_fp8(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_layer_norm(x, residual, weight.contiguous(), bias.contiguous(), eps)
+    return _launch_layer_norm(x, residual, weight.contiguous(), bias.contiguous(), eps, candidate)
 
 
 @_layer_norm_fp8.register_fake
-def _(x, residual, weight, bias, eps):
+def _(x, residual, weight, bias, eps, candidate):
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     return x.new_empty(0 if residual is None else x.shape, dtype=dtype), *_empty_rows(x)
 
@@ -253,50 +250,82 @@ def why_not(activation: str) -> str | None:
     return None if activation in FORMULAS else f"the kernel has no activation {activation!r}"
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x as values * scale, row by row.
+def quantize_rows(x: Tensor, *, candidate: int = 0) -> tuple[Tensor, Tensor]:
+    """x as values * scale, row by row. It has no gradient, like the other operations here.
 
-    x: [..., D], float32, bfloat16 or float16, D at most 16,384; rows may be strided.
-    Returns values [..., D], torch.float8_e4m3fn, and scale [..., 1], float32, both contiguous. A row that holds NaN or
-        an infinity has such a scale. Raises ValueError for shapes or dtypes that do not fit. Has no gradient, like the
-        other operations here.
+    Args:
+        x: [..., D], float32, bfloat16 or float16, D at most 16,384; rows may be strided.
+        candidate: which tile of the table.
+
+    Returns:
+        values [..., D], torch.float8_e4m3fn, and scale [..., 1], float32, both contiguous. The scale of a row with NaN
+        or an infinity is NaN or infinite.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
-    _check("x", x, MAX_WIDTH)
-    return _activation_fp8(x, None, None)
+    _check_rows(x)
+    return _activation_fp8(x, None, None, candidate)
 
 
-def bias_gelu_fp8(x: Tensor, bias: Tensor | None = None, activation: str = "gelu") -> tuple[Tensor, Tensor]:
+def bias_gelu_fp8(
+    x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *, candidate: int = 0
+) -> tuple[Tensor, Tensor]:
     """quantize_rows(activation(x + bias)), with nothing rounded in between.
 
-    x: as in `quantize_rows`; bias: [D] or None; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+    Args:
+        x, candidate: as in `quantize_rows`.
+        bias: [D] or None.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+
+    Returns:
+        As `quantize_rows`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
     check_activation(activation)
-    _check("x", x, MAX_WIDTH)
+    _check_rows(x)
     if bias is not None:
         check_tensor("bias", bias, x.shape[-1:], DTYPES, x.device)
-    return _activation_fp8(x, bias, activation)
+    return _activation_fp8(x, bias, activation, candidate)
 
 
-def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0) -> tuple[Tensor, Tensor]:
     """quantize_rows(layer_norm(x)), with nothing rounded in between.
 
-    x: as in `quantize_rows`, D at most 8,192; weight, bias: [D], of one dtype, which may be another than x's.
+    Args:
+        x, weight, bias, eps, candidate: as in `fastvit.kernels.layer_norm.layer_norm`.
+
+    Returns:
+        As `quantize_rows`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    _check_norm(x, weight, bias)
-    _, values, scale = _layer_norm_fp8(x, None, weight, bias, eps)
+    check_norm(x, weight, bias)
+    _, values, scale = _layer_norm_fp8(x, None, weight, bias, eps, candidate)
     return values, scale
 
 
 def add_layer_norm_fp8(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + residual, and the two of layer_norm_fp8 of it). residual: of x's shape; its dtype may be another.
+    """x + residual, and `layer_norm_fp8` of it.
 
-    The sum is in the dtype that x and residual promote to, and what is normalised is the rounded sum.
+    Args:
+        residual: of x's shape; its dtype may be another.
+        x, weight, bias, eps, candidate: as in `layer_norm_fp8`.
+
+    Returns:
+        The sum, in the dtype that x and residual promote to, and values and scale of the rounded sum's LayerNorm.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
-    _check_norm(x, weight, bias)
+    check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)
-    return _layer_norm_fp8(x, residual, weight, bias, eps)
+    return _layer_norm_fp8(x, residual, weight, bias, eps, candidate)
 
 
 def linear_fp8(
@@ -304,9 +333,18 @@ def linear_fp8(
 ) -> Tensor:
     """(values * scale) @ (weight * weight_scale)^T + bias, in bfloat16.
 
-    values: [..., K] and scale: [..., 1], as from `quantize_rows`; weight: [F, K] and weight_scale: [F, 1] likewise;
-        bias: [F] bfloat16 or None. K and F are multiples of 16.
-    Returns [..., F]. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Args:
+        values: [..., K], as from `quantize_rows`; K is a multiple of 16.
+        scale: [..., 1], likewise.
+        weight: [F, K], quantised in the same way; F is a multiple of 16.
+        weight_scale: [F, 1].
+        bias: [F] bfloat16, or None.
+
+    Returns:
+        [..., F] bfloat16.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
     if values.ndim == 0:
         raise ValueError("values: expected [..., K], got []")
@@ -325,13 +363,7 @@ def linear_fp8(
     return out.view(*values.shape[:-1], weight.shape[0])
 
 
-def _check(name: str, x: Tensor, limit: int) -> None:
-    if x.ndim == 0 or not 1 <= x.shape[-1] <= limit:
-        raise ValueError(f"{name}: expected [..., D] with D from 1 to {limit}, got {list(x.shape)}")
-    check_tensor(name, x, x.shape, DTYPES, x.device)
-
-
-def _check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    _check("x", x, MAX_DIM)
-    check_tensor("weight", weight, x.shape[-1:], DTYPES, x.device)
-    check_tensor("bias", bias, x.shape[-1:], (weight.dtype,), x.device)
+def _check_rows(x: Tensor) -> None:
+    if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"x: expected [..., D] with D from 1 to {MAX_WIDTH}, got {list(x.shape)}")
+    check_tensor("x", x, x.shape, DTYPES, x.device)

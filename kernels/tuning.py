@@ -41,6 +41,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def rows_class(rows: int, dim: int) -> str:
+    """The word for the shape of kernels that work row by row."""
+    return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
+
+
 def matrix(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> Choice:
     """A matrix product's tile of the output, rows x columns, and how much of the summed dimension a step takes."""
     return {"rows": rows, "columns": columns, "depth": depth, "num_warps": num_warps, "num_stages": num_stages}
@@ -61,14 +66,14 @@ TABLE = (
         {"elements": 40, "num_warps": 8},
         {"elements": 16, "num_warps": 4},
     )),
-    # waves: programs a multiprocessor; each adds up weight gradients over its rows, and writes them once. No more than
-    # fit on it at a time: the others would run afterwards, alone.
-    # Backward holds five such sets of values: 24 fit (164 registers, three programs a multiprocessor), 40 took 254.
+    # waves: programs a multiprocessor; each sums weight gradients over its rows, and writes them once. No more than fit
+    # on it at a time: the others would run afterwards, alone. stages: 2 copies the next rows to shared memory meanwhile.
+    # 16 values take 96 to 138 registers with y written again (three programs), 24 up to 240 (two, on Triton 3.6);
+    # without copies ahead 16 take 128 at most (four).
     Rule("layer_norm_backward", None, None, None, (
-        {"elements": 24, "num_warps": 4, "waves": 3},
-        {"elements": 24, "num_warps": 4, "waves": 2},
-        {"elements": 24, "num_warps": 8, "waves": 2},
-        {"elements": 16, "num_warps": 4, "waves": 4},
+        {"elements": 16, "num_warps": 4, "waves": 3, "stages": 2},
+        {"elements": 24, "num_warps": 4, "waves": 2, "stages": 2},
+        {"elements": 16, "num_warps": 4, "waves": 4, "stages": 1},
     )),
     # Interpreted on a CPU: small, so that small pictures fill several tiles.
     Rule("patch_embed_.*", None, None, "interpreter", (matrix(32, 32, 32, 4, 1),)),
@@ -85,21 +90,16 @@ TABLE = (
     Rule("patch_embed_.*", "many.*", None, None, (matrix(128, 128, 32, 8, 2), matrix(64, 64, 32, 4, 3))),
     Rule("patch_embed_.*", "few.*", None, None, (matrix(64, 64, 32, 4, 3),)),
     # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
-    # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight.
+    # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight, 8 rows twice the programs.
     Rule("activation_forward", None, None, None, (
         {"rows": 16, "columns": 256, "num_warps": 4},
         {"rows": 8, "columns": 256, "num_warps": 4},
-        {"rows": 16, "columns": 256, "num_warps": 8},
     )),
-    # Sums of the bias gradient stay in registers: 16 a thread. waves: as in layer_norm_backward; five programs fit.
+    # Sums of the bias gradient stay in registers: 16 a thread. waves, stages: as in layer_norm_backward; five fit.
     Rule("activation_backward", None, None, None, (
-        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4},
-        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 8},
-        {"rows": 16, "columns": 256, "num_warps": 8, "waves": 4},
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4, "stages": 2},
+        {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4, "stages": 1},
     )),
-    # elements: the most values of a row that one thread holds, and then num_warps: the fewest warps of a program.
-    Rule("layer_norm_act_forward", None, None, None, ({"elements": 32, "num_warps": 4},)),
-    Rule("layer_norm_act_backward", None, None, None, ({"elements": 16, "num_warps": 4, "waves": 2},)),
     # As in layer_norm_forward: whole rows in registers, 40 values a thread. A feed-forward's rows of 3,072 to 5,120
     # values take four warps each.
     Rule("(layer_norm|activation)_fp8", None, None, None, (

@@ -10,7 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from fastvit import reference
 
 pytest.importorskip("triton")
+from operations import assert_close
+
 from fastvit.kernels import layer_norm as kernels
+from fastvit.kernels import operators
 from fastvit.kernels.layer_norm import add_layer_norm, layer_norm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -273,6 +276,27 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape, sca
         assert layer_norm(inputs["x"], inputs["weight"], inputs["bias"], EPS).shape == shape
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 24), (24,)])
+@pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
+def test_fallbacks_give_what_the_kernels_give(shape, scales, dtypes, monkeypatch):
+    """Through the operators, with kernels that fail: below autograd and with the fakes' shapes and dtypes."""
+    inputs = inputs_of(*shape, dtype=dtypes[0], residual_dtype=dtypes[1], weight_dtype=dtypes[1], scales=scales)
+    if len(shape) == 1 and scales:
+        inputs["row_scale"] = torch.full((1,), 2.0, device=DEVICE)
+    calls = [(add_layer_norm, grads_for(shape, dtypes[1], 2))] + (
+        [] if scales else [(plain, grads_for(shape, dtypes[0], 1))]
+    )
+    expected = [results(function, inputs, grads) for function, grads in calls]
+    monkeypatch.setattr(operators, "FALLBACK_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(operators, "failures", failures := {})
+    monkeypatch.setattr(kernels, "_layer_norm_fwd", None)
+    monkeypatch.setattr(kernels, "_layer_norm_bwd", None)
+    for (function, grads), kernel_results in zip(calls, expected, strict=True):
+        assert_close(results(function, inputs, grads), kernel_results)
+    assert len(failures) == 2 * len(calls)
+
+
 def test_two_runs_give_the_same_bits():
     inputs = inputs_of(5, 23, 96, dtype=torch.bfloat16, scales=True)
     grads = grads_for((5, 23, 96), torch.bfloat16, 2)
@@ -346,14 +370,14 @@ def test_opcheck(scales):
     x, residual, weight, bias, scale, row_scale = values
     statistics = random(2, 6)
     torch.library.opcheck(
-        kernels._layer_norm_backward.definition,
-        (x, residual, residual, x if scales else None, weight, scale, row_scale, statistics, x.dtype, x.dtype, True),
+        kernels._layer_norm_backward,
+        (x, residual, residual, x if scales else None, weight, scale, row_scale, statistics, x.dtype, x.dtype, True, 0),
     )
     for tensor in values[:5]:
         if tensor is not None:
             tensor.requires_grad_()
-    torch.library.opcheck(kernels._add_layer_norm.definition, (*values, EPS))
-    torch.library.opcheck(kernels._layer_norm.definition, (x, weight, bias, EPS))
+    torch.library.opcheck(kernels._add_layer_norm, (*values, EPS, 0))
+    torch.library.opcheck(kernels._layer_norm, (x, weight, bias, EPS, 0))
 
 
 def two_norms(x, residual, weight, bias, scale, row_scale):

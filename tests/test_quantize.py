@@ -23,6 +23,7 @@ from fastvit.block import Fp8Linear
 pytest.importorskip("triton")
 from operations import DEVICE, EPS, VIEWS, random, view_of
 
+from fastvit.kernels import operators
 from fastvit.kernels import quantize as kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -250,6 +251,27 @@ def test_an_empty_batch_gives_empty_rows():
     assert reference.linear_fp8(*kernels.quantize_rows(x), *weight).shape == (0, 5, 32)
 
 
+@DTYPES
+def test_fallbacks_give_what_the_kernels_give(dtype, monkeypatch):
+    x, residual, norm = random(2, 5, 48, dtype=dtype), random(2, 5, 48, seed=2), norm_of(48)
+    calls = (
+        lambda: kernels.quantize_rows(x),
+        lambda: kernels.bias_gelu_fp8(x, norm[1], "gelu_new"),
+        lambda: kernels.layer_norm_fp8(x, *norm),
+        lambda: kernels.add_layer_norm_fp8(x, residual, *norm),
+    )
+    expected = [call() for call in calls]
+    monkeypatch.setattr(operators, "FALLBACK_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(operators, "failures", failures := {})
+    monkeypatch.setattr(kernels, "_activation_e4m3", None)
+    monkeypatch.setattr(kernels, "_layer_norm_e4m3", None)
+    for call, (*sums, values, scale) in zip(calls, expected, strict=True):
+        *our_sums, our_values, our_scale = call()
+        assert_nearly_same((our_values, our_scale), (values, scale))
+        assert len(our_sums) == len(sums) and all(map(torch.equal, our_sums, sums))
+    assert len(failures) == len(calls)
+
+
 def test_two_runs_give_the_same_bits():
     x, norm = random(3, 50, 100, dtype=torch.bfloat16), norm_of(100)
     for call in (lambda: kernels.layer_norm_fp8(x, *norm), lambda: kernels.bias_gelu_fp8(x)):
@@ -258,9 +280,9 @@ def test_two_runs_give_the_same_bits():
 
 def test_operators_are_registered_as_pytorch_wants_them():
     x, residual, norm = random(2, 5, 48, dtype=torch.bfloat16), random(2, 5, 48, seed=1), norm_of(48)
-    for arguments in ((x, None, *norm), (x, residual, *norm)):
+    for arguments in ((x, None, *norm, 0), (x, residual, *norm, 0)):
         torch.library.opcheck(torch.ops.fastvit.layer_norm_fp8.default, arguments)
-    for arguments in ((x, None, None), (x, norm[1], "gelu")):
+    for arguments in ((x, None, None, 0), (x, norm[1], "gelu", 0)):
         torch.library.opcheck(torch.ops.fastvit.activation_fp8.default, arguments)
 
 

@@ -34,7 +34,6 @@ from fastvit.kernels import (
     attention,
     gelu,
     layer_norm,
-    layer_norm_act,
     linear,
     patch_embed,
     quantize,
@@ -169,8 +168,9 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
     row = meta(1, 1)
     yield "one value", lambda: gelu.launch_forward(meta(1, 2), meta(2), "swiglu")
     yield "one value", lambda: gelu.launch_backward(row, row, one, "gelu", bias_grad=True, with_y=True)
-    yield "one value", lambda: layer_norm_act._launch_forward(row, one, one, 1e-6, "gelu")
-    yield "one value", lambda: layer_norm_act._launch_backward(row, row, one, one, meta(2, 1), "gelu", True)
+    yield "one value", lambda: layer_norm._launch_forward(row, None, one, one, None, None, 1e-6, activation="gelu")
+    backward = (row, None, row, None, one, None, None, meta(2, 1), torch.float32, torch.float32, True)
+    yield "one value", lambda a=backward: layer_norm._launch_backward(*a, bias=one, activation="gelu")
     row, weight, units = (meta(*size, dtype=torch.bfloat16) for size in ((1, 1), (2, 1), (2,)))
     for candidate in range(CANDIDATES):
         yield "one value", lambda a=(row, weight, units, "gelu", True, candidate): linear.launch_forward(*a)
@@ -221,9 +221,10 @@ def gelu_cases(quick: bool) -> Iterator[Case]:
                 )
             rows, vector = meta(256 * 197, dim, dtype=dtype), meta(dim, dtype=dtype)
             label = f"{dim} layer norm and gelu, {size}"
-            yield label, lambda a=(rows, vector, vector, 1e-6, "gelu"): layer_norm_act._launch_forward(*a)
-            backward = (rows, rows, vector, vector, meta(2, 256 * 197), "gelu", True)
-            yield label, lambda a=backward: layer_norm_act._launch_backward(*a)
+            forward = (rows, None, vector, vector, None, None, 1e-6)
+            yield label, lambda a=forward: layer_norm._launch_forward(*a, activation="gelu")
+            backward = (rows, None, rows, None, vector, None, None, meta(2, 256 * 197), dtype, dtype, True)
+            yield label, lambda a=backward, b=vector: layer_norm._launch_backward(*a, bias=b, activation="gelu")
 
 
 HEADS = ((3, 64), (6, 64), (12, 64), (16, 64), (16, 80))  # heads and head dim of ViT-Ti, S, B, L, H
@@ -381,6 +382,7 @@ def inspect(launch: Launch, target: Target) -> dict[str, int]:
         "loads": count(r"\bLDG\.", code),
         "loads_128": count(r"\bLDG\.\S*\.(128|256)", code),
         "async_copies": count(r"\bLDGSTS", code),
+        "async_copies_128": count(r"\bLDGSTS\.\S*\.128", code),
         "descriptor_copies": count(r"\bUTMALDG", code),
         "stores": count(r"\bSTG\.", code),
         "stores_128": count(r"\bSTG\.\S*\.(128|256)", code),
@@ -440,7 +442,12 @@ def compile_all(operations: list[str], target: str, quick: bool) -> Iterator[dic
                     continue
                 seen.add(key)
                 row = {"kernel": launch.kernel.__name__, "case": label, "target": target}
-                yield row | inspect(launch, TARGETS[target])
+                row |= inspect(launch, TARGETS[target])
+                if "COLS" in launch.arguments:  # elementwise: what bounds it is instructions or memory
+                    elements = launch.arguments["ROWS"] * launch.arguments["COLS"]
+                    threads = row["warps"] * TARGETS[target].gpu.warp_size
+                    row["instructions_per_element"] = round(row["instructions"] * threads / elements, 1)
+                yield row
 
 
 def table(rows: list[dict[str, object]]) -> str:
