@@ -52,6 +52,8 @@ KERNELS = {
     "bias_gelu_fp8": "quantize",
     "linear_fp8": "quantize",
     "swiglu": "gelu",
+    "bias_gelu": "gelu",
+    "layer_norm_act": "layer_norm_act",
 }
 
 
@@ -298,6 +300,8 @@ linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are floa
 attention_probabilities = reference.attention_probabilities
 feed_forward = _chosen(reference.feed_forward, lacks=_activation)
 swiglu = _chosen(reference.swiglu)
+bias_gelu = _chosen(reference.bias_gelu, lacks=_activation)
+layer_norm_act = _chosen(reference.layer_norm_act, lacks=_activation)
 join_tokens = reference.join_tokens
 linear = eager.linear
 normalize_pixels = reference.normalize_pixels

@@ -67,9 +67,12 @@ TABLE = (
         {"elements": 16, "num_warps": 4},
     )),
     # waves: programs a multiprocessor; each sums weight gradients over its rows, and writes them once. No more than fit
-    # on it at a time: the others would run afterwards, alone. stages: 2 copies the next rows to shared memory meanwhile.
+    # on it at a time: the others would run afterwards, alone. stages: 2 copies the next rows to shared memory ahead.
     # 16 values take 96 to 138 registers with y written again (three programs), 24 up to 240 (two, on Triton 3.6);
     # without copies ahead 16 take 128 at most (four).
+    Rule("layer_norm_backward", "256, .*", torch.float32, "sm_8.", (  # copies ahead spill 8 bytes here, on Triton 3.6
+        {"elements": 16, "num_warps": 4, "waves": 4, "stages": 1},
+    )),
     Rule("layer_norm_backward", None, None, None, (
         {"elements": 16, "num_warps": 4, "waves": 3, "stages": 2},
         {"elements": 24, "num_warps": 4, "waves": 2, "stages": 2},

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit import reference
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 from operations import DEVICE, EPS, assert_close, assert_same, check, random, results
 
