@@ -1,4 +1,4 @@
-"""How close do LayerNorm, and residual add + LayerNorm, come to the speed at which memory can be copied?"""
+"""How close do LayerNorm, residual add + LayerNorm, LayerNorm + GELU and bias + GELU come to the speed of a copy?"""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
 
 EPS = 1e-6
 ARITHMETIC = 8  # operations an element, roughly: two sums, centre, square, scale, shift. Memory decides, not these
+GELU = 20  # the same, of the activation
 
 
 def parameters(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -108,7 +109,64 @@ def liger_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tupl
 
 add_layer_norm.compiled("PyTorch")
 
-OPERATIONS = (layer_norm, add_layer_norm)
+layer_norm_act = Operation(
+    "layer_norm_act",
+    setup=setup,
+    definition=lambda x, weight, bias: reference.layer_norm_act(x, weight, bias, EPS),
+    cost=lambda shape, itemsize: {
+        name: part._replace(flops=part.flops + GELU * shape.rows * shape.hidden)
+        for name, part in cost(shape, itemsize).items()
+    },
+)
+layer_norm_act.targets = layer_norm.targets
+
+
+@layer_norm_act.provider("fastvit", kernel="layer_norm_act")
+def our_activation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return ops.layer_norm_act(x, weight, bias, EPS, "gelu")
+
+
+@layer_norm_act.provider("PyTorch")
+def pytorch_activation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.layer_norm(x, weight.shape, weight, bias, EPS))
+
+
+layer_norm_act.compiled("PyTorch")
+
+
+def wide_setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    wide = 4 * shape.hidden  # GELU's place in a feed-forward
+    x = torch.randn(shape.batch, shape.tokens, wide, dtype=dtype, device=device)
+    return {"x": x.requires_grad_(), "bias": (0.1 * torch.randn(wide, dtype=dtype, device=device)).requires_grad_()}
+
+
+def wide_cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
+    row_set = 4 * shape.rows * shape.hidden
+    return {
+        "forward": Cost(GELU * row_set, 2 * row_set * itemsize),  # x, y
+        "backward": Cost(2 * GELU * row_set, 3 * row_set * itemsize),  # grad_y, x, grad_x
+    }
+
+
+bias_gelu = Operation("bias_gelu", setup=wide_setup, definition=reference.bias_gelu, cost=wide_cost)
+bias_gelu.targets = layer_norm.targets
+
+
+@bias_gelu.provider("fastvit", kernel="bias_gelu")
+def our_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return ops.bias_gelu(x, bias)
+
+
+@bias_gelu.provider("PyTorch")
+def pytorch_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias)
+
+
+bias_gelu.compiled("PyTorch")
+
+OPERATIONS = (layer_norm, add_layer_norm, layer_norm_act, bias_gelu)
 
 test_layer_norm = as_test(layer_norm)
 test_add_layer_norm = as_test(add_layer_norm)
+test_layer_norm_act = as_test(layer_norm_act)
+test_bias_gelu = as_test(bias_gelu)
