@@ -251,7 +251,8 @@ def launch_backward(
     y = x.new_empty((rows, dim) if with_y else (0, dim))
     if rows == 0:
         return grad_x, x.new_zeros(width if bias_grad else 0, dtype=bias_dtype), y
-    choice = tuning.candidate("activation_backward", rows_class(rows, dim), x.dtype, x.device, candidate)
+    rule = "swiglu_backward" if activation == "swiglu" else "activation_backward"
+    choice = tuning.candidate(rule, rows_class(rows, dim), x.dtype, x.device, candidate)
     tile = _tile(dim, x.dtype, activation, choice)
     columns = cdiv(dim, tile["COLS"])
     most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
