@@ -28,7 +28,13 @@ from torch import Tensor
 from fastvit.kernels import layer_norm_linear as first_layer
 from fastvit.kernels import linear
 from fastvit.kernels.checks import check_tensor, check_tensors, needs_grad
-from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
+from fastvit.kernels.gelu import (
+    as_rows,
+    check_activation,
+    plain_activation,
+    plain_activation_backward,
+    without_autocast,
+)
 from fastvit.kernels.operators import operator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -53,12 +59,15 @@ def _backward_in_pytorch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     *first_wanted, weight2_wanted, bias2_wanted = wanted
     grad_rows = as_rows(grad_out)
-    hidden, slope = linear.activate_in_pytorch(pre, activation)
+    grad_hidden = (grad_rows @ weight2).float()
+    grad_pre = plain_activation_backward(grad_hidden, pre.float(), activation)
     grads = first_layer.backward_in_pytorch(
-        (grad_rows @ weight2 * slope).to(pre.dtype), grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1,
+        grad_pre.to(pre.dtype), grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1,
         eps, None, x_dtype, residual_dtype, first_wanted,
     )  # fmt: skip
-    grad_weight2 = grad_rows.t() @ hidden.to(pre.dtype) if weight2_wanted else weight2.new_empty(0)
+    grad_weight2 = weight2.new_empty(0)
+    if weight2_wanted:
+        grad_weight2 = grad_rows.t() @ plain_activation(pre.float(), activation).to(pre.dtype)
     return *grads, grad_weight2, grad_rows.sum(0) if bias2_wanted else weight2.new_empty(0)
 
 

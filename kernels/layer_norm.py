@@ -278,18 +278,18 @@ def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor |
 
 def _launch_forward(
     x, residual, weight, bias, scale, row_scale, eps,
-    *, y_dtype=None, statistics_only=False, activation=None, candidate=0,
+    *, y_dtype=None, activation=None, candidate=0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
 
-    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision. It is empty where
-    statistics_only. activation: one that follows, whose result y is.
+    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision. activation: one that
+    follows, whose result y is.
     """
     dim = x.shape[-1]
     rows = x.numel() // dim
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     summed = torch.empty(0 if residual is None else x.shape, dtype=dtype, device=x.device)
-    y = torch.empty(0 if statistics_only else x.shape, dtype=y_dtype or dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=y_dtype or dtype, device=x.device)
     statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     if rows == 0:
         return summed, y, statistics
@@ -297,7 +297,7 @@ def _launch_forward(
     choice = tuning.candidate("layer_norm_forward", rows_class(rows, dim), dtype, x.device, candidate)
     tile = _tile(dim, dtype.itemsize, choice)
     formula = None if activation is None else formula_for(activation, y.dtype)
-    outputs = (None if residual is None else summed, None if statistics_only else y, statistics)
+    outputs = (None if residual is None else summed, y, statistics)
     tensors = (x, residual, weight, bias, scale, row_scale, *outputs)
     _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, FORMULA=formula, **tile)
     return summed, y, statistics

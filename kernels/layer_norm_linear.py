@@ -26,7 +26,13 @@ from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, linear
 from fastvit.kernels.checks import DTYPES, check_tensor, check_tensors, needs_grad
-from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
+from fastvit.kernels.gelu import (
+    as_rows,
+    check_activation,
+    plain_activation,
+    plain_activation_backward,
+    without_autocast,
+)
 from fastvit.kernels.operators import operator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +136,7 @@ def forward_in_pytorch(
         norm = (norm_weight.float(), norm_bias.float(), eps)
         rows = F.layer_norm(rows.float(), norm_weight.shape, *norm).to(weight.dtype)
     pre = F.linear(rows, weight, bias)
-    out = pre if activation is None else linear.activate_in_pytorch(pre, activation)[0].to(pre.dtype)
+    out = pre if activation is None else plain_activation(pre.float(), activation).to(pre.dtype)
     summed, pre = x.new_empty(0) if residual is None else summed, pre if keep_pre else pre.new_empty(0)
     return summed, statistics, pre, out.view(*x.shape[:-1], weight.shape[0])
 
@@ -143,7 +149,7 @@ def backward_in_pytorch(
     """`launch_backward` in plain PyTorch. By formula: autograd does not record below an operator."""
     grad_pre, rows = as_rows(grad_out), as_rows(summed)
     if activation is not None:
-        grad_pre = (grad_pre * linear.activate_in_pytorch(pre, activation)[1]).to(pre.dtype)
+        grad_pre = plain_activation_backward(grad_pre.float(), pre.float(), activation).to(pre.dtype)
     grad_rows, norm_grads = grad_pre @ weight, None
     if norm_weight is not None:
         mean, rstd = statistics[:, :, None]

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.kernels import gelu, tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.gelu import FORMULAS, activate, activate_with_slope
+from fastvit.kernels.gelu import activate, activate_with_slope
 from fastvit.kernels.tuning import cdiv
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def launch_forward(
         x: [rows, depth], rows strided or not.
         weight: [units, depth], contiguous, of x's dtype.
         bias: [units], contiguous, of x's dtype.
-        activation: a key of `FORMULAS`; without it out is pre, and pre is not kept.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`; without it out is pre, and pre is not kept.
         candidate: the way, see above.
 
     Returns:
@@ -275,7 +275,7 @@ def launch_forward(
     out = weight.new_empty(rows, units)
     pre = torch.empty_like(out) if keep_pre else out.new_empty(0)
     others = (bias, pre if keep_pre else None, out)
-    formula = None if activation is None else FORMULAS[activation]
+    formula = None if activation is None else gelu.formula_for(activation, weight.dtype)
     _launch(_linear_fwd, _linear_fwd_persistent, choice, x, weight, others, units, formula, depth_first=False)
     return pre, out
 
@@ -289,7 +289,7 @@ def launch_backward(
         grad_out: [rows, depth], rows strided or not.
         weight: [depth, units], contiguous.
         pre: [rows, units], contiguous.
-        activation: a key of `FORMULAS`.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
         bias_grad, with_y: whether the second and third are wanted; they have no elements otherwise.
         candidate: the way, see above.
 
@@ -306,18 +306,10 @@ def launch_backward(
     partial = pre.new_empty(cdiv(rows, choice["rows"]), units, dtype=torch.float32) if bias_grad else None
     others = (pre, grad_pre, y if with_y else None, partial)
     kernels = _linear_activation_bwd, _linear_activation_bwd_persistent
-    _launch(*kernels, choice, grad_out, weight, others, units, FORMULAS[activation], depth_first=True)
+    _launch(
+        *kernels, choice, grad_out, weight, others, units, gelu.formula_for(activation, pre.dtype), depth_first=True
+    )
     return grad_pre, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype), y
-
-
-def activate_in_pytorch(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """activation(x) and its derivative, float32, for a GPU on which a kernel fails."""
-    x = x.float()
-    if activation == "quick_gelu":
-        gate = torch.sigmoid(1.702 * x)
-        return x * gate, gate + 1.702 * x * gate * (1 - gate)
-    form = "none" if activation == "gelu" else "tanh"
-    return F.gelu(x, approximate=form), torch.ops.aten.gelu_backward(torch.ones_like(x), x, approximate=form)
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "") -> None:
