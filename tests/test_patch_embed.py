@@ -71,7 +71,7 @@ class Case:
 
 
 def lay_out(pixels, layout):
-    """The same [B, C, H, W] picture, in other memory (`channels_last` is the one that is given as [B, H, W, C])."""
+    """The same [B, C, H, W] image, in other memory (`channels_last` is the one that is given as [B, H, W, C])."""
     batch, channels, height, width = pixels.shape
     if layout == "channels_first":
         return pixels.detach()
@@ -237,16 +237,16 @@ def test_what_is_left_over_at_the_edges_is_not_read_and_has_no_gradient(image_si
     assert gradient[:, :, : image_size[0] // 8 * 8, : image_size[1] // 8 * 8].all()
 
 
-def test_one_picture():
+def test_one_image():
     check(Case(), batch=1, pixel_dtype=torch.uint8)
 
 
-def test_many_pictures_are_summed_over_several_splits():
+def test_many_images_are_summed_over_several_splits():
     check(Case(), batch=48, image_size=(16, 16), hidden=16, channels=1, masked=True)
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
-def test_no_pictures_give_no_tokens_and_zero_gradients(pixel_dtype):
+def test_no_images_give_no_tokens_and_zero_gradients(pixel_dtype):
     ours = results(patch_embed, Case(batch=0, pixel_dtype=pixel_dtype, masked=True).inputs())
     assert ours["out"].shape == (0, 7, 48)
     for name, gradient in ours.items():
@@ -284,7 +284,7 @@ def test_nan_and_infinity_stay_in_their_own_patch(value):
     inputs = Case(image_size=(16, 27)).inputs()
     inputs["pixels"].requires_grad_(False)
     clean = patch_embed(**inputs)
-    inputs["pixels"][1, 2, 9, 17] = value  # second picture, last of its 2 x 3 patches
+    inputs["pixels"][1, 2, 9, 17] = value  # second image, last of its 2 x 3 patches
     inputs["pixels"][0, :, :, 24:] = value  # left over: not read
     dirty = patch_embed(**inputs)
     theirs = pytorch(**inputs)
@@ -330,8 +330,8 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     def forbidden(*args):
         raise AssertionError("computed a gradient that nobody asked for")
 
-    monkeypatch.setattr(kernels, "_launch_weight_backward", forbidden)
-    monkeypatch.setattr(kernels, "_launch_pixels_backward", forbidden)
+    monkeypatch.setattr(kernels, "_weight_backward", forbidden)
+    monkeypatch.setattr(kernels, "pixels_backward", forbidden)
     inputs = Case().inputs()
     for name in GRADIENTS:
         if torch.is_tensor(inputs[name]):
@@ -375,18 +375,14 @@ def test_operators_pass_opcheck(masked):
     inputs = case.inputs()
     arguments = [
         inputs[name] for name in ("pixels", "weight", "bias", "cls_token", "pos_embed", "mask_token", "mask")
-    ] + [None, None]
+    ] + [None, None, 0]
     torch.library.opcheck(torch.ops.fastvit.patch_embed.default, arguments)
 
-    plain = {name: value.detach() if torch.is_tensor(value) else value for name, value in inputs.items()}
-    grad_out, mask = torch.randn(2, 3, 16, device=DEVICE), plain["mask"]
-    float32 = torch.float32
-    for operator, arguments in (
-        ("weight", (grad_out, plain["pixels"], plain["weight"], mask, None, None)),
-        ("pixels", (grad_out, plain["pixels"], plain["weight"], mask)),
-        ("tokens", (grad_out, mask, 1, float32, None, float32, float32 if masked else None)),
-    ):
-        torch.library.opcheck(getattr(torch.ops.fastvit, f"patch_embed_{operator}_backward").default, arguments)
+    pixels, weight, mask = inputs["pixels"].detach(), inputs["weight"].detach(), inputs["mask"]
+    grad_out = torch.randn(2, 3, 16, device=DEVICE)
+    weight_arguments = (grad_out, pixels, weight, mask, None, None, 0)
+    torch.library.opcheck(torch.ops.fastvit.patch_embed_weight_backward.default, weight_arguments)
+    torch.library.opcheck(torch.ops.fastvit.patch_embed_tokens_backward.default, (grad_out, mask, 1))
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
@@ -468,7 +464,7 @@ def changed(**changes):
     ],
 )
 def test_bad_input_is_named_before_anything_is_launched(change, message, monkeypatch):
-    monkeypatch.setattr(kernels, "_launch_forward", None)
+    monkeypatch.setattr(kernels, "_patch_embed", None)
     inputs = {
         name: value.detach().cpu() if torch.is_tensor(value) else value for name, value in Case().inputs().items()
     }
