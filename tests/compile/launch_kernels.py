@@ -153,12 +153,8 @@ def call_patch_embed(dtype: torch.dtype, candidate: int, batch: int = 2) -> None
         for options in ({}, masked):
             options = {"patch_size": (16, 16), "mean": [0.5] * 3, "std": [0.5] * 3, "candidate": candidate, **options}
             arguments = (pixels, weight, bias, token, random(1, 197, 768, dtype=dtype))
-            call(
-                f"patch_embed, {name}, {dtype}, candidate {candidate}, batch {batch}",
-                patch_embed.patch_embed,
-                *arguments,
-                **options,
-            )
+            label = f"patch_embed, {name}, {dtype}, candidate {candidate}, batch {batch}"
+            call(label, patch_embed.patch_embed, *arguments, **options)
 
 
 @torch.no_grad()
@@ -182,7 +178,7 @@ def main() -> int:
             call_products(dtype, f"{dtype}, candidate {candidate}", candidate)
         for candidate in range(2):
             call_patch_embed(dtype, candidate)
-            call_patch_embed(dtype, candidate, batch=16)  # large tiles fill a GPU
+            call_patch_embed(dtype, candidate, batch=48)  # large tiles fill a GPU
         call_fp8(dtype)
     table = tuning.candidates
     for number in range(1, max(len(rule.candidates) for rule in tuning.TABLE)):  # those that may be timed against it
