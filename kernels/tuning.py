@@ -73,8 +73,9 @@ TABLE = (
     # Interpreted on a CPU: small, so that small images fill several tiles.
     Rule("patch_embed_.*", None, None, "interpreter", (matrix(32, 32, 32, 4, 1), matrix(16, 64, 16, 4, 1))),
     # Full float32 products run on the ordinary units: 8 x 8 sums a thread, and a shallow depth, or they spill.
-    Rule("patch_embed_forward", "many.*", torch.float32, None, (matrix(128, 128, 16, 8, 3), matrix(64, 64, 32, 8, 2))),
-    Rule("patch_embed_.*", None, torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
+    Rule("patch_embed_weight", None, torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
+    Rule("patch_embed_.*", "many.*", torch.float32, None, (matrix(128, 128, 16, 8, 3), matrix(64, 64, 16, 8, 2))),
+    Rule("patch_embed_.*", None, torch.float32, None, (matrix(64, 64, 16, 8, 2),)),
     # wgmma needs 64 rows; 256 columns so that hidden <= 256 reads the pixels once and 768 three times.
     Rule("patch_embed_forward", "many.*", None, WGMMA, (matrix(128, 256, 32, 8, 4), matrix(64, 128, 64, 4, 3))),
     Rule("patch_embed_weight", "many.*", None, WGMMA, (matrix(256, 128, 64, 8, 3), matrix(64, 128, 64, 4, 3))),
