@@ -282,8 +282,8 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
 
-    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision. activation: one that
-    follows, whose result y is.
+    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision. activation: one
+    that follows, whose result y is.
     """
     dim = x.shape[-1]
     rows = x.numel() // dim

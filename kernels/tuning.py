@@ -78,20 +78,19 @@ TABLE = (
         {"elements": 24, "num_warps": 4, "waves": 2, "stages": 2},
         {"elements": 16, "num_warps": 4, "waves": 4, "stages": 1},
     )),
-    # Interpreted on a CPU: small, so that small pictures fill several tiles.
-    Rule("patch_embed_.*", None, None, "interpreter", (matrix(32, 32, 32, 4, 1),)),
+    # Interpreted on a CPU: small, so that small images fill several tiles.
+    Rule("patch_embed_.*", None, None, "interpreter", (matrix(32, 32, 32, 4, 1), matrix(16, 64, 16, 4, 1))),
     # Full float32 products run on the ordinary units: 8 x 8 sums a thread, and a shallow depth, or they spill.
     Rule("patch_embed_weight", None, torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
-    Rule("patch_embed_.*", "many.*", torch.float32, None, (matrix(128, 128, 16, 8, 3), matrix(64, 64, 32, 8, 2))),
-    Rule("patch_embed_.*", "few.*", torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
+    Rule("patch_embed_.*", "many.*", torch.float32, None, (matrix(128, 128, 16, 8, 3), matrix(64, 64, 16, 8, 2))),
+    Rule("patch_embed_.*", None, torch.float32, None, (matrix(64, 64, 16, 8, 2),)),
     # wgmma needs 64 rows; 256 columns so that hidden <= 256 reads the pixels once and 768 three times.
     Rule("patch_embed_forward", "many.*", None, WGMMA, (matrix(128, 256, 32, 8, 4), matrix(64, 128, 64, 4, 3))),
     Rule("patch_embed_weight", "many.*", None, WGMMA, (matrix(256, 128, 64, 8, 3), matrix(64, 128, 64, 4, 3))),
-    Rule("patch_embed_pixels", "many.*", None, WGMMA, (matrix(128, 128, 64, 8, 3), matrix(64, 128, 64, 4, 3))),
     Rule("patch_embed_.*", "few.*", None, WGMMA, (matrix(64, 128, 64, 4, 3), matrix(64, 64, 64, 4, 3))),
-    # 99 KiB of shared memory on sm_86 and sm_89, 64 KiB on gfx942.
+    # Any other GPU: 99 KiB of shared memory on sm_86 and sm_89, 64 KiB on gfx942.
     Rule("patch_embed_.*", "many.*", None, None, (matrix(128, 128, 32, 8, 2), matrix(64, 64, 32, 4, 3))),
-    Rule("patch_embed_.*", "few.*", None, None, (matrix(64, 64, 32, 4, 3),)),
+    Rule("patch_embed_.*", None, None, None, (matrix(64, 64, 32, 4, 3),)),
     # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
     # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight, 8 rows twice the programs.
     Rule("activation_forward", None, None, None, (

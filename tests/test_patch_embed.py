@@ -1,6 +1,7 @@
 """The patch embedding kernels: held against the definition in float64, and against PyTorch's own convolution."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from fastvit import reference
 
 pytest.importorskip("triton")
 from fastvit.kernels import patch_embed as kernels
-from fastvit.kernels.patch_embed import patch_embed
+from fastvit.kernels import tuning
+from fastvit.kernels.patch_embed import backward, forward, patch_embed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEANS, STDS = (0.5, 0.4, 0.3, 0.2, 0.6, 0.7), (0.2, 0.25, 0.3, 0.35, 0.15, 0.1)
@@ -71,7 +73,7 @@ class Case:
 
 
 def lay_out(pixels, layout):
-    """The same [B, C, H, W] picture, in other memory (`channels_last` is the one that is given as [B, H, W, C])."""
+    """The same [B, C, H, W] image, in other memory (`channels_last` is the one that is given as [B, H, W, C])."""
     batch, channels, height, width = pixels.shape
     if layout == "channels_first":
         return pixels.detach()
@@ -140,7 +142,7 @@ def results(function, inputs, grad_out=None):
     return {"out": out.detach()} | {f"grad_{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 
 
-def check(case, **changes):
+def check(case, function=patch_embed, **changes):
     """Ours, outputs and gradients, no further from float64 than PyTorch's own in the same dtype."""
     case = dataclasses.replace(case, **changes)
     inputs = case.inputs()
@@ -148,7 +150,7 @@ def check(case, **changes):
     tokens = case.prefix + (case.image_size[0] // case.patch_size[0]) * (case.image_size[1] // case.patch_size[1])
     shape = (case.batch, tokens, case.hidden)
     grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(case.dtype).to(DEVICE)
-    ours = results(patch_embed, inputs, grad_out)
+    ours = results(function, inputs, grad_out)
     theirs = results(pytorch, inputs, grad_out)
     exact = results(definition, in_float64(inputs), grad_out)
     assert ours.keys() == exact.keys()
@@ -237,16 +239,16 @@ def test_what_is_left_over_at_the_edges_is_not_read_and_has_no_gradient(image_si
     assert gradient[:, :, : image_size[0] // 8 * 8, : image_size[1] // 8 * 8].all()
 
 
-def test_one_picture():
+def test_one_image():
     check(Case(), batch=1, pixel_dtype=torch.uint8)
 
 
-def test_many_pictures_are_summed_over_several_splits():
+def test_many_images_are_summed_over_several_splits():
     check(Case(), batch=48, image_size=(16, 16), hidden=16, channels=1, masked=True)
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
-def test_no_pictures_give_no_tokens_and_zero_gradients(pixel_dtype):
+def test_no_images_give_no_tokens_and_zero_gradients(pixel_dtype):
     ours = results(patch_embed, Case(batch=0, pixel_dtype=pixel_dtype, masked=True).inputs())
     assert ours["out"].shape == (0, 7, 48)
     for name, gradient in ours.items():
@@ -284,7 +286,7 @@ def test_nan_and_infinity_stay_in_their_own_patch(value):
     inputs = Case(image_size=(16, 27)).inputs()
     inputs["pixels"].requires_grad_(False)
     clean = patch_embed(**inputs)
-    inputs["pixels"][1, 2, 9, 17] = value  # second picture, last of its 2 x 3 patches
+    inputs["pixels"][1, 2, 9, 17] = value  # second image, last of its 2 x 3 patches
     inputs["pixels"][0, :, :, 24:] = value  # left over: not read
     dirty = patch_embed(**inputs)
     theirs = pytorch(**inputs)
@@ -330,8 +332,8 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     def forbidden(*args):
         raise AssertionError("computed a gradient that nobody asked for")
 
-    monkeypatch.setattr(kernels, "_launch_weight_backward", forbidden)
-    monkeypatch.setattr(kernels, "_launch_pixels_backward", forbidden)
+    monkeypatch.setattr(kernels, "_weight_backward", forbidden)
+    monkeypatch.setattr(kernels, "pixels_backward", forbidden)
     inputs = Case().inputs()
     for name in GRADIENTS:
         if torch.is_tensor(inputs[name]):
@@ -361,12 +363,67 @@ def test_pixels_beyond_two_to_the_31_are_found():
     inputs = Case(image_size=(8, 8), pixel_dtype=torch.uint8).inputs()
     expected = patch_embed(**inputs)
     for stride in ((2**31, 64, 8, 1), (64, 2**30, 8, 1)):
-        far = large.as_strided((2, 3, 8, 8), stride)
-        if max(stride) == 2**30:
-            far.copy_(inputs["pixels"])
-        else:
-            far = far.copy_(inputs["pixels"])
+        far = large.as_strided((2, 3, 8, 8), stride).copy_(inputs["pixels"])
         assert torch.equal(patch_embed(**dict(inputs, pixels=far)), expected)
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_any_candidate(layout):
+    case = Case(batch=3, layout=layout, masked=True, hidden=80)
+    check(case, function=partial(patch_embed, candidate=1))
+
+
+def test_forward_and_backward_take_the_candidate_that_is_asked_for(monkeypatch):
+    asked = []
+    candidate = tuning.candidate
+
+    def recorded(operation, *case):
+        asked.append((operation, case[-1]))
+        return candidate(operation, *case)
+
+    monkeypatch.setattr(tuning, "candidate", recorded)
+    results(partial(patch_embed, candidate=1), Case().inputs())
+    assert asked == [("patch_embed_forward", 1), ("patch_embed_weight", 1)]
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize(("dtype", "pixel_dtype"), DTYPES)
+def test_what_replaces_a_failing_launch_gives_the_same(dtype, pixel_dtype, masked, layout):
+    case = Case(dtype, pixel_dtype, layout, image_size=(19, 26), prefix=2, masked=masked, token_dtype=torch.float32)
+    inputs = {name: value.detach() if torch.is_tensor(value) else value for name, value in case.inputs().items()}
+    if masked and pixel_dtype.is_floating_point:
+        inputs["pixels"][:, :8, :8, :8] = torch.where(inputs["mask"][:, 0].view(-1, 1, 1, 1), float("nan"), 1)
+    mean, std = (None, None) if pixel_dtype.is_floating_point else (list(inputs["mean"]), list(inputs["std"]))
+    names = ("pixels", "weight", "bias", "cls_token", "pos_embed", "mask_token", "mask")
+    arguments = (*map(inputs.get, names), mean, std, 0)
+    out = forward.launch_forward(*arguments)
+    pixels, weight, mask = inputs["pixels"], inputs["weight"], inputs["mask"]
+    for launcher, fallback, given_arguments in (
+        (forward.launch_forward, forward.forward_fallback, arguments),
+        (
+            backward.launch_weight_backward,
+            backward.weight_fallback,
+            (torch.randn_like(out), pixels, weight, mask, mean, std, 0),
+        ),
+        (backward.launch_tokens_backward, backward.tokens_fallback, (torch.randn_like(out), mask, 2)),
+    ):
+        ours, plain = launcher(*given_arguments), fallback(*given_arguments)
+        assert plain.shape == ours.shape
+        assert plain.dtype == ours.dtype
+        assert plain.stride() == ours.stride()
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(plain, ours, atol=8 * eps * ours.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("tiles", [1, 18, 25, 40, 72, 144, 1000])
+@pytest.mark.parametrize("total_patches", [1, 49, 196, 50176])
+def test_splits_of_the_weight_gradient_cover_every_patch_once(total_patches, tiles):
+    split_patches = backward._split_patches(total_patches, tiles, 64)
+    splits = tuning.cdiv(total_patches, split_patches)
+    assert split_patches % 64 == 0
+    assert (splits - 1) * split_patches < total_patches <= splits * split_patches
+    assert splits <= max(4, backward.FULL_DEVICE // tiles)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -375,18 +432,14 @@ def test_operators_pass_opcheck(masked):
     inputs = case.inputs()
     arguments = [
         inputs[name] for name in ("pixels", "weight", "bias", "cls_token", "pos_embed", "mask_token", "mask")
-    ] + [None, None]
+    ] + [None, None, 0]
     torch.library.opcheck(torch.ops.fastvit.patch_embed.default, arguments)
 
-    plain = {name: value.detach() if torch.is_tensor(value) else value for name, value in inputs.items()}
-    grad_out, mask = torch.randn(2, 3, 16, device=DEVICE), plain["mask"]
-    float32 = torch.float32
-    for operator, arguments in (
-        ("weight", (grad_out, plain["pixels"], plain["weight"], mask, None, None)),
-        ("pixels", (grad_out, plain["pixels"], plain["weight"], mask)),
-        ("tokens", (grad_out, mask, 1, float32, None, float32, float32 if masked else None)),
-    ):
-        torch.library.opcheck(getattr(torch.ops.fastvit, f"patch_embed_{operator}_backward").default, arguments)
+    pixels, weight, mask = inputs["pixels"].detach(), inputs["weight"].detach(), inputs["mask"]
+    grad_out = torch.randn(2, 3, 16, device=DEVICE)
+    weight_arguments = (grad_out, pixels, weight, mask, None, None, 0)
+    torch.library.opcheck(torch.ops.fastvit.patch_embed_weight_backward.default, weight_arguments)
+    torch.library.opcheck(torch.ops.fastvit.patch_embed_tokens_backward.default, (grad_out, mask, 1))
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
@@ -468,7 +521,7 @@ def changed(**changes):
     ],
 )
 def test_bad_input_is_named_before_anything_is_launched(change, message, monkeypatch):
-    monkeypatch.setattr(kernels, "_launch_forward", None)
+    monkeypatch.setattr(kernels, "_patch_embed", None)
     inputs = {
         name: value.detach().cpu() if torch.is_tensor(value) else value for name, value in Case().inputs().items()
     }

@@ -115,38 +115,37 @@ def layer_norm_cases(quick: bool) -> Iterator[Case]:
 
 
 def patch_embed_cases(quick: bool) -> Iterator[Case]:
-    """Forward and the three parts of backward; float and uint8 pixels in both layouts; patches of 16, 14 and 32."""
-    sizes = ((768, 16),) if quick else ((192, 16), (384, 16), (768, 16), (768, 32), (1024, 14), (1280, 14))
-    for hidden, side in sizes:
+    """Forward and the two kernels of backward, every candidate; float and uint8 pixels in both layouts; patches of 16,
+    14 and 32; one image, which takes smaller tiles."""
+    sizes = ((768, 16, 256),) if quick else ((192, 16, 256), (384, 16, 256), (768, 16, 256), (768, 32, 256))
+    sizes += () if quick else ((1024, 14, 256), (1280, 14, 256), (768, 16, 1))
+    for hidden, side, batch in sizes:
         for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
             weight = meta(hidden, 3, side, side, dtype=dtype)
             tokens = meta(1, 1 + (224 // side) ** 2, hidden, dtype=dtype)
             vectors = (weight[:, 0, 0, 0], tokens[:, :1], tokens)
-            grad_out = meta(256, tokens.shape[1], hidden, dtype=dtype)
-            grad_dtypes = (dtype, dtype, dtype, None)
+            grad_out = meta(batch, tokens.shape[1], hidden, dtype=dtype)
+            size = f"{hidden}/{side} {str(dtype)[6:]}"
             for layout in ("channels first", "channels last"):
-                shape = (256, 3, 224, 224) if layout == "channels first" else (256, 224, 224, 3)
+                shape = (batch, 3, 224, 224) if layout == "channels first" else (batch, 224, 224, 3)
                 for pixel_dtype in (torch.uint8, torch.float32):
                     pixels = meta(*shape, dtype=pixel_dtype)
                     mean = std = [0.5] * 3
-                    label = f"{hidden}/{side} {str(dtype)[6:]}, {str(pixel_dtype)[6:]} {layout}"
-                    forward = (pixels, weight, *vectors, None, None, mean, std)
-                    yield label, lambda a=forward: patch_embed._launch_forward(*a)
-                    yield (
-                        label,
-                        lambda a=(grad_out, pixels, weight, None, mean, std): patch_embed._launch_weight_backward(*a),
-                    )
-                pixels = meta(*shape, dtype=dtype)
-                label = f"{hidden}/{side} {str(dtype)[6:]}, {layout}"
-                yield label, lambda a=(grad_out, pixels, weight, None): patch_embed._launch_pixels_backward(*a)
-            yield label, lambda a=(grad_out, None, 1, *grad_dtypes): patch_embed._launch_tokens_backward(*a)
+                    for number in range(2):
+                        label = f"{size}, {str(pixel_dtype)[6:]} {layout}, batch {batch}, candidate {number}"
+                        forward = (pixels, weight, *vectors, None, None, mean, std, number)
+                        yield label, lambda a=forward: patch_embed.launch_forward(*a)
+                        backward = (grad_out, pixels, weight, None, mean, std, number)
+                        yield label, lambda a=backward: patch_embed.launch_weight_backward(*a)
+            yield size, lambda a=grad_out: patch_embed.launch_tokens_backward(a, None, 1)
     weight, mask = meta(768, 3, 16, 16, dtype=torch.bfloat16), meta(256, 196, dtype=torch.bool)
     tokens, grad_out = meta(1, 197, 768, dtype=torch.bfloat16), meta(256, 197, 768, dtype=torch.bfloat16)
     vectors = (weight[:, 0, 0, 0], tokens[:, :1], tokens, tokens[:, :1])
-    forward = (meta(256, 3, 224, 224), weight, *vectors, mask, None, None)
-    yield "masked 768/16 bfloat16", lambda: patch_embed._launch_forward(*forward)
-    masked = (grad_out, mask, 1, *[torch.bfloat16] * 4)
-    yield "masked 768/16 bfloat16", lambda: patch_embed._launch_tokens_backward(*masked)
+    pixels = meta(256, 3, 224, 224)
+    label = "768/16 bfloat16, float32 channels first, masked"
+    yield label, lambda: patch_embed.launch_forward(pixels, weight, *vectors, mask, None, None, 0)
+    yield label, lambda: patch_embed.launch_weight_backward(grad_out, pixels, weight, mask, None, None, 0)
+    yield label, lambda: patch_embed.launch_tokens_backward(grad_out, mask, 1)
 
 
 def smallest_cases(quick: bool) -> Iterator[Case]:
@@ -159,12 +158,11 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
     weight, token, mask = meta(1, 1, 1, 1), meta(1, 1, 1), meta(1, 1, dtype=torch.bool)
     grad_out = meta(1, 2, 1)
     for pixels in (meta(1, 1, 1, 1), meta(1, 1, 1, 1, dtype=torch.uint8)):
-        forward = (pixels, weight, one, token, meta(1, 2, 1), token, mask, [0.5], [0.5])
-        yield "one pixel", lambda a=forward: patch_embed._launch_forward(*a)
-        backward = (grad_out, pixels, weight, mask, [0.5], [0.5])
-        yield "one pixel", lambda a=backward: patch_embed._launch_weight_backward(*a)
-    yield "one pixel", lambda: patch_embed._launch_pixels_backward(grad_out, meta(1, 1, 1, 1), weight, mask)
-    yield "one pixel", lambda: patch_embed._launch_tokens_backward(grad_out, mask, 1, *[torch.float32] * 4)
+        forward = (pixels, weight, one, token, meta(1, 2, 1), token, mask, [0.5], [0.5], 0)
+        yield "one pixel", lambda a=forward: patch_embed.launch_forward(*a)
+        backward = (grad_out, pixels, weight, mask, [0.5], [0.5], 0)
+        yield "one pixel", lambda a=backward: patch_embed.launch_weight_backward(*a)
+    yield "one pixel", lambda: patch_embed.launch_tokens_backward(grad_out, mask, 1)
     row = meta(1, 1)
     yield "one value", lambda: gelu.launch_forward(meta(1, 2), meta(2), "swiglu")
     yield "one value", lambda: gelu.launch_backward(row, row, one, "gelu", bias_grad=True, with_y=True)

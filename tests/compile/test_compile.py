@@ -16,7 +16,6 @@ SCRIPT = Path(__file__).with_name("compile_kernels.py")
 MATRIX_KERNELS = {
     "_patch_embed_fwd",
     "_patch_embed_weight_bwd",
-    "_patch_embed_pixels_bwd",
     "_linear_fwd",
     "_linear_activation_bwd",
 }
