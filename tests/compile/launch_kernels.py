@@ -56,7 +56,7 @@ def launch_three_times(
 
 
 launch_nothing(Recording())
-for module in (attention, gelu, layer_norm, layer_norm_act, patch_embed, quantize):
+for module in (gelu, layer_norm, layer_norm_act, patch_embed, quantize):
     module.launch = launch_three_times
 
 
@@ -78,23 +78,29 @@ def call(name: str, function: Callable[..., object], *args: object, **options: o
         print(f"{name}: {type(cause).__name__}: {cause}", flush=True)
 
 
-def call_attention(dtype: torch.dtype) -> None:
-    """197 tokens are short, 577 long; head dims of one piece, of two, and padded."""
-    for tokens, dim in ((197, 64), (197, 80), (577, 64), (50, 32), (197, 128)):
-        query = random(2, tokens, 1, dim, dtype=dtype)
-        call(f"attention {tokens} x {dim} {dtype}", attention.attention, query, query, query)
-    call(f"attention_packed {dtype}", attention.attention_packed, random(2, 197, 3, 2, 64, dtype=dtype))
+def call_attention(dtype: torch.dtype, candidate: int = 0) -> None:
+    """197 tokens are short, 577 long; head dims of one piece, of two, and padded. The kernels for short sequences run
+    from 256 heads of a whole batch on, so each size comes with few heads and with many."""
+    for tokens, dim in ((197, 64), (197, 80), (577, 64), (50, 32), (197, 128), (256, 64)):
+        for batch in (2, 256) if tokens <= 256 else (2,):
+            query = random(batch, tokens, 1, dim, dtype=dtype)
+            name = f"attention {batch} x {tokens} x {dim} {dtype}, candidate {candidate}"
+            call(name, attention.attention, query, query, query, candidate=candidate)
+    for heads in (2, 128):
+        query = random(2, 197, 3, heads, 64, dtype=dtype)
+        call(f"attention_packed, {heads} heads, {dtype}", attention.attention_packed, query, candidate=candidate)
     query = random(2, 197, 2, 64, dtype=dtype)
-    for name, options in {
-        "dropout": {"dropout_p": 0.1},
-        "boolean mask": {"mask": torch.ones(2, 1, 1, 197, dtype=torch.bool)},
-        "mask with a gradient": {"mask": random(1, 2, 197, 197, dtype=dtype)},
+    for name, mask in {
+        "boolean mask": torch.ones(2, 1, 1, 197, dtype=torch.bool),
+        "additive mask": torch.zeros(1, 2, 197, 197, dtype=dtype),
     }.items():
+        options = {"mask": mask, "candidate": candidate}
         call(f"attention, {name}, {dtype}", attention.attention, query, query, query, **options)
-    for tokens in (200, 700):
-        packed, bounds = random(tokens, 2, 64, dtype=dtype), torch.tensor([0, 50, tokens], dtype=torch.int32)
-        options = {"cu_seqlens": bounds, "max_seqlen": tokens - 50}
-        call(f"attention, {tokens} packed tokens, {dtype}", attention.attention, packed, packed, packed, **options)
+    for tokens, heads in ((200, 2), (200, 128), (700, 2)):
+        packed, bounds = random(tokens, heads, 64, dtype=dtype), torch.tensor([0, 50, tokens], dtype=torch.int32)
+        options = {"cu_seqlens": bounds, "max_seqlen": tokens - 50, "candidate": candidate}
+        name = f"attention, {tokens} packed tokens, {heads} heads, {dtype}"
+        call(name, attention.attention, packed, packed, packed, **options)
 
 
 def call_rows(dtype: torch.dtype, dim: int = 768) -> None:
@@ -177,11 +183,12 @@ def main() -> int:
             call_products(dtype, f"{dtype}, candidate {candidate}", candidate)
         call_patch_embed(dtype, str(dtype))
         call_fp8(dtype)
+    for number in (1, 2):  # of the table, as they may be timed against the first
+        call_attention(torch.bfloat16, number)
     table = tuning.candidates
     for number in range(1, max(len(rule.candidates) for rule in tuning.TABLE)):  # those that may be timed against it
         tuning._chosen.clear()
         tuning.candidates = lambda *case, number=number: table(*case)[min(number, len(table(*case)) - 1) :]
-        call_attention(torch.bfloat16)
         call_rows(torch.bfloat16)
         call_patch_embed(torch.bfloat16, f"candidate {number}")
     print(f"{len(failures)} calls failed")
