@@ -1,6 +1,7 @@
 """What the operators compute in plain PyTorch where a kernel cannot be launched: the same results, a few times slower.
 
-Scores are written to memory, so images are taken in parts. The log-sum-exp is returned because backward may be a kernel.
+Scores are written to memory, so images are taken in parts. The log-sum-exp is returned for backward, which may be a
+kernel.
 """
 
 from __future__ import annotations

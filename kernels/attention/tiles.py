@@ -3,8 +3,8 @@
 A tile is a tuple of blocks: its columns, the head dim, are cut into powers of two. `DIMS` and `KEYS` are such cuts,
 (first, length) for each piece.
 
-Steps from head to head are compile-time constants of the kernels: at a head dim like 72, which 16 does not divide, their
-value alone tells the compiler that rows begin at multiples of 16 bytes (34 loads instead of 300).
+Steps from head to head are compile-time constants of the kernels: at a head dim like 72, which 16 does not divide,
+their value alone tells the compiler that rows begin at multiples of 16 bytes (34 loads instead of 300).
 """
 
 import triton
@@ -17,8 +17,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _locate(pair, heads, cu_seqlens_ptr, rows, num_queries, num_keys):
     """Image and head of a program: (image, first token, head, queries, keys).
 
-    A tensor's head begins at image * stride_batch + first * stride_token + head * stride_head. Without cu_seqlens, first
-    is 0; with it, image is 0 and the tokens of all images follow one another. 64 bit: a large batch passes 2**31
+    A tensor's head begins at image * stride_batch + first * stride_token + head * stride_head. Without cu_seqlens,
+    first is 0; with it, image is 0 and the tokens of all images follow one another. 64 bit: a large batch passes 2**31
     elements. No bounds, whatever they say, lead beyond the `rows` tokens that there are.
     """
     image = (pair // heads).to(tl.int64)
