@@ -15,8 +15,8 @@ At N = 197, D = 64 (ViT-B/16, batch 256, bfloat16) forward moves 310 MB, 103 mic
 38: it is bound by memory. So a program takes one head, reads its keys and values once into shared memory, and passes
 over the queries; all scores of a query are in registers at once and the softmax needs no second look (`short`: up to
 256 keys). The keys are cut into powers of two, 197 into 128 + 64 + 16, so that 208 columns are computed and not 256;
-head dims too, 80 into 64 + 16. With more keys (`long`; or a mask, or too few heads to fill a GPU) the softmax runs along
-(Milakov & Gimelshein 2018).
+head dims too, 80 into 64 + 16. With more keys, with a mask, or with too few heads for a GPU, the softmax runs along
+(`long`; Milakov & Gimelshein 2018).
 
 Saved for backward: qkv, out, and one float32 a row, the log-sum-exp in base 2, from which the probabilities are
 computed again (Dao et al. 2022): beside qkv 0.31 MB an image of ViT-B, where the probabilities would take 0.93.
