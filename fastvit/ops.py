@@ -207,11 +207,13 @@ def _chosen(
     like: int = 0,
     lacks: Callable[P, str | None] = lambda *args, **kwargs: None,
     keys: Callable[P, int] = lambda *args, **kwargs: 0,
+    without: tuple[str, ...] = (),
 ) -> Callable[P, R]:
     """`definition`, a function of `fastvit.reference`, or its kernel of the same name and signature.
 
     Which is decided at each call by the device and dtype of the tensor that is argument number `like`, by `lacks`,
-    which says what of these arguments the kernel does not have, and by `keys`, the tokens to attend to.
+    which says what of these arguments the kernel does not have, and by `keys`, the tokens to attend to. `without` names
+    keyword arguments that only the definition has; `lacks` must answer for any of their values that matter.
     """
     operation = definition.__name__
     plain = getattr(eager, operation, definition)
@@ -228,7 +230,8 @@ def _chosen(
             )
             facts = x.device.type, x.device.index, x.dtype, lack, _threshold(keys(*args, **kwargs))
             if _runs_on_triton(operation, _backend, *facts):
-                return _kernels[operation](*args, **kwargs)
+                options = {name: value for name, value in kwargs.items() if name not in without}
+                return _kernels[operation](*args, **options)
             return plain(*args, **kwargs)
         return definition(*args, **kwargs)
 
@@ -259,15 +262,24 @@ def _activation(*args: Any, activation: str | None = None, **kwargs: Any) -> str
     return None if name in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {name!r}"
 
 
-def _head_dim(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> str | None:
+def _lacks_attention(dim: int, mask: Any = None, dropout_p: float = 0.0, **kwargs: Any) -> str | None:
+    if dropout_p != 0:
+        return f"the kernel has no dropout, and dropout_p is {dropout_p}"
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        return "the kernel has no gradient of an additive mask, and mask requires one"
+    return _lacks_head_dim(dim)
+
+
+def _attention(query: Any, key: Any, value: Any, **kwargs: Any) -> str | None:
     if value.shape[-1] != query.shape[-1]:
         return f"the kernel has one head dim for queries and values, not {query.shape[-1]} and {value.shape[-1]}"
-    return _lacks_head_dim(query.shape[-1])
+    return _lacks_attention(query.shape[-1], **kwargs)
 
 
-def _packed_head_dim(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any) -> str | None:
+def _attention_packed(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any) -> str | None:
     is_flat = qkv.dim() == (3 if cu_seqlens is None else 2)
-    return _lacks_head_dim(qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1])
+    dim = qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1]
+    return _lacks_attention(dim, **kwargs)
 
 
 def _keys(query: Any, key: Any, *args: Any, max_seqlen: int | None = None, **kwargs: Any) -> int:
@@ -290,8 +302,10 @@ layer_norm_linear = _chosen(reference.layer_norm_linear)
 add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
 layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
 add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
-attention = _chosen(reference.attention, lacks=_head_dim, keys=_keys)
-attention_packed = _chosen(reference.attention_packed, lacks=_packed_head_dim, keys=_packed_keys)
+attention = _chosen(reference.attention, lacks=_attention, keys=_keys, without=("dropout_p",))
+attention_packed = _chosen(
+    reference.attention_packed, lacks=_attention_packed, keys=_packed_keys, without=("dropout_p",)
+)
 quantize_rows = _chosen(reference.quantize_rows)
 layer_norm_fp8 = _chosen(reference.layer_norm_fp8)
 add_layer_norm_fp8 = _chosen(reference.add_layer_norm_fp8)

@@ -322,6 +322,7 @@ def attention(
                 own_mask = full[index : index + 1, :, : end - first, : end - first]
             parts = (tensor[None, first:end] for tensor in (query, key, value))
             pictures.append(attention(*parts, scale=scale, dropout_p=dropout_p, mask=own_mask)[0])
+        pictures.append(query.new_zeros(len(query) - bounds[-1], query[0:1].flatten(1).shape[1]))  # of no picture
         return torch.cat(pictures)
     context = F.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask, dropout_p, scale=scale

@@ -43,7 +43,7 @@ def is_strict() -> bool:
     return False
 
 
-def operator(name: str, *, fallback: Callable[..., Any] | None = None) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register a launcher as the operator `fastvit::<name>`; its annotations are the operator's schema.
 
     Args:
@@ -61,7 +61,7 @@ def operator(name: str, *, fallback: Callable[..., Any] | None = None) -> Callab
             if device.type == "cuda" and device.index != torch.cuda.current_device():
                 with torch.cuda.device(device):  # Triton launches on the current device
                     return guarded(*args)
-            if fallback is None or device.type not in FALLBACK_DEVICES or is_strict():
+            if device.type not in FALLBACK_DEVICES or is_strict():
                 return launcher(*args)
             case = (name, device, *map(_class_of, args))
             if case not in failures:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -130,21 +130,19 @@ TABLE = (
     # multiprocessor; eight warps take 129 to 158 and leave room for one.
     Rule(PRODUCTS, None, None, None, (CUBLAS, {"fused": 1, **matrix(128, 128, 32, 4, 4)})),
     # Attention. rows, keys: the tile of scores. piece: all keys at once, in pieces of at most so many, and `blocks`
-    # tiles of rows for a program. 64 rows and 208 keys in pieces take 193 registers (two programs a multiprocessor) and
-    # nothing is read twice; in one piece of 256 they spill. wgmma needs 64 rows; with mma.sync (sm_80) 64 spill, 32
-    # take 160. Full float32 products run on the ordinary units: larger tiles spill thousands of registers.
+    # tiles of rows for a program: nothing is read twice. Registers below are of Triton 3.6 / 3.9.
+    # Full float32 products run on the ordinary units: larger tiles spill thousands of registers.
     Rule("attention_forward", None, torch.float32, None, (
         {"rows": 32, "keys": 32, "num_warps": 8, "num_stages": 2},
     )),
+    # wgmma needs 64 rows. 208 keys as 128 + 64 + 16 take 189 / 193 registers, 80-wide heads 255 / 249, 256 keys in one
+    # piece 201 / 253: two programs a multiprocessor. In pieces of 64, the latter two spilled 112 and 32 bytes on 3.6.
     Rule("attention_forward", "short, dim (64|80)", None, "sm_90", (
-        {"rows": 64, "piece": 64, "blocks": 4, "num_warps": 4, "num_stages": 2},
-        {"rows": 64, "piece": 64, "blocks": 4, "num_warps": 4, "num_stages": 1},
-        {"rows": 64, "piece": 128, "blocks": 4, "num_warps": 4, "num_stages": 2},
-        {"rows": 64, "piece": 64, "blocks": 2, "num_warps": 4, "num_stages": 2},
-        {"rows": 128, "piece": 64, "blocks": 2, "num_warps": 8, "num_stages": 1},
+        {"rows": 64, "piece": 256, "blocks": 4, "num_warps": 4, "num_stages": 2},
+        {"rows": 64, "piece": 256, "blocks": 4, "num_warps": 4, "num_stages": 1},
         {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
-        {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
     )),
+    # With mma.sync 64 rows spill, 32 do not.
     Rule("attention_forward", "short, dim 64", None, "sm_80", (
         {"rows": 32, "piece": 64, "blocks": 8, "num_warps": 4, "num_stages": 1},
         {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2},
@@ -160,18 +158,19 @@ TABLE = (
         {"rows": 128, "keys": 64, "num_warps": 8, "num_stages": 2},
         {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 2},
     )),
-    # keys_per_warp: one kernel, one program a head, 256 keys in 16 warps (128 registers) or 8 (239). It reads and
-    # writes 620 MB at ViT-B/16's shape; two kernels 930 MB, with 7 products instead of 5. With mma.sync it spills.
+    # keys_per_warp: one kernel, one program a head, 256 keys in 16 warps or 8. It reads and writes 620 MB at ViT-B/16's
+    # shape; two kernels 930 MB, with 7 products instead of 5. With mma.sync it spills. The sums of both gradients are
+    # half of a multiprocessor's registers, so 64 rows, whose scores would be the other half, spill 400 to 1,000 bytes.
+    # transposed: the product for queries' gradients by wgmma too (28 to 40 of them, no mma.sync, and 84 KiB of shared
+    # memory instead of 116); with 8 warps it spills 16 / 24 bytes, with 16 warps 56 / 48.
     # Otherwise two kernels, by queries and (key_value_) by keys.
     Rule("attention_backward", None, torch.float32, None, (
         {"rows": 32, "keys": 32, "num_warps": 8, "num_stages": 2,
          "key_value_rows": 32, "key_value_keys": 32, "key_value_warps": 8},
     )),
     Rule("attention_backward", "short, dim 64", None, "sm_90", (
-        {"rows": 32, "keys_per_warp": 16, "num_stages": 1},
-        {"rows": 32, "keys_per_warp": 32, "num_stages": 1},
-        {"rows": 32, "keys_per_warp": 32, "num_stages": 2},
-        {"rows": 16, "keys_per_warp": 16, "num_stages": 1},
+        {"rows": 32, "keys_per_warp": 16, "transposed": 0, "num_stages": 1},
+        {"rows": 32, "keys_per_warp": 32, "transposed": 1, "num_stages": 1},
         {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2,
          "key_value_rows": 32, "key_value_keys": 64, "key_value_warps": 4},
     )),
@@ -184,13 +183,6 @@ TABLE = (
          "key_value_rows": 32, "key_value_keys": 64, "key_value_warps": 4},
         {"rows": 64, "keys": 64, "num_warps": 4, "num_stages": 2,
          "key_value_rows": 32, "key_value_keys": 128, "key_value_warps": 8},
-    )),
-    Rule("attention_mask_backward", None, torch.float32, None, (
-        {"rows": 32, "keys": 32, "num_warps": 8, "num_stages": 2},
-    )),
-    Rule("attention_mask_backward", None, None, None, (
-        {"rows": 64, "keys": 64, "num_warps": 8, "num_stages": 1},
-        {"rows": 64, "keys": 32, "num_warps": 4, "num_stages": 2},
     )),
 )  # fmt: skip
 
@@ -238,12 +230,3 @@ def candidate(operation: str, shape: str, dtype: torch.dtype, device: torch.devi
     """
     options = candidates(operation, shape, dtype, device)
     return options[number] if number < len(options) else options[0]
-
-
-def choose(
-    operation: str, shape: str, dtype: torch.dtype, device: torch.device, run: Callable[[Choice], object]
-) -> Choice:
-    return candidates(operation, shape, dtype, device)[0]
-
-
-_chosen: dict = {}

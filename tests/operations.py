@@ -99,12 +99,15 @@ def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> No
         torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-    """Of the same shapes, dtypes and strides, and the same numbers up to a few roundings."""
+def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], rounded: torch.dtype = torch.float32) -> None:
+    """Of the same shapes, dtypes and strides, and the same numbers up to a few roundings.
+
+    rounded: the dtype of what lies between: its roundings show in float32 results, too.
+    """
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert one.dtype == other.dtype and one.shape == other.shape, index
         assert one.stride() == other.stride(), index
-        precision = torch.finfo(one.dtype).eps
+        precision = max(torch.finfo(one.dtype).eps, torch.finfo(rounded).eps)
         largest = other.abs().max().item() if other.numel() else 0.0
         torch.testing.assert_close(one, other, rtol=8 * precision, atol=8 * precision * largest)
 

@@ -125,8 +125,10 @@ IGNORED = {
     "GIT": ("text", partial(model_of, "GitModel", TEXT, vision_config=PICTURES)),
     "SAM vision": ("pictures", partial(model_of, "SamVisionModel", PICTURES, output_channels=16)),
 }
-# The kernel has one head dim for queries, keys and values; the fallback has not.
+# The kernel has one head dim for queries, keys and values; PyTorch's operation has not.
 NO_KERNEL = ("DeepSeek-V3",)
+# The kernel has no gradient of a mask, as which a position bias comes; PyTorch's operation has.
+LEARNED_BIAS = ("BEiT", "T5")
 CASES = [(name, "", backend) for name in [*MODELS, "GIT"] for backend in ("reference", "triton")]
 CASES += [(name, side, "reference") for name in MODELS for side in ("left", "right") if MODELS[name][0] == "text"]
 CASES += [(name, "right", "reference") for name in ("BART", "T5", "GIT")]
@@ -218,6 +220,11 @@ def test_models_of_transformers_compute_the_same(name, padded, backend, monkeypa
         pytest.skip("T5 takes no attention function in this transformers")
     model = build(name)
     inputs = inputs_for({**MODELS, **IGNORED}[name][0], padded)
+    if backend == "triton" and name in LEARNED_BIAS:
+        with pytest.raises(fastvit.InputError, match="no gradient of an additive mask, and mask requires one"):
+            hidden_states_and_gradients(model, "fastvit", inputs)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_("relative" not in parameter_name)
     expected = hidden_states_and_gradients(model, "eager", inputs)
     calls = []
     attention = ops.attention

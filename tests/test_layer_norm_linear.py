@@ -453,7 +453,7 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, add, activation
     for wanted in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, True, True]):
         saved = (rows, statistics, pre, *norm, weight, EPS, activation, dtype, rows.dtype)
         backward = (grad_out, grad_sum, *saved, wanted)
-        assert_alike(kernels.backward_in_pytorch(*backward), kernels.launch_backward(*backward))
+        assert_alike(kernels.backward_in_pytorch(*backward), kernels.launch_backward(*backward), dtype)
 
 
 def test_the_fallback_takes_over(monkeypatch):

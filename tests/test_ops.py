@@ -156,6 +156,45 @@ def test_where_pytorch_was_measured_to_be_faster_it_is_taken(monkeypatch, caplog
     assert any(expected in record.getMessage() for record in caplog.records)
 
 
+def test_what_attentions_kernel_lacks_is_computed_by_pytorch():
+    tensor, flat = torch.empty(2, 5, 3, 16), torch.empty(2, 5, 144)
+    bias = torch.zeros(1, 3, 5, 5, requires_grad=True)
+    for options, reason in (
+        ({"dropout_p": 0.0, "mask": bias.detach()}, None),
+        ({"mask": torch.ones(5, 5, dtype=torch.bool)}, None),
+        ({"dropout_p": 0.1}, "the kernel has no dropout, and dropout_p is 0.1"),
+        ({"mask": bias}, "the kernel has no gradient of an additive mask, and mask requires one"),
+    ):
+        assert ops._attention(tensor, tensor, tensor, **options) == reason
+        assert ops._attention_packed(flat, num_heads=3, **options) == reason
+    with torch.no_grad():
+        assert ops._attention(tensor, tensor, tensor, mask=bias) is None
+    assert "head dim 48" not in (ops._attention_packed(flat, num_heads=3) or "")
+    assert "no head dim 144" in ops._attention_packed(torch.empty(2, 5, 3, 1, 144))
+
+
+@needs_triton
+def test_attention_with_dropout_is_pytorchs_or_an_error():
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 5, 3, 3, 16, device=DEVICE)
+    torch.manual_seed(1)
+    expected = ops.reference.attention_packed(qkv, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(ops.attention_packed(qkv, dropout_p=0.5), expected)
+    with fastvit.backend("triton"):
+        with pytest.raises(
+            fastvit.InputError, match="'triton' cannot compute attention_packed: the kernel has no dropout"
+        ):
+            ops.attention_packed(qkv, dropout_p=0.5)
+        torch.testing.assert_close(ops.attention_packed(qkv, dropout_p=0.0), ops.reference.attention_packed(qkv))
+        query = qkv[:, :, 0]
+        bias = torch.zeros(5, 5, device=DEVICE, requires_grad=True)
+        with pytest.raises(fastvit.InputError, match="no gradient of an additive mask"):
+            ops.attention(query, query, query, mask=bias, dropout_p=0.0)
+        with torch.no_grad():
+            ops.attention(query, query, query, mask=bias)
+
+
 def test_how_many_tokens_are_attended_to():
     query, key = torch.empty(2, 5, 3, 16), torch.empty(2, 7, 3, 16)
     assert ops._keys(query, key, key, dropout_p=0.0) == 7

@@ -31,7 +31,6 @@ from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.kernels import (
-    attention,
     gelu,
     layer_norm,
     linear,
@@ -39,6 +38,7 @@ from fastvit.kernels import (
     quantize,
     tuning,
 )
+from fastvit.kernels.attention import launch as attention
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = (192, 384, 768, 1024, 1280)  # ViT-Ti, S, B, L, H
@@ -230,43 +230,41 @@ HEADS = ((3, 64), (6, 64), (12, 64), (16, 64), (16, 80))  # heads and head dim o
 
 def attention_cases(quick: bool) -> Iterator[Case]:
     """qkv in one tensor as the models have it, 224 and 384 pixels; every dtype and option at ViT-B's size, the class
-    token alone, one picture alone, other head dims."""
-    for heads, dim in HEADS[2::2] if quick else HEADS:
-        for tokens in (197, 577):
-            yield from attention_calls(256, tokens, heads, dim)
+    token alone, one image alone, other head dims; every candidate of the table at the models' sizes."""
+    for candidate in range(1 if quick else 3):
+        for heads, dim in HEADS[2::2] if quick else HEADS:
+            for tokens in (197, 577):
+                yield from attention_calls(256, tokens, heads, dim, candidate=candidate)
+        yield from attention_calls(1, 197, 12, 64, candidate=candidate)
     for tokens in (197, 577):
         yield from attention_calls(256, tokens, 12, 64, torch.float32)
-    yield from attention_calls(1, 197, 12, 64)
     if quick:
         return
     for tokens in (197, 577):
         yield from attention_calls(256, tokens, 12, 64, torch.float16)
-        yield from attention_calls(256, tokens, 12, 64, options=("boolean mask",))
-        yield from attention_calls(256, tokens, 12, 64, options=("additive mask",))
-        yield from attention_calls(256, tokens, 12, 64, options=("dropout",))
-        yield from attention_calls(256, tokens, 12, 64, options=("cu_seqlens",))
+        for option in ("boolean mask", "additive mask", "cu_seqlens"):
+            yield from attention_calls(256, tokens, 12, 64, option=option)
         yield from attention_calls(256, tokens, 12, 64, queries=1)
-    yield "197", lambda: attention.dropout_mask(meta(1, dtype=torch.int64), 256, 12, 197, 197, 0.1)
-    for tokens in (50, 256):
-        yield from attention_calls(256, tokens, 12, 64)
-    for dim in (32, 48, 96, 128):
-        yield from attention_calls(256, 197, 12, dim)
+    for candidate in range(3):
+        for tokens in (50, 256):
+            yield from attention_calls(256, tokens, 12, 64, candidate=candidate)
+        for dim in (32, 48, 96, 128):
+            yield from attention_calls(256, 197, 12, dim, candidate=candidate)
 
 
 def attention_calls(
     batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.bfloat16,
-    *, queries: int | None = None, options: tuple[str, ...] = (),
+    *, queries: int | None = None, option: str = "", candidate: int = 0,
 ) -> Iterator[Case]:  # fmt: skip
     """Forward and backward of one size."""
     mask = bounds = None
-    if "boolean mask" in options:
+    if option == "boolean mask":
         mask = meta(batch, 1, 1, tokens, dtype=torch.bool)
-    if "additive mask" in options:
+    if option == "additive mask":
         mask = meta(1, heads, tokens, tokens, dtype=dtype)
-    if "cu_seqlens" in options:
+    if option == "cu_seqlens":
         bounds = meta(batch + 1, dtype=torch.int32)
-    seed = meta(1, dtype=torch.int64) if "dropout" in options else None
-    call = attention.Call(mask, bounds, tokens, seed, dim**-0.5, 0.1 if "dropout" in options else 0.0)
+    call = attention.Call(mask, bounds, tokens, dim**-0.5, candidate)
     lead = (batch, tokens) if bounds is None else (batch * tokens,)
     qkv, grad_qkv = meta(*lead, 3, heads, dim, dtype=dtype), meta(*lead, 3, heads, dim, dtype=dtype)
     query, key, value = qkv.unbind(-3)
@@ -274,13 +272,12 @@ def attention_calls(
     if queries is not None:
         query = query[:, :queries]
         grads = [meta(*tensor.shape, dtype=dtype) for tensor in (query, key, value)]
-    label = " ".join((f"{tokens} x {dim}", str(dtype)[6:], f"batch {batch}", *options))
+    label = " ".join(filter(None, (f"{tokens} x {dim}", str(dtype)[6:], f"batch {batch}", option)))
     label += "" if queries is None else f" queries {queries}"
+    label += f", candidate {candidate}" if candidate else ""
     yield label, lambda: attention._launch_forward(query, key, value, call)
-    out, lse = attention._forward_outputs(query, value, call)
-    grad_mask = torch.empty_like(mask) if "additive mask" in options else None
-    arguments = (torch.empty_like(out), query, key, value, out, lse, grads, grad_mask, call)
-    yield label, lambda: attention._launch_backward(*arguments)
+    out, lse = attention._forward_outputs(query, bounds)
+    yield label, lambda: attention._launch_backward(torch.empty_like(out), query, key, value, out, lse, grads, call)
 
 
 def quantize_cases(quick: bool) -> Iterator[Case]:
