@@ -331,7 +331,6 @@ def record(call: Callable[[], object], target: str) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tuning, "describe", lambda _: device),
-        mock.patch.object(tuning, "_chosen", {}),
     ):
         call()
     return launches
