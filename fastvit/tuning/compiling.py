@@ -1,0 +1,118 @@
+"""Compile candidates side by side: each process runs some of them once, and Triton keeps what it compiled on the disk.
+
+A process that fails costs no more than compiling later. What it found out about a candidate that breaks the GPU for the
+process that runs it is worth keeping: the tuner leaves such a candidate out.
+
+    python -m fastvit.tuning.compiling < jobs        prints a JSON line for each job that it has run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import psutil
+import torch
+
+from fastvit.tuning.trials import Call, Trial
+
+Job = tuple[Call, str]  # and the candidate
+
+PROCESS_BYTES = 3 * 2**30  # of the host's memory: PyTorch, its libraries and the compiler
+CONTEXT_BYTES = 2**30  # of the GPU's
+# After these no other kernel runs in the process.
+FATAL = ("illegal memory access", "misaligned address", "illegal instruction", "unspecified launch failure")
+
+
+def compile_ahead(jobs: list[Job], device: torch.device, seconds: float) -> dict[int, str]:
+    """Run each job once in another process, as far as `seconds` go.
+
+    Returns:
+        Numbers of the jobs that broke the GPU for their process, and the error.
+    """
+    count = number_of_processes(jobs, device)
+    if count < 2:
+        return {}
+    deadline = time.monotonic() + seconds
+    shares = [list(range(first, len(jobs), count)) for first in range(count)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+        )
+        for _ in shares
+    ]  # fmt: skip
+    broken = {}
+    try:
+        for worker, share in zip(workers, shares, strict=True):
+            hand_over(worker, [jobs[index] for index in share], device)
+        for worker, share in zip(workers, shares, strict=True):
+            for line in lines_of(worker, deadline):
+                done = json.loads(line)
+                if done["error"] and any(words in done["error"] for words in FATAL):
+                    broken[share[done["job"]]] = done["error"]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return broken
+
+
+def number_of_processes(jobs: list[Job], device: torch.device) -> int:
+    """As many as there are cores and memory for."""
+    bounds = [len(jobs), os.cpu_count() or 1, psutil.virtual_memory().available // PROCESS_BYTES]
+    if device.type == "cuda":
+        # An operation with its gradients and temporaries: a few times its inputs.
+        largest = max((6 * call.bytes() for call, _ in jobs), default=0)
+        bounds.append(torch.cuda.mem_get_info(device)[0] // (CONTEXT_BYTES + largest))
+    return int(min(bounds))
+
+
+def hand_over(worker: subprocess.Popen, jobs: list[Job], device: torch.device) -> None:
+    assert worker.stdin is not None
+    try:
+        worker.stdin.write(pickle.dumps((jobs, device)))
+        worker.stdin.close()
+    except OSError:  # it has ended already
+        pass
+    worker.stdin = None
+
+
+def lines_of(worker: subprocess.Popen, deadline: float) -> list[str]:
+    """What it has printed when it ends, or is ended."""
+    try:
+        printed, _ = worker.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        printed, _ = worker.communicate()
+    return [line for line in printed.decode().splitlines() if line.startswith("{") and line.endswith("}")]
+
+
+def main() -> None:
+    jobs, device = pickle.load(sys.stdin.buffer)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    from fastvit import ops
+
+    for index, (call, candidate) in enumerate(jobs):
+        error = None
+        try:
+            with ops.backend("triton"):
+                ops.import_kernels()
+                Trial(call.case, candidate, call.inputs(device))()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as reason:
+            error = f"{type(reason).__name__}: {reason}"
+        print(json.dumps({"job": index, "error": error}), flush=True)
+        if error and any(words in error for words in FATAL):
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Measure who is fastest at each operation of a model: collect its calls, compile, check, time in turn, keep."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastvit import ops
+from fastvit.errors import InputError
+from fastvit.tuning import records
+from fastvit.tuning.compiling import compile_ahead
+from fastvit.tuning.records import OURS, PYTORCH, Record, Timing
+from fastvit.tuning.trials import Call, Trial, candidates_of, tiles_used
+
+Timer = Callable[[Trial], float]
+
+logger = logging.getLogger("fastvit")
+
+COMPILING = 0.6  # the part of the time that compiling ahead may take
+ROUNDS = (5, 30)  # in which each candidate is timed once: at least, at most
+SLICE = 0.5  # seconds after which an operation is not timed beyond the least number of rounds
+ERROR = 2.0  # how much larger than that of PyTorch's default a candidate's error may be
+LEAST_ERROR = 1e-5  # that is always allowed: float32 sums over many rows, in another order
+
+
+def tune(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    image_size: int | tuple[int, int] | None = None,
+    training: bool = False,
+    dtype: torch.dtype | None = None,
+    time_limit: float = 60.0,
+    timer: Timer | None = None,
+    progress: bool = True,
+    keep: bool = False,
+) -> list[Record]:
+    """Measure who is fastest at each operation of `model`, keep the records, and let this process go by them.
+
+    Compiled models keep what was chosen when they were traced: tune first, then compile. The model's weights and mode
+    and the random number generators are as before afterwards. As `fastvit.backend`, it holds for the whole process: no
+    other thread may run a model meanwhile.
+
+    Args:
+        model: on the GPU to be measured.
+        batch_size: images in a batch.
+        image_size: height and width in pixels; the model's own if None.
+        training: forward and backward together, in training mode; else forward alone.
+        dtype: run under autocast to this dtype, as `fastvit finetune` does; None: in the model's own.
+        time_limit: seconds, for compiling and timing; operations that it does not reach have no record.
+        timer: milliseconds of one call of a `Trial`; CUDA events if None. With a timer, kernels that are interpreted on
+            a CPU can be tuned, which only tests want.
+        progress: show a bar.
+        keep: leave out what there is a record of.
+
+    Returns:
+        The records that were made, one for each operation and shape.
+
+    Raises:
+        InputError: for a model that is not on a GPU, or sizes that do not fit it.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cuda" and timer is None:
+        raise InputError(f"tuning: expected a model on a GPU, got one on {device}: only there are kernels timed")
+    deadline = time.monotonic() + time_limit
+    with undisturbed(model, device, training):
+        calls = collect(model, batch_size, image_size, training, dtype)
+        calls = [call for call in calls if can_run(call, device) and not (keep and is_known(call, device))]
+        jobs = [(call, name) for call in calls for name in candidates_of(call.case) if name.startswith(OURS)]
+        broken: dict[tuple, str] = {}
+        if device.type == "cuda" and jobs:
+            found = compile_ahead(jobs, device, COMPILING * time_limit)
+            broken = {(jobs[index][0].case, jobs[index][1]): error for index, error in found.items()}
+        made = measure_all(calls, device, timer or CudaTimer(device), broken, deadline, progress)
+    records.add_to_own(made)
+    records.adopt(made)
+    return made
+
+
+def can_run(call: Call, device: torch.device) -> bool:
+    dtype = getattr(torch, call.case.dtype)
+    return ops.why_not_triton(call.case.operation, device.type, device.index, dtype) is None
+
+
+def is_known(call: Call, device: torch.device) -> bool:
+    name = records.gpu_name(device.type, device.index)
+    return records.find(call.case, name, ops.KERNELS[call.case.operation]) is not None
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
+    """The model in the mode to be measured, an error for each kernel that fails; everything as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    gpus = [device] if device.type == "cuda" else []
+    on_device = torch.cuda.device(device) if gpus else contextlib.nullcontext()
+    with torch.random.fork_rng(gpus), ops.backend("triton"), on_device:
+        model.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a model asks for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(
+    model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None, training: bool, dtype: Any
+) -> list[Call]:
+    """The calls of one forward pass, one for each case; PyTorch computes it."""
+    found: dict[Any, Call] = {}
+
+    def add(case: Any, args: tuple, kwargs: dict) -> None:
+        if case not in found:
+            found[case] = Call.of(case, args, kwargs)
+
+    eager: Any = getattr(model, "_orig_mod", model)  # of a compiled model, which would not be asked again
+    eager = eager.get_base_model() if hasattr(eager, "get_base_model") else eager  # of one with adapters (peft)
+    device = next(model.parameters()).device
+    autocast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+    with ops.collecting(add), torch.set_grad_enabled(training), autocast:
+        for pixels, options in pixels_for(eager, batch_size, image_size):
+            eager(pixels, **options)
+    return list(found.values())
+
+
+def pixels_for(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Images as a model takes them; ours takes bytes as well, and gets them of `fastvit finetune` and `Predictor`."""
+    from fastvit.modeling import ViTPreTrainedModel, as_pair
+
+    config = getattr(model, "config", None)
+    own = getattr(config, "image_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
+    height, width = as_pair(image_size or own)
+    channels = getattr(config, "num_channels", 3)
+    first = next(model.parameters())
+    options = {}
+    if isinstance(model, ViTPreTrainedModel):
+        options = {"interpolate_pos_encoding": True} if (height, width) != as_pair(own) else {}
+        yield torch.zeros(batch_size, height, width, channels, dtype=torch.uint8, device=first.device), options
+    yield torch.zeros(batch_size, channels, height, width, dtype=first.dtype, device=first.device), options
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One operation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure_all(
+    calls: list[Call], device: torch.device, timer: Timer, broken: dict[tuple, str], deadline: float, progress: bool
+) -> list[Record]:
+    """The records of all calls that there is time for."""
+    made = []
+    bar = tqdm(calls, desc="tuning", unit="operation", disable=not progress, leave=False)
+    for number, call in enumerate(bar):
+        bar.set_postfix_str(call.case.operation)
+        try:
+            record = measure(call, device, timer, broken, deadline)
+        except TimeoutError:
+            logger.warning("tuning: the time is up; %d operations have no record", len(calls) - number)
+            break
+        if record is not None:
+            made.append(record)
+    return made
+
+
+def measure(call: Call, device: torch.device, timer: Timer, broken: dict[tuple, str], deadline: float) -> Record | None:
+    """Check and time every candidate of a call; None where PyTorch itself cannot compute it.
+
+    Raises TimeoutError at the deadline, unless all candidates have been checked: then what is left takes a second.
+    """
+    try:
+        inputs = call.inputs(device)
+        exact = call.definition(inputs)
+        own_errors = errors_of(Trial(call.case, PYTORCH, inputs)(), exact)
+    except Exception as error:
+        logger.warning("tuning: %s has no record: PyTorch cannot compute it (%s)", call.case.operation, said(error))
+        return None
+    timings: dict[str, Timing] = {}
+    sound, tiles_seen = [], []
+    for name in candidates_of(call.case):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        trial = Trial(call.case, name, inputs)
+        reason = broken.get((call.case, name))
+        if reason is None:
+            with tiles_used() as tiles:
+                reason = why_wrong(trial, exact, own_errors)
+            if tiles and tiles in tiles_seen:
+                continue  # the table has no other tile for this number
+            tiles_seen.append(tiles)
+        if reason is None:
+            sound.append(trial)
+        timings[name] = Timing(name, None, reason)
+    del exact
+    timings |= time_in_turn(sound, timer)
+    winner = records.winner_of(timings.values())
+    if winner is None:
+        return None
+    gpu = records.gpu_name(device.type, device.index)
+    source = records.kernel_hash(ops.KERNELS[call.case.operation])
+    return Record(*call.case, gpu, *records.versions(), source, tuple(timings.values()), winner)
+
+
+def why_wrong(trial: Trial, exact: list[Tensor], own_errors: list[float]) -> str | None:
+    """Why a candidate cannot be used, or None: it raises, or is further from the float32 definition than it may be."""
+    try:
+        results = trial()
+        errors = errors_of(results, exact)
+    except Exception as raised:  # whatever it is: Triton's, the driver's, out of memory
+        return said(raised)
+    for index, (result, error, own) in enumerate(zip(results, errors, own_errors, strict=True)):
+        allowed = max(ERROR * own, torch.finfo(result.dtype).eps / 4, LEAST_ERROR)
+        if not error <= allowed:  # also where it is NaN
+            return f"wrong: result {index} has a relative error of {error:.2g}, {allowed:.2g} is allowed"
+    return None
+
+
+def errors_of(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """The distance from the definition, relative to its length, for each output and gradient."""
+    pairs = zip(results, exact, strict=True)
+    norms = [(torch.dist(result.to(right.dtype), right), right.norm()) for result, right in pairs]
+    return [float(distance / length) if length > 0 else float(distance) for distance, length in norms]
+
+
+def time_in_turn(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
+    """Medians over rounds in which each is timed once: what slows the GPU down slows all of them. One that raises is
+    out, and says why."""
+    samples: dict[str, list[float]] = {trial.candidate: [] for trial in trials}
+    reasons: dict[str, str] = {}
+    begin = time.monotonic()
+    for number in range(ROUNDS[1]):
+        if number > ROUNDS[0] and time.monotonic() - begin > SLICE:
+            break
+        for trial in trials:
+            if trial.candidate in reasons:
+                continue
+            try:
+                samples[trial.candidate].append(timer(trial))
+            except Exception as error:
+                reasons[trial.candidate] = said(error)
+    return {
+        name: Timing(name, None, reasons[name])
+        if name in reasons
+        else Timing(name, statistics.median(times[1:]))  # the first round warms up
+        for name, times in samples.items()
+    }
+
+
+def said(error: Exception) -> str:
+    """One line for what a candidate raised: its kind, and of a chain the first cause."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}: {text[0][:200]}" if text else type(cause).__name__
+
+
+class CudaTimer:
+    """Milliseconds of the GPU for one trial, with nothing of it in the cache.
+
+    Memory is written over until the launches are queued, so that the host's time for them is not counted: within a
+    model it is hidden behind the operation before.
+    """
+
+    def __init__(self, device: torch.device):
+        self.cache = torch.empty(2**28, dtype=torch.int8, device=device)
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, trial: Trial) -> float:
+        for _ in range(8):
+            self.cache.zero_()
+        self.begin.record()
+        trial()
+        self.end.record()
+        self.end.synchronize()
+        return self.begin.elapsed_time(self.end)
