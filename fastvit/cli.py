@@ -17,6 +17,7 @@ COMMANDS = {
     "attention": "draw where the class token looks",
     "demo": "serve a page on this machine: drop a picture, see classes and attention",
     "convert": "turn timm, Google .npz and Hugging Face checkpoints into each other",
+    "tune": "measure on this GPU whether our kernels or PyTorch's are faster, and go by it",
     "benchmark": "time fastvit beside its rivals on this machine",
     "info": "say which devices and versions are here, and which backend computes each operation",
 }
@@ -75,6 +76,8 @@ def main(argv: list[str] | None = None) -> int:
         return report_errors(lambda: demo(rest))
     if name == "benchmark":
         return report_errors(lambda: benchmark(rest))
+    if name == "tune":
+        return report_errors(lambda: tune(rest))
     if name == "info":
         return report_errors(lambda: info(rest))
     return report_errors(lambda: use_model(name, rest))
@@ -115,6 +118,12 @@ def benchmark(argv: list[str]) -> int:
     from fastvit.benchmarks.command import main
 
     return main(argv)
+
+
+def tune(argv: list[str]) -> None:
+    from fastvit.tuning.command import main
+
+    main(argv)
 
 
 def info(argv: list[str]) -> None:

@@ -38,7 +38,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit import calibration, eager, page, report
+from fastvit import calibration, eager, info, page, report
 from fastvit.cli import report_errors
 from fastvit.configuration import as_pair
 from fastvit.datasets import TEST, TRAIN, VALIDATION, ImageDataset, load_images
@@ -62,6 +62,7 @@ from fastvit.recipes import (
 from fastvit.run_log import LOG_FILE
 from fastvit.streaming import Stream, StreamedDataset, stream_images
 from fastvit.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
+from fastvit.tuning.startup import tune_at_start
 
 # What a run writes besides checkpoint-N folders; only these are removed by --overwrite.
 RUN_FILES = (
@@ -424,6 +425,8 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
     trainer.remove_callback(PrinterCallback)
     progress = Progress()
     trainer.add_callback(progress)
+    if options.tune:
+        tune_operations(trainer, precision)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(
         f"training {parameters / 1e6:.1f} M parameters on {number_of_pictures(images)} pictures of"
@@ -442,10 +445,28 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         progress.close()
     if signum is not None:
         print(f"stopped at step {trainer.state.global_step}; {what_stands(options)}")
+        log_kernels(log)
         log.append("end", outcome="interrupted", reason="go on with --resume")
         raise Stopped(signum)
+    log_kernels(log)
     log.append("end", outcome="finished", reason="")
     return metrics
+
+
+def tune_operations(trainer: RecipeTuner, precision: str) -> None:
+    """Measure the operations of training and of evaluation where they have not been, on a GPU."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
+    args = trainer.args
+    wanted = [(args.per_device_train_batch_size, True), (args.per_device_eval_batch_size, False)]
+    if (line := tune_at_start(trainer.model, wanted, dtype, together=True)) is not None:
+        print(f"{line} (--no-tune leaves this out)")
+
+
+def log_kernels(log: WriteLog) -> None:
+    """What fell back to PyTorch, and what was chosen by a measurement, if anything was."""
+    found = info.kernels()
+    if any(found.values()):
+        log.append("kernels", **found)
 
 
 def run_folds(options: argparse.Namespace) -> dict[str, float]:

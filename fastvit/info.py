@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import fastvit
 from fastvit import ops
+from fastvit.tuning import records
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy")
 
@@ -29,6 +31,8 @@ def report() -> str:
         lines.append(f"operations on {device}:")
         for operation in ops.KERNELS:
             lines.append(f"  {operation:<30}{who_computes(operation, device)}")
+        lines += measured_on(device)
+    lines += [f"kernel {failure}" for failure in kernels()["failed"]]
     return "\n".join(lines)
 
 
@@ -50,6 +54,31 @@ def who_computes(operation: str, device: torch.device) -> str:
     if len(set(answers.values())) == 1:
         return answers[torch.float32]
     return "; ".join(f"{str(dtype).removeprefix('torch.')}: {answer}" for dtype, answer in answers.items())
+
+
+def measured_on(device: torch.device) -> list[str]:
+    """The records that hold on this GPU: `auto` goes by them."""
+    gpu = records.gpu_name(device.type, device.index)
+    known = [case for case in records.table().get(gpu, {}) if case.operation in ops.KERNELS]
+    found = [record for case in known if (record := records.find(case, gpu, ops.KERNELS[case.operation]))]
+    if not found:
+        return ["no records of measurements on this GPU: `fastvit tune` makes them"] if device.type == "cuda" else []
+    return ["measured on this GPU:", *(f"  {said(record)}" for record in found)]
+
+
+def said(record: records.Record) -> str:
+    sizes = ", ".join(f"{name} {value}" for name, value in (*record.sizes, ("rows to", record.rows)))
+    return f"{record.operation}, {record.direction}, {record.dtype}, {sizes}: {record.winner}"
+
+
+def kernels() -> dict[str, list[str]]:
+    """Of this process: kernels that failed, so that PyTorch took over, and the records that `auto` went by."""
+    operators = sys.modules.get("fastvit.kernels.operators")  # not imported: nothing can have failed
+    failures = [] if operators is None else operators.failures.values()
+    return {
+        "failed": ["{} failed on {}, PyTorch computes it: {} ({})".format(*failure) for failure in failures],
+        "measured": [said(record) for record in ops.choices.values()],
+    }
 
 
 def describe(device: torch.device) -> str:

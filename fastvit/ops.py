@@ -4,8 +4,10 @@
     triton      our kernels, or an error that says why they cannot run
     reference   plain PyTorch everywhere
 
-`FASTVIT_BACKEND` says which when the program starts, `with fastvit.backend("reference"):` for a part of it. What `auto`
-chose and why is logged once for each operation (logger "fastvit", level INFO) and printed by `fastvit info`.
+`FASTVIT_BACKEND` says which when the program starts, `with fastvit.backend("reference"):` for a part of it. On a GPU,
+`auto` goes by the records of what was measured there (`fastvit.tuning`): our kernel with the candidate that was the
+fastest, or PyTorch's own operation. Without a record it is our kernel with the first candidate of the tile table. What
+`auto` chose and why is logged once for each operation (logger "fastvit", level INFO) and printed by `fastvit info`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import eager, reference
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
+from fastvit.tuning import records
+from fastvit.tuning.cases import SIZES, Case, case_of
 from fastvit.watchers import is_transformed
 
 P = ParamSpec("P")
@@ -57,19 +61,6 @@ KERNELS = {
 }
 
 
-class Faster(NamedTuple):
-    """Where PyTorch's own operation was measured to be faster than our kernel: there `auto` takes PyTorch's."""
-
-    operation: str
-    device: str  # a regular expression for the GPU's name
-    dtypes: tuple[torch.dtype, ...]
-    keys: int  # at this many tokens to attend to, or more
-    measured: str  # where: a folder of benchmarks/results
-
-
-# Nothing has been measured on a GPU yet.
-FASTER_IN_PYTORCH: tuple[Faster, ...] = ()
-
 # On a GPU that lacks it, plain PyTorch is many times slower than what fp8 is to replace: an error, not a fallback.
 NO_FALLBACK = ("linear_fp8",)
 _kernels: dict[str, Callable[..., Any]] = {}  # their functions, all or none: a compiler looks once for all operations
@@ -89,8 +80,10 @@ def backend(name: str) -> Iterator[None]:
     global _backend
     if name not in BACKENDS:
         raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
-    if name == "triton" and (reason := why_not_triton_anywhere()):
-        raise InputError(f"backend: 'triton' cannot run here: {reason}")
+    if name == "triton":
+        if reason := why_not_triton_anywhere():
+            raise InputError(f"backend: 'triton' cannot run here: {reason}")
+        import_kernels()  # they are to know that a failing one is an error
     before, _backend = _backend, name
     try:
         yield
@@ -128,56 +121,73 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
         major, minor = torch.cuda.get_device_capability(device_index)
         if major < 8:
             return f"this GPU (sm_{major}{minor}) is older than sm_80, the first whose tensor cores Triton uses"
-    modules = {name: importlib.import_module(f"fastvit.kernels.{module}") for name, module in KERNELS.items()}
-    _kernels.update({name: getattr(module, name) for name, module in modules.items()})
-    needs = getattr(modules[operation], "why_not_on", None)
+    needs = getattr(import_kernels()[KERNELS[operation]], "why_not_on", None)
     if device_type == "cuda" and needs and (reason := needs(*torch.cuda.get_device_capability(device_index))):
         return reason
     return None if dtype in DTYPES else f"the kernel has no {dtype}"
 
 
-def why_pytorch_is_faster(operation: str, device_name: str, dtype: torch.dtype, keys: int) -> str | None:
-    """The line of `FASTER_IN_PYTORCH` that holds here, in words, or None."""
-    for row in FASTER_IN_PYTORCH:
-        if (
-            operation.startswith(row.operation)
-            and re.search(row.device, device_name)
-            and dtype in row.dtypes
-            and keys >= row.keys
-        ):
-            return f"its own is faster from {row.keys} tokens on, as measured in {row.measured}"
-    return None
+@functools.cache
+def import_kernels() -> dict[str, Any]:
+    """The modules of `KERNELS`, by name."""
+    modules = {module: importlib.import_module(f"fastvit.kernels.{module}") for module in KERNELS.values()}
+    _kernels.update({operation: getattr(modules[module], operation) for operation, module in KERNELS.items()})
+    operators: Any = importlib.import_module("fastvit.kernels.operators")
+    operators.is_strict = lambda: _backend == "triton"
+    return modules
 
 
-@functools.cache  # asking the driver takes longer than choosing
-def _device_name(device_index: int | None) -> str:
-    return torch.cuda.get_device_name(device_index)
-
-
-# A compiler that traces an operation takes the answer as a constant; it depends on nothing that it has not asked about.
+# A compiler that traces an operation takes the answers as constants; they depend on nothing that was not asked about.
 @torch.compiler.assume_constant_result
-def _runs_on_triton(
+def _choose(
     operation: str,
     asked: str,
     device_type: str,
     device_index: int | None,
     dtype: torch.dtype,
     lacks: str | None,
-    keys: int,
-) -> bool:
+    case: tuple | None,
+) -> int | str:
+    """Who computes: our kernel with candidate number so-and-so, or PyTorch with this SDPA backend ("default")."""
     reason = why_not_triton(operation, device_type, device_index, dtype) or lacks
+    record = _record(device_type, device_index, case) if reason is None else None
     if asked == "triton":
         if reason is not None:
             raise InputError(f"backend: 'triton' cannot compute {operation}: {reason}")
-        return True
+        return record.choice if record is not None and isinstance(record.choice, int) else 0
     if reason is not None and device_type == "cuda" and operation in NO_FALLBACK:
         raise InputError(f"{operation}: {reason}; fastvit.backend('reference') computes it slowly")
-    if reason is None and device_type == "cuda" and FASTER_IN_PYTORCH:
-        reason = why_pytorch_is_faster(operation, _device_name(device_index), dtype, keys)
+    if record is not None:
+        choices[case] = record
+        return record.choice
     # The interpreter proves kernels; it is no way to compute anything unless asked for.
-    chosen = reason is None and device_type == "cuda"
-    _announce(operation, device_type, chosen, reason)
-    return chosen
+    is_ours = reason is None and device_type == "cuda"
+    _announce(operation, device_type, is_ours, reason)
+    if is_ours and operation in SIZES:
+        _say_how_to_tune()
+    return 0 if is_ours else "default"
+
+
+choices: dict[tuple | None, records.Record] = {}  # by case, those that this process has gone by
+
+
+@torch.compiler.assume_constant_result
+def _has_records(device_type: str, device_index: int | None) -> bool:
+    return bool(records.table().get(records.gpu_name(device_type, device_index)))
+
+
+def _record(device_type: str, device_index: int | None, case: tuple | None) -> records.Record | None:
+    if case is None:
+        return None
+    return records.find(Case(*case), records.gpu_name(device_type, device_index), KERNELS[case[0]])
+
+
+@functools.cache
+def _say_how_to_tune() -> None:
+    logger.warning(
+        "fastvit has not measured these shapes on this GPU and takes its own kernels with their first tile;"
+        " `fastvit tune`, or fastvit.tuning.tune(model, batch_size=...), measures what is fastest"
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -186,19 +196,25 @@ def _announce_cpu(operation: str, dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def _announce(operation: str, device_type: str, chosen: bool, reason: str | None) -> None:
-    by = "our Triton kernel" if chosen else f"plain PyTorch ({reason or 'Triton only interprets here'})"
+def _announce(operation: str, device_type: str, is_ours: bool, reason: str | None) -> None:
+    by = "our Triton kernel" if is_ours else f"plain PyTorch ({reason or 'Triton only interprets here'})"
     logger.info("%s on %s is computed by %s", operation, device_type, by)
 
 
-def _threshold(keys: int) -> int:
-    """The highest number of keys in `FASTER_IN_PYTORCH` that is reached: all that the choice needs to know of them, so
-    that a compiled model takes other numbers of tokens without being compiled again."""
-    reached = 0
-    for row in FASTER_IN_PYTORCH:
-        if reached < row.keys <= keys:
-            reached = row.keys
-    return reached
+_plain: dict[str, Callable[..., Any]] = {}  # each operation by PyTorch
+# Calls are handed to it and computed by PyTorch while `fastvit.tuning` collects what a model asks for.
+_collector: Callable[[Case, tuple, dict], None] | None = None
+
+
+@contextlib.contextmanager
+def collecting(collector: Callable[[Case, tuple, dict], None]) -> Iterator[None]:
+    """Inside, `collector` is told of each call that could be tuned: case, arguments, keyword arguments."""
+    global _collector
+    before, _collector = _collector, collector
+    try:
+        yield
+    finally:
+        _collector = before
 
 
 def _chosen(
@@ -206,36 +222,61 @@ def _chosen(
     *,
     like: int = 0,
     lacks: Callable[P, str | None] = lambda *args, **kwargs: None,
-    keys: Callable[P, int] = lambda *args, **kwargs: 0,
-    without: tuple[str, ...] = (),
 ) -> Callable[P, R]:
     """`definition`, a function of `fastvit.reference`, or its kernel of the same name and signature.
 
     Which is decided at each call by the device and dtype of the tensor that is argument number `like`, by `lacks`,
-    which says what of these arguments the kernel does not have, and by `keys`, the tokens to attend to. `without` names
-    keyword arguments that only the definition has; `lacks` must answer for any of their values that matter.
+    which says what of these arguments the kernel does not have, and by the record that holds for them.
     """
     operation = definition.__name__
-    plain = getattr(eager, operation, definition)
+    plain = _plain[operation] = getattr(eager, operation, definition)
 
     @functools.wraps(definition)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _backend != "reference":
-            x: Any = args[like]
-            if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
-                _announce_cpu(operation, x.dtype)
-                return plain(*args, **kwargs)
-            lack = (
-                "torch.func and forward-mode derivatives need PyTorch's" if is_transformed() else lacks(*args, **kwargs)
-            )
-            facts = x.device.type, x.device.index, x.dtype, lack, _threshold(keys(*args, **kwargs))
-            if _runs_on_triton(operation, _backend, *facts):
-                options = {name: value for name, value in kwargs.items() if name not in without}
-                return _kernels[operation](*args, **options)
+        if _backend == "reference":
+            return definition(*args, **kwargs)
+        x: Any = args[like]
+        if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
+            _announce_cpu(operation, x.dtype)
             return plain(*args, **kwargs)
-        return definition(*args, **kwargs)
+        lack = "torch.func and forward-mode derivatives need PyTorch's" if is_transformed() else lacks(*args, **kwargs)
+        case = None
+        if lack is None and (_collector is not None or _has_records(x.device.type, x.device.index)):
+            case = case_of(operation, x, args, kwargs)
+        if _collector is not None:
+            if case is not None:
+                _collector(Case(*case), args, kwargs)
+            return definition(*args, **kwargs)
+        choice = _choose(operation, _backend, x.device.type, x.device.index, x.dtype, lack, case)
+        return computed_by(choice, operation, args, kwargs)
 
     return function
+
+
+# Arguments that no kernel has: `lacks` has seen to it that they are at their defaults.
+NOT_IN_KERNELS = ("dropout_p",)
+
+
+def computed_by(choice: int | str, operation: str, args: Any, kwargs: Any) -> Any:
+    """The operation by candidate `choice` of our kernel; or by PyTorch, with `choice` as its SDPA backend."""
+    if isinstance(choice, int):
+        options = {name: value for name, value in kwargs.items() if name not in NOT_IN_KERNELS}
+        number = {"candidate": choice} if choice else {}
+        return _kernels[operation](*args, **options, **number)
+    if choice == "default":
+        return _plain[operation](*args, **kwargs)
+    # The others after it: another call of the same case may have strides that it does not take.
+    others = [backend for name, backend in SDPA.items() if name != choice]
+    with sdpa_kernel([SDPA[choice], *others], set_priority=True):
+        return _plain[operation](*args, **kwargs)
+
+
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 def has_kernels(x: torch.Tensor) -> bool:
@@ -282,14 +323,6 @@ def _attention_packed(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any
     return _lacks_attention(dim, **kwargs)
 
 
-def _keys(query: Any, key: Any, *args: Any, max_seqlen: int | None = None, **kwargs: Any) -> int:
-    return key.shape[1] if max_seqlen is None else max_seqlen
-
-
-def _packed_keys(qkv: Any, *, max_seqlen: int | None = None, **kwargs: Any) -> int:
-    return qkv.shape[1] if max_seqlen is None else max_seqlen
-
-
 def _lacks_head_dim(dim: int) -> str | None:
     return None if 16 <= dim <= 128 and dim % 8 == 0 else f"the kernel has no head dim {dim}: 16 to 128, multiples of 8"
 
@@ -302,10 +335,8 @@ layer_norm_linear = _chosen(reference.layer_norm_linear)
 add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
 layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
 add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
-attention = _chosen(reference.attention, lacks=_attention, keys=_keys, without=("dropout_p",))
-attention_packed = _chosen(
-    reference.attention_packed, lacks=_attention_packed, keys=_packed_keys, without=("dropout_p",)
-)
+attention = _chosen(reference.attention, lacks=_attention)
+attention_packed = _chosen(reference.attention_packed, lacks=_attention_packed)
 quantize_rows = _chosen(reference.quantize_rows)
 layer_norm_fp8 = _chosen(reference.layer_norm_fp8)
 add_layer_norm_fp8 = _chosen(reference.add_layer_norm_fp8)

@@ -104,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where hardware has it"
     )
+    group.add_argument(
+        "--tune",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, measure at the start what was not measured there before: our kernels or PyTorch's",
+    )
     group.add_argument("--compile", action="store_true", help="torch.compile the model")
     group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model over the processes (FSDP2)")
     group.add_argument("--cpu", action="store_true", help="do not use a GPU")

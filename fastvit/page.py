@@ -209,6 +209,7 @@ def environment_of(device: torch.device) -> dict[str, str]:
     return {
         "device": info.describe(device),
         "operations": computed_by,
+        **{f"kernels {what}": "; ".join(lines) for what, lines in info.kernels().items() if lines},
         "fastvit": fastvit.__version__,
         "commit": "not known" if commit is None else commit[:12] + ("" if whole else ", with changes"),
         "Python": platform.python_version(),

@@ -11,6 +11,7 @@ A picture that cannot be used is an error of that picture alone.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import weakref
 from collections import deque
@@ -34,6 +35,9 @@ from fastvit.loading import load_pretrained
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.preprocessing import Preprocessor, load_preprocessor
 from fastvit.runner import Runner, capture_graphs
+from fastvit.tuning.startup import tune_at_start
+
+logger = logging.getLogger("fastvit")
 
 Prepared = np.ndarray | InputError  # uint8 pixels [H, W, 3], or what is wrong with the picture
 
@@ -69,6 +73,8 @@ class Predictor:
     max_wait_ms: how long a batch with room waits for other calls that are just decoding; a lone call never waits.
     workers: threads that decode [as many as there are cores].
     cuda_graphs: on a GPU, replay each batch size as a CUDA graph.
+    tune: on a GPU, measure first which operations our kernels compute faster than PyTorch, where that has not been
+        measured there before: a minute at most, for batches of 1 and `max_batch`.
 
     Raises InputError for a model, image processor or argument that it cannot use.
     """
@@ -86,6 +92,7 @@ class Predictor:
         max_wait_ms: float = 0.0,
         workers: int | None = None,
         cuda_graphs: bool = True,
+        tune: bool = True,
     ):
         for name, number in (("max_batch", max_batch), ("top_k", top_k), ("workers", workers)):
             if number is not None and number < 1:
@@ -104,6 +111,8 @@ class Predictor:
         config: Any = self.model.config
         self.class_names = class_names_of(config)
         first = next(self.model.parameters())
+        if tune and (line := tune_at_start(self.model, [(size, False) for size in sorted({1, max_batch})[::-1]])):
+            logger.info("%s (tune=False leaves this out)", line)
         runner = Runner(
             self.model,
             self.preprocessor,

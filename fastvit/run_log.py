@@ -5,6 +5,7 @@ Every record has `event`, `time` (seconds since 1970) and `step`:
     start        a process begins to train: `max_steps`, `epochs`, `device`, `process` (host, pid, when it was started)
     log          whatever Trainer logs: loss, learning_rate, images_per_second, eval_accuracy, ...; null is NaN or inf
     checkpoint   a checkpoint was written: its folder's name, `checkpoint`
+    kernels      `failed`: kernels that PyTorch took over from; `measured`: the records that operations went by
     end          `outcome` is finished, interrupted or failed; `reason` says why
 
 A line is written whole by one call. Where a process was killed in the middle of one, readers leave the piece out, and
