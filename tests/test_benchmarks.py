@@ -449,7 +449,7 @@ def result(*records, device_type="cuda", **options):
         "operation": "layer_norm",
         "environment": {
             "device": "Some <GPU>", "device_type": device_type, "date": "2026-01-02T03:04:05+00:00", "commit": "abc",
-            "commit_is_all": True, "platform": "Linux", "python": "3.12", "settings": {"FASTVIT_AUTOTUNE": "1"},
+            "commit_is_all": True, "platform": "Linux", "python": "3.12", "settings": {"FASTVIT_BACKEND": "auto"},
             "packages": {"torch": "2.11", "triton": "3.6"}, "driver": "1",
         },
         "ceilings": {"copy_gb_per_s": 3000.0, "matmul_tflop_per_s": {"bfloat16": 700.0}},

@@ -134,28 +134,6 @@ def test_what_auto_chose_is_said_once(caplog):
     assert said[0].startswith(f"layer_norm on {DEVICE} is computed by {expected}")
 
 
-def test_where_pytorch_was_measured_to_be_faster_it_is_taken(monkeypatch, caplog):
-    row = ops.Faster("attention", "H[12]00", (torch.bfloat16, torch.float16), 1025, "benchmarks/results/some-gpu")
-    monkeypatch.setattr(ops, "FASTER_IN_PYTORCH", (row,))
-    why = ops.why_pytorch_is_faster
-    expected = "its own is faster from 1025 tokens on, as measured in benchmarks/results/some-gpu"
-    assert why("attention", "NVIDIA H100 80GB HBM3", torch.bfloat16, 4097) == expected
-    assert why("attention_packed", "NVIDIA H200", torch.float16, 1025) == expected
-    assert why("attention", "NVIDIA H100 80GB HBM3", torch.bfloat16, 1024) is None
-    assert why("attention", "NVIDIA H100 80GB HBM3", torch.float32, 4097) is None
-    assert why("attention", "NVIDIA A100", torch.bfloat16, 4097) is None
-    assert why("layer_norm", "NVIDIA H100 80GB HBM3", torch.bfloat16, 4097) is None
-
-    monkeypatch.setattr(ops, "why_not_triton", lambda *case: None)
-    monkeypatch.setattr(ops, "_device_name", lambda index: "NVIDIA H100 80GB HBM3")
-    ops._announce.cache_clear()
-    with caplog.at_level(logging.INFO, "fastvit"):
-        for asked, keys, triton in (("auto", 4097, False), ("auto", 197, True), ("triton", 4097, True)):
-            facts = "cuda", 0, torch.bfloat16, None, ops._threshold(keys)
-            assert ops._runs_on_triton("attention", asked, *facts) == triton
-    assert any(expected in record.getMessage() for record in caplog.records)
-
-
 def test_what_attentions_kernel_lacks_is_computed_by_pytorch():
     tensor, flat = torch.empty(2, 5, 3, 16), torch.empty(2, 5, 144)
     bias = torch.zeros(1, 3, 5, 5, requires_grad=True)
@@ -193,13 +171,6 @@ def test_attention_with_dropout_is_pytorchs_or_an_error():
             ops.attention(query, query, query, mask=bias, dropout_p=0.0)
         with torch.no_grad():
             ops.attention(query, query, query, mask=bias)
-
-
-def test_how_many_tokens_are_attended_to():
-    query, key = torch.empty(2, 5, 3, 16), torch.empty(2, 7, 3, 16)
-    assert ops._keys(query, key, key, dropout_p=0.0) == 7
-    assert ops._keys(query[0], key[0], key[0], cu_seqlens=None, max_seqlen=4) == 4
-    assert ops._packed_keys(torch.empty(2, 9, 144), num_heads=3) == 9
 
 
 @needs_triton

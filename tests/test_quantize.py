@@ -636,8 +636,8 @@ def test_gpus_without_fp8_are_told_so(monkeypatch):
     assert why_not("layer_norm", "cuda", 0, torch.float32) is None
     assert "an error (this GPU (sm_80)" in info.who_computes("linear_fp8", torch.device("cuda", 0))
     with pytest.raises(fastvit.InputError, match=r"linear_fp8: this GPU \(sm_80\) has no fp8 .*backend\('reference'\)"):
-        ops._runs_on_triton("linear_fp8", "auto", "cuda", 0, torch.float32, None, 0)
-    assert not ops._runs_on_triton("quantize_rows", "auto", "cuda", 0, torch.float32, None, 0)
+        ops._choose("linear_fp8", "auto", "cuda", 0, torch.float32, None, None)
+    assert ops._choose("quantize_rows", "auto", "cuda", 0, torch.float32, None, None) == "default"
 
     model = small_model()
     monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))

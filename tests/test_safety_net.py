@@ -1,0 +1,162 @@
+"""A kernel that cannot be compiled or launched: PyTorch takes over, it is said once, and nothing else is lost."""
+
+import inspect
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+import fastvit
+from fastvit import cli, info, ops
+from fastvit.kernels import operators
+from fastvit.kernels import tuning as tiles
+from fastvit.kernels.operators import operator
+
+failing: dict[str, Exception] = {}  # by operator
+
+
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+@operator("test_twice", fallback=twice)
+def launch(x: Tensor) -> Tensor:
+    if "test_twice" in failing:
+        raise failing["test_twice"]
+    return 2 * x + 0.5  # not what the fallback says, so that one sees which of them ran
+
+
+@operator("test_twice_backward", fallback=twice)
+def launch_backward(grad: Tensor) -> Tensor:
+    if "test_twice_backward" in failing:
+        raise failing["test_twice_backward"]
+    return 3 * grad
+
+
+launch.register_fake(torch.empty_like)
+launch_backward.register_fake(torch.empty_like)
+launch.register_autograd(lambda ctx, grad: launch_backward(grad), setup_context=lambda ctx, inputs, output: None)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_gpu(monkeypatch):
+    """The net is for GPUs; here it is hung under the interpreter."""
+    monkeypatch.setattr(operators, "FALLBACK_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(operators, "failures", {})
+    failing.clear()
+    ops.import_kernels()
+
+
+def run(columns=4):
+    x = torch.ones(3, columns, requires_grad=True)
+    y = launch(x)
+    y.sum().backward()
+    return y.detach().unique().item(), x.grad.unique().item()
+
+
+ERRORS = {
+    "Triton": lambda: CompilationError("x = 1", None, "'int' object has no attribute 'type'"),
+    "shared memory": lambda: OutOfResources(300_000, 232_448, "shared memory"),
+    "ptxas": lambda: RuntimeError("`ptxas` failed with error code 255"),
+    "driver": lambda: RuntimeError("Triton Error [CUDA]: invalid device function"),
+    "a bug": lambda: AttributeError("'int' object has no attribute 'type'"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
+def test_pytorch_takes_over_and_it_is_said_once(error, caplog):
+    assert run() == (2.5, 3.0)
+    failing["test_twice"] = error()
+    with caplog.at_level(logging.WARNING, "fastvit"):
+        assert [run() for _ in range(3)] == [(2.0, 3.0)] * 3
+    assert caplog.text.count("kernel test_twice failed on float32 [3, 4]") == 1
+    assert f"triton {triton.__version__}" in caplog.text
+    assert type(error()).__name__ in caplog.text
+
+
+def test_a_backward_that_fails_leaves_the_forward(caplog):
+    failing["test_twice_backward"] = RuntimeError("no")
+    assert run() == (2.5, 2.0)
+    assert "kernel test_twice_backward failed" in caplog.text
+
+
+def test_only_calls_of_the_same_class_are_taken_over():
+    failing["test_twice"] = RuntimeError("too wide")
+    assert run()[0] == 2.0
+    failing.clear()
+    assert run()[0] == 2.0
+    assert run(columns=8)[0] == 2.5
+
+
+def test_out_of_memory_stays_out_of_memory():
+    failing["test_twice"] = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        run()
+    failing.clear()
+    assert run()[0] == 2.5
+
+
+def test_under_triton_and_while_tuning_it_is_an_error():
+    failing["test_twice"] = RuntimeError("no")
+    assert run()[0] == 2.0
+    with fastvit.backend("triton"), pytest.raises(RuntimeError, match="no"):
+        run()
+    assert run()[0] == 2.0
+
+
+def test_info_and_the_run_report_list_what_fell_back(capsys):
+    from fastvit import page
+
+    failing["test_twice"] = RuntimeError("no such instruction")
+    run()
+    expected = "test_twice failed on float32 [3, 4], PyTorch computes it: RuntimeError: no such instruction (torch "
+    assert info.kernels()["failed"][0].startswith(expected)
+    assert cli.main(["info"]) == 0
+    assert f"kernel {expected}" in capsys.readouterr().out
+    assert page.environment_of(torch.device("cpu"))["kernels failed"].startswith(expected)
+
+
+needs_fallbacks = pytest.mark.skipif(
+    inspect.signature(operator).parameters["fallback"].default is None, reason="not every operator has a fallback yet"
+)
+
+
+@needs_fallbacks
+def test_a_model_whose_every_kernel_fails_is_computed_by_pytorch(monkeypatch, caplog):
+    """Outputs and gradients: no operator's fallback returns anything else than its kernel."""
+    config = fastvit.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
+    )
+    torch.manual_seed(0)
+    model = fastvit.ViTForImageClassification(config)
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+
+    def results():
+        loss = model(pixels, labels=torch.tensor([0, 1])).loss
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+
+    def fail(*case):
+        raise RuntimeError("no tile")
+
+    with fastvit.backend("reference"):
+        expected = results()
+    monkeypatch.setattr(tiles, "candidates", fail)
+    with fastvit.backend("triton"):
+        with pytest.raises(RuntimeError, match="no tile"):
+            results()
+        monkeypatch.setattr(operators, "is_strict", lambda: False)  # as under "auto", which computes on GPUs alone
+        found = results()
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    fell_back = {failure.operator for failure in operators.failures.values()}
+    for operation in ("patch_embed", "attention_packed", "attention_packed_backward"):
+        assert operation in fell_back
+        assert caplog.text.count(f"kernel {operation} failed") == 1
