@@ -261,7 +261,7 @@ def computed_by(choice: int | str, operation: str, args: Any, kwargs: Any) -> An
     """The operation by candidate `choice` of our kernel; or by PyTorch, with `choice` as its SDPA backend."""
     if isinstance(choice, int):
         options = {name: value for name, value in kwargs.items() if name not in NOT_IN_KERNELS}
-        number = {"candidate": choice} if choice else {}
+        number = {"candidate": choice} if choice else {}  # linear_fp8 has one way only
         return _kernels[operation](*args, **options, **number)
     if choice == "default":
         return _plain[operation](*args, **kwargs)

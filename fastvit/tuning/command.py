@@ -68,7 +68,7 @@ def load(name: str, image_size: int | None) -> torch.nn.Module:
     from transformers import ViTConfig
 
     from fastvit.loading import load_pretrained
-    from fastvit.modeling import ViTForImageClassification
+    from fastvit.models.heads import ViTForImageClassification
     from fastvit.options import SIZES
 
     if name not in SIZES or Path(name).exists():

@@ -137,7 +137,8 @@ def collect(
 
 def pixels_for(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images as a model takes them; ours takes bytes as well, and gets them of `fastvit finetune` and `Predictor`."""
-    from fastvit.modeling import ViTPreTrainedModel, as_pair
+    from fastvit.configuration import as_pair
+    from fastvit.models.pretrained import ViTPreTrainedModel
 
     config = getattr(model, "config", None)
     own = getattr(config, "image_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
