@@ -6,10 +6,12 @@ interpreter, with poison around its inputs. The results are right, and the same 
 """
 
 import ast
+import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -264,6 +266,7 @@ CASES = (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def paths(operation: str) -> list[tuning.Choice]:
     """One choice of the table for each way through this operation's launcher, whatever shape it was written for."""
     found: dict[object, tuning.Choice] = {}
@@ -276,23 +279,20 @@ def paths(operation: str) -> list[tuning.Choice]:
     return list(found.values())
 
 
-def tables(case: Case) -> Iterator[tuple[tuning.Rule, ...]]:
-    """Tuning tables with one choice for each operation, that between them take the case every way."""
-    asked: dict[str, None] = {}
-    candidates = tuning.candidates
+@contextmanager
+def way(number: int) -> Iterator[list[int]]:
+    """Inside, each operation goes way `number`, counted on from the first again where it has fewer.
 
-    def remember(operation, *rest):
-        asked[operation] = None
-        return candidates(operation, *rest)
+    Yields how many ways the operations have that were asked for."""
+    counts: list[int] = []
 
-    with mock.patch.object(tuning, "candidates", remember):
-        results(case, case.ours, lambda tensor: tensor)
-    ways = {operation: paths(operation) for operation in asked}
-    for number in range(max(map(len, ways.values()))):
-        yield tuple(
-            tuning.Rule(operation, None, None, None, (choices[number % len(choices)],))
-            for operation, choices in ways.items()
-        )
+    def candidates(operation: str, *_: object) -> tuple[tuning.Choice, ...]:
+        ways = paths(operation)
+        counts.append(len(ways))
+        return (ways[number % len(ways)],)
+
+    with mock.patch.object(tuning, "candidates", candidates):
+        yield counts
 
 
 def results(case: Case, function: Callable, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
@@ -328,17 +328,18 @@ def assert_close(found: Tensor, exact: Tensor, name: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.file}, {case.name}")
 def test_programs_stay_within_their_tensors_and_do_not_race(case):
     exact = results(case, case.theirs, double)
-    for table in tables(case):
+    number, ways = 0, 1
+    while number < ways:
         found = {}
-        with mock.patch.object(tuning, "TABLE", table), poisoned():
-            for order in ORDERS:
-                with watched(order) as watch:
-                    found[order] = results(case, case.ours, surrounded)
-                launches.update(watch.launches)
+        for order in ORDERS:
+            with way(number) as counts, poisoned(), watched(order) as watch:
+                found[order] = results(case, case.ours, surrounded)
+            launches.update(watch.launches)
         for name, tensor in found["usual"].items():
             assert_close(tensor, exact[name], name)
             for order in ORDERS[1:]:
                 assert torch.equal(tensor.view(torch.uint8), found[order][name].view(torch.uint8)), (order, name)
+        number, ways = number + 1, max(counts)
 
 
 def test_every_kernel_was_among_them():
