@@ -41,7 +41,7 @@ from fastvit.kernels import (
     gelu,
     layer_norm,
     layer_norm_act,
-    layer_norm_gelu,
+    layer_norm_linear,
     patch_embed,
     quantize,
     tuning,
@@ -167,11 +167,11 @@ def product_cases() -> Iterator[Case]:
     layer = {"weight": random(52, 36, seed=5), "bias": random(52, seed=6)}
     rows, add = {"x": random(3, 15, 36, seed=1)}, {"residual": random(3, 15, 36, seed=2)}
     for name in ("layer_norm_linear", "add_layer_norm_linear", "layer_norm_gelu"):
-        functions = with_eps(getattr(layer_norm_gelu, name)), with_eps(getattr(reference, name))
+        functions = with_eps(getattr(layer_norm_linear, name)), with_eps(getattr(reference, name))
         inputs = rows | (add if name.startswith("add") else {}) | norm | layer
         yield Case("linear", name, *functions, inputs)
     whole = {"x": random(64, 64), "norm_weight": random(64), "norm_bias": random(64), "weight": random(64, 64)}
-    functions = with_eps(layer_norm_gelu.layer_norm_gelu), with_eps(reference.layer_norm_gelu)
+    functions = with_eps(layer_norm_linear.layer_norm_gelu), with_eps(reference.layer_norm_gelu)
     yield Case("linear", "nothing to mask", *functions, whole | {"bias": None})
     uneven = {"x": random(35, 37), "norm_weight": random(37), "norm_bias": random(37), "weight": random(71, 37)}
     yield Case("linear", "odd sizes", *functions, uneven | {"bias": random(71)})
