@@ -98,6 +98,7 @@ def attention_cases() -> Iterator[Case]:
     yield case("padded head dim", 2, 37, 45, 2, 24)
     yield case("head dim in two pieces", 1, 35, 41, 2, 40)
     yield case("nothing to mask", 1, 32, 32, 1, 32)
+    yield case("nothing to mask but the head dim", 1, 32, 32, 1, 24)
     yield case("class token alone", 2, 1, 19, 2, 16)
     yield case("boolean mask", 2, 37, 45, 2, 16, mask=random(2, 2, 37, 45) > -1)
     yield case("mask for keys", 2, 5, 45, 2, 16, mask=random(2, 1, 1, 45) > -1)
