@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -67,12 +67,25 @@ def compile_for(triton: str, target: str, folder: Path) -> dict:
     return json.loads((folder / triton / f"{target}.json").read_text())
 
 
+class Reports(dict):
+    """Compile reports to come, by Triton and target; each is begun when it is first asked for."""
+
+    def __init__(self, pool: ThreadPoolExecutor, folder: Path):
+        super().__init__()
+        self.pool, self.folder = pool, folder
+
+    def __missing__(self, stack: tuple[str, str]) -> Future:
+        return self.setdefault(stack, self.pool.submit(compile_for, *stack, self.folder))
+
+
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """The compile reports to come, by Triton and target."""
-    folder = tmp_path_factory.mktemp("compile")
+def reports(request, tmp_path_factory):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {stack: pool.submit(compile_for, *stack, folder) for stack in STACKS}
+        reports = Reports(pool, tmp_path_factory.mktemp("compile"))
+        for item in request.session.items:  # side by side, those that tests will ask for
+            if stack := getattr(item, "callspec", None) and item.callspec.params.get("report"):
+                reports[stack]
+        yield reports
 
 
 @pytest.fixture(params=STACKS, ids=" ".join)
