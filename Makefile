@@ -5,8 +5,16 @@ BIN := $(VENV)/bin
 # The newest PyTorch that fastvit is tested with. Set TORCH= to keep or choose another build.
 TORCH ?= torch==2.13.0
 
+# An environment with the oldest PyTorch, Triton and transformers that pyproject.toml allows, 5 GB. It is kept between
+# runs, and holds no fastvit: tests take that of the tree. Of the tests those that such versions can break: kernels, the
+# model, other libraries' models, operators, benchmarks; tests/compile asks for this environment by itself.
+OLDEST ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fastvit-oldest
+OLDEST_TESTS := $(wildcard $(patsubst %,tests/test_%.py, attention* layer_norm* gelu linear feed_forward patch_embed* \
+	quantize bounds tuning* operators ops modeling eager drop_in optimize benchmarks))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup finetune test compat lint format typecheck benchmark gpu kernels-report clean
+.PHONY: help setup setup-oldest finetune test test-oldest compat lint format typecheck benchmark gpu kernels-report \
+	mutate-masks clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -25,6 +33,18 @@ finetune: setup  ## fine-tune: ViT on pictures of leaves (ARGS="--dataset beans 
 
 test: setup  ## run the tests, a process for each core (ARGS="-n 0 tests/test_ops.py" for some of them in one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+setup-oldest:  ## make another environment, with the oldest PyTorch, Triton and transformers that are supported
+	@wanted="$$($(PYTHON) .ci/oldest.py)" && if [ "$$(cat $(OLDEST)/.ready 2>/dev/null)" != "$$wanted" ]; then \
+		rm -rf $(OLDEST) && $(PYTHON) -m venv $(OLDEST) && \
+		$(OLDEST)/bin/python -m pip install --quiet --upgrade pip && \
+		$(OLDEST)/bin/python -m pip install --quiet $$wanted && \
+		echo "$$wanted" > $(OLDEST)/.ready; \
+	fi
+
+test-oldest: setup-oldest  ## run the tests that the oldest versions can break, on them
+	OMP_NUM_THREADS=1 PYTHONPATH="$(CURDIR)" $(OLDEST)/bin/python -m pytest -n auto --dist loadfile \
+		--no-loadscope-reorder $(or $(ARGS),$(OLDEST_TESTS))
 
 compat: setup  ## run transformers' own ViT tests on fastvit, beside transformers (fetches its source distribution)
 	FASTVIT_TRANSFORMERS_TESTS="$$($(BIN)/python tests/compat/fetch.py)" $(BIN)/python -m pytest tests/compat $(ARGS)
@@ -45,8 +65,12 @@ benchmark: setup  ## time fastvit beside its rivals on this machine (ARGS="model
 gpu:  ## a GPU's first ten minutes: right numbers, races, records, speeds (OUT=folder ARGS="--only correctness")
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(or $(OUT),runs/gpu) $(ARGS)
 
-kernels-report: setup  ## compile every kernel for real GPUs (none needed) and write registers, spills, instructions
+kernels-report: setup setup-oldest  ## compile every kernel for real GPUs (none needed), with both Tritons; see docs
 	$(BIN)/python tests/compile/compile_kernels.py $(ARGS)
+	PYTHONPATH="$(CURDIR)" $(OLDEST)/bin/python tests/compile/compile_kernels.py $(ARGS)
+
+mutate-masks: setup  ## take masks out of the kernels, one at a time, and see a test fail (ARGS="--sample 40")
+	$(BIN)/python tests/mutate_masks.py $(ARGS)
 
 clean:  ## remove the virtual environment, caches and runs
 	rm -rf $(VENV) build dist *.egg-info .compat_cache .pytest_cache .ruff_cache .mypy_cache .benchmarks runs

@@ -458,14 +458,19 @@ def class_tokens_of_rows(rows: Rows) -> Rows:
 
 
 def finish(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Stream:
-    """The stream with a branch that went through dropout, and drop path's factor of each image."""
+    """The stream with a branch that went through dropout, and drop path's factor of each image.
+
+    The factors are drawn by the model's own module, in the dtype that the branch has there, behind the scale: under
+    autocast a float32 scale makes float32 of a bfloat16 branch, and PyTorch 2.11 draws other numbers in bfloat16.
+    """
     for dropout in after.dropouts:
         branch = dropout(branch)
     if after.drop_path is None or not after.drop_path.training:
         return Stream(branch, residual, after.scale)
     if isinstance(mask, Packing):
         return Stream(after.drop_path(branch, mask), residual, after.scale)
-    factors = after.drop_path(branch.new_ones(len(branch), *[1] * (branch.ndim - 1)))  # drawn by the model's own module
+    dtype = branch.dtype if after.scale is None else torch.promote_types(branch.dtype, after.scale.dtype)
+    factors = after.drop_path(branch.new_ones(len(branch), *[1] * (branch.ndim - 1), dtype=dtype))
     return Stream(branch, residual, after.scale, factors.flatten().float())
 
 

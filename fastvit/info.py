@@ -131,6 +131,8 @@ def commit() -> tuple[str | None, bool]:
 def installed_version(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return "not installed"
+    if name == "torch":
+        return torch.__version__  # says which CUDA it was built for, which its package's version may not
     try:
         return version(name)
     except PackageNotFoundError:

@@ -6,6 +6,8 @@
   ties to even and does not know subnormal results. Here PyTorch rounds; beyond 448 the result is 448, as on a GPU.
 - a loop whose bounds are known at run time only fails on Triton 3.6 with NumPy 2.4, which no longer turns an array of
   one element into an integer.
+- each call of a function inside a kernel patches the whole language anew. Here that is done once a launch, which makes
+  kernels that are cut into functions twice as fast to interpret.
 
 Seen on Triton 3.6 to 3.9. Nothing here touches the compiler; on a GPU this module is not used.
 """
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
@@ -87,6 +89,24 @@ def mend_arithmetic(function):
     return mended
 
 
+def patch_once_a_launch() -> None:
+    patch_lang, call = interpreter._patch_lang, GridExecutor.__call__
+    patched: set[frozenset[str]] = set()  # in the launch under way: the modules that a function knows the language by
+
+    def patch(fn):
+        modules = frozenset(module.__name__ for module in fn.__globals__.values() if module is tl or module is tl.core)
+        if modules in patched:
+            return interpreter._LangPatchScope()  # nothing to restore
+        patched.add(modules)
+        return patch_lang(fn)
+
+    def launch(self, *args, **kwargs):
+        patched.clear()
+        return call(self, *args, **kwargs)
+
+    interpreter._patch_lang, GridExecutor.__call__ = patch, launch
+
+
 def install() -> None:
     """Mend the interpreter of this process. `triton` must have been imported with TRITON_INTERPRET=1."""
     InterpreterBuilder.cast_impl = mend_cast(InterpreterBuilder.cast_impl)
@@ -94,6 +114,7 @@ def install() -> None:
     InterpreterBuilder.create_dot = mend_dot(InterpreterBuilder.create_dot)
     InterpreterBuilder.binary_op = mend_arithmetic(InterpreterBuilder.binary_op)
     InterpreterBuilder.unary_op = mend_arithmetic(InterpreterBuilder.unary_op)
+    patch_once_a_launch()
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):

@@ -1,9 +1,10 @@
 """Compile every kernel for real GPUs, on a machine that has none, and read what came out.
 
-    python tests/compile/compile_kernels.py [--targets sm_90 ...] [--quick] [--output benchmarks/results/compile]
+    python tests/compile/compile_kernels.py [--targets sm_90 ...] [--quick] [--output FOLDER]
 
 Nothing about a kernel is written down twice: the launchers themselves are called, with tensors of the "meta" device
-that have shapes and no memory, and each launch is recorded instead of made. A new kernel adds one function to `CASES`.
+that have shapes and no memory, and each launch is recorded instead of made, once with each candidate of the tuning
+table. A new kernel adds one function to `CASES`.
 
 It must be a process of its own: one process cannot both interpret kernels and compile them.
 """
@@ -318,9 +319,18 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
 WITHOUT = {"sm_80": ("quantize",), "gfx942": ("quantize",)}
 
 
-def record(call: Callable[[], object], target: str) -> list[Launch]:
-    """The launches that `call` would make on a GPU of this kind, with the first choice of the tuning table."""
-    launches = []
+def record(call: Callable[[], object], target: str, candidate: int) -> tuple[list[Launch], set[int]]:
+    """The launches that `call` would make on a GPU of this kind, and the numbers of the table's rules that it asks.
+
+    candidate: of each rule, or the last one where a rule has fewer.
+    """
+    launches, rules = [], set()
+    table = tuning.candidates
+
+    def candidates(*case: object) -> tuple[tuning.Choice, ...]:
+        found = table(*case)
+        rules.add(next(index for index, rule in enumerate(tuning.TABLE) if rule.candidates is found))
+        return found[: candidate + 1][-1:]
 
     def run(kernel, *args, grid, warmup, **kwargs):
         arguments = dict(zip(kernel.arg_names, args, strict=False))
@@ -331,9 +341,10 @@ def record(call: Callable[[], object], target: str) -> list[Launch]:
     with (
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(tuning, "describe", lambda _: device),
+        mock.patch.object(tuning, "candidates", candidates),
     ):
         call()
-    return launches
+    return launches, rules
 
 
 def source(launch: Launch) -> ASTSource:
@@ -423,25 +434,32 @@ def run_tool(name: str, *arguments: str) -> str:
     return subprocess.run([BINARIES / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_all(operations: list[str], target: str, quick: bool) -> Iterator[dict[str, object]]:
-    """One row of results for each kernel and case; launches that compile to the same code are not repeated."""
-    seen = set()
-    for operation in operations:
-        if operation in WITHOUT.get(target, ()):
-            continue
-        for label, call in CASES[operation](quick):
-            for launch in record(call, target):
+def compile_all(operations: list[str], target: str, quick: bool) -> tuple[list[dict[str, object]], set[int]]:
+    """One row of results for each kernel, case and candidate, and the numbers of the tuning table's rules that were
+    asked for. Launches that compile to the same code are not repeated. quick: a candidate that is not the first of its
+    rule is compiled for one case only."""
+    rows, tried, seen = [], set(), set()
+    cases = [case for name in operations if name not in WITHOUT.get(target, ()) for case in CASES[name](quick)]
+    for candidate in range(max(len(rule.candidates) for rule in tuning.TABLE)):
+        for label, call in cases:
+            launches, rules = record(call, target, candidate)
+            new = {(index, candidate) for index in rules if candidate < len(tuning.TABLE[index].candidates)} - tried
+            if candidate > 0 and not (new if quick else rules):
+                continue
+            tried |= new
+            for launch in launches:
                 key = (source(launch).hash(), str(launch.options))
                 if key in seen:
                     continue
                 seen.add(key)
-                row = {"kernel": launch.kernel.__name__, "case": label, "target": target}
+                row = {"kernel": launch.kernel.__name__, "case": label, "candidate": candidate, "target": target}
                 row |= inspect(launch, TARGETS[target])
                 if "COLS" in launch.arguments:  # elementwise: what bounds it is instructions or memory
                     elements = launch.arguments["ROWS"] * launch.arguments["COLS"]
                     threads = row["warps"] * TARGETS[target].gpu.warp_size
                     row["instructions_per_element"] = round(row["instructions"] * threads / elements, 1)
-                yield row
+                rows.append(row)
+    return rows, {index for index, _ in tried}
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -458,12 +476,14 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--quick", action="store_true", help="the cases of CI, not all")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/compile"), help="folder to write to")
+    version = ".".join(triton.__version__.split(".")[:2])
+    folder = Path(f"benchmarks/results/compile/triton-{version}")
+    parser.add_argument("--output", type=Path, default=folder, help="folder to write to")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for target in options.targets:
-        rows = list(compile_all(options.kernels, target, options.quick))
-        report = {"triton": triton.__version__, "target": target, "kernels": rows}
+        rows, rules = compile_all(options.kernels, target, options.quick)
+        report = {"triton": triton.__version__, "target": target, "rules": sorted(rules), "kernels": rows}
         for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".txt", table(rows))):
             part = options.output / f"{target}{suffix}.part"
             part.write_text(text, encoding="utf-8")

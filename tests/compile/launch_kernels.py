@@ -2,12 +2,16 @@
 
 The interpreter takes any Python for a kernel, and `compile_kernels.py` hands the compiler its arguments by itself. Only
 this goes the whole way of a call on a GPU, up to the driver: how the launcher binds what it is given, and which
-language this version of Triton compiles. Prints a line for each call that fails; exit code 1 if one did.
+language this version of Triton compiles. It does so with each candidate of the tuning table, at sizes that select each
+of its rules. Prints a line for each call that fails; exit code 1 if one did.
 """
 
+import contextlib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when kernels are imported
 
@@ -28,14 +32,16 @@ from fastvit.kernels import (
 )
 
 EPS = 1e-6
+MANY = 42  # images of 197 tokens: 8,274 rows, from 8,192 on the tuning table has a rule of its own
 failures: list[str] = []
-
+rules: set[int] = set()  # of the tuning table, by number: those that were asked for
 
 launch_nothing()
 
 
 def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, dtype=dtype).requires_grad_()
+    """Of any values: nothing is computed with them."""
+    return torch.empty(*shape, dtype=dtype).requires_grad_()
 
 
 def call(name: str, function: Callable[..., object], *args: object, **options: object) -> None:
@@ -77,11 +83,11 @@ def call_attention(dtype: torch.dtype, candidate: int = 0) -> None:
         call(name, attention.attention, packed, packed, packed, **options)
 
 
-def call_rows(dtype: torch.dtype, dim: int = 768) -> None:
-    x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
+def call_rows(dtype: torch.dtype, dim: int = 768, batch: int = 2) -> None:
+    x, vector = random(batch, 197, dim, dtype=dtype), random(dim, dtype=dtype)
     call(f"layer_norm {dtype}", layer_norm.layer_norm, x, vector, vector, EPS)
     call(f"add_layer_norm {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS)
-    scales = {"scale": vector, "row_scale": torch.ones(2)}
+    scales = {"scale": vector, "row_scale": torch.ones(batch)}
     call(f"add_layer_norm, scales, {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS, **scales)
     call(f"layer_norm_act {dtype}", layer_norm_act.layer_norm_act, x, vector, vector, EPS)
     for activation in ("gelu", "gelu_new", "quick_gelu"):
@@ -149,24 +155,39 @@ def call_fp8(dtype: torch.dtype) -> None:
         call(f"{name} {dtype}", function, *arguments)
 
 
+@contextlib.contextmanager
+def only_candidate(number: int) -> Iterator[None]:
+    """Inside, each rule of the tuning table has one candidate: this one, or its last where it has fewer."""
+    table = tuning.TABLE
+    numbered = tuple(rule._replace(candidates=rule.candidates[: number + 1][-1:]) for rule in table)
+    candidates = tuning.candidates
+
+    def remember(*case: object) -> tuple[tuning.Choice, ...]:
+        found = candidates(*case)
+        rules.add(next(index for index, rule in enumerate(numbered) if rule.candidates is found))
+        return found
+
+    with mock.patch.object(tuning, "TABLE", numbered), mock.patch.object(tuning, "candidates", remember):
+        yield
+
+
 def main() -> int:
-    for dtype in (torch.bfloat16, torch.float32):
-        call_attention(dtype)
-        call_rows(dtype)
-        call_unlike(dtype)
-        for candidate in range(3):
-            call_products(dtype, f"{dtype}, candidate {candidate}", candidate)
-        for candidate in range(2):
-            call_patch_embed(dtype, candidate)
-            call_patch_embed(dtype, candidate, batch=48)  # large tiles fill a GPU
-        call_fp8(dtype)
-    for number in (1, 2):  # of the table, as they may be timed against the first
-        call_attention(torch.bfloat16, number)
-    table = tuning.candidates
-    for number in range(1, max(len(rule.candidates) for rule in tuning.TABLE)):  # those that may be timed against it
-        tuning.candidates = lambda *case, number=number: table(*case)[min(number, len(table(*case)) - 1) :]
-        call_rows(torch.bfloat16)
+    """Prints as its last line the numbers of the tuning table's rules that were launched."""
+    for number in range(max(len(rule.candidates) for rule in tuning.TABLE)):
+        for dtype in (torch.bfloat16, torch.float32):
+            what = f"{dtype}, candidate {number}"
+            print(what, flush=True)
+            with only_candidate(number):
+                call_attention(dtype, number)
+                call_rows(dtype)
+                call_rows(dtype, dim=192, batch=MANY)
+                call_unlike(dtype)
+                call_products(dtype, what, number)
+                call_patch_embed(dtype, number)
+                call_patch_embed(dtype, number, batch=48)  # large tiles fill a GPU
+                call_fp8(dtype)
     print(f"{len(failures)} calls failed")
+    print(json.dumps(sorted(rules)))
     return int(bool(failures))
 
 

@@ -1,0 +1,194 @@
+"""Take one mask out of one kernel, and see whether a test of memory bounds fails: a proof of `test_bounds.py`.
+
+    python tests/mutate_masks.py [--sample 12] [--only layer_norm.py:96] [--jobs 2]
+
+Each mutation is made in a copy of the source tree and tested there in a process of its own. Mutations of a `tl.load` or
+`tl.store` leave out its mask, or only the load's `other`; those of a mask `a & b` leave out a or b. Prints each
+mutation with its fate; exit code 1 where one survived that EQUIVALENT does not name. A load's `other` that nobody
+misses is not counted: the tests put NaN in its place, which then no result depends on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import importlib
+import io
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ |= {
+    "TRITON_INTERPRET": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}  # before Triton's import
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = ROOT / "kernels"
+COPIED = ("fastvit", "kernels", "benchmarks", "tests", "pyproject.toml")
+
+# Mutations that change nothing a program can see, and why. Named by file, function and the text that goes.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+
+class Mutation(NamedTuple):
+    path: Path
+    line: int
+    function: str
+    text: str  # what is left out
+    source: str  # the file without it
+
+    @property
+    def is_harmless(self) -> bool:
+        """Where it survives: it changes the value of lanes that are switched off, and no access."""
+        return self.text.startswith("other of ")
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(KERNELS)}:{self.line} {self.function}: without {self.text}"
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return str(self.path.relative_to(KERNELS)), self.function, self.text
+
+
+def mutations_of(path: Path) -> Iterator[Mutation]:
+    source = path.read_text()
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef) and any(
+            "triton.jit" in ast.unparse(d) for d in function.decorator_list
+        ):
+            for node in ast.walk(function):
+                for text, replaced in _without(node):
+                    yield Mutation(path, node.lineno, function.name, text, _replace(source, node, replaced))
+
+
+def _without(node: ast.AST) -> Iterator[tuple[str, str]]:
+    """(what is left out of this expression, the expression without it)."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
+        left, right = ast.unparse(node.left), ast.unparse(node.right)
+        if not isinstance(node.right, ast.Constant):  # a mask of bits
+            yield f"{left} of {left} & {right}", right
+            yield f"{right} of {left} & {right}", left
+    if not isinstance(node, ast.Call):
+        return
+    name = ast.unparse(node.func)
+    pointers = {"tl.load": 1, "tl.store": 2}.get(name)  # arguments before the mask
+    if pointers is None:
+        return
+    named = {keyword.arg: keyword for keyword in node.keywords}
+    mask = node.args[pointers] if len(node.args) > pointers else named["mask"].value if "mask" in named else None
+    if mask is None or (isinstance(mask, ast.Constant) and mask.value is None):
+        return
+    rest = [keyword for keyword in node.keywords if keyword.arg not in ("mask", "other")]
+    bare = ast.Call(node.func, node.args[:pointers], rest)
+    yield f"the mask {ast.unparse(mask)} of {ast.unparse(bare)}", ast.unparse(bare)
+    if "other" in named or (len(node.args) > 2 and name == "tl.load"):
+        masked = ast.Call(node.func, [*node.args[:pointers], mask], rest)
+        yield f"other of {ast.unparse(masked)}", ast.unparse(masked)
+
+
+def _replace(source: str, node: ast.expr, text: str) -> str:
+    lines = source.encode().splitlines(keepends=True)  # offsets are those of bytes
+    begin = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+    whole = b"".join(lines)
+    return (whole[:begin] + f"({text})".encode() + whole[end:]).decode()
+
+
+def all_mutations() -> list[Mutation]:
+    return [mutation for path in sorted(KERNELS.rglob("*.py")) for mutation in mutations_of(path)]
+
+
+def sample(mutations: list[Mutation], size: int) -> list[Mutation]:
+    """`size` of them, as many from each file as can be; always the same ones of the same source."""
+    chosen = random.Random(0)
+    by_file: dict[Path, list[Mutation]] = {}
+    for mutation in mutations:
+        by_file.setdefault(mutation.path, []).append(mutation)
+    piles = [chosen.sample(pile, len(pile)) for pile in by_file.values()]
+    turns = [pile[turn] for turn in range(max(map(len, piles))) for pile in piles if turn < len(pile)]
+    return turns[:size]
+
+
+def survives(mutation: Mutation) -> tuple[bool, str]:
+    """Whether the tests of memory bounds pass with it, and the line that says why not. In a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, copy / name)
+        (copy / mutation.path.relative_to(ROOT)).write_text(mutation.source)
+        os.chdir(copy)
+        sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "tests"))]
+        sys.path.append(str(copy / "tests"))
+        importlib.import_module("bounds").ORDERS = ("usual",)  # any order sees a forbidden access
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = pytest.main(
+                [
+                    "-x",
+                    "-q",
+                    "--tb=line",
+                    "-p",
+                    "no:cacheprovider",
+                    "-k",
+                    cases_of(mutation.path),
+                    "tests/test_bounds.py",
+                ]
+            )
+    text = output.getvalue()
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"{mutation}: {text[-2000:]}")
+    reasons = [line for line in text.splitlines() if re.search(r"\w(Error|Exception)\b", line)]
+    return code == pytest.ExitCode.OK, reasons[0].strip()[-160:] if reasons else ""
+
+
+def cases_of(path: Path) -> str:
+    """pytest's -k for the cases that run this file's kernels; names as in test_bounds.py."""
+    first = path.relative_to(KERNELS).with_suffix("").parts[0]
+    users = {"layer_norm": "layer_norm or quantize or linear", "gelu": "gelu or linear or quantize"}
+    return users.get(first, {"layer_norm_gelu": "linear", "layer_norm_linear": "linear"}.get(first, first))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, help="so many, spread over the files; all by default")
+    parser.add_argument("--only", default="", help="those whose description contains this, such as 'linear.py:96'")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--list", action="store_true", help="name the mutations, and try none")
+    options = parser.parse_args()
+    mutations = [mutation for mutation in all_mutations() if options.only in str(mutation)]
+    if options.sample:
+        mutations = sample(mutations, options.sample)
+    if options.list:
+        print(*mutations, sep="\n")
+        return 0
+    survivors = 0
+    context = multiprocessing.get_context("forkserver")  # each process starts with PyTorch and Triton imported
+    context.set_forkserver_preload(["torch", "triton.runtime.interpreter", "transformers", "pytest"])
+    with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        for mutation, (survived, why) in zip(mutations, pool.map(survives, mutations), strict=True):
+            reason = "its lanes are not used" if mutation.is_harmless else EQUIVALENT.get(mutation.key)
+            survivors += survived and reason is None
+            fate = f"killed    {why}" if not survived else f"equivalent  {reason}" if reason else "SURVIVED"
+            print(f"{mutation}\n    {fate}", flush=True)
+    print(f"{len(mutations)} mutations, {survivors} survived")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
