@@ -338,7 +338,7 @@ def compute(block: Block, stream: Stream, inputs: Inputs, class_token_only: bool
     class_token_only: of the class token alone, [B, 1, D].
     Returns the stream, and the attention maps if inputs ask for them: [B, heads, Nq, N], or one for each packed image.
     """
-    if is_fp8(block):
+    if isinstance(block.projection, Fp8Linear):
         block.projection.check(stream.branch)
     residual, context, probabilities = attend(block, stream, inputs, class_token_only)
     rows = ops.quantize_rows(context) if is_fp8(block) else context

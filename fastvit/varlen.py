@@ -80,8 +80,8 @@ def attend_with_maps(
         context, probabilities = attention(query, key, value, mask)
         return context, probabilities if maps else None
     images = zip(*(images_of(tensor, mask) for tensor in (query, key, value)), strict=True)
-    contexts, probabilities = zip(*(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True)
-    return torch.cat(contexts, dim=1), [own[0] for own in probabilities] if maps else None
+    contexts, own_maps = zip(*(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True)
+    return torch.cat(contexts, dim=1), [own[0] for own in own_maps] if maps else None
 
 
 def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) -> Tensor:

@@ -35,8 +35,13 @@ from fastvit.varlen import Mask
 def parts_of(layer: Any) -> Block:
     """Where a `ViTLayer` keeps its parts."""
     attention, output = layer.attention.attention, layer.attention.output
-    own = ((layer.attention, vit.ViTAttention), (attention, vit.ViTSelfAttention), (output, vit.ViTSelfOutput))
-    own = (*own, (layer.intermediate, vit.ViTIntermediate), (layer.output, vit.ViTOutput))
+    own: list[tuple[nn.Module, type]] = [
+        (layer.attention, vit.ViTAttention),
+        (attention, vit.ViTSelfAttention),
+        (output, vit.ViTSelfOutput),
+        (layer.intermediate, vit.ViTIntermediate),
+        (layer.output, vit.ViTOutput),
+    ]
     lacks = "a part of it was replaced" if any(type(module) is not kind for module, kind in own) else None
     if attention.config._attn_implementation == "eager":
         lacks = "its attention is 'eager'"
@@ -158,5 +163,6 @@ def rebuild(original: Any) -> nn.Module:
 def attach(model: nn.Module) -> None:
     """Give embeddings, blocks and encoder of `model` their fused forward."""
     for module in model.modules():
-        if type(module) in FORWARDS:
-            module.__class__ = class_for(type(module))
+        kind: Any = type(module)
+        if kind in FORWARDS:
+            module.__class__ = class_for(kind)

@@ -112,7 +112,7 @@ class ViTModel(ViTPreTrainedModel):
             mask = mask if mask.is_floating_point() else mask.bool()
 
         if isinstance(mask, Packing):
-            embeddings = varlen.embed_images(self.embeddings, pixel_values)
+            embeddings = varlen.embed_images(self.embeddings, list(pixel_values))
         else:
             embeddings = self.embeddings(pixel_values, bool_masked_pos, is_list or bool(interpolate_pos_encoding))
         encoded = self.encoder(embeddings, mask, output_attentions, output_hidden_states, class_token_only, num_blocks)

@@ -85,11 +85,11 @@ class ViTEmbeddings(nn.Module):
     ) -> Tensor:
         """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]. bool_masked_pos: [B, P] (SimMIM)."""
         position_embeddings = self.positions_for(pixel_values, interpolate_pos_encoding)
-        mask = self.check_mask(bool_masked_pos)
+        mask, mask_token = self.check_mask(bool_masked_pos), self.mask_token
         dtype = self.patch_embeddings.projection.weight.dtype
         patches = self.patch_embeddings(as_float_channels_first(pixel_values, self.config, dtype))
-        if mask is not None:
-            patches = torch.where(mask.unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+        if mask is not None and mask_token is not None:
+            patches = torch.where(mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return self.dropout(tokens + position_embeddings)
 
