@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastvit import ops, reference
+from fastvit import ops
 from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+from fastvit.ops import reference
 
 # Query, key and value as one matrix product leaves them, one tensor with one gradient; or as three.
 PACKED, SEPARATE = "packed qkv", "separate q k v"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import fastvit
-from fastvit import leaves
 from fastvit.benchmarks.bench_predictor import PHOTOGRAPH, save_model
 from fastvit.benchmarks.harness import OURS, Settings, Shape, describe, name_of, quantiles
+from fastvit.data import leaves
 
 PROGRAM = """
 import json, sys, time

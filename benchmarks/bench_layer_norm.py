@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit import ops, reference
+from fastvit import ops
 from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+from fastvit.ops import reference
 
 EPS = 1e-6
 ARITHMETIC = 8  # operations an element, roughly: two sums, centre, square, scale, shift. Memory decides, not these

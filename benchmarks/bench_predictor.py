@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 import fastvit
-from fastvit import leaves
 from fastvit.benchmarks.bench_model import NUM_CLASSES, forward_flops, vit_config
 from fastvit.benchmarks.harness import Cost, Operation, Provider, Shape, Step, as_test
+from fastvit.data import leaves
 
 ANSWER = "files to classes"
 PHOTOGRAPH = 256  # height and width of the files

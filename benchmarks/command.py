@@ -28,7 +28,7 @@ from fastvit.benchmarks.harness import (
     slug,
 )
 from fastvit.errors import InputError
-from fastvit.info import device_name
+from fastvit.report.info import device_name
 
 KERNELS = (
     "bench_layer_norm",

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 import fastvit
-from fastvit import ops, reference
+from fastvit import ops
+from fastvit.ops import reference
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 EPS = 1e-6

@@ -31,7 +31,7 @@ from fastvit import ops
 from fastvit.benchmarks import bench_model, command, gpu, gpu_cache, gpu_checks, report
 from fastvit.benchmarks.harness import Settings, Shape, ceilings, describe, environment, run_once
 from fastvit.files import write_text
-from fastvit.info import output_of
+from fastvit.report.info import output_of
 
 if ops.is_interpreting() and "interpreter" not in sys.modules:  # mends for bfloat16, before kernels are imported
     sys.path.insert(0, str(gpu_checks.TESTS))
@@ -244,7 +244,7 @@ def tune(run: Run, shape: Shape, training: bool, seconds: float, timer: Callable
 
 def tune_models(run: Run) -> bool:
     """Records for ViTs of each size, inference and training; OUT/records.json can be shipped as it is."""
-    from fastvit.tuning import records
+    from fastvit.ops import records
 
     todo = [(Shape("micro", 32, 1), training) for training in (False, True)] if run.toy else TUNED
     timer = (lambda trial: 1.0) if run.toy else None

@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastvit import eager, info, ops
-from fastvit.options import SIZES
+from fastvit import ops
+from fastvit.ops import eager
+from fastvit.report import info
+from fastvit.train.options import SIZES
 
 OURS = "fastvit"  # how the names of our own providers begin
 PASSES = ("forward", "backward", "forward + backward")
@@ -223,7 +225,7 @@ class Operation:
     ):
         """setup: random inputs by name, on which the gradients that are wanted are switched on.
 
-        definition: the function of `fastvit.reference`, called with those inputs in float64.
+        definition: the function of `fastvit.ops.reference`, called with those inputs in float64.
         cost: (shape, bytes of an element) -> what forward and backward cost.
         """
         self.name, self.setup, self.definition, self.cost = name, setup, definition, cost

@@ -28,13 +28,13 @@ import torch
 import transformers
 from PIL import Image
 
-from fastvit import finetune
-from fastvit.calibration import reliability
-from fastvit.datasets import load_images
-from fastvit.images import decode_image
-from fastvit.options import parse_options
-from fastvit.predictor import Prediction, Predictor
-from fastvit.recipes import RecipeTuner
+from fastvit.data.datasets import load_images
+from fastvit.data.images import decode_image
+from fastvit.models.calibration import reliability
+from fastvit.serve.predictor import Prediction, Predictor
+from fastvit.train import finetune
+from fastvit.train.options import parse_options
+from fastvit.train.recipes import RecipeTuner
 
 RESULTS = Path(__file__).parent / "results" / "recipes" / "runs.jsonl"
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"

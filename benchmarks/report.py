@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from fastvit.charts import Axes
 from fastvit.errors import InputError
 from fastvit.files import write_text
-from fastvit.html import render_template
+from fastvit.report.charts import Axes
+from fastvit.report.html import render_template
 
 SCHEMA = 1
 MARKERS = (

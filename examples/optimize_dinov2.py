@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 import fastvit
-from fastvit.leaves import draw_leaf
+from fastvit.data.leaves import draw_leaf
 
 
 def milliseconds(function, repeats: int) -> float:

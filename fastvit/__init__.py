@@ -12,35 +12,35 @@ if TYPE_CHECKING:
     from transformers import ViTConfig
 
     from fastvit.adapters.swap import optimize, restore
-    from fastvit.attention_interface import register_attention
-    from fastvit.auto import register, unregister
+    from fastvit.checkpoints.weights import convert
     from fastvit.errors import InputError
+    from fastvit.models.attention_interface import register_attention
+    from fastvit.models.auto import register, unregister
     from fastvit.models.features import Features
     from fastvit.models.heads import ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
     from fastvit.models.pretrained import ViTPreTrainedModel
     from fastvit.models.quantization import quantize
     from fastvit.ops import backend
-    from fastvit.predictor import Prediction, Predictor
-    from fastvit.weights import convert
+    from fastvit.serve.predictor import Prediction, Predictor
 
 _MODULE_OF = {
     "Features": "fastvit.models.features",
     "InputError": "fastvit.errors",
-    "Prediction": "fastvit.predictor",
-    "Predictor": "fastvit.predictor",
+    "Prediction": "fastvit.serve.predictor",
+    "Predictor": "fastvit.serve.predictor",
     "ViTConfig": "transformers",
     "ViTForImageClassification": "fastvit.models.heads",
     "ViTForMaskedImageModeling": "fastvit.models.heads",
     "ViTModel": "fastvit.models.heads",
     "ViTPreTrainedModel": "fastvit.models.pretrained",
     "backend": "fastvit.ops",
-    "convert": "fastvit.weights",
+    "convert": "fastvit.checkpoints.weights",
     "optimize": "fastvit.adapters.swap",
     "quantize": "fastvit.models.quantization",
-    "register": "fastvit.auto",
-    "register_attention": "fastvit.attention_interface",
+    "register": "fastvit.models.auto",
+    "register_attention": "fastvit.models.attention_interface",
     "restore": "fastvit.adapters.swap",
-    "unregister": "fastvit.auto",
+    "unregister": "fastvit.models.auto",
 }
 
 __all__ = [

@@ -1,5 +1,12 @@
 """The error for what a user gave (a file, an option, a checkpoint), how to show it, memory, and the end by a signal."""
 
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message names it, what was expected and what was found.
@@ -57,3 +64,29 @@ def printable(text: str) -> str:
     File and class names come from anywhere: they may hold line ends, control sequences and bytes that are no text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def report_errors(command: Callable[[], object]) -> int:
+    """Run `command` and return the exit code: the integer that it returns, or 0.
+
+    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143. Of several processes
+    that train one model the first one of each machine speaks, and any that had an error of its own.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = command()
+    except InputError as error:
+        if isinstance(error, ProcessError) and "RANK" in os.environ:
+            print(f"error: process {os.environ['RANK']}: {printable(str(error))}", file=sys.stderr)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has closed: what Python flushes at its end must not fail too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code if isinstance(code, int) else 0

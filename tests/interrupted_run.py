@@ -22,8 +22,8 @@ import torch
 import tqdm
 from transformers import modeling_utils
 
-from fastvit.finetune import main
-from fastvit.training import FineTuner
+from fastvit.train.finetune import main
+from fastvit.train.training import FineTuner
 
 # 16 pictures to train on and 4 to look at, 2.5 epochs of 4 steps, a checkpoint every other step: after half an epoch,
 # at its end, and at the end of all. Random numbers are drawn for crops and flips, and for dropout.

@@ -1,4 +1,4 @@
-"""Several processes of `fastvit.finetune` on CPUs, started and watched by torchrun's own agent.
+"""Several processes of `fastvit.train.finetune` on CPUs, started and watched by torchrun's own agent.
 
 They are forked from a server that has everything imported, so that a start takes a moment instead of ten seconds.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-multiprocessing.set_forkserver_preload(["fastvit.finetune", "datasets", "torch.distributed.checkpoint"])
+multiprocessing.set_forkserver_preload(["fastvit.train.finetune", "datasets", "torch.distributed.checkpoint"])
 
 
 def finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> None:
     """One process. kill: (rank, step) of the process that ends by SIGKILL after that step, unless it was restarted."""
     import torch
 
-    from fastvit.finetune import main
-    from fastvit.training import StopOnNonFiniteLoss
+    from fastvit.train.finetune import main
+    from fastvit.train.training import StopOnNonFiniteLoss
 
     torch.set_num_threads(1)
     os.environ["FASTVIT_CACHE_DIR"] = cache
@@ -45,9 +45,9 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
     from transformers import TrainingArguments, ViTConfig, default_data_collator
 
     import fastvit
-    from fastvit.finetune import accuracy
-    from fastvit.images import ImageCache, ImageSet
-    from fastvit.training import FineTuner
+    from fastvit.data.images import ImageCache, ImageSet
+    from fastvit.train.finetune import accuracy
+    from fastvit.train.training import FineTuner
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from fastvit import leaves
+from fastvit.data import leaves
 
 
 def write_shard(path: Path, samples: list[tuple[str, bytes, bytes]], extension: str = "cls") -> None:

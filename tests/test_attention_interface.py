@@ -15,7 +15,7 @@ from test_modeling import randomise, relative_error
 
 import fastvit
 from fastvit import ops
-from fastvit.attention_interface import attention_forward
+from fastvit.models.attention_interface import attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -14,10 +14,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
-from fastvit import cli, info
+from fastvit import cli
 from fastvit.benchmarks import bench_model, command, harness, report
 from fastvit.benchmarks.harness import Cost, Operation, Settings, Shape, Step
 from fastvit.errors import InputError
+from fastvit.report import info
 
 ROOT = Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

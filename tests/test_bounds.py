@@ -34,7 +34,6 @@ from bounds import ORDERS, surrounded, watched
 from triton.runtime.interpreter import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastvit import reference
 from fastvit.kernels import (
     attention,
     feed_forward,
@@ -46,6 +45,7 @@ from fastvit.kernels import (
     quantize,
     tuning,
 )
+from fastvit.ops import reference
 
 KERNELS = Path(tuning.__file__).parent
 EPS = 1e-6

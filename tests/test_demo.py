@@ -16,8 +16,10 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil
 
 import fastvit
-from fastvit import cli, demo, leaves
-from fastvit.predictor import Predictor
+from fastvit import cli
+from fastvit.data import leaves
+from fastvit.serve import demo
+from fastvit.serve.predictor import Predictor
 
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="gradio is not installed")
 NAMES = ["angular_leaf_spot", "<img src=x onerror=alert(1)>", "healthy"]

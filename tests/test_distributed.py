@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.trainer_utils import get_last_checkpoint
 
 import fastvit
-from fastvit.finetune import main
+from fastvit.train.finetune import main
 
 # Nothing is drawn while training: each process would draw other crops than one process draws.
 RUN = ["--dataset", "generated", "--generated-images", "89", "--image-size", "16", "--patch-size", "8"]
@@ -167,7 +167,7 @@ def test_launchers_start_the_module(launcher, tmp_path):
     argv = [*RUN, "--batch-size", "4", "--max-steps", "1", "--output-dir", "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTVIT_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "-m", "fastvit.finetune", *argv],
+        [sys.executable, "-m", *command.split(), "-m", "fastvit.train.finetune", *argv],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from accuracy import errors
 
-from fastvit import eager, reference
+from fastvit.ops import eager, reference
 
 pytestmark = pytest.mark.skipif(not eager.is_there(), reason="this PyTorch or processor has no such product")
 

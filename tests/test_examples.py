@@ -18,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
-from fastvit.leaves import CLASSES, draw_leaf
+from fastvit.data.leaves import CLASSES, draw_leaf
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))

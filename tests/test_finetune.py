@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from transformers import ViTConfig
 
 import fastvit
-from fastvit import cli, leaves
-from fastvit.finetune import load_model, main
-from fastvit.options import DEFAULT_MODEL, build_parser, parse_options
-from fastvit.run_log import RunLog
-from fastvit.training import FineTuner, depth_from_top
+from fastvit import cli
+from fastvit.data import leaves
+from fastvit.report.run_log import RunLog
+from fastvit.train.finetune import load_model, main
+from fastvit.train.options import DEFAULT_MODEL, build_parser, parse_options
+from fastvit.train.training import FineTuner, depth_from_top
 
 TINY = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
 SHORT = [
@@ -235,7 +236,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_pa
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are sent the POSIX way")
 def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     make_folder(tmp_path / "pictures")
-    command = [sys.executable, "-m", "fastvit.finetune", "--data-dir", "pictures", "--output-dir", "out", *TINY]
+    command = [sys.executable, "-m", "fastvit.train.finetune", "--data-dir", "pictures", "--output-dir", "out", *TINY]
     command += ["--max-steps", "100000", "--eval-steps", "100000", "--batch-size", "4", "--logging-steps", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         seen = ""
@@ -363,7 +364,7 @@ def test_hub_ids_without_a_network_name_the_two_offline_ways(offline, tmp_path):
     # A process of its own: where the hub is, is read at import. Its retries need not wait here; port 9 answers nobody.
     program = (
         "import time; time.sleep = lambda seconds: None\n"
-        "from fastvit.finetune import main\n"
+        "from fastvit.train.finetune import main\n"
         "codes = main(['--data-dir', 'pictures', '--model', 'google/vit-base-patch16-224-in21k']), main(['--cpu'])\n"
         "assert codes == (2, 2), codes\n"
     )

@@ -32,17 +32,18 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTImageProcessorPil
 
 import fastvit
-from fastvit import cli, leaves
-from fastvit.configuration import SIZE_LIMITS, read_json
-from fastvit.datasets import load_images
+from fastvit import cli
+from fastvit.checkpoints.configuration import SIZE_LIMITS, read_json
+from fastvit.checkpoints.inspection import check_checkpoint, check_shard_metadata, read_config
+from fastvit.checkpoints.weights import convert, read_checkpoint
+from fastvit.data import leaves
+from fastvit.data.datasets import load_images
+from fastvit.data.images import decode_image
 from fastvit.errors import InputError, printable
-from fastvit.finetune import main
-from fastvit.images import decode_image
-from fastvit.inspection import check_checkpoint, check_shard_metadata, read_config
-from fastvit.loading import load_pretrained
-from fastvit.predictor import check_fit
-from fastvit.preprocessing import Preprocessor, load_preprocessor
-from fastvit.weights import convert, read_checkpoint
+from fastvit.models.loading import load_pretrained
+from fastvit.serve.predictor import check_fit
+from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
+from fastvit.train.finetune import main
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Corrupt EXIF"),

@@ -19,11 +19,11 @@ from interrupted_run import Run, prepared_server
 from PIL import Image
 from safetensors.torch import load_file
 
+from fastvit.data.images import Augment, ImageCache, ImageSet, cache_images
 from fastvit.errors import InputError, is_out_of_memory
 from fastvit.files import PARTIAL
-from fastvit.finetune import run_options
-from fastvit.images import Augment, ImageCache, ImageSet, cache_images
-from fastvit.options import build_parser, parse_options
+from fastvit.train.finetune import run_options
+from fastvit.train.options import build_parser, parse_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed as on Linux")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from fastvit import reference
+from fastvit.ops import reference
 
 pytest.importorskip("triton")
 from operations import (

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from fastvit.data.leaves import CLASSES, draw_leaf, generate
 from fastvit.errors import InputError
-from fastvit.leaves import CLASSES, draw_leaf, generate
 
 
 def pixels(label: str, seed: int, size: int = 64) -> np.ndarray:

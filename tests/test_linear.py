@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvit import reference
+from fastvit.ops import reference
 
 pytest.importorskip("triton")
 from accuracy import assert_no_worse_than, poisoned

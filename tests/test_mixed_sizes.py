@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig
 
 import fastvit
-from fastvit import ops, reference, varlen
+from fastvit import ops
+from fastvit.ops import reference, varlen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(ops.why_not_triton_anywhere() is not None, reason="Triton is not installed")

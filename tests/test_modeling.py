@@ -471,7 +471,7 @@ def test_a_norm_may_be_replaced(tmp_path):
 
 def test_second_derivatives_are_right():
     """Through the feed-forward, whose backward is our own: against finite differences of the first derivative."""
-    from fastvit.reference import feed_forward
+    from fastvit.ops.reference import feed_forward
 
     torch.manual_seed(0)
     shapes = [(2, 3, 4), (6, 4), (6,), (4, 6), (4,)]
@@ -586,7 +586,7 @@ def test_import_is_light():
         "heavy = {'torch', 'transformers', 'datasets', 'triton', 'accelerate'} & set(sys.modules); "
         "assert not heavy, heavy; "
         "fastvit.ViTForImageClassification; "
-        "heavy = {'transformers.trainer', 'datasets', 'fastvit.finetune'} & set(sys.modules); "
+        "heavy = {'transformers.trainer', 'datasets', 'fastvit.train.finetune'} & set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

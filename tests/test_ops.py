@@ -11,7 +11,9 @@ from test_modeling import SMALL_CONFIGS, pixels_for, randomise, relative_error
 from transformers import ViTConfig
 
 import fastvit
-from fastvit import cli, info, ops, reference
+from fastvit import cli, ops
+from fastvit.ops import reference
+from fastvit.report import info
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HAS_TRITON = ops.why_not_triton_anywhere() is None

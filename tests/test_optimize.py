@@ -15,9 +15,9 @@ from test_modeling import randomise, relative_error
 from torch import nn
 
 import fastvit
-from fastvit import block as blocks
 from fastvit import ops
 from fastvit.adapters.swap import adapters, supported
+from fastvit.ops import block as blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}

@@ -12,10 +12,11 @@ import pytest
 from browser import Browser, browser, file_url  # noqa: F401
 from PIL import Image
 
-from fastvit import leaves, page
-from fastvit.charts import Series, in_words, line_chart, round_ticks, thinned, thousands
-from fastvit.finetune import main
-from fastvit.page import Mistake, RunReport
+from fastvit.data import leaves
+from fastvit.report.charts import Series, in_words, line_chart, round_ticks, thinned, thousands
+from fastvit.train import page
+from fastvit.train.finetune import main
+from fastvit.train.page import Mistake, RunReport
 
 HOSTILE = ["<img src=x onerror=alert(1)>", '"><script>alert(2)<', "&amp;{{ 7 * 7 }}"]
 

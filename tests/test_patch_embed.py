@@ -10,7 +10,7 @@ from accuracy import assert_no_worse_than, poisoned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastvit import reference
+from fastvit.ops import reference
 
 pytest.importorskip("triton")
 from fastvit.kernels import patch_embed as kernels

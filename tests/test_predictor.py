@@ -24,11 +24,12 @@ from torch import nn
 from transformers import ViTConfig, ViTImageProcessorPil
 
 import fastvit
-from fastvit import InputError, Prediction, Predictor, cli, images, leaves
-from fastvit.batching import Batcher
-from fastvit.images import to_image
-from fastvit.preprocessing import Preprocessor, load_preprocessor
-from fastvit.runner import WARM_UP, GraphCache, Runner, capture_graphs
+from fastvit import InputError, Prediction, Predictor, cli
+from fastvit.data import images, leaves
+from fastvit.data.images import to_image
+from fastvit.serve.batching import Batcher
+from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
+from fastvit.serve.runner import WARM_UP, GraphCache, Runner, capture_graphs
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 LABELS = {index: f"class {index}" for index in range(7)}
@@ -613,7 +614,7 @@ def test_forgotten_predictor_ends_its_threads(folder, files):
 def test_program_that_closes_nothing_ends():
     program = (
         "import threading, time\n"
-        "from fastvit.batching import Batcher\n"
+        "from fastvit.serve.batching import Batcher\n"
         "batcher = Batcher(lambda inputs: time.sleep(600), max_batch=1)\n"
         "batcher.announce()\n"
         "threading.Thread(target=batcher.submit([1]).result, daemon=True).start()\n"

@@ -17,8 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import ViTConfig
 
 import fastvit
-from fastvit import info, ops, reference
-from fastvit.block import Fp8Linear
+from fastvit import ops
+from fastvit.ops import reference
+from fastvit.ops.block import Fp8Linear
+from fastvit.report import info
 
 pytest.importorskip("triton")
 from operations import DEVICE, EPS, VIEWS, random, view_of

@@ -16,16 +16,19 @@ from safetensors.torch import load_file
 from transformers import ViTConfig
 
 import fastvit
-from fastvit import calibration, cli, finetune, leaves, recipes, sweep
-from fastvit.datasets import TRAIN, VALIDATION, ImageDataset, Split
-from fastvit.finetune import main
-from fastvit.folds import take_fold
-from fastvit.images import Augment, ImageCache, ImageSet
+from fastvit import cli
+from fastvit.data import leaves
+from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset, Split
+from fastvit.data.images import Augment, ImageCache, ImageSet
+from fastvit.models import calibration
 from fastvit.models.vit import drop_path_rates
-from fastvit.options import parse_options
-from fastvit.predictor import Predictor
-from fastvit.recipes import MixPictures, RandAugment, RecipeTuner, TargetLoss, UpdateAverage, class_weights
-from fastvit.varlen import pack
+from fastvit.ops.varlen import pack
+from fastvit.serve.predictor import Predictor
+from fastvit.train import finetune, recipes, sweep
+from fastvit.train.finetune import main
+from fastvit.train.folds import take_fold
+from fastvit.train.options import parse_options
+from fastvit.train.recipes import MixPictures, RandAugment, RecipeTuner, TargetLoss, UpdateAverage, class_weights
 
 CPU = ["--data-dir", "pictures", "--image-size", "16", "--precision", "fp32", "--cpu", "--learning-rate", "1e-3"]
 SCRATCH = [*CPU, "--from-scratch", "micro", "--patch-size", "8"]

@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvit import report
 from fastvit.errors import InputError
-from fastvit.report import (
-    attention_rollout,
-    attention_sheet,
-    classification_metrics,
-    confusion_matrix,
-    example_grid,
-    format_metrics,
-    overlay_heatmap,
-    save_image,
-)
+from fastvit.report import figures
+from fastvit.report.classification import classification_metrics, confusion_matrix, format_metrics
+from fastvit.report.figures import attention_rollout, attention_sheet, example_grid, overlay_heatmap, save_image
 
 GREY = Image.new("RGB", (64, 48), (120, 120, 120))
 
@@ -175,7 +167,7 @@ def test_example_grid_writes_any_class_name(name):
 
 def test_example_grid_stops_at_twenty_classes_and_says_how_many_more(monkeypatch):
     written = []
-    monkeypatch.setattr(report, "_write", lambda draw, position, text, **options: written.append(text))
+    monkeypatch.setattr(figures, "_write", lambda draw, position, text, **options: written.append(text))
     sheet = example_grid({f"class {index}": [GREY] for index in range(25)}, tile=32)
     assert written == [*(f"class {index}" for index in range(20)), "and 5 more classes"]
     assert sheet.height < 25 * (32 + 23 + 8)
@@ -244,7 +236,7 @@ def test_rollout_refuses_a_wrong_rank():
 @pytest.mark.parametrize("layers", [1, 2, 12, 24, 32])
 def test_attention_sheet_labels_every_layer_inside_the_sheet(layers, monkeypatch):
     written = {}
-    monkeypatch.setattr(report, "_write", lambda draw, position, text, **options: written.update({text: position}))
+    monkeypatch.setattr(figures, "_write", lambda draw, position, text, **options: written.update({text: position}))
     sheet = attention_sheet(GREY, random_attentions(layers, 2, 13), (3, 4))
     assert list(written) == ["picture", "rollout of all layers", *(f"layer {index + 1}" for index in range(layers))]
     assert len(set(written.values())) == layers + 2

@@ -12,10 +12,11 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 import fastvit
-from fastvit import cli, info, ops
+from fastvit import cli, ops
 from fastvit.kernels import operators
 from fastvit.kernels import tuning as tiles
 from fastvit.kernels.operators import operator
+from fastvit.report import info
 
 failing: dict[str, Exception] = {}  # by operator
 
@@ -110,7 +111,7 @@ def test_under_triton_and_while_tuning_it_is_an_error():
 
 
 def test_info_and_the_run_report_list_what_fell_back(capsys):
-    from fastvit import page
+    from fastvit.train import page
 
     failing["test_twice"] = RuntimeError("no such instruction")
     run()

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from shards import draw, make_shards, write_shard
 
-from fastvit import leaves
+from fastvit.data import leaves
+from fastvit.data.images import Augment
+from fastvit.data.streaming import Stream, stream_images
 from fastvit.errors import InputError
-from fastvit.finetune import main
-from fastvit.images import Augment
-from fastvit.streaming import Stream, stream_images
-from fastvit.training import Progress
+from fastvit.train.finetune import main
+from fastvit.train.training import Progress
 
 SMALL = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
 RUN = [*SMALL, "--streaming", "--batch-size", "4", "--max-steps", "8", "--eval-steps", "2", "--output-dir", "out"]
@@ -82,7 +82,7 @@ def test_resumed_stream_goes_on_with_the_same_pictures_and_crops(workers, skip_b
 
 def test_pictures_that_are_thrown_away_are_not_decoded(tmp_path, monkeypatch):
     decoded = []
-    decode = "fastvit.streaming.decode_image"
+    decode = "fastvit.data.streaming.decode_image"
     monkeypatch.setattr(decode, lambda data, name: decoded.append(name) or Image.open(io.BytesIO(data)).convert("RGB"))
     images = open_shards(make_shards(tmp_path / "shards"))
     resumed = stream(images)

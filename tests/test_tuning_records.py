@@ -18,9 +18,11 @@ if torch.cuda.is_available():
     pytest.skip("the kernels that are timed here are interpreted", allow_module_level=True)
 
 import fastvit
-from fastvit import cli, info, ops, reference
+from fastvit import cli, ops
 from fastvit.kernels import tuning as tiles
-from fastvit.tuning import Record, Timing, cases, compiling, records, startup, trials, tune, tuner
+from fastvit.ops import cases, records, reference
+from fastvit.report import info
+from fastvit.tuning import Record, Timing, compiling, startup, trials, tune, tuner
 
 CPU = torch.device("cpu")
 GPU = "a GPU"
@@ -594,7 +596,8 @@ def test_no_more_processes_than_there_is_memory_for(monkeypatch):
 def test_the_first_process_measures_and_all_go_by_its_records(tmp_path):
     code = """
 import sys, dataclasses, torch, torch.distributed as dist
-from fastvit.tuning import Record, records, startup
+from fastvit.ops import records
+from fastvit.tuning import Record, startup
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
 record = Record("layer_norm", "inference", (("hidden", 16),), 64, 0, "float32", "a GPU", *records.versions(), "hash",
@@ -697,8 +700,8 @@ def test_info_lists_the_records_of_this_gpu(monkeypatch):
 
 
 def test_fine_tuning_measures_training_and_evaluation(monkeypatch, capsys):
-    from fastvit import finetune
-    from fastvit.options import parse_options
+    from fastvit.train import finetune
+    from fastvit.train.options import parse_options
 
     asked = []
     monkeypatch.setattr(finetune, "tune_at_start", lambda *args, **options: asked.append((args, options)) or "measured")
@@ -713,7 +716,7 @@ def test_fine_tuning_measures_training_and_evaluation(monkeypatch, capsys):
 def test_a_predictor_measures_a_lone_image_and_its_largest_batch(monkeypatch, caplog):
     from transformers import ViTImageProcessorPil
 
-    from fastvit import predictor
+    from fastvit.serve import predictor
 
     asked = []
     monkeypatch.setattr(predictor, "tune_at_start", lambda model, wanted: asked.append(wanted) or "measured")

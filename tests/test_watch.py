@@ -11,8 +11,10 @@ import time
 import pytest
 from rich.console import Console
 
-from fastvit import cli, run_log, watch
-from fastvit.run_log import LOG_FILE, RunLog
+from fastvit import cli
+from fastvit.cli import watch
+from fastvit.report import run_log
+from fastvit.report.run_log import LOG_FILE, RunLog
 
 
 def begin(folder, step=0, max_steps=100, **process):

@@ -23,9 +23,9 @@ from transformers import (
     ViTModel,
 )
 
-from fastvit import weights
+from fastvit.checkpoints import weights
+from fastvit.checkpoints.weights import convert, read_checkpoint
 from fastvit.errors import InputError
-from fastvit.weights import convert, read_checkpoint
 
 WIDTH, HEADS, DEPTH, MLP, PATCH, GRID, LABELS = 32, 4, 2, 48, 4, 3, 5
 

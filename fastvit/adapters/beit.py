@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of
 
 
 def block(layer: Any) -> Block:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastvit.block import Adapter, Block, Branch, FeedForward
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward
 
 
 def block(layer: Any) -> Block:

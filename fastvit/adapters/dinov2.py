@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.block import Adapter, Block, Branch, FeedForward, drop_path_of
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward, drop_path_of
 
 
 def block(layer: Any) -> Block:

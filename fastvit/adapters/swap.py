@@ -1,4 +1,4 @@
-"""`fastvit.optimize` and `fastvit.restore`: the fused block of `fastvit.block`, attached to a model and taken off."""
+"""`fastvit.optimize` and `fastvit.restore`: the fused block of `fastvit.ops.block`, attached and taken off again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from fastvit import block as blocks
-from fastvit.block import Adapter, Fused
 from fastvit.errors import InputError
 from fastvit.models import fused
+from fastvit.ops import block as blocks
+from fastvit.ops.block import Adapter, Fused
 
 logger = logging.getLogger("fastvit")
 

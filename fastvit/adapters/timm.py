@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastvit.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of, name_of
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of, name_of
 
 ATTENTION = ("timm.layers.attention.Attention", "timm.models.vision_transformer.Attention")
 

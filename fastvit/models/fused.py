@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastvit import block as fused
-from fastvit import ops, varlen
-from fastvit.block import (
+from fastvit import ops
+from fastvit.models import vit
+from fastvit.ops import block as fused
+from fastvit.ops import varlen
+from fastvit.ops.block import (
     Adapter,
     Block,
     Branch,
@@ -28,8 +30,7 @@ from fastvit.block import (
     is_plain,
     total,
 )
-from fastvit.models import vit
-from fastvit.varlen import Mask
+from fastvit.ops.varlen import Mask
 
 
 def parts_of(layer: Any) -> Block:

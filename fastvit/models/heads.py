@@ -18,8 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from fastvit import varlen
-from fastvit.configuration import as_pair
+from fastvit.checkpoints.configuration import as_pair
 from fastvit.errors import InputError
 from fastvit.models import fused
 from fastvit.models.pretrained import TRANSFORMERS_NAMES, ViTPreTrainedModel
@@ -31,7 +30,8 @@ from fastvit.models.vit import (
     ViTPooler,
     as_float_channels_first,
 )
-from fastvit.varlen import Mask, Packing
+from fastvit.ops import varlen
+from fastvit.ops.varlen import Mask, Packing
 
 
 class ViTModel(ViTPreTrainedModel):

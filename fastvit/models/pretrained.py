@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig
 from transformers import initialization as init
 
-from fastvit.attention_interface import register_attention
-from fastvit.configuration import as_pair, shown
+from fastvit.checkpoints.configuration import as_pair, shown
+from fastvit.checkpoints.inspection import check_checkpoint, read_config
 from fastvit.errors import InputError
-from fastvit.inspection import check_checkpoint, read_config
+from fastvit.models.attention_interface import register_attention
 from fastvit.models.features import Features, blocks_to_take
 from fastvit.models.vit import ViTAttention, ViTEmbeddings, ViTLayer, resample_position_embeddings
 
@@ -70,7 +70,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         Every tensor is accounted for: raises InputError if the checkpoint is not a ViT, lacks a tensor of the backbone
         or holds one that the model does not know. Heads may differ; transformers reports which were not loaded.
         A config.json that does not describe its weights, or leads to other files or to code, and a file of weights that
-        is damaged or would run code, raise InputError before memory is taken (`fastvit.inspection`).
+        is damaged or would run code, raise InputError before memory is taken (`fastvit.checkpoints.inspection`).
         """
         return_info = kwargs.pop("output_loading_info", False)
         image_size = None

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from fastvit import ops
-from fastvit.block import Fp8Linear, is_hooked, is_plain
 from fastvit.errors import InputError
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.models.vit import LayerNorm, ViTEncoder
+from fastvit.ops.block import Fp8Linear, is_hooked, is_plain
 
 
 def quantize(model: ViTPreTrainedModel, kind: str) -> ViTPreTrainedModel:

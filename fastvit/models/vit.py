@@ -12,7 +12,7 @@ Modules and parameters have the names of the checkpoints on the Hugging Face hub
 (`vit.encoder.layer.0.attention.attention.query.weight`), so weights need no renaming in either direction.
 
 Shapes: B images, C channels, H x W pixels, P patches, N = P + 1 tokens, D hidden size. Images of different sizes run as
-one sequence, [1, tokens of all, D], with a `Packing` in place of an attention mask (`fastvit.varlen`).
+one sequence, [1, tokens of all, D], with a `Packing` in place of an attention mask (`fastvit.ops.varlen`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from transformers import ViTConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastvit import ops, varlen
-from fastvit.configuration import as_pair, shown
+from fastvit import ops
+from fastvit.checkpoints.configuration import as_pair, shown
 from fastvit.errors import InputError
-from fastvit.varlen import Mask, Packing
+from fastvit.ops import varlen
+from fastvit.ops.varlen import Mask, Packing
 
 
 class LayerNorm(nn.LayerNorm):

@@ -13,7 +13,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from fastvit.tuning.records import Record, Timing
+from fastvit.ops.records import Record, Timing
 
 if TYPE_CHECKING:
     from fastvit.tuning.tuner import tune

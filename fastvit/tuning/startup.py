@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastvit.tuning import records
-from fastvit.tuning.records import Record
+from fastvit.ops import records
+from fastvit.ops.records import Record
 from fastvit.tuning.tuner import tune
 
 logger = logging.getLogger("fastvit")

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
-from fastvit import ops, reference
-from fastvit.tuning.cases import Case
-from fastvit.tuning.records import CANDIDATES, OURS, PYTORCH
+from fastvit import ops
+from fastvit.ops import reference
+from fastvit.ops.cases import Case
+from fastvit.ops.records import CANDIDATES, OURS, PYTORCH
 
-DEFINITION = "definition"  # that of fastvit.reference, in float32: no candidate
+DEFINITION = "definition"  # that of fastvit.ops.reference, in float32: no candidate
 
 
 class Spec(NamedTuple):

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from fastvit import ops
 from fastvit.errors import InputError
-from fastvit.tuning import records
+from fastvit.ops import records
+from fastvit.ops.records import OURS, PYTORCH, Record, Timing
 from fastvit.tuning.compiling import compile_ahead
-from fastvit.tuning.records import OURS, PYTORCH, Record, Timing
 from fastvit.tuning.trials import Call, Trial, candidates_of, tiles_used
 
 Timer = Callable[[Trial], float]
@@ -137,7 +137,7 @@ def collect(
 
 def pixels_for(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images as a model takes them; ours takes bytes as well, and gets them of `fastvit finetune` and `Predictor`."""
-    from fastvit.configuration import as_pair
+    from fastvit.checkpoints.configuration import as_pair
     from fastvit.models.pretrained import ViTPreTrainedModel
 
     config = getattr(model, "config", None)

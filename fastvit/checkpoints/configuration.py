@@ -1,0 +1,207 @@
+"""What the config.json of a Vision Transformer may say.
+
+A checkpoint comes from anywhere. Before transformers reads its config, and before anything is built from it, every size
+is a number within bounds, and no key leads away from the tensors of the checkpoint: to another file, to code, to a
+method of the config itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import reprlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import ViTConfig
+
+from fastvit.errors import InputError
+
+# The largest size that a config.json may give, several times that of any published Vision Transformer (ViT-22B: hidden
+# size 6,144, feed-forward 24,576, 48 blocks). What the weights are there for is checked against them as well, by
+# `fastvit.checkpoints.inspection`; these bounds hold for what is new, and before a file of weights is looked at.
+SIZE_LIMITS = {
+    "hidden_size": 2**16,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "intermediate_size": 2**18,
+    "image_size": 2**16,
+    "patch_size": 2**12,
+    "num_channels": 2**12,
+    "encoder_stride": 2**8,
+    "pooler_output_size": 2**16,
+    "num_labels": 2**18,
+}
+PAIRS = ("image_size", "patch_size")  # one number, or (height, width)
+OPTIONAL = ("pooler_output_size", "num_labels")  # may be null
+
+# Numbers, and the least and the greatest that each may be.
+NUMBERS = {
+    "layer_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+    "hidden_dropout_prob": (0.0, 1.0),
+    "attention_probs_dropout_prob": (0.0, 1.0),
+}
+
+# Keys with which transformers does something else than to read the tensors: loads another file, replaces modules,
+# takes kernels from the hub.
+REFUSED_KEYS = ("transformers_weights", "per_layer_config", "fusion_config", "kernel_config", "distributed_config")
+ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+ATTENTIONS = (None, "eager", "sdpa", "fastvit")
+QUANTIZERS = ("bitsandbytes", "torchao")
+
+# Keys of a config.json that are no fields of ViTConfig but properties, meant to be set.
+SETTABLE = ("model_type", "num_labels", "output_attentions", "name_or_path", "torch_dtype", "_attn_implementation")
+
+JSON_BYTES = 100 * 2**20  # a name for each of the most labels takes a tenth of it
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A config's size, one number or (height, width), as (height, width)."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises InputError for anything else, however deep or long it is."""
+    try:
+        size = path.stat().st_size
+        if size > JSON_BYTES:
+            raise InputError(f"{path}: expected a JSON file of at most {JSON_BYTES:,} bytes, found {size:,}")
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected a JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: its beginning, should it be long or deep."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return "a number of thousands of digits"
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether it is an ordinary number; a whole one that is too large for a float is not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def checked_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
+    """The config that `stored`, the content of a config.json, describes.
+
+    where: the file, for messages. Raises InputError for a key that cannot be followed and a value that is not what it
+    should be, before anything of its size is made.
+    """
+    check_keys(stored, where)
+    for name, limit in SIZE_LIMITS.items():
+        if name in stored:
+            check_size(name, stored[name], limit, where)
+    for name, (least, greatest) in NUMBERS.items():
+        value = stored.get(name, least)
+        if not is_real(value) or not least <= value <= greatest:
+            raise InputError(f"{where}: {name}: expected a number from {least:g} to {greatest:g}, got {shown(value)}")
+    check_labels(stored, where)
+    try:
+        config = ViTConfig.from_dict(dict(stored))
+    except Exception as error:  # the config's own validation has no common error class
+        raise InputError(f"{where}: not a valid ViT config: {shown_error(error)}") from error
+    check_together(config, where)
+    return config
+
+
+def shown_error(error: Exception) -> str:
+    """The message of an error on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."
+
+
+def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse the keys that lead away from the tensors."""
+    for key in REFUSED_KEYS:
+        if stored.get(key) is not None:
+            raise InputError(f"{where}: {key}: a checkpoint may not say this, got {shown(stored[key])}")
+    for key in ATTENTION_KEYS:
+        if stored.get(key) not in ATTENTIONS:
+            expected = ", ".join(str(name) for name in ATTENTIONS[1:])
+            raise InputError(f"{where}: {key}: expected one of {expected}, got {shown(stored[key])}")
+    quantization = stored.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method not in QUANTIZERS:
+            raise InputError(
+                f"{where}: quantization_config: expected quant_method {' or '.join(QUANTIZERS)}, got {shown(method)}"
+            )
+    allowed = {field.name for field in dataclasses.fields(ViTConfig)} | set(SETTABLE)
+    for key in stored:
+        # Set on the config, it would take the place of a method or of what the class says about itself.
+        if key not in allowed and (hasattr(ViTConfig, key) or key.startswith("__")):
+            raise InputError(f"{where}: {shown(key)}: not a setting but a part of the config's class")
+    for key in ("dtype", "torch_dtype"):
+        dtype = stored.get(key)
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise InputError(f"{where}: {key}: expected a floating type such as float32, got {shown(dtype)}")
+
+
+def check_size(name: str, value: Any, limit: int, where: str | Path) -> None:
+    if value is None and name in OPTIONAL:
+        return
+    least = 0 if name == "num_labels" else 1
+    values = value if name in PAIRS and isinstance(value, (list, tuple)) else [value]
+    is_pair_or_one = values is not value or len(values) == 2
+    if not is_pair_or_one or not all(is_whole(side) and least <= side <= limit for side in values):
+        kind = "a whole number, or a pair of them," if name in PAIRS else "a whole number"
+        raise InputError(f"{where}: {name}: expected {kind} from {least} to {limit:,}, got {shown(value)}")
+
+
+def check_labels(stored: Mapping[str, Any], where: str | Path) -> None:
+    names, limit = stored.get("id2label"), SIZE_LIMITS["num_labels"]
+    if names is not None:
+        if not isinstance(names, Mapping) or len(names) > limit:
+            raise InputError(f"{where}: id2label: expected an object of at most {limit:,} names, got {shown(names)}")
+        for key, name in names.items():
+            if not str(key).isdecimal() or len(str(key)) > 9 or not isinstance(name, (str, int)):
+                raise InputError(f"{where}: id2label: expected numbers and names, got {shown(key)}: {shown(name)}")
+    if not isinstance(stored.get("label2id"), Mapping | None):
+        raise InputError(f"{where}: label2id: expected an object, got {shown(stored['label2id'])}")
+
+
+def check_together(config: ViTConfig, where: str | Path) -> None:
+    """What settings must be in view of each other."""
+    if config.hidden_size % config.num_attention_heads:
+        raise InputError(
+            f"{where}: hidden_size: expected a multiple of num_attention_heads ({config.num_attention_heads}),"
+            f" got {config.hidden_size}"
+        )
+    image_size, patch_size = as_pair(config.image_size), as_pair(config.patch_size)
+    if any(side < patch for side, patch in zip(image_size, patch_size, strict=True)):
+        raise InputError(f"{where}: image_size: expected room for one patch of {patch_size}, got {image_size}")
+    for name in ("image_mean", "image_std"):
+        if getattr(config, name, None) is not None:
+            check_channels(name, getattr(config, name), config.num_channels, where)
+
+
+def check_channels(name: str, values: Any, channels: int, where: str | Path) -> tuple[float, ...]:
+    """The mean or standard deviation of pixels: a number a channel; a picture is divided by the latter."""
+    if not isinstance(values, (list, tuple)) or len(values) != channels or not all(map(is_real, values)):
+        raise InputError(f"{where}: {name}: expected {channels} values, finite numbers, got {shown(values)}")
+    if name.endswith("std") and min(values) <= 0:
+        raise InputError(f"{where}: {name}: expected numbers above 0, got {shown(values)}")
+    return tuple(map(float, values))

@@ -1,0 +1,8 @@
+"""`python -m fastvit.cli` is the `fastvit` command."""
+
+import sys
+
+from fastvit.cli.commands import main
+
+if __name__ == "__main__":
+    sys.exit(main())

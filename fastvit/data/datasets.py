@@ -1,0 +1,280 @@
+"""Where labelled pictures come from: the hub, an image folder, or leaves drawn by code.
+
+Whatever the source, the result is an `ImageDataset`: class names, and for each split the labels and a way to load one
+picture. What is on the hub is read and cached by the `datasets` library.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastvit.data import leaves
+from fastvit.data.folders import Classes, fingerprint, has_metadata, list_pictures
+from fastvit.data.images import decode_image
+from fastvit.errors import InputError, printable
+
+# Short names of data sets on the hub.
+ALIASES = {"beans": "AI-Lab-Makerere/beans"}
+IMAGE_COLUMNS = ("image", "img", "images", "picture")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+@dataclass
+class Split:
+    """labels: int64 [n]; load(i): picture i, upright RGB; key: changes whenever the pictures do."""
+
+    labels: np.ndarray
+    load: Callable[[int], Image.Image]
+    key: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: np.ndarray) -> Split:
+        """The pictures at `indices`, in that order."""
+        return Split(self.labels[indices], lambda i: self.load(int(indices[i])), f"{self.key}{indices.tolist()}")
+
+
+@dataclass
+class ImageDataset:
+    name: str
+    class_names: list[str]
+    splits: dict[str, Split]
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """Pictures per class [C] for each split."""
+        return {name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()}
+
+    def examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
+        """The first training pictures of the first classes that can be decoded, at most `side` pixels high and wide:
+        whole photographs of many classes would fill a memory."""
+        train, found = self.first_training_pictures(), {}
+        for label, name in enumerate(self.class_names[:num_classes]):
+            found[name] = list(islice(_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
+        return found
+
+    def first_training_pictures(self) -> Split:
+        """What examples are taken from."""
+        return self.splits[TRAIN]
+
+
+def _thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
+    for index in indices:
+        with contextlib.suppress(InputError):
+            picture = split.load(int(index))
+            picture.thumbnail((side, side))
+            yield picture
+
+
+def load_images(
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = 0.15,
+    seed: int = 0,
+    image_size: int = 64,
+    generated_images: int = 2000,
+) -> ImageDataset:
+    """Load `dataset` (a hub id, or "generated") or the image folder `data_dir`.
+
+    Without a validation split, `validation_fraction` of the training pictures of every class is set aside, drawn by
+    `seed`. image_size and generated_images say how the generated set is drawn.
+    """
+    if (dataset is None) == (data_dir is None):
+        raise InputError("dataset: expected either a data set or an image folder (data_dir), got both or neither")
+    if dataset == "generated":
+        images = generated_leaves(generated_images, image_size, seed)
+    elif data_dir is not None and not has_metadata(_checked_folder(data_dir)):
+        images = _read_folder(Path(data_dir), image_column, label_column)
+    else:
+        images = _read(ALIASES.get(dataset or "", dataset), data_dir, image_column, label_column)
+    if VALIDATION not in images.splits and validation_fraction:
+        train = images.splits.pop(TRAIN)
+        kept, held_out = stratified_split(train.labels, validation_fraction, seed, images.class_names)
+        images.splits = {TRAIN: train.select(kept), VALIDATION: train.select(held_out), **images.splits}
+    return images
+
+
+def generated_leaves(num_images: int, image_size: int, seed: int) -> ImageDataset:
+    """The built-in set: drawn leaves, a fifth of them for validation (`fastvit.data.leaves`)."""
+
+    def split(count: int, seed: int) -> Split:
+        images, labels = leaves.generate(count, image_size=image_size, seed=seed)
+        return Split(labels, lambda i: Image.fromarray(images[i]), f"leaves-{count}-{image_size}-{seed}")
+
+    held_out = num_images // 5
+    return ImageDataset(
+        "generated",
+        list(leaves.CLASSES),
+        {TRAIN: split(num_images - held_out, seed), VALIDATION: split(held_out, seed + 1)},
+    )
+
+
+def stratified_split(
+    labels: np.ndarray, fraction: float, seed: int, class_names: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (kept, held out): `fraction` of every class, at least one picture and never all of them, is held out."""
+    if not 0 < fraction < 1:
+        raise InputError(f"validation_fraction: expected a number between 0 and 1, got {fraction}")
+    generator = np.random.default_rng(seed)
+    drawn = []
+    for label in np.unique(labels):
+        members = generator.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            raise InputError(
+                f"class {class_names[label]!r}: expected at least 2 pictures, to train on one and validate on another,"
+                f" found {len(members)}"
+            )
+        drawn.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
+    held_out = np.sort(np.concatenate(drawn))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def _checked_folder(data_dir: str | Path) -> Path:
+    if not Path(data_dir).is_dir():
+        raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
+    return Path(data_dir)
+
+
+def _read_folder(root: Path, image_column: str | None, label_column: str | None) -> ImageDataset:
+    """Pictures in a folder for each class (`fastvit.data.folders`)."""
+    for kind, given in (("image", image_column), ("label", label_column)):
+        if given not in (None, kind):
+            raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
+    splits = list_pictures(root)
+    if TRAIN not in splits:
+        raise InputError(f"{root}: expected a split called 'train', found {', '.join(splits)}")
+    class_names = sorted({name for classes in splits.values() for name in classes})
+    _check_classes(class_names, set(splits[TRAIN]), str(root))
+
+    def as_split(classes: Classes) -> Split:
+        pictures = [(path, class_names.index(name)) for name, paths in sorted(classes.items()) for path in paths]
+        paths = [path for path, _ in pictures]
+
+        def load(index: int) -> Image.Image:
+            path = Path(paths[index])
+            if not path.is_file():  # to open a pipe would wait for someone to fill it
+                raise InputError(f"{printable(str(path))}: expected a picture, found a broken link or no plain file")
+            return decode_image(path)
+
+        return Split(np.array([label for _, label in pictures], dtype=np.int64), load, fingerprint(paths))
+
+    return ImageDataset(str(root), class_names, {name: as_split(classes) for name, classes in splits.items()})
+
+
+def _check_classes(names: list[str], trained: set[str], source: str) -> None:
+    """There must be at least two classes, and training pictures of each."""
+    untrained = [name for name in names if name not in trained]
+    if untrained:
+        raise InputError(f"{source}: no training pictures for {len(untrained)} class(es): {', '.join(untrained[:10])}")
+    if len(names) < 2:
+        raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
+
+
+@contextlib.contextmanager
+def read_errors(source: str) -> Iterator[None]:
+    """Turn what the `datasets` library raises for a missing or broken data set into one clear line."""
+    import datasets
+
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
+    try:
+        yield
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise InputError(f"dataset: there is no {source!r} on the hub, or it is private ({error})") from None
+    except ConnectionError:
+        raise InputError(
+            f"dataset: cannot reach the hub for {source!r}; without a network use --data-dir FOLDER (a folder of"
+            " pictures, one sub-folder a class) or --dataset generated"
+        ) from None
+    except (datasets.exceptions.DatasetGenerationError, ValueError, FileNotFoundError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{source}: expected pictures, one folder a class ({reason})") from None
+
+
+def _read(
+    hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
+) -> ImageDataset:
+    """A hub data set, or an image folder with a file of labels, through the `datasets` library."""
+    import datasets
+
+    source = hub_id or str(data_dir)
+    with read_errors(source):
+        if data_dir is not None:
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
+        else:
+            loaded = datasets.load_dataset(hub_id)
+
+    splits = {split_name(name): split for name, split in loaded.items()}
+    if TRAIN not in splits:
+        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
+    features = splits[TRAIN].features
+    image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
+    label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    # Test splits on the hub often come without labels: -1 everywhere.
+    splits = {name: split for name, split in splits.items() if -1 not in split[label_column][:]}
+    class_names = _class_names(splits, label_column, source)
+    return ImageDataset(
+        source,
+        class_names,
+        {name: _as_split(split, image_column, label_column, class_names) for name, split in splits.items()},
+    )
+
+
+def split_name(name: str) -> str:
+    return VALIDATION if name in ("val", "valid", "dev", "eval") else name
+
+
+def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
+    """The column for images or labels: the one given, or one with the usual name or type."""
+    if given is not None:
+        if given not in features:
+            raise InputError(f"{kind}_column: expected one of {', '.join(features)}, got {given!r}")
+        return given
+    for name in [n for n in usual if n in features] + [n for n, f in features.items() if isinstance(f, feature_type)]:
+        return name
+    raise InputError(
+        f"{source}: found no {kind} column among {', '.join(features)}; name it with --{kind}-column"
+        + (" (in a folder, each class is a sub-folder; at least 2 are needed)" if kind == "label" else "")
+    )
+
+
+def _class_names(splits, label_column: str, source: str) -> list[str]:
+    """Names of the classes in the order of their labels; every one must have training pictures."""
+    import datasets
+
+    feature = splits[TRAIN].features[label_column]
+    values = {name: np.unique(split[label_column][:]) for name, split in splits.items()}
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+    else:
+        names = [str(value) for value in np.unique(np.concatenate(list(values.values())))]
+    trained = {names[v] if isinstance(feature, datasets.ClassLabel) else str(v) for v in values[TRAIN]}
+    _check_classes(names, trained, source)
+    return names
+
+
+def _as_split(split, image_column: str, label_column: str, class_names: list[str]) -> Split:
+    import datasets
+
+    labels = split[label_column][:]
+    if not isinstance(split.features[label_column], datasets.ClassLabel):
+        labels = [class_names.index(str(label)) for label in labels]
+    raw = split.cast_column(image_column, datasets.Image(decode=False))
+
+    def load(index: int) -> Image.Image:
+        cell = raw[index][image_column]
+        path = cell["path"]
+        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"picture {index}")
+
+    return Split(np.asarray(labels, dtype=np.int64), load, split._fingerprint)

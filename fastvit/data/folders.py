@@ -1,0 +1,132 @@
+"""Pictures in folders: FOLDER/CLASS/*.jpg, or FOLDER/SPLIT/CLASS/*.jpg with a split called train.
+
+A class is a folder, whatever it and its files are called: "train" is a class beside "bus" and "car", and a split when
+it holds folders of pictures itself. What lies deeper belongs to the class above it. Links are followed, each folder is
+gone through once. What begins with "." is left out, folders that begin with "__", and files that by their ending are no
+pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastvit.data.images import picture_suffixes
+from fastvit.errors import InputError, printable
+
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+    "testing": "test",
+}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+Classes = dict[str, list[str]]  # class -> its picture files, sorted
+
+
+def has_metadata(root: Path) -> bool:
+    """Whether labels stand in a file beside the pictures, as the `datasets` library reads them."""
+    folders = [root, *(Path(entry.path) for entry in entries(root) if is_folder(entry))]
+    return any((folder / name).is_file() for folder in folders for name in METADATA)
+
+
+def list_pictures(root: Path) -> dict[str, Classes]:
+    """{split: {class: paths}} of a folder; without split folders everything is in "train".
+
+    Raises InputError where there are no pictures, or where some lie outside the folders of the classes.
+    """
+    splits: dict[str, Classes] = {}
+    outside = [pictures_in(root, deep=False)]
+    for entry in filter(is_folder, entries(root)):
+        split = SPLIT_FOLDERS.get(entry.name.lower())
+        classes = classes_in(Path(entry.path)) if split is not None else {}
+        if split is None or not classes:
+            outside.append(pictures_in(entry.path))
+            continue
+        if split in splits:
+            raise InputError(f"{root}: expected one folder for the split {split!r}, found another: {entry.name}")
+        splits[split] = classes
+        outside.append(pictures_in(entry.path, deep=False))
+    if not splits:
+        splits, outside = {"train": classes_in(root)}, outside[:1]
+    stray = next(itertools.chain(*outside), None)
+    if stray is not None:
+        raise InputError(f"{root}: expected every picture in the folder of a class, found {printable(stray)} outside")
+    if not any(splits.values()):
+        raise InputError(f"{root}: expected pictures, one folder a class, found none")
+    return splits
+
+
+def classes_in(folder: Path) -> Classes:
+    """The sub-folders of a folder that hold pictures."""
+    above = {identity(folder.parent), identity(folder)}
+    classes: Classes = {}
+    for entry in entries(folder):
+        if is_folder(entry) and identity(entry.path) not in above:
+            paths = sorted(pictures_in(entry.path, above=above))
+            if paths and not entry.name.isprintable():
+                raise InputError(f"{folder}: expected a printable class name, found {printable(entry.name)}")
+            classes |= {entry.name: paths} if paths else {}
+    return classes
+
+
+def pictures_in(folder: str | Path, *, above: set[tuple[int, int]] | None = None, deep: bool = True) -> Iterator[str]:
+    """The picture files in a folder, and unless `deep` is false in those below it.
+
+    above: folders not to enter, should a link lead back there. What has a picture's name is listed, whatever it is: a
+    broken link is reported when it is decoded.
+    """
+    visited = (above or set()) | {identity(folder)}
+    waiting = [str(folder)]
+    while waiting:
+        for entry in entries(waiting.pop()):
+            if is_folder(entry):
+                if deep and (place := identity(entry.path)) not in visited:
+                    visited.add(place)
+                    waiting.append(entry.path)
+            elif Path(entry.name).suffix.lower() in picture_suffixes():
+                yield entry.path
+
+
+def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder, by name; hidden entries are left out."""
+    try:
+        with os.scandir(folder) as found:
+            return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise InputError(f"{printable(str(folder))}: cannot be read ({error.strerror})") from None
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir() and not entry.name.startswith("__")
+    except OSError:  # a link in a circle
+        return False
+
+
+def identity(folder: str | Path) -> tuple[int, int]:
+    """The same number for a folder under each of its names."""
+    status = Path(folder).stat()
+    return status.st_dev, status.st_ino
+
+
+def fingerprint(paths: list[str]) -> str:
+    """Changes whenever one of the files does: a digest of their names, sizes and times of change."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            status = Path(path).stat()
+            state = (status.st_size, status.st_mtime_ns)
+        except OSError:
+            state = (0, 0)
+        digest.update(os.fsencode(path) + repr(state).encode() + b"\0")
+    return digest.hexdigest()

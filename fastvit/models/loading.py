@@ -1,0 +1,76 @@
+"""Load a pretrained classifier and its picture settings, with errors that a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import ViTConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+
+from fastvit.checkpoints.configuration import checked_config, read_json, shown
+from fastvit.checkpoints.inspection import read_config
+from fastvit.checkpoints.weights import ImageSettings, image_settings
+from fastvit.errors import InputError
+from fastvit.models.heads import ViTForImageClassification
+
+T = TypeVar("T")
+
+
+def load_config(model: str) -> ViTConfig:
+    """The config of a hub id or folder, with errors that a person can act on."""
+    return _reach(model, lambda: checked_config(read_config(model), f"{model}: config.json"))
+
+
+def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
+    """A pretrained classifier from a hub id or folder; only its head may differ from what `kwargs` asks for."""
+
+    def load() -> ViTForImageClassification:
+        loaded, info = ViTForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
+        for key, found, expected in sorted(info["mismatched_keys"]):  # a set: name the same one each time
+            if not key.startswith("classifier."):
+                raise InputError(f"{model}: {key}: expected shape {list(expected)}, found {list(found)}")
+        return loaded
+
+    return _reach(model, load)
+
+
+def read_image_settings(model: str) -> tuple[Path, dict[str, Any]] | None:
+    """The preprocessor_config.json of a hub id or folder, and its content; None where there is none."""
+    found = _reach(model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False))
+    return None if found is None else (Path(found), read_json(Path(found)))
+
+
+def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
+    """Mean, std, size and filter in the preprocessor_config.json of a hub id or folder; None where there is none.
+
+    Raises InputError for settings that are no numbers, or that are not for whole pictures: crops, padding.
+    """
+    found = read_image_settings(model)
+    if found is None:
+        return None
+    path, settings = found
+    for name, expected in (("do_resize", True), ("do_center_crop", False), ("do_pad", False)):
+        value = settings.get(name)
+        if value is not None and value is not expected:
+            raise InputError(f"{path}: {name}: expected {str(expected).lower()}, got {shown(value)}")
+    return image_settings(settings, config, path)
+
+
+def _reach(model: str, load: Callable[[], T]) -> T:
+    """Run `load`, turning what transformers raises for a missing or broken checkpoint into one clear line."""
+    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
+        raise InputError(f"model: expected a hub id (owner/name) or a folder, found no folder {model!r}")
+    try:
+        return load()
+    except InputError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(model).is_dir():
+            raise InputError(f"{model}: cannot be loaded as a ViT checkpoint ({first_line})") from error
+        raise InputError(
+            f"model: cannot get {model!r} from the hub ({first_line}); without a network use --model FOLDER"
+            " (a checkpoint on this machine) or --from-scratch SIZE"
+        ) from error

@@ -1,0 +1,532 @@
+"""The pre-LayerNorm block of every Vision Transformer, computed by fused operations. Written once, for all of them.
+
+    h = x + drop_path(scale1 * dropout(attention(norm1(x))))
+    y = h + drop_path(scale2 * dropout(feed_forward(norm2(h))))        scales and drop path where a model has them
+
+An `Adapter` describes where a family's block keeps its parts; `attach` gives a block this forward and `detach` gives it
+its own back. The parts are read again at each call: one that is replaced, wrapped (LoRA, quantisation) or hooked is
+noticed, and then the block runs its own forward.
+
+A block ends with a residual add and the next one begins with a LayerNorm. The two are one operation, so `compute` takes
+and returns an unfinished sum, `Stream`; a caller that runs one block alone finishes it with `total`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fastvit import ops
+from fastvit.errors import InputError
+from fastvit.ops import reference, varlen
+from fastvit.ops.varlen import Mask, Packing
+
+try:  # transformers collects attention maps through hooks that, once installed, stay
+    from transformers.utils.output_capturing import _active_collector
+except ImportError:  # then these hooks count like all others
+    _active_collector = None
+
+logger = logging.getLogger("fastvit")
+
+PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)  # the last is what torch.export shows the model instead
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward: hooks, or a forward replaced by a device map."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: Any, kind: type[nn.Module]) -> bool:
+    """Whether a fused operation may read the parameters of `module` instead of calling it.
+
+    It must be an unhooked `kind` with an ordinary weight: not wrapped, parametrised or quantised.
+    """
+    return type(module) is kind and not is_hooked(module) and type(module.weight) in PLAIN_WEIGHTS
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer for inference whose weight and input rows are e4m3 with a float32 factor for each row.
+
+    Buffers: weight [F, K] e4m3, scale [F, 1] float32, bias [F] bfloat16 or None. [..., K] -> [..., F] bfloat16.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    @torch.no_grad()
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        values, scale = reference.quantize_rows(layer.weight)
+        self.register_buffer("weight", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.to(torch.bfloat16, copy=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check(x)
+        return ops.linear_fp8(*ops.quantize_rows(x), self.weight, self.scale, self.bias)
+
+    def check(self, x: Tensor) -> None:
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+            raise InputError("model: quantised to fp8, for inference alone: call eval(), and ask for no gradients")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        """Part of `.to`, `.float` and the like: the buffers move to another device and keep their dtypes."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self._buffers[name]
+            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class FeedForward(NamedTuple):
+    """second(activation(first(x))); gated: second(silu(gate(x)) * up(x)), where first is (gate, up), or both in one."""
+
+    first: tuple[nn.Module, ...]
+    second: nn.Module
+    activation: nn.Module | str
+    gated: bool = False
+    hidden_dropout: float = 0.0  # between the two layers; our operation has none
+
+
+class Branch(NamedTuple):
+    """What happens to a branch before it is added to the residual."""
+
+    dropouts: tuple[nn.Module, ...] = ()
+    scale: Tensor | None = None  # LayerScale, [D]
+    drop_path: nn.Module | None = None  # one that multiplies each picture by a factor
+
+
+class Block(NamedTuple):
+    """The parts of one block."""
+
+    norm1: nn.Module
+    qkv: tuple[nn.Module, ...]  # query, key and value; or one that has them side by side
+    num_heads: int
+    attention_scale: float
+    attention_dropout: float  # now: zero in eval mode
+    projection: nn.Module
+    after_attention: Branch
+    norm2: nn.Module
+    feed_forward: FeedForward
+    after_feed_forward: Branch
+    bypassed: tuple[nn.Module, ...]  # modules that have these parts, whose own forward is not called
+    attention_implementation: str = "sdpa"
+    lacks: str | None = None  # what the block has that ours does not
+
+
+class Inputs(NamedTuple):
+    """The arguments of one call of a block."""
+
+    hidden_states: Tensor
+    mask: Mask = None
+    options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # of queries and keys [B, H, N, head_dim]
+    output_attentions: bool = False
+
+
+def read_inputs(
+    layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Inputs:
+    """The arguments of most blocks of transformers."""
+    return Inputs(hidden_states, attention_mask, options)
+
+
+class Adapter(NamedTuple):
+    """One family's block: its class, where its parts are, and what it is called with."""
+
+    family: str
+    class_name: str  # with its module; blocks are recognised by it, so that nothing needs importing
+    block: Callable[[Any], Block]
+    inputs: Callable[..., Inputs] = read_inputs
+    refuses: Callable[[Any], str | None] = lambda layer: None  # why a block of this class is not one of the family
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether a block may be computed by ours
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Attention functions of transformers that compute attention and nothing else. A user's own may do more.
+STANDARD_ATTENTION = ("eager", "sdpa", "fastvit", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+# Options that models hand to their blocks and that change nothing in them.
+HARMLESS_OPTIONS = (
+    "interpolate_pos_encoding",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "use_cache",
+)
+
+NORMS = (
+    "torch.nn.modules.normalization.LayerNorm",
+    "timm.layers.norm.LayerNorm",
+    "fastvit.models.vit.LayerNorm",
+)
+
+ACTIVATIONS = {
+    "transformers.activations.GELUActivation": "gelu",
+    "transformers.activations.GELUTanh": "gelu_pytorch_tanh",
+    "transformers.activations.NewGELUActivation": "gelu_new",
+    "transformers.activations.QuickGELUActivation": "quick_gelu",
+    "transformers.activations.SiLUActivation": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.GELUTanh": "gelu_pytorch_tanh",
+    "timm.layers.activations.QuickGELU": "quick_gelu",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.Tanh": "tanh",
+}
+
+
+def name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def activation_name(activation: nn.Module | str) -> str | None:
+    """The name of this activation: a key of `ops.ACTIVATIONS`, or "silu"; None if there is none."""
+    if isinstance(activation, str):
+        return activation
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
+    return ACTIVATIONS.get(name_of(type(activation)))
+
+
+def is_plain_norm(norm: Any) -> bool:
+    return (
+        name_of(type(norm)) in NORMS
+        and type(norm.weight) in PLAIN_WEIGHTS
+        and type(norm.bias) in PLAIN_WEIGHTS
+        and norm.weight.ndim == 1
+        and not getattr(norm, "_fast_norm", False)  # timm's, which rounds otherwise under autocast
+        and not is_hooked(norm)
+    )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody would notice that `module` is not called; transformers' own hooks only while they collect."""
+    if not is_hooked(module):
+        return False
+    hooks = module._forward_hooks.values()
+    if (
+        _active_collector is None
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+    ):
+        return True
+    collected = _active_collector.get()
+    return collected is not None and "attentions" in collected
+
+
+def drop_path_of(module: nn.Module) -> nn.Module | None:
+    """A block's drop path, which without a rate is an Identity."""
+    return None if type(module) is nn.Identity and not is_hooked(module) else module
+
+
+def examine(adapter: Adapter, layer: nn.Module) -> tuple[Block, None] | tuple[None, str]:
+    """The parts of a block as they are now; or None, and why the block has to compute itself."""
+    try:
+        block = adapter.block(layer)
+    except AttributeError:
+        return None, "its parts are not where they were expected; another version of its library?"
+    reason = why_left(block)
+    return (block, None) if reason is None else (None, reason)
+
+
+def is_fp8(block: Block) -> bool:
+    return type(block.projection) is Fp8Linear
+
+
+def why_left(block: Block) -> str | None:
+    if block.lacks:
+        return block.lacks
+    feed_forward = block.feed_forward
+    kind = Fp8Linear if is_fp8(block) else nn.Linear  # in all of a block, or in none of it
+    for linear in (*block.qkv, block.projection, *feed_forward.first, feed_forward.second):
+        if not is_plain(linear, kind):
+            return f"a linear layer is wrapped, watched or quantised: {name_of(type(linear))}"
+    for norm in (block.norm1, block.norm2):
+        if not is_plain_norm(norm):
+            return f"a norm is watched, or no plain LayerNorm with weight and bias: {name_of(type(norm))}"
+    drop_paths = (block.after_attention.drop_path, block.after_feed_forward.drop_path)
+    for module in (*block.bypassed, feed_forward.activation, *drop_paths):
+        if isinstance(module, nn.Module) and is_watched(module):
+            return f"attention maps are asked for, or a hook watches {name_of(type(module))}"
+    activation = activation_name(feed_forward.activation)
+    if activation != "silu" if feed_forward.gated else activation not in ops.ACTIVATIONS:
+        return f"there is no operation for the activation {name_of(type(feed_forward.activation))}"
+    if feed_forward.hidden_dropout:
+        return "there is dropout inside the feed-forward"
+    if block.attention_implementation not in STANDARD_ATTENTION:
+        return f"its attention is {block.attention_implementation!r}"
+    return None
+
+
+def why_inputs_left(inputs: Inputs) -> str | None:
+    """Why a call with these arguments is one for the block itself."""
+    for name, value in inputs.options.items():
+        if value is not None and value is not False and name not in HARMLESS_OPTIONS:
+            return f"it is called with {name}"
+    mask = inputs.mask
+    if not (mask is None or isinstance(mask, Packing) or (isinstance(mask, Tensor) and mask.ndim == 4)):
+        return "its mask is not a tensor [B, heads, queries, keys]"
+    return None
+
+
+# A compiler that traces a block takes this as a constant, and logs nothing at run time.
+@torch.compiler.assume_constant_result
+def announce_left(family: str, reason: str) -> None:
+    """Say once that blocks of this family compute themselves."""
+    _announce(family, reason)
+
+
+@functools.cache
+def _announce(family: str, reason: str) -> None:
+    logger.info("optimize: a block of %s computes itself: %s", family, reason)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fused forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Stream(NamedTuple):
+    """Hidden states as an unfinished sum, residual + row_scale * scale * branch; branch alone without a residual."""
+
+    branch: Tensor  # [B, N, D], as residual
+    residual: Tensor | None = None
+    scale: Tensor | None = None  # LayerScale, [D]
+    row_scale: Tensor | None = None  # drop path, float32 [B]
+
+
+Rows = Tensor | tuple[Tensor, Tensor]  # [..., K]; or in fp8 its values and their scale [..., 1]
+
+
+def total(stream: Stream) -> Tensor:
+    """[B, N, D]"""
+    branch, residual, scale, row_scale = stream
+    if residual is None:
+        return branch
+    if row_scale is not None:
+        branch = branch * row_scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
+    return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
+
+
+def compute(block: Block, stream: Stream, inputs: Inputs, class_token_only: bool = False) -> tuple[Stream, Any]:
+    """One block of `stream`, with the arguments in `inputs` but for its hidden states.
+
+    class_token_only: of the class token alone, [B, 1, D].
+    Returns the stream, and the attention maps if inputs ask for them: [B, heads, Nq, N], or one for each packed image.
+    """
+    if isinstance(block.projection, Fp8Linear):
+        block.projection.check(stream.branch)
+    residual, context, probabilities = attend(block, stream, inputs, class_token_only)
+    rows = ops.quantize_rows(context) if is_fp8(block) else context
+    branch = linear(rows, weights_of((block.projection,)))
+    stream = finish(branch, residual, block.after_attention, inputs.mask)
+    residual, branch = feed_forward(block, stream)
+    return finish(branch, residual, block.after_feed_forward, inputs.mask), probabilities
+
+
+def attend(
+    block: Block, stream: Stream, inputs: Inputs, class_token_only: bool
+) -> tuple[Tensor, Tensor, Tensor | list[Tensor] | None]:
+    """The residual, the context [B, Nq, heads * head_dim] and, if asked for, the attention maps."""
+    fp8, mask, heads = is_fp8(block), inputs.mask, block.num_heads
+    options: dict[str, Any] = {"scale": block.attention_scale, "dropout_p": block.attention_dropout}
+    one_query = class_token_only and not isinstance(mask, Packing)
+    # On a CPU the copy of concatenated weights would cost more than three matmuls instead of one.
+    apart = len(block.qkv) == 3 and (one_query or not (fp8 or ops.has_kernels(stream.branch)))
+    if apart:
+        residual, rows = add_norm(stream, block.norm1, fp8)
+        parts = (class_tokens_of_rows(rows) if one_query else rows, rows, rows)
+        states = [linear(part, weights_of((layer,))) for part, layer in zip(parts, block.qkv, strict=True)]
+        query, key, value = (state.unflatten(-1, (heads, -1)) for state in states)
+    else:
+        residual, qkv = add_norm_linear(stream, block.norm1, weights_of(block.qkv), fp8)
+        query, key, value = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
+    if isinstance(mask, Tensor):
+        mask = mask[:, :, :1] if one_query else mask
+        mask = mask.to(query.dtype) if fp8 and mask.is_floating_point() else mask
+    if inputs.rotate is not None:
+        query, key = inputs.rotate(query.transpose(1, 2), key.transpose(1, 2))
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+    if apart or inputs.rotate is not None:
+        context = varlen.attend(ops.attention, query, key, value, mask=mask, **options)
+    else:
+        context = varlen.attend(ops.attention_packed, qkv, mask=mask, num_heads=heads, **options)
+    probabilities = None
+    if inputs.output_attentions:
+        probabilities = varlen.attention_probabilities(query, key, mask, block.attention_scale)
+    if class_token_only:
+        residual = varlen.class_tokens_of(residual, mask)
+        context = context if one_query else varlen.class_tokens_of(context, mask)
+    return residual, context, probabilities
+
+
+def feed_forward(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The residual and the branch."""
+    norm, part = block.norm2, block.feed_forward
+    first, second, activation = weights_of(part.first), weights_of((part.second,)), activation_name(part.activation)
+    is_sum = stream.residual is not None and stream.scale is None and stream.row_scale is None
+    if is_fp8(block):
+        residual, rows = add_norm(stream, norm, True)
+        if part.gated:
+            return residual, linear(ops.quantize_rows(ops.swiglu(linear(rows, first))), second)
+        weight, scale, bias = first  # the activation adds the bias, in float32
+        return residual, linear(ops.bias_gelu_fp8(linear(rows, (weight, scale, None)), bias, activation), second)
+    if is_sum and not part.gated:
+        arguments: Any = (stream.branch, stream.residual, norm.weight, norm.bias, norm.eps, *first, *second, activation)
+        return ops.add_layer_norm_feed_forward(*arguments)
+    residual, rows = add_norm(stream, norm, False)
+    if part.gated:
+        return residual, linear(ops.swiglu(linear(rows, first)), second)
+    return residual, ops.feed_forward(rows, *first, *second, activation)
+
+
+def add_norm(stream: Stream, norm: Any, fp8: bool) -> tuple[Tensor, Any]:
+    """The sum and its LayerNorm, in fp8 as (values, scale), in one pass."""
+    branch, residual, scale, row_scale = stream
+    parameters = norm.weight, norm.bias, norm.eps
+    if residual is None:
+        return branch, (ops.layer_norm_fp8 if fp8 else ops.layer_norm)(branch, *parameters)
+    if not fp8:
+        return ops.add_layer_norm(branch, residual, *parameters, scale=scale, row_scale=row_scale)
+    if scale is not None:
+        branch = branch * scale
+    residual, *rows = ops.add_layer_norm_fp8(branch, residual, *parameters)
+    return residual, tuple(rows)
+
+
+def add_norm_linear(stream: Stream, norm: Any, weights: tuple, fp8: bool) -> tuple[Tensor, Tensor]:
+    """The sum, and a linear layer of its LayerNorm."""
+    branch, residual, scale, row_scale = stream
+    if fp8 or scale is not None or row_scale is not None:
+        residual, rows = add_norm(stream, norm, fp8)
+        return residual, linear(rows, weights)
+    if residual is None:
+        return branch, ops.layer_norm_linear(branch, norm.weight, norm.bias, norm.eps, *weights)
+    return ops.add_layer_norm_linear(branch, residual, norm.weight, norm.bias, norm.eps, *weights)
+
+
+def weights_of(layers: Sequence[Any]) -> tuple:
+    """(weight, bias) of one linear layer that computes all of these, or in fp8 (weight, scale, bias).
+
+    Concatenated at each use: checkpoints, optimizers and LoRA see the layers apart. It costs a copy of the weights for
+    each call, 3.5 MB read and written for query, key and value of ViT-B in half precision. Some may have no bias.
+    """
+    names = ("weight", "scale") if type(layers[0]) is Fp8Linear else ("weight",)
+    if len(layers) == 1:
+        return (*(getattr(layers[0], name) for name in names), layers[0].bias)
+    tensors = [torch.cat([getattr(layer, name) for layer in layers]) for name in names]
+    biases = [layer.bias for layer in layers]
+    if all(bias is None for bias in biases):
+        return (*tensors, None)
+    like = next(bias for bias in biases if bias is not None)
+    zeros = [like.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias for layer in layers]
+    return (*tensors, torch.cat(zeros))
+
+
+def linear(rows: Rows, weights: tuple) -> Tensor:
+    """[..., K] -> [..., F], by `weights_of` linear layers."""
+    return ops.linear(rows, *weights) if isinstance(rows, Tensor) else ops.linear_fp8(*rows, *weights)
+
+
+def class_tokens_of_rows(rows: Rows) -> Rows:
+    """The class tokens alone, [B, 1, K]."""
+    return rows[:, :1] if isinstance(rows, Tensor) else (rows[0][:, :1], rows[1][:, :1])
+
+
+def finish(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Stream:
+    """The stream with a branch that went through dropout, and drop path's factor of each image.
+
+    The factors are drawn by the model's own module, in the dtype that the branch has there, behind the scale: under
+    autocast a float32 scale makes float32 of a bfloat16 branch, and PyTorch 2.11 draws other numbers in bfloat16.
+    """
+    for dropout in after.dropouts:
+        branch = dropout(branch)
+    if after.drop_path is None or not after.drop_path.training:
+        return Stream(branch, residual, after.scale)
+    if isinstance(mask, Packing):
+        return Stream(after.drop_path(branch, mask), residual, after.scale)
+    dtype = branch.dtype if after.scale is None else torch.promote_types(branch.dtype, after.scale.dtype)
+    factors = after.drop_path(branch.new_ones(len(branch), *[1] * (branch.ndim - 1), dtype=dtype))
+    return Stream(branch, residual, after.scale, factors.flatten().float())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attaching it to a module
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fused:
+    """A module whose forward is a fused one; always beside the module's own class."""
+
+    _fastvit_original: ClassVar[type[nn.Module]]
+    _fastvit_rebuild: ClassVar[Callable[[Any], nn.Module]]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # Generated classes cannot be found by name, and a pickle stores names: it stores the original's.
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (type(self)._fastvit_rebuild, (self._fastvit_original,), *reduced[2:])
+
+
+def fused_class(original: Any, forward: Callable[..., Any], rebuild: Callable[[Any], nn.Module]) -> Any:
+    """A subclass of a module's class, of the same name, that differs in `forward` alone.
+
+    So parameters, hooks, `isinstance`, state dicts and gradient checkpointing stay as they are, and a compiler sees an
+    ordinary module. The name stays because device maps and FSDP's policies name the classes that must not be split.
+
+    Args:
+        original: the module's class.
+        forward: called with the module and the arguments of its forward.
+        rebuild: makes an empty module of the fused class from `original`, for copies and pickles.
+    """
+    names = {
+        "forward": functools.wraps(original.forward)(forward),
+        "_fastvit_original": original,
+        "_fastvit_rebuild": staticmethod(rebuild),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+    }
+    return type(original)(original.__name__, (Fused, original), names)
+
+
+def block_forward(adapter: Adapter, original: Any) -> Callable[..., Any]:
+    """The forward of a block of this family: fused where that is possible now, else its own."""
+
+    def forward(self, *args, **kwargs):
+        block, reason = examine(adapter, self)
+        if block is not None:
+            inputs = adapter.inputs(self, *args, **kwargs)
+            reason = why_inputs_left(inputs)
+        if reason is not None:
+            announce_left(adapter.family, reason)
+            return original.forward(self, *args, **kwargs)
+        stream, probabilities = compute(block, Stream(inputs.hidden_states), inputs)
+        hidden_states = total(stream)
+        return (hidden_states, probabilities) if inputs.output_attentions else hidden_states
+
+    return forward

@@ -1,0 +1,180 @@
+"""Which measurements hold for a call: its sizes, and the bucket of its rows and tokens.
+
+Read at every call of an operation, also by a compiler: exact sizes become constants of the compiled model, rows and
+tokens only the bounds of their bucket, so that it takes other batches without being compiled again.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit.ops.tracing import recorded
+
+
+class Case(NamedTuple):
+    """What a choice is made for, and what all calls share that it is made for.
+
+    sizes: what must be equal, by name: hidden, units, heads, head_dim, ..., also words such as an activation.
+    rows, tokens: the largest number of the bucket (`row_bucket`, `token_bucket`).
+    """
+
+    operation: str
+    direction: str  # "inference" or "training"
+    sizes: tuple[tuple[str, int | str], ...]
+    rows: int
+    tokens: int
+    dtype: str
+
+
+def case_of(operation: str, x: Tensor, args: Any, kwargs: Any) -> tuple | None:
+    """The fields of the `Case` that a call belongs to; None where nothing is measured for such calls.
+
+    x: the argument whose dtype the kernel computes in.
+    """
+    asked = SIZES[operation](*args, **kwargs) if operation in SIZES else None
+    if asked is None:
+        return None
+    # operator.index makes a constant of what a compiler calls a symbol; int would not.
+    sizes = {name: value if isinstance(value, str) else operator.index(value) for name, value in asked.sizes.items()}
+    if torch.is_autocast_enabled(x.device.type):
+        sizes["autocast"] = name_of(torch.get_autocast_dtype(x.device.type))
+    tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+    direction = "training" if recorded(*tensors) else "inference"
+    rows, tokens = row_bucket(asked.rows), token_bucket(asked.tokens)
+    return operation, direction, tuple(sizes.items()), rows, tokens, name_of(x.dtype)
+
+
+def row_bucket(rows: int) -> int:
+    """The power of two, from 64, that `rows` fits in. By comparisons, which a compiler traces for any number."""
+    bucket = 64
+    while bucket < rows:
+        bucket *= 2
+    return bucket
+
+
+def token_bucket(tokens: int) -> int:
+    """The multiple of 64, or from 512 on power of two, that `tokens` fit in; 0 for none."""
+    bucket = 0
+    while bucket < tokens:
+        bucket = bucket + 64 if bucket < 512 else bucket * 2
+    return bucket
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sizes of a call; signatures as in fastvit.ops.reference
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """The sizes of a call: those that must be equal, and those that are put into buckets."""
+
+    sizes: dict[str, int | str]
+    rows: int
+    tokens: int = 0
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _norm(x, *args, scale=None, row_scale=None, **kwargs) -> Asked:
+    scales = {"scale": scale, "row_scale": row_scale}
+    return Asked({"hidden": x.shape[-1], **{k: "yes" for k, v in scales.items() if v is not None}}, _rows(x))
+
+
+def _product(x, norm_weight, norm_bias, eps, weight, bias, activation="") -> Asked:
+    named = {"activation": activation} if activation else {}
+    return Asked({"hidden": x.shape[-1], "units": weight.shape[0], **named}, _rows(x))
+
+
+def _add_product(x, residual, *args, **kwargs) -> Asked:
+    return _product(x, *args, **kwargs)
+
+
+def _norm_gelu(x, norm_weight, norm_bias, eps, weight, bias, activation="gelu") -> Asked:
+    return _product(x, norm_weight, norm_bias, eps, weight, bias, activation)
+
+
+def _feed_forward(x, weight1, bias1, weight2, bias2, activation) -> Asked:
+    return _product(x, None, None, 0.0, weight1, bias1, activation)
+
+
+def _add_feed_forward(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation="gelu"):
+    return _product(x, norm_weight, norm_bias, eps, weight1, bias1, activation)
+
+
+def _activation(x, bias=None, activation="gelu") -> Asked:
+    return Asked({"units": x.shape[-1], "activation": activation}, _rows(x))
+
+
+def _norm_activation(x, weight, bias, eps, activation="gelu") -> Asked:
+    return Asked({"hidden": x.shape[-1], "activation": activation}, _rows(x))
+
+
+def _swiglu(x, bias=None) -> Asked:
+    return Asked({"units": x.shape[-1] // 2}, _rows(x))
+
+
+def _attention(query, key, value, *, cu_seqlens=None, **options) -> Asked | None:
+    batch, queries, heads, head_dim = query.shape if cu_seqlens is None else (0, 0, 0, 0)
+    return _attended(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=cu_seqlens, **options)
+
+
+def _packed(qkv, *, num_heads=None, cu_seqlens=None, **options) -> Asked | None:
+    is_flat = qkv.dim() == 3 and num_heads is not None
+    heads, head_dim = (num_heads, qkv.shape[-1] // (3 * num_heads)) if is_flat else qkv.shape[-2:]
+    return _attended(heads, head_dim, qkv.shape[0] * qkv.shape[1], qkv.shape[1], cu_seqlens=cu_seqlens, **options)
+
+
+def _attended(heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p=0.0, **options) -> Asked | None:
+    if cu_seqlens is not None:  # by PyTorch it is one image at a time
+        return None
+    sizes = {"heads": heads, "head_dim": head_dim}
+    if mask is not None:
+        sizes["mask"] = "boolean" if mask.dtype == torch.bool else "added"
+    if dropout_p:
+        sizes["dropout"] = "yes"
+    return Asked(sizes, rows, tokens)
+
+
+def _patch_embed(pixels, weight, *args, patch_size, mask=None, **kwargs) -> Asked:
+    height, width = patch_size
+    is_last = pixels.shape[1] != weight.shape[1]
+    sizes = {
+        "hidden": weight.shape[0],
+        "channels": weight.shape[1],
+        "patch_height": height,
+        "patch_width": width,
+        "pixels": "uint8" if pixels.dtype == torch.uint8 else "floating",
+        "layout": "BHWC" if is_last else "BCHW",
+        **({} if mask is None else {"mask": "yes"}),
+    }
+    rows, columns = pixels.shape[1:3] if is_last else pixels.shape[2:4]
+    return Asked(sizes, pixels.shape[0] * (rows // height) * (columns // width))
+
+
+# Operations that are tuned. Those in fp8 are not: PyTorch has nothing there that could be faster.
+SIZES: dict[str, Callable[..., Asked | None]] = {
+    "patch_embed": _patch_embed,
+    "layer_norm": _norm,
+    "add_layer_norm": _norm,
+    "attention": _attention,
+    "attention_packed": _packed,
+    "layer_norm_linear": _product,
+    "add_layer_norm_linear": _add_product,
+    "layer_norm_gelu": _norm_gelu,
+    "feed_forward": _feed_forward,
+    "add_layer_norm_feed_forward": _add_feed_forward,
+    "swiglu": _swiglu,
+    "bias_gelu": _activation,
+    "layer_norm_act": _norm_activation,
+}

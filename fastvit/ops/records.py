@@ -1,0 +1,265 @@
+"""What was measured: for each operation and shape on a GPU, which candidate is the fastest.
+
+A candidate is PyTorch's own operation ("pytorch", or for attention "pytorch flash" and the like) or ours with a number
+of the tile table ("ours 0"). Records are kept in one file in `FASTVIT_CACHE_DIR`, or `~/.cache/fastvit`; those of GPUs
+that were measured by us are files of the package. A record holds for one GPU, for the versions of PyTorch and Triton
+and for the source of the kernel that it was made with. Imports no Triton.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastvit.files import write_errors
+from fastvit.ops.cases import Case
+
+OURS, PYTORCH = "ours", "pytorch"
+MARGIN = 0.97  # ours must take less than this of PyTorch's time: a tie goes to what is tested by more people
+CANDIDATES = 3  # of ours, at most
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+SHIPPED = Path(__file__).with_suffix("")  # a folder beside this file
+FILE = "records.json"
+
+
+class Timing(NamedTuple):
+    """A candidate's median time, or the reason why it has none: it raised, or was wrong."""
+
+    candidate: str
+    ms: float | None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Who is fastest in one case on one GPU. kernel: the hash of the kernel's source, `kernel_hash`."""
+
+    operation: str
+    direction: str
+    sizes: tuple[tuple[str, int | str], ...]
+    rows: int
+    tokens: int
+    dtype: str
+    gpu: str
+    torch: str
+    triton: str
+    kernel: str
+    candidates: tuple[Timing, ...]
+    winner: str
+
+    @property
+    def case(self) -> Case:
+        return Case(self.operation, self.direction, self.sizes, self.rows, self.tokens, self.dtype)
+
+    @property
+    def choice(self) -> int | str:
+        """Our candidate's number; or "default", or the SDPA backend's name, for PyTorch's."""
+        who, _, which = self.winner.partition(" ")
+        return int(which) if who == OURS else which or "default"
+
+    def best(self, who: str) -> float | None:
+        """The lowest median of `OURS` or `PYTORCH`, in milliseconds; None where none could be timed."""
+        times = [t.ms for t in self.candidates if t.ms is not None and t.candidate.partition(" ")[0] == who]
+        return min(times, default=None)
+
+
+def winner_of(timings: Iterable[Timing]) -> str | None:
+    """The fastest candidate; None if nothing was timed.
+
+    Ours must be 3 % faster than the best of PyTorch's, and another SDPA backend than what PyTorch takes by itself must
+    be as much faster than that: the host spends time on asking for it.
+    """
+    timed = {timing.candidate: timing.ms for timing in timings if timing.ms is not None}
+
+    def best(who: str) -> str | None:
+        return min((name for name in timed if name.startswith(who)), key=lambda name: timed[name], default=None)
+
+    ours, theirs = best(OURS), best(PYTORCH)
+    if ours is not None and (theirs is None or timed[ours] < MARGIN * timed[theirs]):
+        return ours
+    if theirs is not None and PYTORCH in timed and timed[theirs] >= MARGIN * timed[PYTORCH]:
+        return PYTORCH
+    return theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a record holds for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache  # asking the driver takes longer than choosing
+def gpu_name(device_type: str, device_index: int | None) -> str:
+    return torch.cuda.get_device_name(device_index) if device_type == "cuda" else "interpreter"
+
+
+@functools.cache
+def versions() -> tuple[str, str]:
+    """Of PyTorch and Triton."""
+    for package in ("triton", "pytorch-triton", "triton-windows"):
+        try:
+            return torch.__version__, version(package)
+        except PackageNotFoundError:
+            continue
+    return torch.__version__, "none"
+
+
+@functools.cache
+def kernel_hash(module: str) -> str:
+    """Of the kernels that `fastvit.kernels.<module>` uses, and of their tiles; not of comments and docstrings."""
+    from fastvit.kernels import tuning
+
+    trees = _sources(module)
+    code = [ast.unparse(node) for tree in trees for node in _compiled_parts(tree)]
+    words = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    names = [word for word in words if isinstance(word, str)]
+    rules = [repr(rule) for rule in tuning.TABLE if any(re.fullmatch(rule.operation, name) for name in names)]
+    return hashlib.sha256("\n".join([*code, *rules]).encode()).hexdigest()[:16]
+
+
+def _sources(module: str) -> list[ast.Module]:
+    """A module or package of fastvit.kernels and all those that it imports, directly or not."""
+    trees: dict[Path, ast.Module] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        if name == "tuning":  # its rules count one by one
+            continue
+        for path in (KERNELS / f"{name}.py", *(KERNELS / name).glob("*.py")):
+            if path in trees or not path.is_file():
+                continue
+            trees[path] = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(trees[path]):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastvit.kernels"):
+                    inner = (node.module or "").split(".")[2:3]
+                    waiting += inner or [alias.name for alias in node.names]
+    return [trees[path] for path in sorted(trees)]
+
+
+def _compiled_parts(tree: ast.Module) -> Iterator[ast.stmt]:
+    """What Triton compiles: functions with @triton.jit, without docstrings, and constants for them."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+            yield node
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and "constexpr" in ast.unparse(node):
+            yield node
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where records are kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+_table: dict[str, dict[Case, Record]] | None = None  # of this process: read once, so that it keeps its answers
+
+
+def find(case: Case, gpu: str, module: str) -> Record | None:
+    """The record that holds for this case, made with the kernel's present source; this process's own answer."""
+    record = table().get(gpu, {}).get(case)
+    return record if record is not None and record.kernel == kernel_hash(module) else None
+
+
+def table() -> dict[str, dict[Case, Record]]:
+    """By GPU and case, for the installed PyTorch and Triton: the package's records, and over them those made here."""
+    global _table
+    if _table is None:
+        shipped = [record for path in sorted(SHIPPED.glob("*.json")) for record in read(path).values()]
+        own = read_own().values()
+        _table = {}
+        adopt([*shipped, *own])
+    return _table
+
+
+def adopt(records: Iterable[Record]) -> None:
+    """Let this process go by these records from now on."""
+    for record in records:
+        if (record.torch, record.triton) == versions():
+            table().setdefault(record.gpu, {})[record.case] = record
+
+
+def own_path() -> Path:
+    folder = os.environ.get("FASTVIT_CACHE_DIR")
+    return (Path(folder) if folder else Path.home() / ".cache" / "fastvit") / FILE
+
+
+def read_own() -> dict[str, Record]:
+    """The records made here. A file that holds none is reported and replaced by an empty one."""
+    try:
+        return read(own_path())
+    except OSError:
+        return {}
+    except ValueError as error:  # also broken JSON and broken UTF-8
+        warnings.warn(f"{own_path()} does not hold tuning records ({error}): starting a new one", stacklevel=2)
+        with contextlib.suppress(OSError):
+            write(own_path(), {})
+        return {}
+
+
+def add_to_own(records: Iterable[Record]) -> None:
+    """Add to the records on disk, which other processes may be adding to as well."""
+    from filelock import FileLock, Timeout
+
+    try:
+        own_path().parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(own_path().with_suffix(".lock"), timeout=10):
+            write(own_path(), read_own() | {_name(record): record for record in records})
+    except (OSError, Timeout) as error:  # a read-only home directory is no reason to stop
+        warnings.warn(f"tuning records are not kept: {error}", stacklevel=2)
+
+
+def read(path: Path) -> dict[str, Record]:
+    """The records of a file by name; those that are not whole are left out. Raises OSError or ValueError."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, list):
+        raise ValueError("expected a list of records")
+    records = [record for entry in entries if (record := _from_json(entry)) is not None]
+    return {_name(record): record for record in records}
+
+
+def write(path: Path, records: dict[str, Record]) -> None:
+    """Replace the file in one step: a reader sees the old one or the new one, never a part. Raises OSError."""
+    entries = [dataclasses.asdict(record) | {"candidates": [c._asdict() for c in record.candidates]}
+               for _, record in sorted(records.items())]  # fmt: skip
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".part", delete=False
+    ) as file:
+        json.dump(entries, file, indent=1)
+    Path(file.name).replace(path)
+
+
+def export(path: Path, records: Iterable[Record]) -> None:
+    """Write records as the package holds those of GPUs that were measured; raises WriteError."""
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, {_name(record): record for record in records})
+        path.chmod(0o644)
+
+
+def _from_json(entry: Any) -> Record | None:
+    try:
+        sizes = tuple((name, value) for name, value in entry["sizes"])
+        candidates = tuple(Timing(**timing) for timing in entry["candidates"])
+        record = Record(**{**entry, "sizes": sizes, "candidates": candidates})
+        hash(record)
+        return record if isinstance(record.choice, int | str) else None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _name(record: Record) -> str:
+    """What two records share of which one replaces the other."""
+    return "|".join(map(str, (record.gpu, *record.case, record.torch, record.triton, record.kernel)))

@@ -1,0 +1,1 @@
+"""What a run leaves for a person: metrics, figures, charts, the run log, pages."""

@@ -1,0 +1,202 @@
+"""Metrics of a classifier, and as text: confusion matrix, precision, recall and F1 of each class, worst confusions."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+MAX_MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal
+WORST_CONFUSIONS = 20
+NAME_COLUMNS = 32  # longest class name in a table, in terminal columns
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts how often each true class was predicted as each class.
+
+    Args:
+        labels: integers `[N]` from 0 to num_classes - 1, the true classes.
+        predictions: integers `[N]` from 0 to num_classes - 1.
+        num_classes: C.
+
+    Returns:
+        int64 `[C, C]`: rows are true classes, columns predicted ones.
+
+    Raises:
+        ValueError: the lengths differ, or a class is no integer or out of range.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.ndim != 1 or labels.shape != predictions.shape:
+        raise ValueError(
+            f"labels and predictions: expected the same length, got shapes {labels.shape} and {predictions.shape}"
+        )
+    for name, classes in (("labels", labels), ("predictions", predictions)):
+        if classes.size and not np.issubdtype(classes.dtype, np.integer):
+            raise ValueError(f"{name}: expected integers, got {classes.dtype}")
+        if classes.size and (classes.min() < 0 or classes.max() >= num_classes):
+            raise ValueError(
+                f"{name}: expected classes from 0 to {num_classes - 1}, got {classes.min()} to {classes.max()}"
+            )
+    pairs = labels.astype(np.int64) * num_classes + predictions.astype(np.int64)
+    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def classification_metrics(confusion: np.ndarray) -> dict[str, Any]:
+    """Accuracy, and precision, recall and F1 of each class.
+
+    precision = hits / predicted as the class, recall = hits / truly of the class, F1 = their harmonic mean; 0/0 is 0.
+    Macro F1 is the plain mean of F1 over all classes, also those without a picture.
+
+    Args:
+        confusion: integers `[C, C]`, rows are true classes, columns predicted ones.
+
+    Returns:
+        `accuracy` and `macro_f1` as floats, `precision`, `recall` and `f1` as lists of C floats, `support` (pictures
+        truly of the class) as a list of C integers: ready for JSON.
+    """
+    confusion = _checked_confusion(confusion)
+    hits, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    f1 = _ratio(2 * hits, support + predicted)
+    return {
+        "accuracy": float(_ratio(hits.sum(), confusion.sum())),
+        "macro_f1": float(f1.mean()),
+        "precision": _ratio(hits, predicted).tolist(),
+        "recall": _ratio(hits, support).tolist(),
+        "f1": f1.tolist(),
+        "support": support.tolist(),
+    }
+
+
+def _checked_confusion(confusion: np.ndarray) -> np.ndarray:
+    confusion = np.asarray(confusion)
+    if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or confusion.size == 0:
+        raise ValueError(f"confusion: expected a square matrix of at least one class, got shape {confusion.shape}")
+    if not np.issubdtype(confusion.dtype, np.integer) or confusion.min() < 0:
+        raise ValueError("confusion: expected counts, that is integers of at least 0")
+    return confusion
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0)
+
+
+def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
+    """A plain-text report: accuracy, a table of the classes, and what was taken for what.
+
+    Up to 20 classes the whole confusion matrix is shown, above that the most frequent confusions.
+
+    Args:
+        confusion: integers `[C, C]`, rows are true classes, columns predicted ones.
+        class_names: C names.
+
+    Returns:
+        Lines joined by newlines, none at the end.
+    """
+    confusion = _checked_confusion(confusion)
+    if len(class_names) != len(confusion):
+        raise ValueError(f"class_names: expected {len(confusion)} names, got {len(class_names)}")
+    metrics = classification_metrics(confusion)
+    names = [_ellipsis(printable(name), NAME_COLUMNS) for name in class_names]
+    summary = (
+        f"accuracy {metrics['accuracy']:.4f}   macro F1 {metrics['macro_f1']:.4f}   "
+        f"{confusion.sum():,} pictures, {len(names)} classes"
+    )
+    rows = [
+        [str(index), name, f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", f"{support:,}"]
+        for index, (name, precision, recall, f1, support) in enumerate(
+            zip(names, *(metrics[key] for key in ("precision", "recall", "f1", "support")), strict=True)
+        )
+    ]
+    sections = [summary, _table(["", "class", "precision", "recall", "F1", "support"], rows)]
+    if len(names) <= MAX_MATRIX_CLASSES:
+        sections.append(_format_matrix(confusion, names))
+    else:
+        sections.append(_format_worst_confusions(confusion, names))
+    return "\n\n".join(sections)
+
+
+def _format_matrix(confusion: np.ndarray, names: Sequence[str]) -> str:
+    numbers = [str(index) for index in range(len(names))]
+    rows = [[number, name, *map(str, row)] for number, name, row in zip(numbers, names, confusion, strict=True)]
+    return "Confusion matrix: one row per true class, one column per predicted class\n" + _table(
+        ["", "true", *numbers], rows
+    )
+
+
+def worst_confusions(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
+    """(true class, predicted class, pictures, share of the true class), the most frequent 20 confusions first."""
+    errors = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-errors, axis=None, kind="stable")[:WORST_CONFUSIONS]
+    return [
+        (
+            int(true),
+            int(predicted),
+            int(errors[true, predicted]),
+            float(errors[true, predicted] / confusion[true].sum()),
+        )
+        for true, predicted in zip(*np.unravel_index(order, errors.shape), strict=True)
+        if errors[true, predicted] > 0
+    ]
+
+
+def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str:
+    rows = [
+        ["", names[true], names[predicted], str(count), f"{share:.1%}"]
+        for true, predicted, count, share in worst_confusions(confusion)
+    ]
+    if not rows:
+        return "No picture was confused."
+    mistakes = confusion.sum() - np.trace(confusion)
+    return f"Most frequent confusions ({mistakes:,} in all)\n" + _table(
+        ["", "true", "predicted as", "pictures", "share of class"], rows, name_columns=(1, 2)
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: tuple[int, ...] = (1,)) -> str:
+    """Columns two spaces apart: names to the left, numbers to the right."""
+    lines = [header, *rows]
+    widths = [max(_terminal_width(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell + " " * (width - _terminal_width(cell))
+            if column in name_columns
+            else " " * (width - _terminal_width(cell)) + cell
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def printable(text: str) -> str:
+    """One line, without control characters and halves of surrogate pairs (file names may hold both)."""
+    return "".join(
+        " " if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character for character in text
+    )
+
+
+def _terminal_width(text: str) -> int:
+    """Columns that a terminal gives to the text: East Asian characters take two, combining ones none."""
+    return sum(
+        0
+        if unicodedata.category(character) in ("Mn", "Me", "Cf")
+        else 1 + (unicodedata.east_asian_width(character) in "WF")
+        for character in text
+    )
+
+
+def _ellipsis(text: str, columns: int) -> str:
+    if _terminal_width(text) <= columns:
+        return text
+    while _terminal_width(text) > columns - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sheets of pictures

@@ -1,0 +1,235 @@
+"""Figures of a run: sheets of examples, heat maps and attention rollout.
+
+Only NumPy and Pillow. Attention arrives as arrays, `[layers, heads, tokens, tokens]` with the class token first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from fastvit.errors import InputError
+from fastvit.report.classification import printable
+
+MAX_GRID_CLASSES = 20
+
+_PAPER, _INK, _FAINT_INK = (255, 255, 255), (32, 32, 32), (110, 110, 110)
+_GAP = 8
+_FONT_SIZE = 15
+_LAYER_TILE, _LAYERS_PER_ROW = 128, 6
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw,
+    position: tuple[int, int],
+    text: str,
+    *,
+    width: int,
+    size: int = _FONT_SIZE,
+    colour: tuple[int, int, int] = _INK,
+) -> None:
+    """One line of text, shortened to `width` pixels."""
+    text, font = printable(text), _font(size)
+    if draw.textlength(text, font=font) > width:
+        kept = len(text)
+        while kept and draw.textlength(text[:kept] + "…", font=font) > width:
+            kept -= 1
+        text = text[:kept] + "…"
+    draw.text(position, text, font=font, fill=colour)
+
+
+def example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 96) -> Image.Image:
+    """Some pictures of each class: one row per class under its name.
+
+    Args:
+        examples: class name -> pictures, of any size and mode. Of more than 20 classes the first 20 are shown and the
+            number of the others is written underneath.
+        tile: height and width in pixels of the square into which each picture is fitted, uncropped.
+
+    Returns:
+        An RGB picture.
+    """
+    if not examples:
+        raise ValueError("examples: expected at least one class, got none")
+    shown = list(examples.items())[:MAX_GRID_CLASSES]
+    heading = _FONT_SIZE + 8
+    row_height = heading + tile + _GAP
+    num_left_out = len(examples) - len(shown)
+    columns = max(1, *(len(pictures) for _, pictures in shown))
+    width = max(_GAP + columns * (tile + _GAP), 320)
+    sheet = Image.new("RGB", (width, _GAP + len(shown) * row_height + (heading if num_left_out else 0)), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, pictures) in enumerate(shown):
+        top = _GAP + row * row_height
+        _write(draw, (_GAP, top), name, width=width - 2 * _GAP)
+        for column, picture in enumerate(pictures):
+            sheet.paste(_fit(picture, tile), (_GAP + column * (tile + _GAP), top + heading))
+    if num_left_out:
+        position = (_GAP, _GAP + len(shown) * row_height)
+        text = f"and {num_left_out:,} more {'class' if num_left_out == 1 else 'classes'}"
+        _write(draw, position, text, width=width - 2 * _GAP, colour=_FAINT_INK)
+    return sheet
+
+
+def _fit(picture: Image.Image, side: int) -> Image.Image:
+    """The whole picture in a square, on light grey."""
+    return ImageOps.pad(as_rgb(picture), (side, side), color=(238, 238, 238))
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white."""
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*_PAPER, 255)), rgba).convert("RGB")
+    return picture.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+# From little to much. Lightness rises evenly, so that the order shows in greyscale and to every kind of colour vision.
+_HEAT_COLOURS = np.array(
+    [(12, 10, 40), (62, 22, 102), (122, 32, 112), (184, 50, 92), (232, 92, 56), (250, 156, 40), (252, 240, 150)],
+    dtype=np.float32,
+)
+_HEAT_OPACITY = 0.6
+
+
+def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
+    """Lays a map of values over a picture, dark where they are low and bright where they are high.
+
+    The picture is shown in grey, so that every colour in the result is the map's.
+
+    Args:
+        image: the picture, of any mode.
+        heat: finite numbers `[rows, columns]` that cover the picture; its lowest value becomes dark violet, its
+            highest pale yellow. A map of equal values is dark throughout.
+
+    Returns:
+        An RGB picture of the size of `image`.
+    """
+    heat = np.asarray(heat, dtype=np.float32)
+    if heat.ndim != 2 or heat.size == 0:
+        raise ValueError(f"heat: expected [rows, columns], got shape {heat.shape}")
+    if not np.isfinite(heat).all():
+        raise ValueError("heat: expected finite numbers, got NaN or infinity")
+    heat = heat - heat.min()
+    heat = heat / (heat.max() or 1)
+    enlarged = np.asarray(Image.fromarray(heat).resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    anchors = np.linspace(0, 1, len(_HEAT_COLOURS))
+    colours = np.stack([np.interp(enlarged, anchors, channel) for channel in _HEAT_COLOURS.T], axis=-1)
+    overlay = Image.fromarray((colours + 0.5).astype(np.uint8))
+    return Image.blend(as_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
+
+
+def attention_rollout(attentions: np.ndarray) -> np.ndarray:
+    """How much each token of the last layer rests on each token of the input.
+
+    Abnar & Zuidema 2020, arXiv:2005.00928: in every layer the mean over the heads plus the identity (the residual
+    connection), rows scaled to sum 1; the layers' matrices are multiplied, the first layer's rightmost.
+
+    Args:
+        attentions: probabilities `[layers, heads, tokens, tokens]`, rows are queries, from the first layer to the last.
+
+    Returns:
+        float `[tokens, tokens]`, each row sums to 1; float64 if the input is, else float32.
+    """
+    attentions = _checked_attentions(attentions)
+    identity = np.eye(attentions.shape[-1], dtype=np.float64 if attentions.dtype == np.float64 else np.float32)
+    rollout = identity
+    for layer in attentions:
+        mixed = layer.mean(axis=0, dtype=identity.dtype) + identity
+        rollout = (mixed / mixed.sum(axis=-1, keepdims=True)) @ rollout
+    return rollout
+
+
+def _checked_attentions(attentions: np.ndarray) -> np.ndarray:
+    attentions = np.asarray(attentions)
+    if attentions.ndim != 4 or attentions.shape[2] != attentions.shape[3] or attentions.size == 0:
+        raise ValueError(f"attentions: expected [layers, heads, tokens, tokens], got shape {attentions.shape}")
+    return attentions
+
+
+def rollout_overlay(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The picture under a map of what the class token rests on, through all layers; arguments as `attention_sheet`."""
+    return overlay_heatmap(image, attention_rollout(_checked_grid(attentions, grid))[0, 1:].reshape(grid))
+
+
+def _checked_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    attentions = _checked_attentions(attentions)
+    rows, columns = grid
+    if attentions.shape[-1] != 1 + rows * columns:
+        raise ValueError(
+            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
+        )
+    return attentions
+
+
+def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """What the class token looks at: the picture, the rollout over all layers, and each layer by itself.
+
+    Args:
+        image: the picture as the model saw it, of any size and mode.
+        attentions: `[layers, heads, tokens, tokens]`, class token first, patches after it row by row.
+        grid: the number of patches down and across; tokens = 1 + down x across.
+
+    Returns:
+        An RGB picture: picture and rollout on top, then the layers, six to a row, each the mean over its heads.
+    """
+    attentions = _checked_grid(attentions, grid)
+    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, *grid)
+
+    num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
+    large = 2 * _LAYER_TILE + _GAP
+    top_of_layers = _GAP + label + large + _GAP
+    layer_rows = -(-num_layers // _LAYERS_PER_ROW)
+    width = _GAP + step * min(max(num_layers, 4), _LAYERS_PER_ROW)
+    sheet = Image.new("RGB", (width, top_of_layers + layer_rows * (label + step)), _PAPER)
+
+    def place(title: str, picture: Image.Image, left: int, top: int, side: int) -> None:
+        _write(ImageDraw.Draw(sheet), (left, top), title, width=side)
+        sheet.paste(_fit(picture, side), (left, top + label))
+
+    picture = ImageOps.contain(as_rgb(image), (large, large))
+    place("picture", picture, _GAP, _GAP, large)
+    place("rollout of all layers", rollout_overlay(picture, attentions, grid), _GAP + large + _GAP, _GAP, large)
+    for index, heat in enumerate(of_layers):
+        row, column = divmod(index, _LAYERS_PER_ROW)
+        left, top = _GAP + column * step, top_of_layers + row * (label + step)
+        place(f"layer {index + 1}", overlay_heatmap(picture, heat), left, top, _LAYER_TILE)
+    return sheet
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
+    """Writes a picture in the format that the file's suffix names, whole or not at all.
+
+    Raises:
+        InputError: the suffix names no format that Pillow writes, or the folder does not exist.
+    """
+    path = Path(path)
+    image_format = Image.registered_extensions().get(path.suffix.lower())
+    if image_format not in Image.SAVE:
+        raise InputError(f"path: expected a suffix such as .png, .jpg or .webp, got {path}")
+    if not path.parent.is_dir():
+        raise InputError(f"path: expected an existing folder, {path.parent} is none")
+    if image_format == "JPEG":
+        image = as_rgb(image)  # the format has no transparency
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format=image_format)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

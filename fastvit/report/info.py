@@ -1,0 +1,139 @@
+"""`fastvit info`: what runs here, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fastvit
+from fastvit import ops
+from fastvit.ops import records
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy")
+
+
+def report() -> str:
+    """Versions, devices, and for each operation on each device who computes it and why."""
+    lines = [f"fastvit {fastvit.__version__}, Python {platform.python_version()}, {platform.platform()}"]
+    lines.append(", ".join(f"{name} {installed_version(name)}" for name in PACKAGES))
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    lines += [f"device {device}: {describe(device)}" for device in devices]
+    lines.append(f"backend asked for: {ops.current_backend()} (FASTVIT_BACKEND, or with fastvit.backend(...))")
+    for device in devices[:1]:
+        lines.append(f"operations on {device}:")
+        for operation in ops.KERNELS:
+            lines.append(f"  {operation:<30}{who_computes(operation, device)}")
+        lines += measured_on(device)
+    lines += [f"kernel {failure}" for failure in kernels()["failed"]]
+    return "\n".join(lines)
+
+
+def who_computes(operation: str, device: torch.device) -> str:
+    """Which backend computes an operation on this device; dtypes are told apart only where they differ."""
+    asked = ops.current_backend()
+    if asked == "reference":
+        return "plain PyTorch (asked for)"
+    answers = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        reason = ops.why_not_triton(operation, device.type, device.index, dtype)
+        if asked == "auto" and device.type != "cuda":
+            reason = reason or "Triton only interprets on a CPU"
+        if reason is None:
+            answers[dtype] = "Triton kernel"
+        else:
+            is_error = asked == "triton" or (device.type == "cuda" and operation in ops.NO_FALLBACK)
+            answers[dtype] = f"an error ({reason})" if is_error else f"plain PyTorch ({reason})"
+    if len(set(answers.values())) == 1:
+        return answers[torch.float32]
+    return "; ".join(f"{str(dtype).removeprefix('torch.')}: {answer}" for dtype, answer in answers.items())
+
+
+def measured_on(device: torch.device) -> list[str]:
+    """The records that hold on this GPU: `auto` goes by them."""
+    gpu = records.gpu_name(device.type, device.index)
+    known = [case for case in records.table().get(gpu, {}) if case.operation in ops.KERNELS]
+    found = [record for case in known if (record := records.find(case, gpu, ops.KERNELS[case.operation]))]
+    if not found:
+        return ["no records of measurements on this GPU: `fastvit tune` makes them"] if device.type == "cuda" else []
+    return ["measured on this GPU:", *(f"  {said(record)}" for record in found)]
+
+
+def said(record: records.Record) -> str:
+    sizes = ", ".join(f"{name} {value}" for name, value in (*record.sizes, ("rows to", record.rows)))
+    return f"{record.operation}, {record.direction}, {record.dtype}, {sizes}: {record.winner}"
+
+
+def kernels() -> dict[str, list[str]]:
+    """Of this process: kernels that failed, so that PyTorch took over, and the records that `auto` went by."""
+    operators = sys.modules.get("fastvit.kernels.operators")  # not imported: nothing can have failed
+    failures = [] if operators is None else operators.failures.values()
+    return {
+        "failed": ["{} failed on {}, PyTorch computes it: {} ({})".format(*failure) for failure in failures],
+        "measured": [said(record) for record in ops.choices.values()],
+    }
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return device_name(device)
+    properties = torch.cuda.get_device_properties(device)
+    capability = f"capability {properties.major}.{properties.minor}"
+    return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {torch.get_num_threads()} threads"
+
+
+def processor_name() -> str:
+    """Its generation is added, since virtual machines cut it off: an "AMD EPYC" may be one twice as fast as another."""
+    with contextlib.suppress(OSError):
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        found = {name.strip(): value.strip() for name, _, value in reversed(lines)}  # of the first processor
+        if "model name" in found:
+            generation = [f"{name.split()[-1]} {found[name]}" for name in ("cpu family", "model") if name in found]
+            return found["model name"] + (f" ({', '.join(generation)})" if generation else "")
+    return f"{platform.processor() or platform.machine()} CPU"
+
+
+def output_of(*command: str, cwd: Path | None = None) -> str | None:
+    """What a program printed, or None where it is missing or failed."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> tuple[str | None, bool]:
+    """The commit that this code is of, if that is known, and whether it is the commit without changes.
+
+    FASTVIT_COMMIT tells a copy of the tree without its history what it is a copy of.
+    """
+    here = Path(__file__).resolve().parent
+    # An installed copy may lie in a repository that is not ours.
+    tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name, cwd=here) is not None
+    found = os.environ.get("FASTVIT_COMMIT") or (output_of("git", "rev-parse", "HEAD", cwd=here) if tracked else None)
+    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here)
+    return found, found is not None and not changes
+
+
+def installed_version(name: str) -> str:
+    if importlib.util.find_spec(name) is None:
+        return "not installed"
+    if name == "torch":
+        return torch.__version__  # says which CUDA it was built for, which its package's version may not
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "of unknown version"

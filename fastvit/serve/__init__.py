@@ -1,0 +1,1 @@
+"""Classification for many threads: preprocessing, batching, the model, the demo page."""

@@ -1,0 +1,127 @@
+"""`fastvit demo MODEL`: a page on this machine to try a model on. Drop a picture, see classes and attention.
+
+The page is Gradio's, an optional extra. It is served to this machine alone unless --host says otherwise, needs no
+network (the fonts are the system's) and reports to nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from fastvit.data.images import decode_image
+from fastvit.errors import InputError
+from fastvit.report import figures
+from fastvit.report.html import short
+from fastvit.serve.attention import pixels_of, with_attention
+from fastvit.serve.predictor import Predictor
+
+SHOWN_CLASSES = 5
+SHOWN_SIDE = 512  # pixels of the attention map
+SHOWN_HEIGHT = 380  # pixels of the page that it and the picture get
+
+STYLE = """
+.gradio-container { max-width: 60rem !important; margin: 0 auto !important }
+footer { display: none !important }
+"""
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="fastvit demo",
+        description="Serve a page on this machine: drop a picture, see classes and attention.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("model", help="a fine-tuned model: folder or hub id")
+    parser.add_argument("--device", help="where to compute [a GPU if there is one]")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
+    parser.add_argument("--port", type=int, help="[the first free one from 7860 on]")
+    options = parser.parse_args(argv)
+    if options.port is not None and not 0 < options.port < 2**16:
+        raise InputError(f"--port: expected 1 to 65535, got {options.port}")
+    with tempfile.TemporaryDirectory(prefix="fastvit-demo-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # else pictures stay behind, where everybody on the machine can see them
+        page = demo_page(options.model, options.device)
+        url = serve(page, options.host, options.port)
+        print(f"{options.model}: {url}  (Ctrl-C ends it)", flush=True)
+        try:
+            page.block_thread()
+        finally:
+            page.close(verbose=False)
+
+
+def demo_page(model: str, device: str | None = None) -> Any:
+    """The page as Gradio's Blocks, not yet served; its one endpoint is `/predict`."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and again later
+    try:
+        import gradio
+    except ImportError:
+        raise InputError('demo: expected Gradio to be installed: pip install "fastvit[demo]"') from None
+
+    with Predictor(model, device) as predictor:  # closed: one picture at a time, with its attention, needs no threads
+        names = [short(name) for name in predictor.class_names]
+
+    def classify(path: str | None) -> tuple[dict[str, float] | None, Image.Image | None]:
+        if path is None:  # the picture was taken away
+            return None, None
+        try:
+            picture = decode_image(path, "The file")
+        except InputError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+        shares, maps, grid = with_attention(predictor.model, pixels_of(predictor, picture))
+        shown = ImageOps.contain(picture, (SHOWN_SIDE, SHOWN_SIDE))
+        return dict(zip(names, shares.tolist(), strict=True)), figures.rollout_overlay(shown, maps, grid)
+
+    def path_of(payload: Any) -> str | None:
+        """Instead of Gradio's own decoding, which would come first and name what is wrong less well than ours."""
+        return None if payload is None else payload.path
+
+    with gradio.Blocks(title=f"{model} · fastvit", analytics_enabled=False) as page:
+        gradio.Markdown(
+            f"# {Path(model).name or model}\n{len(names)} classes. Pictures stay on the machine that serves this."
+        )
+        with gradio.Row():
+            picture = gradio.Image(label="Picture", sources=["upload", "clipboard"], height=SHOWN_HEIGHT)
+            picture.preprocess = path_of  # type: ignore[method-assign]
+            with gradio.Column():
+                classes = gradio.Label(num_top_classes=min(SHOWN_CLASSES, len(names)), label="Classes")
+                attention = gradio.Image(
+                    label="Where the class token looks",
+                    interactive=False,
+                    height=SHOWN_HEIGHT,
+                    buttons=["download", "fullscreen"],  # and not the one that uploads it to share it
+                )
+        picture.change(classify, picture, [classes, attention], api_name="predict")
+    return page
+
+
+def serve(page: Any, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Begin to serve the page and return its address; the caller blocks or goes on."""
+    import gradio
+
+    system = ["system-ui", "sans-serif"]
+    theme = gradio.themes.Base(
+        primary_hue="blue", neutral_hue="slate", font=system, font_mono=["ui-monospace", "monospace"]
+    )
+    try:
+        _, url, _ = page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            ssr_mode=False,
+            quiet=True,
+            max_file_size="64mb",
+            inbrowser=False,
+            prevent_thread_lock=True,
+            theme=theme,
+            css=STYLE,
+        )
+    except OSError as error:
+        where = host if port is None else f"{host}:{port}"
+        raise InputError(f"--host, --port: cannot listen on {where} ({error})") from None
+    return url

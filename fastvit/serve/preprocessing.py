@@ -1,0 +1,154 @@
+"""What an image processor of transformers does to a picture, as Pillow's resize and a crop that stay uint8.
+
+    picture -> resize -> crop -> uint8 [height, width, 3]        here, in a thread of the host
+            -> (pixels / 255 - mean) / std                       in the model, on its device
+
+Rescaling and normalising are one multiply and add, whatever the factor; `mean` and `std` hold both.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import transformers
+from PIL import Image
+
+from fastvit.checkpoints.configuration import (
+    SIZE_LIMITS,
+    check_channels,
+    check_size,
+    is_real,
+    is_whole,
+    shown,
+    shown_error,
+)
+from fastvit.errors import InputError
+from fastvit.models.loading import read_image_settings
+
+# Image processors that resize, crop, rescale and normalise, in this order, and do nothing else to a picture.
+KNOWN = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
+SIDES = ("height", "width")
+
+
+@dataclass(frozen=True)
+class Preprocessor:
+    """resize: (height, width), or one number, the shorter side; None: not resized. crop: (height, width), or None.
+
+    mean, std: of a channel, for pixels in 0..1.
+    """
+
+    resize: tuple[int, int] | int | None
+    crop: tuple[int, int] | None
+    resample: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: Any, where: str = "image processor") -> Preprocessor:
+        """The same as a transformers image processor; raises InputError, naming `where`, for what this cannot do."""
+        settings = processor.to_dict()
+        kind_of(settings["image_processor_type"], where)
+        if settings.get("do_pad"):
+            raise InputError(f"{where}: do_pad: expected none, got padding")
+        resize = crop = None
+        if settings.get("do_resize"):
+            resize = size_of(settings, "size", where)
+        if settings.get("do_center_crop"):
+            crop = size_of(settings, "crop_size", where)
+        if isinstance(crop, int) or (crop is None and not isinstance(resize, tuple)):
+            raise InputError(
+                f"{where}: size: expected all pictures to come out with one height and width,"
+                f" got size {resize} and crop_size {crop}"
+            )
+        factor = settings["rescale_factor"] if settings.get("do_rescale") else 1.0
+        if not is_real(factor) or not 0 < factor <= 1:
+            raise InputError(f"{where}: rescale_factor: expected a number above 0 and up to 1, got {shown(factor)}")
+        normalizes = settings.get("do_normalize")
+        mean = channels_of(settings, "image_mean", where) if normalizes else (0.0, 0.0, 0.0)
+        std = channels_of(settings, "image_std", where) if normalizes else (1.0, 1.0, 1.0)
+        resample = settings.get("resample")
+        resample = Image.Resampling.BILINEAR if resample is None else resample
+        if not is_whole(resample) or resample not in list(Image.Resampling):
+            raise InputError(f"{where}: resample: expected the number of a filter of Pillow, got {shown(resample)}")
+        rescale = 1.0 if math.isclose(255 * factor, 1.0, rel_tol=1e-5) else 255 * factor
+        return cls(
+            resize,
+            crop,
+            int(resample),
+            tuple(value / rescale for value in mean),
+            tuple(value / rescale for value in std),
+        )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        size = self.crop or self.resize
+        assert isinstance(size, tuple)
+        return size
+
+    def __call__(self, image: Image.Image, name: str = "image") -> np.ndarray:
+        """An RGB picture as uint8 [height, width, 3]; raises InputError naming it where it cannot be resized."""
+        width, height = image.size
+        if self.resize is not None:
+            if isinstance(self.resize, tuple):
+                height, width = self.resize
+            else:  # the longer side is rounded down, as in transformers
+                shorter = min(width, height)
+                width, height = (int(self.resize * side / shorter) for side in (width, height))
+            if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+                raise InputError(f"{name}: {image.width}x{image.height} pixels would be resized to {width}x{height}")
+            image = image.resize((width, height), self.resample)
+        if self.crop is not None:  # black where the picture is smaller
+            left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        return np.asarray(image)
+
+
+def size_of(settings: dict[str, Any], option: str, where: str) -> tuple[int, int] | int:
+    """(height, width) or the shorter side."""
+    size = {name: value for name, value in dict(settings[option]).items() if value is not None}
+    for value in size.values():
+        check_size(option, value, SIZE_LIMITS["image_size"], where)
+    if set(size) == set(SIDES):
+        return size["height"], size["width"]
+    if set(size) == {"shortest_edge"}:
+        return size["shortest_edge"]
+    raise InputError(f"{where}: {option}: expected height and width, or shortest_edge, got {shown(size)}")
+
+
+def channels_of(settings: dict[str, Any], option: str, where: str) -> tuple[float, ...]:
+    """Mean or standard deviation of the three channels, which may be one number for all."""
+    values = settings[option]
+    return check_channels(option, [values] * 3 if is_real(values) else values, 3, where)
+
+
+def load_preprocessor(model: str) -> Preprocessor:
+    """Of a hub id or folder, from its preprocessor_config.json; raises InputError where there is no usable one."""
+    found = read_image_settings(model)
+    if found is None:
+        raise InputError(f"{model}: expected an image processor (preprocessor_config.json), found none")
+    path, settings = found
+    # The oldest files name no type; they are ViT's. What a file leaves out is as the type has it.
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT"
+    kind = kind_of(named, str(path))
+    try:
+        processor = getattr(transformers, f"{kind}ImageProcessorPil").from_dict(settings)
+        return Preprocessor.of(processor, str(path))
+    except InputError:
+        raise
+    except Exception as error:  # a value of a kind that transformers does not expect, or in a method's place
+        raise InputError(f"{path}: not the settings of an image processor: {shown_error(error)}") from error
+
+
+def kind_of(processor_type: Any, where: str) -> str:
+    """The family of an image processor, by the name of its class; raises InputError for one that is not known."""
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(processor_type))
+    if kind not in KNOWN:
+        raise InputError(
+            f"{where}: image_processor_type: expected one for {', '.join(KNOWN)}, got {shown(processor_type)}"
+        )
+    return kind

@@ -1,0 +1,229 @@
+"""A classifier on its device: uint8 pictures in, class probabilities out.
+
+On a GPU the pictures go over in pinned memory and on a stream of their own, beside what is computed; batches are padded
+to powers of two, and each of these sizes becomes a CUDA graph once it has been seen a few times: one launch instead of
+one for every kernel, which is what a small batch waits for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvit.errors import InputError, is_out_of_memory
+from fastvit.models.calibration import temperature_of
+from fastvit.models.pretrained import ViTPreTrainedModel
+from fastvit.models.vit import image_mean_of, image_std_of
+from fastvit.ops import eager
+from fastvit.serve.preprocessing import Preprocessor
+
+Outputs = tuple[Tensor, Tensor]  # probabilities [B, classes], indices of the best [B, top_k]
+Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
+
+
+class Runner:
+    """The model's side of a predictor; one thread at a time may call it.
+
+    top_k: how many of the best classes are named. flip: the mean over pictures and their mirror images. limit: pictures
+    that are computed at once, halved whenever memory does not suffice. capture: turns a function into a CUDA graph;
+    None: no graphs.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessor: Preprocessor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_batch: int,
+        top_k: int,
+        flip: bool = False,
+        capture: Capture | None = None,
+    ):
+        self.model, self.device, self.dtype = model, device, dtype
+        self.top_k, self.limit, self.flip = top_k, max_batch, flip
+        config: Any = model.config
+        self.temperature = temperature_of(config)
+        self.is_multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
+        # Our own model normalises in its patch embedding; for any other, or another mean, it is a step of its own.
+        self.takes_uint8 = isinstance(model, ViTPreTrainedModel) and all(
+            np.allclose(ours, theirs)
+            for ours, theirs in (
+                (image_mean_of(config), preprocessor.mean),
+                (image_std_of(config), preprocessor.std),
+            )
+        )
+        mean, std = (
+            torch.tensor(values, device=device).view(3, 1, 1) for values in (preprocessor.mean, preprocessor.std)
+        )
+        self.scale, self.offset = 1 / (255 * std), -mean / std
+        self.graphs = None if capture is None else GraphCache(self.forward, max_batch, capture)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the host goes on while the device computes."""
+        return self.device.type == "cuda"
+
+    def forward(self, pixels: Tensor) -> Outputs:
+        """uint8 [B, H, W, 3] -> float32 [B, classes], int64 [B, top_k]."""
+        if not self.takes_uint8:
+            pixels = (pixels.permute(0, 3, 1, 2) * self.scale + self.offset).to(self.dtype)
+        logits = self.logits(pixels)
+        if self.flip:
+            logits = (logits + self.logits(pixels.flip(2 if self.takes_uint8 else 3))) / 2
+        probabilities = logits.sigmoid() if self.is_multi_label else (logits / self.temperature).softmax(-1)
+        return probabilities, probabilities.topk(self.top_k).indices
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Pixels as the model takes them -> float32 [B, classes]."""
+        output = self.model(pixels)
+        if not hasattr(output, "logits"):
+            raise InputError(f"model: expected a classifier, whose output has logits, got {type(self.model).__name__}")
+        return output.logits.float()
+
+    def launch(self, pictures: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
+        """Begin to compute uint8 pictures [H, W, 3]; the function that is returned waits for their results.
+
+        Where memory does not suffice, the batch is halved, for good, with a warning; one picture alone raises.
+        """
+        pieces: list[Callable[[], list[tuple[np.ndarray, np.ndarray]]]] = []
+        start = 0
+        while start < len(pictures):
+            piece = pictures[start : start + self.limit]
+            try:
+                pieces.append(self._launch(piece))
+                start += len(piece)
+                continue
+            except Exception as error:
+                eager.turn_off_after(error)
+                if len(piece) == 1 or not is_out_of_memory(error):
+                    raise
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            # Outside of the handler, whose traceback holds the activations.
+            self.limit = len(piece) // 2
+            warnings.warn(f"out of memory: batches of at most {self.limit} from now on ({reason})", stacklevel=1)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # a graph that is to go may be running
+            if self.graphs is not None:
+                self.graphs.forget_above(self.limit)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return lambda: [result for finish in pieces for result in finish()]
+
+    @torch.inference_mode()
+    def _launch(self, pictures: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
+            on_host = torch.empty(len(pictures), *pictures[0].shape, dtype=torch.uint8, pin_memory=on_gpu)
+            np.stack(pictures, out=on_host.numpy())
+            outputs = (self.graphs or self.forward)(self._to_device(on_host))
+            # Asked for without waiting, PyTorch copies into pinned memory; in the stream's order, before a next replay.
+            results = [output.to("cpu", non_blocking=True) for output in outputs]
+            done = torch.cuda.Event() if on_gpu else None
+            if done is not None:
+                done.record()
+
+        def finish() -> list[tuple[np.ndarray, np.ndarray]]:
+            if done is not None:
+                done.synchronize()
+            # Copies, so that a caller who keeps a result keeps no pinned memory.
+            return list(zip(*(result.numpy().copy() for result in results), strict=True))
+
+        return finish
+
+    def _to_device(self, pixels: Tensor) -> Tensor:
+        if self.copies is None:
+            return pixels.to(self.device)
+        with torch.cuda.stream(self.copies):
+            pixels = pixels.to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream()
+        computing.wait_stream(self.copies)
+        pixels.record_stream(computing)
+        return pixels
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+WARM_UP = 2  # calls of a size before it is captured: libraries allocate, kernels compile and are tuned
+
+
+@dataclass
+class Bucket:
+    """One batch size. pixels: what a graph reads, uint8 [size, H, W, 3]; outputs: what it writes."""
+
+    pixels: Tensor
+    calls: int = 0
+    replay: Callable[[], None] | None = None
+    outputs: Outputs | None = None
+
+
+class GraphCache:
+    """`forward` for any batch size up to `max_batch`, padded to a power of two, or `max_batch`, with a graph for each.
+
+    capture: runs a function once, recording it; returns what repeats it, and the outputs that are then overwritten.
+    Where it fails, a warning says why, and everything is computed without graphs from then on.
+    """
+
+    def __init__(self, forward: Callable[[Tensor], Outputs], max_batch: int, capture: Capture):
+        self.forward, self.max_batch = forward, max_batch
+        self.capture: Capture | None = capture
+        self.buckets: dict[int, Bucket] = {}
+
+    def __call__(self, pixels: Tensor) -> Outputs:
+        """uint8 [B, H, W, 3] -> outputs of B pictures, to be read before the next call of the same size."""
+        if self.capture is None:
+            return self.forward(pixels)
+        count = len(pixels)
+        size = min(1 << (count - 1).bit_length(), self.max_batch)
+        if size not in self.buckets:
+            self.buckets[size] = Bucket(pixels.new_zeros(size, *pixels.shape[1:]))
+        bucket = self.buckets[size]
+        bucket.pixels[:count].copy_(pixels)
+        bucket.pixels[count:].zero_()
+        bucket.calls += 1
+        if bucket.replay is None and bucket.calls > WARM_UP:
+            try:
+                bucket.replay, bucket.outputs = self.capture(partial(self.forward, bucket.pixels))
+            except RuntimeError as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                warnings.warn(f"CUDA graphs are off: a batch of {size} cannot be captured ({reason})", stacklevel=1)
+                self.capture = None
+                self.buckets.clear()
+                return self.forward(pixels)
+        if bucket.replay is not None and bucket.outputs is not None:
+            bucket.replay()
+            outputs = bucket.outputs
+        else:
+            outputs = self.forward(bucket.pixels)
+        return outputs[0][:count], outputs[1][:count]
+
+    def forget_above(self, size: int) -> None:
+        """Free the graphs of larger batches."""
+        self.max_batch = size
+        self.buckets = {each: bucket for each, bucket in self.buckets.items() if each <= size}
+
+
+def capture_graphs() -> Capture:
+    """Captures into one memory pool: no two graphs run at once, and outputs are copied before the next one runs."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the program may go on using the GPU meanwhile.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            outputs = function()
+        return graph.replay, outputs
+
+    return capture

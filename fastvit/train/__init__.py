@@ -1,0 +1,1 @@
+"""`fastvit finetune`: options, data, model, Trainer, files."""

@@ -1,0 +1,400 @@
+"""`report.html`: one file that shows a run to a person, without a network and without anything beside it.
+
+`of_run` gathers what the page shows from a finished run, `render` writes it as HTML (`templates/run.html`). Whatever
+comes from outside, such as the names of classes, is escaped by the template engine, and the page forbids the browser to
+load anything or to run another script than its own.
+
+The page stays small and readable however large the data set is: of many classes some are shown, and it says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import TrainerState
+
+import fastvit
+from fastvit import ops
+from fastvit.checkpoints.configuration import as_pair
+from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
+from fastvit.data.images import ImageSet
+from fastvit.models.loading import load_pretrained
+from fastvit.report import classification, figures, info
+from fastvit.report.charts import Series, line_chart, thousands
+from fastvit.report.html import percent, render_template
+from fastvit.report.run_log import curve
+from fastvit.serve.attention import with_attention
+from fastvit.train.options import build_parser
+
+REPORT_FILE = "report.html"
+
+MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE = 20, 6, 96
+MAX_ROWS = 40  # of a table of classes
+MAX_MISTAKES, MISTAKE_SIDE = 12, 192
+MAX_READINGS = 50  # rows of the table behind the curves
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A picture that was taken for another class.
+
+    number: its place in the split, from 1; attention: the picture under a map of where the class token looked.
+    """
+
+    number: int
+    truth: str
+    predicted: str
+    probability: float
+    picture: Image.Image
+    attention: Image.Image
+
+
+@dataclass
+class RunReport:
+    """What the page shows.
+
+    pictures: how many were trained on; counts: split -> pictures per class [C], of splits that are held; examples:
+    class name -> some training pictures; history: Trainer's log records; confusions: split -> int [C, C], rows are true
+    classes; mistakes: those of `mistakes_in`, the most confident first; options: name -> (value, default); environment:
+    what -> text.
+    """
+
+    folder: str
+    dataset: str
+    model: str
+    class_names: list[str]
+    pictures: str
+    counts: Mapping[str, np.ndarray]
+    examples: Mapping[str, Sequence[Image.Image]]
+    history: list[dict[str, Any]]
+    best_step: int | None
+    seconds: float
+    confusions: Mapping[str, np.ndarray]
+    mistakes: Sequence[Mistake]
+    mistakes_in: str | None
+    options: Mapping[str, tuple[Any, Any]]
+    environment: Mapping[str, str]
+    finished: datetime.datetime
+
+
+def render(run: RunReport) -> str:
+    """The whole page as HTML."""
+    return render_template(
+        "run.html",
+        run=run,
+        title=Path(run.folder).name or run.folder,
+        tiles=tiles(run),
+        charts=learning_charts(run),
+        machine_charts=machine_charts(run),
+        readings=readings(run.history),
+        results=[(split, result_of(confusion, run.class_names)) for split, confusion in run.confusions.items()],
+        counts=class_counts(run),
+        example_side=EXAMPLE_SIDE,
+        mistake_side=MISTAKE_SIDE,
+        changed={name: pair for name, pair in run.options.items() if pair[0] != pair[1]},
+        kept={name: pair for name, pair in run.options.items() if pair[0] == pair[1]},
+        commands=commands(run),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a finished run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def of_run(
+    options: argparse.Namespace,
+    images: ImageDataset,
+    pictures: str,
+    sets: Mapping[str, ImageSet],
+    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    state: TrainerState,
+    device: torch.device,
+    seconds: float,
+) -> RunReport:
+    """Gathers the page of a run whose model is saved in its output folder.
+
+    Args:
+        pictures: how many were trained on, or another word for it.
+        predictions: split -> (labels `[N]`, logits `[N, C]`) in the order of `sets[split]`.
+        state: Trainer's, with everything that was logged.
+        device: where the maps of attention are computed.
+        seconds: how long training took.
+    """
+    model = load_pretrained(options.output_dir).to(device).eval()
+    examined = next((split for split in (VALIDATION, TEST) if split in predictions), None)
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    config = model.config
+    architecture = (
+        f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {parameters:.1f} M parameters,"
+        f" pictures of {'×'.join(map(str, as_pair(config.image_size)))}"
+    )
+    origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
+    return RunReport(
+        folder=options.output_dir,
+        dataset=images.name,
+        model=f"A Vision Transformer of {architecture}, {origin}",
+        class_names=images.class_names,
+        pictures=pictures,
+        counts={
+            name: np.bincount(split.labels, minlength=len(images.class_names))
+            for name, split in sets.items()
+            if isinstance(split, ImageSet)  # what is streamed is not counted
+        },
+        examples=images.examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
+        history=state.log_history,
+        best_step=state.best_global_step if state.best_model_checkpoint else None,
+        seconds=seconds,
+        confusions={
+            split: classification.confusion_matrix(labels, logits.argmax(-1), len(images.class_names))
+            for split, (labels, logits) in predictions.items()
+        },
+        mistakes=[] if examined is None else confident_mistakes(model, sets[examined], *predictions[examined]),
+        mistakes_in=examined,
+        options={
+            name: (value, build_parser().get_default(name))
+            for name, value in vars(options).items()
+            if name not in ("config", "overwrite", "resume") and not (name == "model" and options.from_scratch)
+        },
+        environment=environment_of(device),
+        finished=datetime.datetime.now().astimezone(),
+    )
+
+
+def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np.ndarray) -> list[Mistake]:
+    """The wrong predictions of the highest probability, each with a map of the attention behind it."""
+    shares = torch.from_numpy(logits).float().softmax(dim=-1).numpy()
+    predicted = shares.argmax(-1)
+    wrong = np.flatnonzero(predicted != labels)
+    worst = wrong[np.argsort(-shares[wrong, predicted[wrong]], kind="stable")][:MAX_MISTAKES]
+    names = model.config.id2label
+    found = []
+    for index in map(int, worst):
+        pixels = pictures.pixels(index)
+        picture = Image.fromarray(pixels)
+        _, maps, grid = with_attention(model, torch.from_numpy(pixels)[None])
+        found.append(
+            Mistake(
+                index + 1,
+                names[int(labels[index])],
+                names[int(predicted[index])],
+                float(shares[index, predicted[index]]),
+                picture,
+                figures.rollout_overlay(picture, maps, grid),
+            )
+        )
+    return found
+
+
+def environment_of(device: torch.device) -> dict[str, str]:
+    commit, whole = info.commit()
+    by_answer: dict[str, list[str]] = {}
+    for operation in ops.KERNELS:
+        by_answer.setdefault(info.who_computes(operation, device), []).append(operation)
+    computed_by = "; ".join(
+        answer if len(by_answer) == 1 else f"{', '.join(operations)}: {answer}"
+        for answer, operations in by_answer.items()
+    )
+    return {
+        "device": info.describe(device),
+        "operations": computed_by,
+        **{f"kernels {what}": "; ".join(lines) for what, lines in info.kernels().items() if lines},
+        "fastvit": fastvit.__version__,
+        "commit": "not known" if commit is None else commit[:12] + ("" if whole else ", with changes"),
+        "Python": platform.python_version(),
+        "system": platform.platform(),
+        **{name: info.installed_version(name) for name in info.PACKAGES},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the sections show
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tiles(run: RunReport) -> list[tuple[str, str, str]]:
+    """(what, value, a word about it): the figures that one looks for first."""
+    found = []
+    for split, confusion in run.confusions.items():
+        metrics = classification.classification_metrics(confusion)
+        found.append((f"{split.capitalize()} accuracy", percent(metrics["accuracy"]), f"{confusion.sum():,} pictures"))
+        found.append((f"{split.capitalize()} macro F1", f"{metrics['macro_f1']:.3f}", "mean over the classes"))
+    if run.best_step is not None:
+        found.append(("Best model", f"step {run.best_step:,}", f"of {max_step(run.history):,}"))
+    found.append(("Training took", duration(run.seconds), ""))
+    if speeds := [value for _, value in curve(run.history, "images_per_second")]:
+        found.append(("Speed", speed(statistics.median(speeds)), "images a second, median"))
+    if memory := [value for _, value in curve(run.history, "peak_memory_gib")]:
+        found.append(("Memory", f"{max(memory):.1f} GiB", "peak"))
+    return found
+
+
+def learning_charts(run: RunReport) -> list[dict[str, Any]]:
+    """Loss, accuracy and learning rate over the steps; only those that were logged."""
+    mark = None if run.best_step is None else (run.best_step, "best")
+    loss = [Series("training", curve(run.history, "loss"))]
+    loss.append(Series("validation", curve(run.history, "eval_loss"), "second", dots=True))
+    accuracy = [Series("validation", curve(run.history, "eval_accuracy"), "second", dots=True)]
+    rate = [Series("learning rate", curve(run.history, "learning_rate"))]
+    return charts([
+        ("Loss", loss, {"mark": mark, "y_text": "{:.3g}".format}),
+        ("Accuracy", accuracy, {"mark": mark, "y_text": percent, "from_zero": False}),
+        ("Learning rate", rate, {"y_text": power}),
+    ])  # fmt: skip
+
+
+def machine_charts(run: RunReport) -> list[dict[str, Any]]:
+    """Speed and memory over the steps."""
+    memory = [Series("in use", curve(run.history, "memory_gib"))]
+    memory.append(Series("peak so far", curve(run.history, "peak_memory_gib"), "second"))
+    return charts([
+        ("Images a second", [Series("images a second", curve(run.history, "images_per_second"))], {"y_text": speed}),
+        ("Memory, GiB", memory, {"y_text": "{:.3g}".format}),
+    ])  # fmt: skip
+
+
+def charts(wanted: list[tuple[str, list[Series], dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [
+        {"title": title, "svg": svg, "series": [one for one in series if one.points]}
+        for title, series, settings in wanted
+        if (svg := line_chart(title, series, x_label="step", **settings))
+    ]
+
+
+READINGS = {
+    "epoch": ("epoch", "{:.2f}"),
+    "loss": ("training loss", "{:.4f}"),
+    "eval_loss": ("validation loss", "{:.4f}"),
+    "eval_accuracy": ("validation accuracy", "{:.2%}"),
+    "learning_rate": ("learning rate", "{:.2e}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "memory_gib": ("memory, GiB", "{:.2f}"),
+}
+
+
+def readings(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers behind the curves, a row a step; of many steps some, evenly spread, the last among them."""
+    steps: dict[int, dict[str, Any]] = {}
+    for record in history:
+        steps.setdefault(record["step"], {}).update(record)
+    rows = [step for step in steps.values() if {"loss", "eval_loss"} & step.keys()]
+    names = [name for name in READINGS if any(row.get(name) is not None for row in rows)]
+    shown = rows if len(rows) <= MAX_READINGS else [rows[i] for i in spread(len(rows), MAX_READINGS)]
+    return {
+        "header": ["step", *(READINGS[name][0] for name in names)],
+        "rows": [
+            [f"{row['step']:,}", *("" if row.get(n) is None else READINGS[n][1].format(row[n]) for n in names)]
+            for row in shown
+        ],
+        "left_out": len(rows) - len(shown),
+    }
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of the indices below `count`, evenly spaced, both ends among them."""
+    return [round(index * (count - 1) / (wanted - 1)) for index in range(wanted)]
+
+
+def result_of(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+    """Per-class metrics and the confusion matrix, or of many classes the worst of either."""
+    metrics = classification.classification_metrics(confusion)
+    order = np.arange(len(class_names))
+    if len(order) > MAX_ROWS:
+        order = np.argsort(np.asarray(metrics["f1"]), kind="stable")[:MAX_ROWS]
+    classes = [(class_names[i], *(metrics[key][i] for key in ("precision", "recall", "f1", "support"))) for i in order]
+    matrix = None
+    if len(class_names) <= classification.MAX_MATRIX_CLASSES:
+        shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+        matrix = [
+            (name, list(zip(row.tolist(), share.tolist(), strict=True)))
+            for name, row, share in zip(class_names, confusion, shares, strict=True)
+        ]
+    return {
+        "metrics": metrics,
+        "pictures": int(confusion.sum()),
+        "mistakes": int(confusion.sum() - np.trace(confusion)),
+        "classes": classes,
+        "matrix": matrix,
+        "confused": [
+            (class_names[true], class_names[predicted], count, share)
+            for true, predicted, count, share in classification.worst_confusions(confusion)
+        ],
+    }
+
+
+def class_counts(run: RunReport) -> dict[str, Any] | None:
+    """Pictures per class and split; of many classes the smallest and the largest by those of the first split."""
+    splits = list(run.counts)
+    if not splits:
+        return None
+    first = run.counts[splits[0]]
+    order = np.arange(len(first))
+    if len(order) > MAX_ROWS:
+        by_size = np.argsort(-first, kind="stable")
+        order = np.concatenate([by_size[: MAX_ROWS // 2], by_size[-MAX_ROWS // 2 :]])
+    return {
+        "splits": splits,
+        "rows": [(run.class_names[i], [int(run.counts[split][i]) for split in splits], first[i]) for i in order],
+        "largest": int(first.max()),
+        "together": [int(run.counts[split].sum()) for split in splits],
+    }
+
+
+def commands(run: RunReport) -> list[tuple[str, str]]:
+    """(what for, text to copy): how to use the model next."""
+    folder = shlex.quote(run.folder)
+    literal = json.dumps(run.folder, ensure_ascii=False)
+    again = shlex.quote(f"{run.folder.rstrip('/')}-again")
+    return [
+        ("Name what is in a picture", f"fastvit predict {folder} picture.jpg"),
+        ("Drop pictures on a page on this machine", f"fastvit demo {folder}"),
+        ("Draw where the class token looks", f"fastvit attention {folder} picture.jpg -o attention.png"),
+        ("Measure it on other labelled pictures", f"fastvit evaluate {folder} --data-dir my-pictures"),
+        (
+            "Use it in Python, with transformers alone",
+            "from transformers import pipeline\n\n"
+            f'classify = pipeline("image-classification", {literal})\nprint(classify("picture.jpg"))',
+        ),
+        (
+            "Use it in Python, with our kernels on a GPU",
+            f"from fastvit import ViTForImageClassification\n\n"
+            f"model = ViTForImageClassification.from_pretrained({literal}).eval()",
+        ),
+        (
+            "Repeat this run",
+            f"fastvit finetune --config {shlex.quote(str(Path(run.folder, 'config.yaml')))} --output-dir {again}",
+        ),
+    ]
+
+
+def speed(value: float) -> str:
+    return thousands(round(value)) if value >= 10 else f"{value:.2g}"
+
+
+def power(value: float) -> str:
+    """0.00025 as 2.5e-4."""
+    digits, _, exponent = f"{value:.2e}".partition("e")
+    return f"{float(digits):g}e{int(exponent)}" if value else "0"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def max_step(history: list[dict[str, Any]]) -> int:
+    return max((record["step"] for record in history), default=0)
