@@ -24,6 +24,12 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device} like the others, got {tensor.device}")
 
 
+def check_optional(name: str, tensor: Tensor | None, *expected: object) -> None:
+    """`check_tensor`, unless it is None."""
+    if tensor is not None:
+        check_tensor(name, tensor, *expected)
+
+
 def check_tensors(*, optional: Mapping[str, object] = {}, **tensors: object) -> None:
     """Raise ValueError unless all of these, by name, are tensors; the optional ones may be None."""
     for name, value in (*tensors.items(), *optional.items()):
@@ -34,3 +40,7 @@ def check_tensors(*, optional: Mapping[str, object] = {}, **tensors: object) -> 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether backward may be asked for, so that what it needs must be saved."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]

@@ -25,16 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit.kernels import gelu, linear
 from fastvit.kernels import layer_norm_linear as first_layer
-from fastvit.kernels import linear
-from fastvit.kernels.checks import check_tensor, check_tensors, needs_grad
-from fastvit.kernels.gelu import (
-    as_rows,
-    check_activation,
-    plain_activation,
-    plain_activation_backward,
-    without_autocast,
-)
+from fastvit.kernels.checks import check_optional, check_tensor, check_tensors, needs_grad
+from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
 from fastvit.kernels.operators import operator
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -46,9 +40,8 @@ from fastvit.kernels.operators import operator
 def _forward_in_pytorch(
     x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, keep_pre, candidate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *saved, hidden = first_layer.forward_in_pytorch(
-        x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate
-    )
+    first = (x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate)
+    *saved, hidden = first_layer.forward_in_pytorch(*first)
     return *saved, F.linear(hidden, weight2, bias2)
 
 
@@ -58,16 +51,11 @@ def _backward_in_pytorch(
     x_dtype, residual_dtype, wanted, candidate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     *first_wanted, weight2_wanted, bias2_wanted = wanted
-    grad_rows = as_rows(grad_out)
-    grad_hidden = (grad_rows @ weight2).float()
-    grad_pre = plain_activation_backward(grad_hidden, pre.float(), activation)
-    grads = first_layer.backward_in_pytorch(
-        grad_pre.to(pre.dtype), grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1,
-        eps, None, x_dtype, residual_dtype, first_wanted,
-    )  # fmt: skip
-    grad_weight2 = weight2.new_empty(0)
-    if weight2_wanted:
-        grad_weight2 = grad_rows.t() @ plain_activation(pre.float(), activation).to(pre.dtype)
+    grad_rows, nothing = as_rows(grad_out), weight2.new_empty(0)
+    grad_pre, _ = gelu.plain_backward(grad_rows @ weight2, pre, None, activation, False)
+    first = (summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype, residual_dtype)
+    grads = first_layer.backward_in_pytorch(grad_pre, grad_sum, *first, first_wanted)
+    grad_weight2 = grad_rows.t() @ gelu.plain_forward(pre, None, activation) if weight2_wanted else nothing
     return *grads, grad_weight2, grad_rows.sum(0) if bias2_wanted else weight2.new_empty(0)
 
 
@@ -79,85 +67,38 @@ def _backward_in_pytorch(
 @operator("feed_forward", fallback=_forward_in_pytorch)
 @without_autocast
 def _feed_forward(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: str,
-    keep_pre: bool,
-    candidate: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
+    weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
+    activation: str, keep_pre: bool, candidate: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """residual', statistics, pre, as in `layer_norm_linear.launch_forward`, and out [..., E]."""
-    *saved, hidden = first_layer.launch_forward(
-        x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate
-    )
+    first = (x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate)
+    *saved, hidden = first_layer.launch_forward(*first)
     return *saved, F.linear(hidden, weight2, bias2)
-
-
-@_feed_forward.register_fake
-def _(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, keep_pre, candidate):
-    *saved, hidden = first_layer.empty_outputs(
-        x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate
-    )
-    return *saved, hidden.new_empty(*x.shape[:-1], weight2.shape[0])
 
 
 @operator("feed_forward_backward", fallback=_backward_in_pytorch)
 @without_autocast
 def _feed_forward_backward(
-    grad_out: Tensor,
-    grad_sum: Tensor | None,
-    summed: Tensor,
-    statistics: Tensor,
-    pre: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weight1: Tensor,
-    weight2: Tensor,
-    eps: float,
-    activation: str,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    wanted: list[bool],
-    candidate: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, statistics: Tensor, pre: Tensor,
+    norm_weight: Tensor | None, norm_bias: Tensor | None, weight1: Tensor, weight2: Tensor, eps: float,
+    activation: str, x_dtype: torch.dtype, residual_dtype: torch.dtype, wanted: list[bool], candidate: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The five of `layer_norm_linear.launch_backward`, and gradients of weight2 and bias2.
 
     wanted: gradients of the inputs, the norm, weight1, bias1, weight2, bias2. What is not wanted has no elements.
     """
     *first_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
-    grad_rows = as_rows(grad_out)
+    grad_rows, options = as_rows(grad_out), {"bias_grad": bias1_wanted, "with_y": weight2_wanted}
     grad_bias2 = grad_rows.sum(0) if bias2_wanted else weight2.new_empty(0)
     grad_pre, grad_bias1, hidden = linear.launch_backward(
-        grad_rows, weight2.contiguous(), pre, activation, bias_grad=bias1_wanted, with_y=weight2_wanted,
-        candidate=candidate,
-    )  # fmt: skip
+        grad_rows, weight2.contiguous(), pre, activation, **options, candidate=candidate
+    )
     grad_weight2 = grad_rows.t() @ hidden if weight2_wanted else weight2.new_empty(0)
     del hidden  # F values per token, and the largest temporaries are still to come
-    *grads, _ = first_layer.launch_backward(
-        grad_pre, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype,
-        residual_dtype, [*first_wanted, False],
-    )  # fmt: skip
+    first = (summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype, residual_dtype)
+    *grads, _ = first_layer.launch_backward(grad_pre, grad_sum, *first, [*first_wanted, False])
     return *grads, grad_bias1, grad_weight2, grad_bias2
-
-
-@_feed_forward_backward.register_fake
-def _(
-    grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1, weight2, eps, activation,
-    x_dtype, residual_dtype, wanted, candidate,
-):  # fmt: skip
-    *first_wanted, weight2_wanted, bias2_wanted = wanted
-    grads = first_layer.empty_gradients(
-        grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1, eps, activation, x_dtype,
-        residual_dtype, first_wanted,
-    )  # fmt: skip
-    grad_weight2 = weight2.new_empty(weight2.shape if weight2_wanted else 0)
-    return *grads, grad_weight2, weight2.new_empty(weight2.shape[0] if bias2_wanted else 0)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -184,15 +125,9 @@ _feed_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def feed_forward(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: str,
-    *,
-    candidate: int = 0,
-) -> Tensor:
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str,
+    *, candidate: int = 0,
+) -> Tensor:  # fmt: skip
     """activation(x @ weight1^T + bias1) @ weight2^T + bias2.
 
     x and x @ weight1^T + bias1 are saved for backward, the activation is not. Second derivatives are not supported.
@@ -218,19 +153,9 @@ def feed_forward(
 
 
 def add_layer_norm_feed_forward(
-    x: Tensor,
-    residual: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    activation: str = "gelu",
-    *,
-    candidate: int = 0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight1: Tensor,
+    bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str = "gelu", *, candidate: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + residual, and `feed_forward` of its LayerNorm: a block from its attention's output to its last residual add.
 
     The sum, 8 bytes per token and the input of the activation are saved for backward. Second derivatives are not
@@ -264,8 +189,7 @@ def _apply(
     if weight2.ndim != 2 or weight2.shape[1] != weight1.shape[0]:
         raise ValueError(f"weight2: expected [units, {weight1.shape[0]}], got {list(weight2.shape)}")
     check_tensor("weight2", weight2, weight2.shape, (weight1.dtype,), x.device)
-    if bias2 is not None:
-        check_tensor("bias2", bias2, weight2.shape[:1], (weight1.dtype,), x.device)
+    check_optional("bias2", bias2, weight2.shape[:1], (weight1.dtype,), x.device)
     keep_pre = needs_grad(x, residual, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     summed, _, _, out = _feed_forward(
         x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, keep_pre, candidate

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
-from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.operators import operator
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
+from fastvit.kernels.operators import is_fake, needed, operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
 
 # The names of the configuration files, to the formula that the kernels know.
@@ -203,6 +203,8 @@ def without_autocast(function):
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., dim] as [rows, dim] with a stride of 1 along dim; copied only where one stride does not reach every row."""
+    if is_fake(tensor):  # whether a view is possible would be a question to strides that are symbols
+        return tensor.new_empty(tensor.numel() // tensor.shape[-1], tensor.shape[-1])
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.reshape(-1, tensor.shape[-1])
 
@@ -216,44 +218,37 @@ def _tile(dim: int, dtype: torch.dtype, activation: str, choice: tuning.Choice) 
 
 
 def launch_forward(
-    x: Tensor, bias: Tensor | None, activation: str, out: Tensor | None = None, candidate: int = 0
+    x: Tensor, bias: Tensor | None, activation: str, candidate: int = 0, out: Tensor | None = None
 ) -> Tensor:
-    """activation(x + bias) [rows, dim] for rows x; `out` may be x itself."""
-    rows, width = x.shape
-    dim = width // 2 if activation == "swiglu" else width
-    if out is None:
-        out = x.new_empty(rows, dim)
-    if rows:
-        choice = tuning.candidate("activation_forward", rows_class(rows, dim), x.dtype, x.device, candidate)
-        tile = _tile(dim, x.dtype, activation, choice)
-        grid = (cdiv(dim, tile["COLS"]) * cdiv(rows, tile["ROWS"]),)
-        _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile)
+    """activation(x + bias) [..., F], contiguous; `out` may be x itself, if that is."""
+    dim = x.shape[-1] // 2 if activation == "swiglu" else x.shape[-1]
+    out = x.new_empty(*x.shape[:-1], dim) if out is None else out
+    if is_fake(x) or out.numel() == 0:
+        return out
+    (bias,), x, rows = contiguous(bias), as_rows(x), out.numel() // dim
+    choice = tuning.candidate("activation_forward", rows_class(rows, dim), x.dtype, x.device, candidate)
+    tile = _tile(dim, x.dtype, activation, choice)
+    grid = (cdiv(dim, tile["COLS"]) * cdiv(rows, tile["ROWS"]),)
+    _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile)
     return out
 
 
 def launch_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    *,
-    bias_grad: bool,
-    with_y: bool = False,
-    grad_x: Tensor | None = None,
-    candidate: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of a bias, and y again; the last two have no elements where they are not wanted.
+    grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int = 0,
+    *, with_y: bool = False, grad_x: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and of a bias, and y again, contiguous; the last two have no elements unless they are wanted.
 
-    grad_y, x and what is returned are rows; the first is written to `grad_x`, which may be grad_y itself.
+    The first is written to `grad_x`, which may be grad_y itself, if that is contiguous.
     """
-    rows, width = x.shape
+    width = x.shape[-1]
     dim = width // 2 if activation == "swiglu" else width
-    if grad_x is None:
-        grad_x = x.new_empty(rows, width)
-    bias_dtype = x.dtype if bias is None else bias.dtype
-    y = x.new_empty((rows, dim) if with_y else (0, dim))
-    if rows == 0:
-        return grad_x, x.new_zeros(width if bias_grad else 0, dtype=bias_dtype), y
+    grad_x = x.new_empty(x.shape) if grad_x is None else grad_x
+    y = x.new_empty((*x.shape[:-1], dim) if with_y else (0, dim))
+    grad_bias = x.new_empty(width if bias_grad else 0, dtype=x.dtype if bias is None else bias.dtype)
+    if is_fake(x) or x.numel() == 0:
+        return grad_x, grad_bias.zero_(), y
+    (bias,), grad_y, x, rows = contiguous(bias), as_rows(grad_y), as_rows(x), x.numel() // width
     rule = "swiglu_backward" if activation == "swiglu" else "activation_backward"
     choice = tuning.candidate(rule, rows_class(rows, dim), x.dtype, x.device, candidate)
     tile = _tile(dim, x.dtype, activation, choice)
@@ -264,8 +259,7 @@ def launch_backward(
     tensors = (grad_y, x, bias, grad_x, y if with_y else None, partial)
     strides = (grad_y.stride(0), x.stride(0))
     _activation_bwd[(columns, programs)](*tensors, *strides, rows, STAGES=choice["stages"], **tile)
-    grad_bias = x.new_empty(0, dtype=bias_dtype) if partial is None else partial.sum(0).to(bias_dtype)
-    return grad_x, grad_bias, y
+    return grad_x, grad_bias if partial is None else partial.sum(0).to(grad_bias.dtype), y
 
 
 def plain_activation(x: Tensor, activation: str) -> Tensor:
@@ -282,7 +276,8 @@ def plain_activation_backward(grad_y: Tensor, x: Tensor, activation: str) -> Ten
     return torch.ops.aten.gelu_backward(grad_y, x, approximate="none" if activation == "gelu" else "tanh")
 
 
-def _fallback(x: Tensor, bias: Tensor | None, activation: str, candidate: int) -> Tensor:
+def plain_forward(x: Tensor, bias: Tensor | None, activation: str, candidate: int = 0) -> Tensor:
+    """`launch_forward` in plain PyTorch."""
     z = x.float() if bias is None else x.float() + bias.float()
     if activation == "swiglu":
         gate, linear = z.chunk(2, -1)
@@ -290,9 +285,10 @@ def _fallback(x: Tensor, bias: Tensor | None, activation: str, candidate: int) -
     return plain_activation(z, activation).to(x.dtype)
 
 
-def _fallback_backward(
-    grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int
+def plain_backward(
+    grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int = 0
 ) -> tuple[Tensor, Tensor]:
+    """The first two of `launch_backward` in plain PyTorch."""
     z, grad_y = x.float() if bias is None else x.float() + bias.float(), grad_y.float()
     if activation == "swiglu":
         gate, linear = z.chunk(2, -1)
@@ -303,31 +299,16 @@ def _fallback_backward(
     return grad.to(x.dtype), grad_bias.to(x.dtype if bias is None else bias.dtype)
 
 
-@operator("activation", fallback=_fallback)
+@operator("activation", fallback=plain_forward)
 def _activation(x: Tensor, bias: Tensor | None, activation: str, candidate: int) -> Tensor:
-    y = launch_forward(as_rows(x), None if bias is None else bias.contiguous(), activation, candidate=candidate)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return launch_forward(x, bias, activation, candidate)
 
 
-@_activation.register_fake
-def _(x, bias, activation, candidate):
-    return x.new_empty(*x.shape[:-1], x.shape[-1] // 2 if activation == "swiglu" else x.shape[-1])
-
-
-@operator("activation_backward", fallback=_fallback_backward)
+@operator("activation_backward", fallback=plain_backward)
 def _activation_backward(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int
 ) -> tuple[Tensor, Tensor]:
-    bias = None if bias is None else bias.contiguous()
-    rows = as_rows(grad_y), as_rows(x)
-    grad_x, grad_bias, _ = launch_backward(*rows, bias, activation, bias_grad=bias_grad, candidate=candidate)
-    return grad_x.view(x.shape), grad_bias
-
-
-@_activation_backward.register_fake
-def _(grad_y, x, bias, activation, bias_grad, candidate):
-    dtype = x.dtype if bias is None else bias.dtype
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if bias_grad else 0, dtype=dtype)
+    return launch_backward(grad_y, x, bias, activation, bias_grad, candidate)[:2]
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -336,10 +317,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y):
-    x, bias = ctx.saved_tensors
-    bias_grad = ctx.needs_input_grad[1]
-    grad_x, grad_bias = _activation_backward(grad_y, x, bias, ctx.activation, bias_grad, ctx.candidate)
-    return grad_x, grad_bias if bias_grad else None, None, None
+    return needed(ctx, *_activation_backward(
+        grad_y, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[1], ctx.candidate
+    ))  # fmt: skip
 
 
 _activation.register_autograd(_backward, setup_context=_setup_context)
@@ -398,5 +378,4 @@ def _check(x: Tensor, bias: Tensor | None) -> None:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., F] with F at least 1, got {list(x.shape)}")
     check_tensor("x", x, x.shape, DTYPES, x.device)
-    if bias is not None:
-        check_tensor("bias", bias, x.shape[-1:], DTYPES, x.device)
+    check_optional("bias", bias, x.shape[-1:], DTYPES, x.device)

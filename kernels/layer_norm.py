@@ -7,6 +7,9 @@ Add and LayerNorm apart read and write 7 row-lengths of memory, together 4. Back
 and residual' once each and writes their common gradient once: 4 instead of 3 + 1 + 3; the normalised rows are computed
 again from mean and rstd, not kept, and y with them where a product's weight gradient asks for it.
 
+An elementwise activation behind the norm (`layer_norm_act`: heads and necks) is part of the same two kernels. Apart it
+reads and writes 2 row-lengths more, and 3 in backward, which computes its argument and derivative again.
+
 A program holds whole rows in registers, cut into `CHUNKS` pieces of `CHUNK` columns: 768 is 3 x 256, where one power of
 two would leave a quarter of the threads idle. Sums are float32, the variance is that of the centred values (two passes
 over registers cost no memory traffic). Weight gradients take two steps without atomics, so two runs give the same bits:
@@ -26,16 +29,23 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
-from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.gelu import activate, activate_with_slope, formula_for
-from fastvit.kernels.operators import operator
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
+from fastvit.kernels.gelu import (
+    activate,
+    activate_with_slope,
+    check_activation,
+    formula_for,
+    plain_activation,
+    plain_activation_backward,
+)
+from fastvit.kernels.operators import is_fake, needed, operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
 
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
 
 
-# Rows are [outer, inner]: a view such as tokens[:, 1:] has another step from picture to picture than from token to
-# token. Where one step reaches every row, inner is 1 and the division below is gone at compile time.
+# Rows are [outer, inner]: a view such as tokens[:, 1:] has another step from image to image than from token to token.
+# Where one step reaches every row, inner is 1 and the division below is gone at compile time.
 @triton.jit
 def _row_offsets(row, inner, stride_outer, stride_inner):
     row = row.to(tl.int64)  # rows * dim passes 2**31 at large batches
@@ -277,8 +287,8 @@ def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor |
 
 
 def _launch_forward(
-    x, residual, weight, bias, scale, row_scale, eps,
-    *, y_dtype=None, activation=None, candidate=0,
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, row_scale: Tensor | None,
+    eps: float, y_dtype: torch.dtype | None = None, activation: str | None = None, candidate: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
 
@@ -288,66 +298,65 @@ def _launch_forward(
     dim = x.shape[-1]
     rows = x.numel() // dim
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
-    summed = torch.empty(0 if residual is None else x.shape, dtype=dtype, device=x.device)
-    y = torch.empty(x.shape, dtype=y_dtype or dtype, device=x.device)
-    statistics = torch.empty(2, rows, dtype=torch.float32, device=x.device)
-    if rows == 0:
+    summed = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
+    y = x.new_empty(x.shape, dtype=y_dtype or dtype)
+    statistics = x.new_empty(2, rows, dtype=torch.float32)
+    if is_fake(x) or rows == 0:
         return summed, y, statistics
+    vectors = contiguous(weight, bias, scale, row_scale)
     inner, (x, residual), strides = _rows(x, residual, per_sample=row_scale is not None)
     choice = tuning.candidate("layer_norm_forward", rows_class(rows, dim), dtype, x.device, candidate)
     tile = _tile(dim, dtype.itemsize, choice)
     formula = None if activation is None else formula_for(activation, y.dtype)
-    outputs = (None if residual is None else summed, y, statistics)
-    tensors = (x, residual, weight, bias, scale, row_scale, *outputs)
+    tensors = (x, residual, *vectors, None if residual is None else summed, y, statistics)
     _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, FORMULA=formula, **tile)
     return summed, y, statistics
 
 
 def _launch_backward(
-    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
-    *, bias=None, y=None, activation=None, candidate=0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of residual, x, and of weight, bias and scale; see `_empty_gradients` for those that are left out.
+    grad_y: Tensor, grad_sum: Tensor | None, summed: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None,
+    scale: Tensor | None, row_scale: Tensor | None, statistics: Tensor, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype, parameter_grads: bool,
+    y_dtype: torch.dtype | None = None, activation: str | None = None, candidate: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of residual, x, and of weight, bias and scale; and y again, if its dtype is given.
 
-    y, like summed and contiguous: where the normalised rows are to be written again. activation: one that followed.
-    Both take the norm's bias.
+    See `_empty_gradients` for those that are left out. activation: one that followed. It and y take the norm's bias.
     """
-    grads = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
-    grad_residual, grad_x, grad_parameters = grads
+    options = (x_dtype, residual_dtype, parameter_grads, y_dtype)
+    grads = grad_residual, grad_x, grad_parameters, y = _empty_gradients(summed, x, weight, scale, row_scale, *options)
+    if is_fake(summed):
+        return grads
     dim = summed.shape[-1]
     rows = summed.numel() // dim
     if rows == 0:
         return tuple(grad.zero_() for grad in grads)
+    weight, *vectors = contiguous(weight, bias, scale, row_scale)
     inner, (grad_y, grad_sum, summed, x), strides = _rows(grad_y, grad_sum, summed, x, per_sample=row_scale is not None)
     choice = tuning.candidate("layer_norm_backward", rows_class(rows, dim), summed.dtype, summed.device, candidate)
     tile = _tile(dim, summed.dtype.itemsize, choice)
     formula = None if activation is None else formula_for(activation, summed.dtype)
     programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
     partial = grad_parameters.new_empty(len(grad_parameters), programs, dim) if parameter_grads else None
-    outputs = (grad_residual, grad_x if grad_x.numel() else None, y, partial)
-    tensors = (grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, *outputs)
+    outputs = (grad_residual, grad_x if grad_x.numel() else None, None if y_dtype is None else y, partial)
+    tensors = (grad_y, grad_sum, summed, x, weight, *vectors, statistics, *outputs)
     _layer_norm_bwd[(programs,)](*tensors, *strides, rows, inner, FORMULA=formula, STAGES=choice["stages"], **tile)
-    return grad_residual, grad_x, grad_parameters if partial is None else partial.sum(1)
+    return grad_residual, grad_x, grad_parameters if partial is None else partial.sum(1), y
 
 
 def _empty_gradients(
-    summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What backward returns, uninitialised. One that is not wanted has no elements; the gradient of x has none where it
-    is, value and dtype, that of residual. Those of weight, bias and (where x is given) scale are rows of one tensor."""
+    summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads, y_dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What backward returns, uninitialised. What is not wanted has no elements; the gradient of x has none where it is,
+    value and dtype, that of residual. Those of weight, bias and (where x is given) scale are rows of one tensor."""
     x_differs = scale is not None or row_scale is not None or x_dtype != residual_dtype
     shape = (2 if x is None else 3, *weight.shape) if parameter_grads else (0,)
     return (
         summed.new_empty(summed.shape, dtype=residual_dtype),
         summed.new_empty(summed.shape if x_differs else 0, dtype=x_dtype),
         weight.new_empty(shape, dtype=torch.float32),
+        summed.new_empty(0 if y_dtype is None else summed.shape, dtype=y_dtype),
     )
-
-
-def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The definition, for fallbacks: the LayerNorm in float32, mean and rstd [2, rows]."""
-    y, *statistics = torch.native_layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps)
-    return y, torch.stack([tensor.reshape(-1) for tensor in statistics])
 
 
 def _branch(x: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
@@ -356,142 +365,66 @@ def _branch(x: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Tensor
     return x if row_scale is None else x * row_scale.view(-1, *[1] * (x.ndim - 1))
 
 
-def _fallback(x: Tensor, weight: Tensor, bias: Tensor, eps: float, candidate: int) -> tuple[Tensor, Tensor]:
-    y, statistics = plain_layer_norm(x, weight, bias, eps)
-    return y.to(x.dtype).contiguous(), statistics
+def plain_forward(
+    x, residual, weight, bias, scale, row_scale, eps, y_dtype=None, activation=None, candidate=0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_launch_forward` in plain PyTorch."""
+    dtype = x.dtype if residual is None else torch.result_type(x, residual)
+    summed = _branch(x, scale, row_scale) + (0 if residual is None else residual.float())
+    summed = summed.to(dtype).contiguous()
+    y, *statistics = torch.native_layer_norm(summed.float(), weight.shape, weight.float(), bias.float(), eps)
+    y = (y if activation is None else plain_activation(y, activation)).to(y_dtype or dtype)
+    statistics = torch.stack([tensor.reshape(-1) for tensor in statistics])
+    return summed.new_empty(0) if residual is None else summed, y, statistics
 
 
-def _add_fallback(x, residual, weight, bias, scale, row_scale, eps, candidate) -> tuple[Tensor, Tensor, Tensor]:
-    summed = (_branch(x, scale, row_scale) + residual.float()).to(torch.result_type(x, residual)).contiguous()
-    y, statistics = plain_layer_norm(summed, weight, bias, eps)
-    return summed, y.to(summed.dtype), statistics
-
-
-def _fallback_backward(
-    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
-    candidate,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    lead = tuple(range(summed.ndim - 1))
+def plain_backward(
+    grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
+    y_dtype=None, activation=None, candidate=0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_launch_backward` in plain PyTorch, by formula: autograd does not record below an operator."""
     mean, rstd = statistics.view(2, *summed.shape[:-1], 1)
     grad_y, normal = grad_y.float(), (summed.float() - mean) * rstd
+    affine = None if bias is None else normal * weight.float() + bias.float()
+    grad_y = grad_y if activation is None else plain_activation_backward(grad_y, affine, activation)
     grad = grad_y * weight.float()
     grad = (grad - grad.mean(-1, True) - normal * (grad * normal).mean(-1, True)) * rstd
     grad = grad if grad_sum is None else grad + grad_sum.float()
     products = [grad_y * normal, grad_y, *([] if x is None else [_branch(grad, None, row_scale) * x.float()])]
-    outputs = _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
-    outputs[0].copy_(grad)
-    if outputs[1].numel():
-        outputs[1].copy_(_branch(grad, scale, row_scale))
-    if parameter_grads:
-        outputs[2].copy_(torch.stack([product.sum(lead) if lead else product for product in products]))
-    return outputs
+    sums = torch.stack([product.reshape(-1, weight.shape[0]).sum(0) for product in products])
+    options = (x_dtype, residual_dtype, parameter_grads, y_dtype)
+    outputs = _empty_gradients(summed, x, weight, scale, row_scale, *options)
+    found = (grad, _branch(grad, scale, row_scale), sums, affine)
+    return tuple(out.copy_(value) if out.numel() else out for out, value in zip(outputs, found, strict=True))
 
 
-@operator("layer_norm", fallback=_fallback)
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, candidate: int) -> tuple[Tensor, Tensor]:
-    vectors = weight.contiguous(), bias.contiguous()
-    _, y, statistics = _launch_forward(x, None, *vectors, None, None, eps, candidate=candidate)
-    return y, statistics
-
-
-@_layer_norm.register_fake
-def _(x, weight, bias, eps, candidate):
-    return x.new_empty(x.shape), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
-
-
-@operator("add_layer_norm", fallback=_add_fallback)
-def _add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    row_scale: Tensor | None,
-    eps: float,
-    candidate: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = (tensor if tensor is None else tensor.contiguous() for tensor in (weight, bias, scale, row_scale))
-    return _launch_forward(x, residual, *vectors, eps, candidate=candidate)
-
-
-@_add_layer_norm.register_fake
-def _(x, residual, weight, bias, scale, row_scale, eps, candidate):
-    summed = x.new_empty(x.shape, dtype=torch.result_type(x, residual))
-    return summed, torch.empty_like(summed), x.new_empty(2, x.numel() // x.shape[-1], dtype=torch.float32)
-
-
-@operator("layer_norm_backward", fallback=_fallback_backward)
-def _layer_norm_backward(
-    grad_y: Tensor,
-    grad_sum: Tensor | None,
-    summed: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    scale: Tensor | None,
-    row_scale: Tensor | None,
-    statistics: Tensor,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-    parameter_grads: bool,
-    candidate: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = (t if t is None else t.contiguous() for t in (weight, scale, row_scale))
-    options = (x_dtype, residual_dtype, parameter_grads)
-    return _launch_backward(grad_y, grad_sum, summed, x, *vectors, statistics, *options, candidate=candidate)
-
-
-@_layer_norm_backward.register_fake
-def _(
-    grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
-    candidate,
-):  # fmt: skip
-    return _empty_gradients(summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads)
+_layer_norm = operator("layer_norm", fallback=plain_forward)(_launch_forward)
+_layer_norm_backward = operator("layer_norm_backward", fallback=plain_backward)(_launch_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, _, _, ctx.candidate = inputs
-    _, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, statistics)
-
-
-def _backward(ctx, grad_y, _):
-    if grad_y is None:
-        return (None,) * 5
-    x, weight, statistics = ctx.saved_tensors
-    options = (x.dtype, x.dtype, any(ctx.needs_input_grad[1:3]), ctx.candidate)
-    grad_x, _, grads = _layer_norm_backward(grad_y, None, x, None, weight, None, None, statistics, *options)
-    return (*_wanted(ctx, grad_x, *split_parameter_gradients(grads, weight)), None, None)
-
-
-_layer_norm.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _add_setup_context(ctx, inputs, output) -> None:
-    x, residual, weight, _, scale, row_scale, _, ctx.candidate = inputs
+    x, residual, weight, bias, scale, row_scale, _, _, ctx.activation, ctx.candidate = inputs
     summed, _, statistics = output
-    ctx.mark_non_differentiable(statistics)
+    ctx.mark_non_differentiable(statistics, *([summed] if residual is None else []))
     ctx.set_materialize_grads(False)
-    ctx.dtypes = x.dtype, residual.dtype
+    ctx.dtypes = x.dtype, x.dtype if residual is None else residual.dtype
     kept_x = x if scale is not None and ctx.needs_input_grad[4] else None
-    ctx.save_for_backward(summed, kept_x, weight, scale, row_scale, statistics)
+    kept_bias = None if ctx.activation is None else bias
+    summed = x if residual is None else summed
+    ctx.save_for_backward(summed, kept_x, weight, kept_bias, scale, row_scale, statistics)
 
 
-def _add_backward(ctx, grad_sum, grad_y, _):
+def _backward(ctx, grad_sum, grad_y, _):
     if grad_sum is None and grad_y is None:
-        return (None,) * 8
-    summed, x, weight, scale, row_scale, statistics = ctx.saved_tensors
+        return needed(ctx)
     if grad_y is None:  # only the sum was used, which hardly happens: not worth a kernel of its own
         grad_y = torch.zeros_like(grad_sum)
-    options = (*ctx.dtypes, any(ctx.needs_input_grad[2:5]), ctx.candidate)
-    grad_residual, grad_x, grads = _layer_norm_backward(
-        grad_y, grad_sum, summed, x, weight, scale, row_scale, statistics, *options
-    )
+    _, _, weight, _, scale, row_scale, _ = ctx.saved_tensors
+    options = (*ctx.dtypes, any(ctx.needs_input_grad[2:5]), None, ctx.activation, ctx.candidate)
+    grad_residual, grad_x, grads, _ = _layer_norm_backward(grad_y, grad_sum, *ctx.saved_tensors, *options)
     if scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
-    grads = split_parameter_gradients(grads, weight, scale)
-    return (*_wanted(ctx, grad_x, grad_residual, *grads), None, None, None)
+    return needed(ctx, grad_x, grad_residual, *split_parameter_gradients(grads, weight, scale))
 
 
 def split_parameter_gradients(grads: Tensor, weight: Tensor, scale: Tensor | None = None) -> list[Tensor | None]:
@@ -501,11 +434,7 @@ def split_parameter_gradients(grads: Tensor, weight: Tensor, scale: Tensor | Non
     return [*found, *[None] * (3 - len(found))]
 
 
-def _wanted(ctx, *grads: Tensor) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-
-
-_add_layer_norm.register_autograd(_add_backward, setup_context=_add_setup_context)
+_layer_norm.register_autograd(_backward, setup_context=_setup_context)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0) -> Tensor:
@@ -529,20 +458,33 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate
         ValueError: shapes, dtypes or devices do not fit.
     """
     check_norm(x, weight, bias)
-    return _layer_norm(x, weight, bias, eps, candidate)[0]
+    return _layer_norm(x, None, weight, bias, None, None, eps, None, None, candidate)[1]
+
+
+def layer_norm_act(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str = "gelu", *, candidate: int = 0
+) -> Tensor:
+    """activation(layer_norm(x)), elementwise, with nothing rounded in between.
+
+    Args:
+        x, weight, bias, eps, candidate: as in `layer_norm`, as is what is saved for backward.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+
+    Returns:
+        [..., D] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or the activation is unknown.
+    """
+    check_activation(activation)
+    check_norm(x, weight, bias)
+    return _layer_norm(x, None, weight, bias, None, None, eps, None, activation, candidate)[1]
 
 
 def add_layer_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    *,
-    scale: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    candidate: int = 0,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    *, scale: Tensor | None = None, row_scale: Tensor | None = None, candidate: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """residual + row_scale * scale * x, and the LayerNorm of that.
 
     Second derivatives are not supported.
@@ -564,12 +506,9 @@ def add_layer_norm(
     """
     check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)
-    if scale is not None:
-        check_tensor("scale", scale, weight.shape, DTYPES, x.device)
-    if row_scale is not None:
-        check_tensor("row_scale", row_scale, x.shape[:1] if x.ndim > 1 else (1,), (torch.float32,), x.device)
-    summed, y, _ = _add_layer_norm(x, residual, weight, bias, scale, row_scale, eps, candidate)
-    return summed, y
+    check_optional("scale", scale, weight.shape, DTYPES, x.device)
+    check_optional("row_scale", row_scale, x.shape[:1] if x.ndim > 1 else (1,), (torch.float32,), x.device)
+    return _layer_norm(x, residual, weight, bias, scale, row_scale, eps, None, None, candidate)[:2]
 
 
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:

@@ -32,8 +32,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.kernels import gelu, tuning
-from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor
 from fastvit.kernels.gelu import activate, activate_with_slope
+from fastvit.kernels.operators import is_fake
 from fastvit.kernels.tuning import cdiv
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,11 +233,10 @@ def descriptor_of(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorD
     return TensorDescriptor.from_tensor(matrix, list(block)) if choice.get("persistent") and fits else None
 
 
-def _launch(
-    kernel, persistent_kernel, choice, a, b, others, units: int, formula: str | None, depth_first: bool
-) -> None:
+def _launch(kernel, persistent_kernel, choice, a, b, others, formula: str | None, depth_first: bool) -> None:
     """One of the kernels on a [rows, depth] and b, which is [depth, units] if depth_first, otherwise [units, depth]."""
-    (rows, depth), (height, width) = a.shape, (choice["rows"], choice["columns"])
+    (rows, depth), units = a.shape, b.shape[1 if depth_first else 0]
+    height, width = choice["rows"], choice["columns"]
     tiles = cdiv(rows, height) * cdiv(units, width)
     block = (choice["depth"], width) if depth_first else (width, choice["depth"])
     described = descriptor_of(choice, a, height, choice["depth"]), descriptor_of(choice, b, *block)
@@ -247,6 +247,16 @@ def _launch(
     else:
         programs = min(tiles, choice["persistent"] * tuning.describe(a.device).multiprocessors)
         persistent_kernel[(programs,)](*described, *others, rows, programs, **settings)
+
+
+def _fused(operation: str, rows: int, weight: Tensor, candidate: int) -> tuning.Choice | None:
+    """The fused kernel's tile, or None where cuBLAS computes: the candidate is 0, or there is nothing to compute, or
+    shapes only are asked for, which PyTorch's own operations tell."""
+    if is_fake(weight) or rows == 0:
+        return None
+    shape = f"{weight.shape[1]} to {weight.shape[0]}"
+    choice = tuning.candidate(operation, shape, weight.dtype, weight.device, candidate)
+    return choice if choice["fused"] else None
 
 
 def launch_forward(
@@ -264,19 +274,17 @@ def launch_forward(
     Returns:
         pre and out, [rows, units], contiguous, of weight's dtype.
     """
-    (rows, depth), units = x.shape, weight.shape[0]
-    choice = tuning.candidate("linear_forward", f"{depth} to {units}", weight.dtype, weight.device, candidate)
-    if not choice["fused"] or rows == 0:
+    if (choice := _fused("linear_forward", x.shape[0], weight, candidate)) is None:
         pre = F.linear(x, weight, bias)
         if activation is None:
             return pre.new_empty(0), pre
         out = gelu.launch_forward(pre, None, activation, out=None if keep_pre else pre)
         return pre if keep_pre else pre.new_empty(0), out
-    out = weight.new_empty(rows, units)
+    out = weight.new_empty(x.shape[0], weight.shape[0])
     pre = torch.empty_like(out) if keep_pre else out.new_empty(0)
     others = (bias, pre if keep_pre else None, out)
     formula = None if activation is None else gelu.formula_for(activation, weight.dtype)
-    _launch(_linear_fwd, _linear_fwd_persistent, choice, x, weight, others, units, formula, depth_first=False)
+    _launch(_linear_fwd, _linear_fwd_persistent, choice, x, weight, others, formula, depth_first=False)
     return pre, out
 
 
@@ -296,19 +304,17 @@ def launch_backward(
     Returns:
         [rows, units], [units] and [rows, units], contiguous, of pre's dtype.
     """
-    (depth, units), rows = weight.shape, pre.shape[0]
-    choice = tuning.candidate("linear_backward", f"{depth} to {units}", weight.dtype, weight.device, candidate)
-    if not choice["fused"] or rows == 0:
+    rows, units = pre.shape
+    if (choice := _fused("linear_backward", rows, weight.t(), candidate)) is None:
         grad_y = grad_out @ weight
-        return gelu.launch_backward(grad_y, pre, None, activation, bias_grad=bias_grad, with_y=with_y, grad_x=grad_y)
+        return gelu.launch_backward(grad_y, pre, None, activation, bias_grad, with_y=with_y, grad_x=grad_y)
     grad_pre = torch.empty_like(pre)
     y = pre.new_empty(pre.shape if with_y else (0, units))
     partial = pre.new_empty(cdiv(rows, choice["rows"]), units, dtype=torch.float32) if bias_grad else None
     others = (pre, grad_pre, y if with_y else None, partial)
+    formula = gelu.formula_for(activation, pre.dtype)
     kernels = _linear_activation_bwd, _linear_activation_bwd_persistent
-    _launch(
-        *kernels, choice, grad_out, weight, others, units, gelu.formula_for(activation, pre.dtype), depth_first=True
-    )
+    _launch(*kernels, choice, grad_out, weight, others, formula, depth_first=True)
     return grad_pre, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype), y
 
 
@@ -320,5 +326,4 @@ def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "
     if weight.ndim != 2 or weight.shape[1] != x.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight{suffix}: expected [units, {x.shape[-1]}], got {list(weight.shape)}")
     check_tensor(f"weight{suffix}", weight, weight.shape, DTYPES, x.device)
-    if bias is not None:
-        check_tensor(f"bias{suffix}", bias, weight.shape[:1], (weight.dtype,), x.device)
+    check_optional(f"bias{suffix}", bias, weight.shape[:1], (weight.dtype,), x.device)

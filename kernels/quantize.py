@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels import tuning
-from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.gelu import FORMULAS, activate, check_activation, formula_for, plain_activation
+from fastvit.kernels import gelu, layer_norm, tuning
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
+from fastvit.kernels.gelu import FORMULAS, activate, check_activation
 from fastvit.kernels.layer_norm import (
     _affine,
     _chunk,
@@ -42,9 +42,8 @@ from fastvit.kernels.layer_norm import (
     _rows,
     _tile,
     check_norm,
-    plain_layer_norm,
 )
-from fastvit.kernels.operators import operator
+from fastvit.kernels.operators import is_fake, operator
 from fastvit.kernels.tuning import cdiv, rows_class
 
 FP8 = torch.float8_e4m3fn
@@ -129,7 +128,7 @@ def _layer_norm_e4m3(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Launchers
+# Launchers and operators: without gradients, which rounding to so few bits does not have
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -138,36 +137,36 @@ def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-def _launch_activation(x: Tensor, bias: Tensor | None, activation: str | None, candidate=0) -> tuple[Tensor, Tensor]:
+def _launch_activation(
+    x: Tensor, bias: Tensor | None, activation: str | None, candidate: int = 0
+) -> tuple[Tensor, Tensor]:
     values, scale = _empty_rows(x)
-    rows, dim = scale.numel(), x.shape[-1]
-    if rows == 0:
+    if is_fake(x) or scale.numel() == 0:
         return values, scale
+    rows, dim, dtype = scale.numel(), x.shape[-1], x.dtype
     inner, (x,), strides = _rows(x, per_sample=False)
-    tile = _tile(
-        dim, x.dtype.itemsize, tuning.candidate("activation_fp8", rows_class(rows, dim), x.dtype, x.device, candidate)
-    )
-    formula = None if activation is None else formula_for(activation, x.dtype)
-    tensors = (x, bias, values, scale)
+    choice = tuning.candidate("activation_fp8", rows_class(rows, dim), dtype, x.device, candidate)
+    tile = _tile(dim, dtype.itemsize, choice)
+    formula = None if activation is None else gelu.formula_for(activation, dtype)
+    tensors = (x, *contiguous(bias), values, scale)
     _activation_e4m3[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, FORMULA=formula, **tile)
     return values, scale
 
 
 def _launch_layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate=0
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """residual' (an empty tensor where there is no residual), values, scale."""
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     summed = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
     values, scale = _empty_rows(x)
-    rows, dim = scale.numel(), x.shape[-1]
-    if rows == 0:
+    if is_fake(x) or scale.numel() == 0:
         return summed, values, scale
+    rows, dim = scale.numel(), x.shape[-1]
     inner, (x, residual), strides = _rows(x, residual, per_sample=False)
-    tile = _tile(
-        dim, dtype.itemsize, tuning.candidate("layer_norm_fp8", rows_class(rows, dim), dtype, x.device, candidate)
-    )
-    tensors = (x, residual, weight, bias, None if residual is None else summed, values, scale)
+    choice = tuning.candidate("layer_norm_fp8", rows_class(rows, dim), dtype, x.device, candidate)
+    tile = _tile(dim, dtype.itemsize, choice)
+    tensors = (x, residual, *contiguous(weight, bias), None if residual is None else summed, values, scale)
     _layer_norm_e4m3[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, **tile)
     return summed, values, scale
 
@@ -184,52 +183,24 @@ def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Operators: without gradients, which rounding to so few bits does not have
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+def _plain_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, for fallbacks."""
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
     return (x * (1 / scale)).to(FP8).contiguous(), scale.contiguous()
 
 
-def _fallback(x: Tensor, bias: Tensor | None, activation: str | None, candidate: int) -> tuple[Tensor, Tensor]:
+def _plain_activation(x, bias, activation, candidate=0) -> tuple[Tensor, Tensor]:
     z = x.float() if bias is None else x.float() + bias.float()
-    return _quantize(z if activation is None else plain_activation(z, activation))
+    return _plain_rows(z if activation is None else gelu.plain_activation(z, activation))
 
 
-def _norm_fallback(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    summed = x if residual is None else (x + residual).contiguous()
-    y, _ = plain_layer_norm(summed, weight, bias, eps)
-    return x.new_empty(0) if residual is None else summed, *_quantize(y)
+def _plain_layer_norm(x, residual, weight, bias, eps, candidate=0) -> tuple[Tensor, Tensor, Tensor]:
+    summed, y, _ = layer_norm.plain_forward(x, residual, weight, bias, None, None, eps, torch.float32)
+    return summed, *_plain_rows(y)
 
 
-@operator("activation_fp8", fallback=_fallback)
-def _activation_fp8(x: Tensor, bias: Tensor | None, activation: str | None, candidate: int) -> tuple[Tensor, Tensor]:
-    return _launch_activation(x, None if bias is None else bias.contiguous(), activation, candidate)
-
-
-@_activation_fp8.register_fake
-def _(x, bias, activation, candidate):
-    return _empty_rows(x)
-
-
-@operator("layer_norm_fp8", fallback=_norm_fallback)
-def _layer_norm_fp8(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_layer_norm(x, residual, weight.contiguous(), bias.contiguous(), eps, candidate)
-
-
-@_layer_norm_fp8.register_fake
-def _(x, residual, weight, bias, eps, candidate):
-    dtype = x.dtype if residual is None else torch.result_type(x, residual)
-    return x.new_empty(0 if residual is None else x.shape, dtype=dtype), *_empty_rows(x)
-
+_activation_fp8 = operator("activation_fp8", fallback=_plain_activation)(_launch_activation)
+_layer_norm_fp8 = operator("layer_norm_fp8", fallback=_plain_layer_norm)(_launch_layer_norm)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The public functions
@@ -286,8 +257,7 @@ def bias_gelu_fp8(
     """
     check_activation(activation)
     _check_rows(x)
-    if bias is not None:
-        check_tensor("bias", bias, x.shape[-1:], DTYPES, x.device)
+    check_optional("bias", bias, x.shape[-1:], DTYPES, x.device)
     return _activation_fp8(x, bias, activation, candidate)
 
 
@@ -356,8 +326,7 @@ def linear_fp8(
     check_tensor("scale", scale, (*values.shape[:-1], 1), (torch.float32,), values.device)
     check_tensor("weight", weight, weight.shape, (FP8,), values.device)
     check_tensor("weight_scale", weight_scale, (weight.shape[0], 1), (torch.float32,), values.device)
-    if bias is not None:
-        check_tensor("bias", bias, weight.shape[:1], (torch.bfloat16,), values.device)
+    check_optional("bias", bias, weight.shape[:1], (torch.bfloat16,), values.device)
     rows = values.reshape(-1, values.shape[-1]).contiguous()
     out = product(rows, scale.reshape(-1, 1).contiguous(), weight.contiguous(), weight_scale, bias)
     return out.view(*values.shape[:-1], weight.shape[0])

@@ -17,9 +17,8 @@ from operations import DEVICE, EPS, assert_close, assert_same, check, random, re
 
 from fastvit.kernels import gelu as kernels
 from fastvit.kernels import layer_norm, operators
-from fastvit.kernels import layer_norm_act as norm_kernels
 from fastvit.kernels.gelu import FORMULAS, bias_gelu, swiglu
-from fastvit.kernels.layer_norm_act import layer_norm_act
+from fastvit.kernels.layer_norm import layer_norm_act
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 ACTIVATIONS = pytest.mark.parametrize("activation", (*FORMULAS, "swiglu"))
@@ -309,7 +308,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
         return spy
 
     monkeypatch.setattr(kernels, "launch_backward", spied(kernels.launch_backward, 1))
-    monkeypatch.setattr(layer_norm, "_launch_backward", spied(layer_norm._launch_backward, 2))
+    monkeypatch.setattr(layer_norm, "_layer_norm_backward", spied(layer_norm._layer_norm_backward, 2))
     assert set(results(ours, inputs_of(2, 9, 48), wanted=("x",))) == {"output 0", "grad x"}
     assert set(results(norm_ours, norm_inputs_of(2, 9, 48), wanted=("x",))) == {"output 0", "grad x"}
     assert [grads.numel() for grads in parameter_grads] == [0, 0]
@@ -349,11 +348,12 @@ def test_opcheck():
         torch.library.opcheck(kernels._activation, (x, bias, activation, 0))
     x, weight, bias = random(2, 3, 16), random(16, seed=1), random(16, seed=2)
     for parameter_grads in (False, True):
-        inputs = (x, x, weight, bias, random(2, 6), "gelu", parameter_grads, 0)
-        torch.library.opcheck(norm_kernels._layer_norm_act_backward, inputs)
+        options = (x.dtype, x.dtype, parameter_grads, None, "gelu", 0)
+        inputs = (x, None, x, None, weight, bias, None, None, random(2, 6), *options)
+        torch.library.opcheck(layer_norm._layer_norm_backward, inputs)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
-    torch.library.opcheck(norm_kernels._layer_norm_act, (x, weight, bias, EPS, "gelu", 0))
+    torch.library.opcheck(layer_norm._layer_norm, (x, None, weight, bias, None, None, EPS, None, "gelu", 0))
 
 
 def neck(x, weight, bias):
@@ -428,6 +428,6 @@ def test_autocast_changes_neither_dtype_nor_values():
 )
 def test_bad_input_is_named_before_anything_is_launched(function, arguments, message, monkeypatch):
     monkeypatch.setattr(kernels, "_activation", None)
-    monkeypatch.setattr(norm_kernels, "_layer_norm_act", None)
+    monkeypatch.setattr(layer_norm, "_layer_norm", None)
     with pytest.raises(ValueError, match=message):
         function(*arguments)

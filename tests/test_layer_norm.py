@@ -328,14 +328,14 @@ def test_gradients_where_only_one_output_is_used(used, scales):
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
-    launch, parameter_grads = kernels._launch_backward, []
+    launch, parameter_grads = kernels._layer_norm_backward, []
 
     def spy(*args, **kwargs):
         grads = launch(*args, **kwargs)
         parameter_grads.append(grads[2])
         return grads
 
-    monkeypatch.setattr(kernels, "_launch_backward", spy)
+    monkeypatch.setattr(kernels, "_layer_norm_backward", spy)
     inputs = inputs_of(2, 9, 48)
     x = inputs["x"].requires_grad_()
     summed, y = add_layer_norm(**inputs, eps=EPS)
@@ -368,16 +368,16 @@ def test_opcheck(scales):
     inputs = inputs_of(2, 3, 16, scales=scales)
     values = [inputs.get(name) for name in ("x", "residual", "weight", "bias", "scale", "row_scale")]
     x, residual, weight, bias, scale, row_scale = values
-    statistics = random(2, 6)
+    statistics, options = random(2, 6), (x.dtype, x.dtype, True, x.dtype, None if scales else "gelu", 0)
     torch.library.opcheck(
         kernels._layer_norm_backward,
-        (x, residual, residual, x if scales else None, weight, scale, row_scale, statistics, x.dtype, x.dtype, True, 0),
+        (x, residual, residual, x if scales else None, weight, bias, scale, row_scale, statistics, *options),
     )
     for tensor in values[:5]:
         if tensor is not None:
             tensor.requires_grad_()
-    torch.library.opcheck(kernels._add_layer_norm, (*values, EPS, 0))
-    torch.library.opcheck(kernels._layer_norm, (x, weight, bias, EPS, 0))
+    torch.library.opcheck(kernels._layer_norm, (*values, EPS, None, None, 0))
+    torch.library.opcheck(kernels._layer_norm, (x, None, weight, bias, None, None, EPS, None, None, 0))
 
 
 def two_norms(x, residual, weight, bias, scale, row_scale):

@@ -56,7 +56,7 @@ KERNELS = {
     "linear_fp8": "quantize",
     "swiglu": "gelu",
     "bias_gelu": "gelu",
-    "layer_norm_act": "layer_norm_act",
+    "layer_norm_act": "layer_norm",
 }
 
 

@@ -24,7 +24,6 @@ from fastvit.kernels import (
     feed_forward,
     gelu,
     layer_norm,
-    layer_norm_act,
     layer_norm_linear,
     patch_embed,
     quantize,
@@ -89,7 +88,7 @@ def call_rows(dtype: torch.dtype, dim: int = 768, batch: int = 2) -> None:
     call(f"add_layer_norm {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS)
     scales = {"scale": vector, "row_scale": torch.ones(batch)}
     call(f"add_layer_norm, scales, {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS, **scales)
-    call(f"layer_norm_act {dtype}", layer_norm_act.layer_norm_act, x, vector, vector, EPS)
+    call(f"layer_norm_act {dtype}", layer_norm.layer_norm_act, x, vector, vector, EPS)
     for activation in ("gelu", "gelu_new", "quick_gelu"):
         call(f"bias_gelu {activation} {dtype}", gelu.bias_gelu, x, vector, activation)
     call(f"swiglu {dtype}", gelu.swiglu, x, vector)
