@@ -42,6 +42,8 @@ from fastvit.kernels.operators import is_fake, needed, operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
 
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
+E4M3_MAX = tl.constexpr(448.0)
+SMALLEST_SCALE = tl.constexpr(2.0**-126)  # float32's smallest normal number, whose reciprocal is still finite
 
 
 # Rows are [outer, inner]: a view such as tokens[:, 1:] has another step from image to image than from token to token.
@@ -67,35 +69,6 @@ def _chunk(index: tl.constexpr, row_mask, DIM: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _load_and_add(
-    x_ptr, residual_ptr, scale_ptr, row_scale_ptr, sum_ptr,
-    row, row_mask, inner, stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
-    DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """The rows to normalise, CHUNKS of float32 [ROWS, CHUNK]; where there is a residual, their sum, which is stored."""
-    x_rows = x_ptr + _row_offsets(row, inner, stride_x_outer, stride_x_inner)
-    if residual_ptr is not None:
-        residual_rows = residual_ptr + _row_offsets(row, inner, stride_residual_outer, stride_residual_inner)
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + row // inner, row_mask, other=0.0)[:, None]
-    values = ()
-    for i in tl.static_range(CHUNKS):
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        value = tl.load(x_rows + cols, mask, other=0.0).to(tl.float32)
-        if scale_ptr is not None:
-            value = value * tl.load(scale_ptr + cols, mask, other=0.0).to(tl.float32)
-        if row_scale_ptr is not None:
-            value = value * row_scale
-        if residual_ptr is not None:
-            value = value + tl.load(residual_rows + cols, mask, other=0.0).to(tl.float32)
-            rounded = value.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + row.to(tl.int64)[:, None] * DIM + cols, rounded, mask)
-            value = rounded.to(tl.float32)  # normalise what the next layer will read
-        values = values + (value,)
-    return values
-
-
-@triton.jit
 def _mean_and_rstd(
     values, row_mask, eps, DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):
@@ -115,17 +88,32 @@ def _mean_and_rstd(
 
 
 @triton.jit
-def _affine(normal, weight_ptr, bias_ptr, cols, mask):
-    """normal * weight + bias in float32."""
-    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
-    return normal * weight + tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+def _store_e4m3(
+    pieces, values_ptr, scale_ptr, row, row_mask,
+    DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Quantise rows held as a tuple of float32 [ROWS, CHUNK] whose columns beyond DIM are 0."""
+    # As an integer a positive float32 is ordered like itself, and NaN is the largest: a maximum that NaN survives.
+    largest = tl.zeros([ROWS], tl.int32)
+    for i in tl.static_range(CHUNKS):
+        magnitude = pieces[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.maximum(largest, tl.max(magnitude, 1))
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), E4M3_MAX)
+    scale = tl.maximum(scale, SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
+    inverse = tl.div_rn(1.0, scale)[:, None]
+    tl.store(scale_ptr + row, scale, row_mask)
+    out_rows = values_ptr + row.to(tl.int64)[:, None] * DIM
+    for i in tl.static_range(CHUNKS):
+        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
+        tl.store(out_rows + cols, (pieces[i] * inverse).to(tl.float8e4nv), mask)
 
 
 @triton.jit
 def _layer_norm_fwd(
     x_ptr, residual_ptr, weight_ptr, bias_ptr,      # in:  [rows, dim], [rows, dim] or None, [dim] x2
     scale_ptr, row_scale_ptr,                       # in:  [dim] or None, [outer] float32 or None
-    sum_ptr, y_ptr, statistics_ptr,                 # out: [rows, dim] x2 (None: no residual, not wanted), [2, rows]
+    sum_ptr, y_ptr,                                 # out: [rows, dim] (None without residual), [rows, dim]
+    statistics_ptr,                                 # out: [2, rows] float32: mean, rstd; if y is e4m3 [rows], its scale
     stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
     rows, inner, eps,
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
@@ -133,22 +121,45 @@ def _layer_norm_fwd(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
-    values = _load_and_add(
-        x_ptr, residual_ptr, scale_ptr, row_scale_ptr, sum_ptr,
-        row, row_mask, inner, stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
-        DIM, ROWS, CHUNK, CHUNKS,
-    )  # fmt: skip
+    out_rows = row.to(tl.int64)[:, None] * DIM
+    x_rows = x_ptr + _row_offsets(row, inner, stride_x_outer, stride_x_inner)
+    if residual_ptr is not None:
+        residual_rows = residual_ptr + _row_offsets(row, inner, stride_residual_outer, stride_residual_inner)
+    if row_scale_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + row // inner, row_mask, other=0.0)[:, None]
+    values = ()
+    for i in tl.static_range(CHUNKS):
+        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
+        value = tl.load(x_rows + cols, mask, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            value = value * tl.load(scale_ptr + cols, mask, other=0.0).to(tl.float32)
+        if row_scale_ptr is not None:
+            value = value * row_scale
+        if residual_ptr is not None:
+            value = value + tl.load(residual_rows + cols, mask, other=0.0).to(tl.float32)
+            rounded = value.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + out_rows + cols, rounded, mask)
+            value = rounded.to(tl.float32)  # normalise what the next layer will read
+        values = values + (value,)
+
     mean, rstd = _mean_and_rstd(values, row_mask, eps, DIM, ROWS, CHUNK, CHUNKS)
-    if y_ptr is not None:
-        y_rows = y_ptr + row.to(tl.int64)[:, None] * DIM
-        for i in tl.static_range(CHUNKS):
-            cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-            y = _affine((values[i] - mean[:, None]) * rstd[:, None], weight_ptr, bias_ptr, cols, mask)
-            if FORMULA is not None:
-                y = activate(y, FORMULA)
-            tl.store(y_rows + cols, y, mask)
-    tl.store(statistics_ptr + row, mean, row_mask)
-    tl.store(statistics_ptr + rows + row, rstd, row_mask)
+    pieces = ()
+    for i in tl.static_range(CHUNKS):  # beyond DIM weight and bias are 0, and so is y
+        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
+        weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
+        y = (values[i] - mean[:, None]) * rstd[:, None] * weight
+        y += tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
+        if FORMULA is not None:
+            y = activate(y, FORMULA)
+        if y_ptr.dtype.element_ty == tl.float8e4nv:
+            pieces = pieces + (y,)
+        else:
+            tl.store(y_ptr + out_rows + cols, y, mask)
+    if y_ptr.dtype.element_ty == tl.float8e4nv:
+        _store_e4m3(pieces, y_ptr, statistics_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
+    else:
+        tl.store(statistics_ptr + row, mean, row_mask)
+        tl.store(statistics_ptr + rows + row, rstd, row_mask)
 
 
 @triton.jit
@@ -292,20 +303,23 @@ def _launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
 
-    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision. activation: one
-    that follows, whose result y is.
+    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision, or e4m3 with a
+    float32 scale for each row, [..., 1], which comes in place of mean and rstd. activation: one that follows, whose
+    result y is.
     """
     dim = x.shape[-1]
     rows = x.numel() // dim
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     summed = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
     y = x.new_empty(x.shape, dtype=y_dtype or dtype)
-    statistics = x.new_empty(2, rows, dtype=torch.float32)
+    is_fp8 = y.dtype == torch.float8_e4m3fn
+    statistics = x.new_empty((*x.shape[:-1], 1) if is_fp8 else (2, rows), dtype=torch.float32)
     if is_fake(x) or rows == 0:
         return summed, y, statistics
     vectors = contiguous(weight, bias, scale, row_scale)
     inner, (x, residual), strides = _rows(x, residual, per_sample=row_scale is not None)
-    choice = tuning.candidate("layer_norm_forward", rows_class(rows, dim), dtype, x.device, candidate)
+    rule = "layer_norm_fp8" if is_fp8 else "layer_norm_forward"
+    choice = tuning.candidate(rule, rows_class(rows, dim), dtype, x.device, candidate)
     tile = _tile(dim, dtype.itemsize, choice)
     formula = None if activation is None else formula_for(activation, y.dtype)
     tensors = (x, residual, *vectors, None if residual is None else summed, y, statistics)

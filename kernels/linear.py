@@ -37,10 +37,6 @@ from fastvit.kernels.gelu import activate, activate_with_slope
 from fastvit.kernels.operators import is_fake
 from fastvit.kernels.tuning import cdiv
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @triton.jit
 def _place(tile, rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
@@ -106,11 +102,19 @@ def _quarters(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _store_linear(
-    acc, row_tile, col_tile, rows, bias_ptr, pre_ptr, out_ptr,
-    UNITS: tl.constexpr, FORMULA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+def _fused_tile(
+    a, b, bias_ptr, pre_ptr, out_ptr, y_ptr, partial_ptr, stride_a, tile, rows,
+    BACKWARD: tl.constexpr, PERSISTENT: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Bias and activation of a tile."""
+    """Tile number `tile` of what `_linear` writes."""
+    row_tile, col_tile = _place(tile, rows, UNITS, ROWS, COLS, GROUP)
+    if PERSISTENT:
+        acc = _product_by_descriptor(a, b, row_tile, col_tile, DEPTH, ROWS, COLS, STEP, BACKWARD)
+    elif BACKWARD:
+        acc = _product(a, b, row_tile, col_tile, rows, stride_a, 1, UNITS, UNITS, DEPTH, ROWS, COLS, STEP)
+    else:
+        acc = _product(a, b, row_tile, col_tile, rows, stride_a, DEPTH, 1, UNITS, DEPTH, ROWS, COLS, STEP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
     quarters = _quarters(acc, ROWS, COLS)
     for i in tl.static_range(4):
@@ -118,104 +122,46 @@ def _store_linear(
         mask = (row < rows)[:, None] & (unit < UNITS)[None, :]
         at = row.to(tl.int64)[:, None] * UNITS + unit[None, :]
         out = quarters[i]
-        if bias_ptr is not None:
-            out += tl.load(bias_ptr + unit, unit < UNITS, other=0.0).to(tl.float32)[None, :]
-        if FORMULA is not None:
-            rounded = out.to(out_ptr.dtype.element_ty)  # backward starts from it; without backward the same numbers
-            if pre_ptr is not None:
-                tl.store(pre_ptr + at, rounded, mask)
-            out = activate(rounded.to(tl.float32), FORMULA)
+        if BACKWARD:
+            y, slope = activate_with_slope(tl.load(pre_ptr + at, mask, other=0.0).to(tl.float32), FORMULA)
+            if y_ptr is not None:
+                tl.store(y_ptr + at, y, mask)
+            out = out * slope
+            if partial_ptr is not None:
+                tl.store(partial_ptr + row_tile * UNITS + unit, tl.sum(out, 0), unit < UNITS)
+        else:
+            if bias_ptr is not None:
+                out += tl.load(bias_ptr + unit, unit < UNITS, other=0.0).to(tl.float32)[None, :]
+            if FORMULA is not None:
+                rounded = out.to(out_ptr.dtype.element_ty)  # backward starts from it; without backward the same numbers
+                if pre_ptr is not None:
+                    tl.store(pre_ptr + at, rounded, mask)
+                out = activate(rounded.to(tl.float32), FORMULA)
         tl.store(out_ptr + at, out, mask)
 
 
 @triton.jit
-def _linear_fwd(
-    x_ptr, weight_ptr, bias_ptr,                    # in:  [rows, depth], [units, depth], [units] or None
-    pre_ptr, out_ptr,                               # out: [rows, units] or None, [rows, units]
-    stride_x, rows,
-    UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    row_tile, col_tile = _place(tl.program_id(0), rows, UNITS, ROWS, COLS, GROUP)
-    acc = _product(x_ptr, weight_ptr, row_tile, col_tile, rows, stride_x, DEPTH, 1, UNITS, DEPTH, ROWS, COLS, STEP)
-    _store_linear(acc, row_tile, col_tile, rows, bias_ptr, pre_ptr, out_ptr, UNITS, FORMULA, ROWS, COLS)
-
-
-@triton.jit
-def _linear_fwd_persistent(
-    x, weight,                                      # in:  descriptors of [rows, depth], [units, depth]
-    bias_ptr,                                       # in:  [units] or None
-    pre_ptr, out_ptr,                               # out: [rows, units] or None, [rows, units]
-    rows, programs,
-    UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(rows, ROWS) * ((UNITS + COLS - 1) // COLS)
-    for tile in range(tl.program_id(0), tiles, programs):
-        row_tile, col_tile = _place(tile, rows, UNITS, ROWS, COLS, GROUP)
-        acc = _product_by_descriptor(x, weight, row_tile, col_tile, DEPTH, ROWS, COLS, STEP, False)
-        _store_linear(acc, row_tile, col_tile, rows, bias_ptr, pre_ptr, out_ptr, UNITS, FORMULA, ROWS, COLS)
-
-
-@triton.jit
-def _store_slope(
-    acc, row_tile, col_tile, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr,
-    UNITS: tl.constexpr, FORMULA: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Derivative of the activation for a tile of its gradient, the activation again, and the tile's sums over rows."""
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    quarters = _quarters(acc, ROWS, COLS)
-    for i in tl.static_range(4):
-        unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
-        mask = (row < rows)[:, None] & (unit < UNITS)[None, :]
-        at = row.to(tl.int64)[:, None] * UNITS + unit[None, :]
-        y, slope = activate_with_slope(tl.load(pre_ptr + at, mask, other=0.0).to(tl.float32), FORMULA)
-        if y_ptr is not None:
-            tl.store(y_ptr + at, y, mask)
-        grad_pre = quarters[i] * slope
-        tl.store(grad_pre_ptr + at, grad_pre, mask)
-        if partial_ptr is not None:
-            tl.store(partial_ptr + row_tile * UNITS + unit, tl.sum(grad_pre, 0), unit < UNITS)
-
-
-@triton.jit
-def _linear_activation_bwd(
-    grad_out_ptr, weight_ptr, pre_ptr,              # in:  [rows, depth], [depth, units], [rows, units]
-    grad_pre_ptr, y_ptr,                            # out: [rows, units], [rows, units] or None
+def _linear(
+    a, b,                                           # in:  x and weight, BACKWARD grad_out and weight (see `_launch`);
+                                                    #      PERSISTENT: their descriptors
+    bias_ptr, pre_ptr,                              # in:  [units] or None; [rows, units] (forward: out, or None)
+    out_ptr, y_ptr,                                 # out: out or grad_pre, and activation(pre) or None, [rows, units]
     partial_ptr,                                    # out: [row tiles, units] float32 or None
-    stride_grad_out, rows,
-    UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
+    stride_a, rows, programs,
+    BACKWARD: tl.constexpr, PERSISTENT: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    row_tile, col_tile = _place(tl.program_id(0), rows, UNITS, ROWS, COLS, GROUP)
-    acc = _product(
-        grad_out_ptr, weight_ptr, row_tile, col_tile, rows, stride_grad_out, 1, UNITS, UNITS, DEPTH, ROWS, COLS, STEP
-    )
-    _store_slope(acc, row_tile, col_tile, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr, UNITS, FORMULA, ROWS, COLS)
-
-
-@triton.jit
-def _linear_activation_bwd_persistent(
-    grad_out, weight,                               # in:  descriptors of [rows, depth], [depth, units]
-    pre_ptr,                                        # in:  [rows, units]
-    grad_pre_ptr, y_ptr,                            # out: [rows, units], [rows, units] or None
-    partial_ptr,                                    # out: [row tiles, units] float32 or None
-    rows, programs,
-    UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    tiles = tl.cdiv(rows, ROWS) * ((UNITS + COLS - 1) // COLS)
-    for tile in range(tl.program_id(0), tiles, programs):
-        row_tile, col_tile = _place(tile, rows, UNITS, ROWS, COLS, GROUP)
-        acc = _product_by_descriptor(grad_out, weight, row_tile, col_tile, DEPTH, ROWS, COLS, STEP, True)
-        _store_slope(
-            acc, row_tile, col_tile, rows, pre_ptr, grad_pre_ptr, y_ptr, partial_ptr, UNITS, FORMULA, ROWS, COLS
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers
-# ---------------------------------------------------------------------------------------------------------------------
+    if PERSISTENT:
+        for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS) * ((UNITS + COLS - 1) // COLS), programs):
+            _fused_tile(
+                a, b, bias_ptr, pre_ptr, out_ptr, y_ptr, partial_ptr, stride_a, tile, rows,
+                BACKWARD, PERSISTENT, UNITS, DEPTH, FORMULA, ROWS, COLS, STEP, GROUP,
+            )  # fmt: skip
+    else:
+        _fused_tile(
+            a, b, bias_ptr, pre_ptr, out_ptr, y_ptr, partial_ptr, stride_a, tl.program_id(0), rows,
+            BACKWARD, PERSISTENT, UNITS, DEPTH, FORMULA, ROWS, COLS, STEP, GROUP,
+        )  # fmt: skip
 
 
 def descriptor_of(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorDescriptor | None:
@@ -233,20 +179,23 @@ def descriptor_of(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorD
     return TensorDescriptor.from_tensor(matrix, list(block)) if choice.get("persistent") and fits else None
 
 
-def _launch(kernel, persistent_kernel, choice, a, b, others, formula: str | None, depth_first: bool) -> None:
-    """One of the kernels on a [rows, depth] and b, which is [depth, units] if depth_first, otherwise [units, depth]."""
-    (rows, depth), units = a.shape, b.shape[1 if depth_first else 0]
-    height, width = choice["rows"], choice["columns"]
-    tiles = cdiv(rows, height) * cdiv(units, width)
-    block = (choice["depth"], width) if depth_first else (width, choice["depth"])
-    described = descriptor_of(choice, a, height, choice["depth"]), descriptor_of(choice, b, *block)
-    settings = {"UNITS": units, "DEPTH": depth, "FORMULA": formula, "num_warps": choice["num_warps"]}
-    settings |= {"ROWS": height, "COLS": width, "STEP": choice["depth"], "GROUP": 8, "num_stages": choice["num_stages"]}
-    if None in described:
-        kernel[(tiles,)](a, b, *others, a.stride(0), rows, **settings)
+def _launch(choice, a, b, outputs, activation: str | None, backward: bool) -> None:
+    """The kernel on a [rows, depth] and b, which is [depth, units] backward, otherwise [units, depth]."""
+    (rows, depth), units = a.shape, b.shape[1 if backward else 0]
+    height, width, step = choice["rows"], choice["columns"], choice["depth"]
+    tiles, block = cdiv(rows, height) * cdiv(units, width), (step, width) if backward else (width, step)
+    operands, programs = (descriptor_of(choice, a, height, step), descriptor_of(choice, b, *block)), 1
+    is_persistent = None not in operands
+    if is_persistent:
+        tiles = programs = min(tiles, choice["persistent"] * tuning.describe(a.device).multiprocessors)
     else:
-        programs = min(tiles, choice["persistent"] * tuning.describe(a.device).multiprocessors)
-        persistent_kernel[(programs,)](*described, *others, rows, programs, **settings)
+        operands = (a, b)
+    _linear[(tiles,)](
+        *operands, *outputs, a.stride(0), rows, programs,
+        BACKWARD=backward, PERSISTENT=is_persistent, UNITS=units, DEPTH=depth,
+        FORMULA=None if activation is None else gelu.formula_for(activation, b.dtype),
+        ROWS=height, COLS=width, STEP=step, GROUP=8, num_warps=choice["num_warps"], num_stages=choice["num_stages"],
+    )  # fmt: skip
 
 
 def _fused(operation: str, rows: int, weight: Tensor, candidate: int) -> tuning.Choice | None:
@@ -282,9 +231,7 @@ def launch_forward(
         return pre if keep_pre else pre.new_empty(0), out
     out = weight.new_empty(x.shape[0], weight.shape[0])
     pre = torch.empty_like(out) if keep_pre else out.new_empty(0)
-    others = (bias, pre if keep_pre else None, out)
-    formula = None if activation is None else gelu.formula_for(activation, weight.dtype)
-    _launch(_linear_fwd, _linear_fwd_persistent, choice, x, weight, others, formula, depth_first=False)
+    _launch(choice, x, weight, (bias, pre if keep_pre else None, out, None, None), activation, backward=False)
     return pre, out
 
 
@@ -311,10 +258,7 @@ def launch_backward(
     grad_pre = torch.empty_like(pre)
     y = pre.new_empty(pre.shape if with_y else (0, units))
     partial = pre.new_empty(cdiv(rows, choice["rows"]), units, dtype=torch.float32) if bias_grad else None
-    others = (pre, grad_pre, y if with_y else None, partial)
-    formula = gelu.formula_for(activation, pre.dtype)
-    kernels = _linear_activation_bwd, _linear_activation_bwd_persistent
-    _launch(*kernels, choice, grad_out, weight, others, formula, depth_first=True)
+    _launch(choice, grad_out, weight, (None, pre, grad_pre, y if with_y else None, partial), activation, backward=True)
     return grad_pre, pre.new_empty(0) if partial is None else partial.sum(0).to(pre.dtype), y
 
 

@@ -33,50 +33,17 @@ from torch import Tensor
 from fastvit.kernels import gelu, layer_norm, tuning
 from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
 from fastvit.kernels.gelu import FORMULAS, activate, check_activation
-from fastvit.kernels.layer_norm import (
-    _affine,
-    _chunk,
-    _load_and_add,
-    _mean_and_rstd,
-    _row_offsets,
-    _rows,
-    _tile,
-    check_norm,
-)
+from fastvit.kernels.layer_norm import _chunk, _row_offsets, _rows, _store_e4m3, _tile, check_norm
 from fastvit.kernels.operators import is_fake, operator
 from fastvit.kernels.tuning import cdiv, rows_class
 
 FP8 = torch.float8_e4m3fn
 MAX_WIDTH = 16384  # of a row that is not normalised: forward holds its values once
 
-E4M3_MAX = tl.constexpr(448.0)
-SMALLEST_SCALE = tl.constexpr(2.0**-126)  # float32's smallest normal number, whose reciprocal is still finite
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _store_e4m3(
-    pieces, values_ptr, scale_ptr, row, row_mask,
-    DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """Quantise rows held as a tuple of float32 [ROWS, CHUNK] whose columns beyond DIM are 0."""
-    # As an integer a positive float32 is ordered like itself, and NaN is the largest: a maximum that NaN survives.
-    largest = tl.zeros([ROWS], tl.int32)
-    for i in tl.static_range(CHUNKS):
-        magnitude = pieces[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        largest = tl.maximum(largest, tl.max(magnitude, 1))
-    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), E4M3_MAX)
-    scale = tl.maximum(scale, SMALLEST_SCALE, propagate_nan=tl.PropagateNan.ALL)
-    inverse = tl.div_rn(1.0, scale)[:, None]
-    tl.store(scale_ptr + row, scale, row_mask)
-    out_rows = values_ptr + row.to(tl.int64)[:, None] * DIM
-    for i in tl.static_range(CHUNKS):
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        tl.store(out_rows + cols, (pieces[i] * inverse).to(tl.float8e4nv), mask)
 
 
 @triton.jit
@@ -103,44 +70,15 @@ def _activation_e4m3(
     _store_e4m3(pieces, values_ptr, scale_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
 
 
-@triton.jit
-def _layer_norm_e4m3(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr,      # in:  [rows, dim], [rows, dim] or None, [dim] x2
-    sum_ptr, values_ptr, scale_ptr,                 # out: [rows, dim] or None, [rows, dim] e4m3, [rows] float32
-    stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
-    rows, inner, eps,
-    DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_mask = row < rows
-    values = _load_and_add(
-        x_ptr, residual_ptr, None, None, sum_ptr,
-        row, row_mask, inner, stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
-        DIM, ROWS, CHUNK, CHUNKS,
-    )  # fmt: skip
-    mean, rstd = _mean_and_rstd(values, row_mask, eps, DIM, ROWS, CHUNK, CHUNKS)
-    normalized = ()
-    for i in tl.static_range(CHUNKS):  # beyond DIM weight and bias are 0
-        cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
-        normal = (values[i] - mean[:, None]) * rstd[:, None]
-        normalized = normalized + (_affine(normal, weight_ptr, bias_ptr, cols, mask),)
-    _store_e4m3(normalized, values_ptr, scale_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers and operators: without gradients, which rounding to so few bits does not have
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _empty_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and scales of x's rows, uninitialised."""
-    return x.new_empty(x.shape, dtype=FP8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-
-
 def _launch_activation(
     x: Tensor, bias: Tensor | None, activation: str | None, candidate: int = 0
 ) -> tuple[Tensor, Tensor]:
-    values, scale = _empty_rows(x)
+    values, scale = x.new_empty(x.shape, dtype=FP8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     if is_fake(x) or scale.numel() == 0:
         return values, scale
     rows, dim, dtype = scale.numel(), x.shape[-1], x.dtype
@@ -157,18 +95,7 @@ def _launch_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """residual' (an empty tensor where there is no residual), values, scale."""
-    dtype = x.dtype if residual is None else torch.result_type(x, residual)
-    summed = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
-    values, scale = _empty_rows(x)
-    if is_fake(x) or scale.numel() == 0:
-        return summed, values, scale
-    rows, dim = scale.numel(), x.shape[-1]
-    inner, (x, residual), strides = _rows(x, residual, per_sample=False)
-    choice = tuning.candidate("layer_norm_fp8", rows_class(rows, dim), dtype, x.device, candidate)
-    tile = _tile(dim, dtype.itemsize, choice)
-    tensors = (x, residual, *contiguous(weight, bias), None if residual is None else summed, values, scale)
-    _layer_norm_e4m3[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, **tile)
-    return summed, values, scale
+    return layer_norm._launch_forward(x, residual, weight, bias, None, None, eps, FP8, None, candidate)
 
 
 def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

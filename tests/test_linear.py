@@ -1,6 +1,5 @@
 """Products with an activation behind them: as exact as PyTorch's chain against float64, whichever way they run."""
 
-import contextlib
 from functools import partial
 from unittest import mock
 
@@ -219,29 +218,24 @@ def test_descriptors_are_for_rows_on_16_byte_boundaries_that_do_not_overlap():
 @pytest.mark.parametrize("units", [40, 36], ids=["by descriptor", "by address"])
 def test_the_persistent_kernels_compute_what_they_can(units):
     x, weight, bias = forward_inputs(350, 48, units, torch.bfloat16)
-    called = []
+    called, kernel = [], kernels._linear
 
     class Spy:
-        def __init__(self, name):
-            self.name, self.kernel = name, getattr(kernels, name)
-
         def __getitem__(self, grid):
-            called.append((self.name, grid))
-            return self.kernel[grid]
+            def launch(*args, **options):
+                called.append((options["BACKWARD"], options["PERSISTENT"], grid))
+                return kernel[grid](*args, **options)
 
-    names = ("_linear_fwd", "_linear_fwd_persistent", "_linear_activation_bwd", "_linear_activation_bwd_persistent")
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(kernels, name, Spy(name)))
-        stack.enter_context(variant("persistent"))
+            return launch
+
+    with mock.patch.object(kernels, "_linear", Spy()), variant("persistent"):
         kernels.launch_forward(x, weight, bias, "gelu", False, 0)
         inputs = backward_inputs(350, 48, units, torch.bfloat16)
         kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
     # Rows of 48 values are on such boundaries either way, those of [48, 36] are not.
-    suffix = "_persistent" if units == 40 else ""
-    assert [name for name, _ in called] == ["_linear_fwd_persistent", f"_linear_activation_bwd{suffix}"]
+    assert [kinds for *kinds, _ in called] == [[False, True], [True, units == 40]]
     programs = 2 * tuning.describe(x.device).multiprocessors
-    assert called[0][1] == (min(11, programs),)
+    assert called[0][2] == (min(11, programs),)
 
 
 def test_the_table_has_cublas_first_and_what_the_gpu_can_do_behind_it(monkeypatch):
