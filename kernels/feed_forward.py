@@ -31,10 +31,6 @@ from fastvit.kernels.checks import check_optional, check_tensor, check_tensors, 
 from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
 from fastvit.kernels.operators import operator
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The same in plain PyTorch, for a GPU on which a kernel fails
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @without_autocast
 def _forward_in_pytorch(
@@ -50,18 +46,14 @@ def _backward_in_pytorch(
     grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1, weight2, eps, activation,
     x_dtype, residual_dtype, wanted, candidate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`_feed_forward_backward` in plain PyTorch, for a GPU on which a kernel fails."""
     *first_wanted, weight2_wanted, bias2_wanted = wanted
     grad_rows, nothing = as_rows(grad_out), weight2.new_empty(0)
     grad_pre, _ = gelu.plain_backward(grad_rows @ weight2, pre, None, activation, False)
     first = (summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype, residual_dtype)
     grads = first_layer.backward_in_pytorch(grad_pre, grad_sum, *first, first_wanted)
     grad_weight2 = grad_rows.t() @ gelu.plain_forward(pre, None, activation) if weight2_wanted else nothing
-    return *grads, grad_weight2, grad_rows.sum(0) if bias2_wanted else weight2.new_empty(0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The operator
-# ---------------------------------------------------------------------------------------------------------------------
+    return *grads, grad_weight2, grad_rows.sum(0) if bias2_wanted else nothing
 
 
 @operator("feed_forward", fallback=_forward_in_pytorch)
@@ -119,10 +111,6 @@ def _backward(ctx, grad_sum, _statistics, _pre, grad_out):
 
 _feed_forward.register_autograd(_backward, setup_context=_setup_context)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The public functions
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def feed_forward(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str,
@@ -161,15 +149,9 @@ def add_layer_norm_feed_forward(
     The sum, 8 bytes per token and the input of the activation are saved for backward. Second derivatives are not
     supported.
 
-    Args:
-        x, residual, norm_weight, norm_bias, eps: as in `layer_norm_linear.add_layer_norm_linear`.
-        weight1, bias1, weight2, bias2, activation, candidate: as in `feed_forward`, but of any one dtype.
-
-    Returns:
-        The sum [..., D], in the dtype that x and residual promote to, and [..., E] in weight1's dtype.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the activation is unknown.
+    x, residual, norm_weight, norm_bias and eps as in `layer_norm_linear.add_layer_norm_linear`, the others as in
+    `feed_forward`, but of any one dtype. Returns the sum [..., D], in the dtype that x and residual promote to, and
+    [..., E] in weight1's dtype.
     """
     check_tensors(x=x, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
     return _apply(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, candidate)

@@ -350,18 +350,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *
 def swiglu(x: Tensor, bias: Tensor | None = None, *, candidate: int = 0) -> Tensor:
     """silu(x1 + b1) * (x2 + b2), the gated unit of DINOv2 (giant) and DINOv3: both halves from one GEMM.
 
-    x is saved for backward. Second derivatives are not supported.
-
-    Args:
-        x: [..., 2 F], the gate's half first; dtypes and strides as in `bias_gelu`.
-        bias: [2 F] or None.
-        candidate: which tile of the table, forward and backward.
-
-    Returns:
-        [..., F] in x's dtype, contiguous.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+    As `bias_gelu`, but x: [..., 2 F], the gate's half first, and bias: [2 F] or None.
     """
     _check(x, bias)
     if x.shape[-1] % 2:

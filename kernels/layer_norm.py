@@ -121,7 +121,6 @@ def _layer_norm_fwd(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
-    out_rows = row.to(tl.int64)[:, None] * DIM
     x_rows = x_ptr + _row_offsets(row, inner, stride_x_outer, stride_x_inner)
     if residual_ptr is not None:
         residual_rows = residual_ptr + _row_offsets(row, inner, stride_residual_outer, stride_residual_inner)
@@ -138,11 +137,12 @@ def _layer_norm_fwd(
         if residual_ptr is not None:
             value = value + tl.load(residual_rows + cols, mask, other=0.0).to(tl.float32)
             rounded = value.to(sum_ptr.dtype.element_ty)
-            tl.store(sum_ptr + out_rows + cols, rounded, mask)
+            tl.store(sum_ptr + row.to(tl.int64)[:, None] * DIM + cols, rounded, mask)
             value = rounded.to(tl.float32)  # normalise what the next layer will read
         values = values + (value,)
 
     mean, rstd = _mean_and_rstd(values, row_mask, eps, DIM, ROWS, CHUNK, CHUNKS)
+    y_rows = y_ptr + row.to(tl.int64)[:, None] * DIM
     pieces = ()
     for i in tl.static_range(CHUNKS):  # beyond DIM weight and bias are 0, and so is y
         cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
@@ -154,7 +154,7 @@ def _layer_norm_fwd(
         if y_ptr.dtype.element_ty == tl.float8e4nv:
             pieces = pieces + (y,)
         else:
-            tl.store(y_ptr + out_rows + cols, y, mask)
+            tl.store(y_rows + cols, y, mask)
     if y_ptr.dtype.element_ty == tl.float8e4nv:
         _store_e4m3(pieces, y_ptr, statistics_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
     else:
@@ -480,15 +480,7 @@ def layer_norm_act(
 ) -> Tensor:
     """activation(layer_norm(x)), elementwise, with nothing rounded in between.
 
-    Args:
-        x, weight, bias, eps, candidate: as in `layer_norm`, as is what is saved for backward.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-
-    Returns:
-        [..., D] in x's dtype, contiguous.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the activation is unknown.
+    Arguments, result and what is saved as of `layer_norm`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     """
     check_activation(activation)
     check_norm(x, weight, bias)
@@ -499,9 +491,7 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
     *, scale: Tensor | None = None, row_scale: Tensor | None = None, candidate: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """residual + row_scale * scale * x, and the LayerNorm of that.
-
-    Second derivatives are not supported.
+    """residual + row_scale * scale * x, and the LayerNorm of that; errors as in `layer_norm`.
 
     Args:
         x: the branch, as in `layer_norm`.
@@ -514,9 +504,6 @@ def add_layer_norm(
     Returns:
         (the sum, its LayerNorm), each [..., D] and contiguous, in the dtype that x and residual promote to. The sum is
         rounded to that dtype once, and the rounded sum is normalised.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
     """
     check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)

@@ -28,10 +28,6 @@ from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, check_t
 from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
 from fastvit.kernels.operators import needed, operator
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers. `fastvit.kernels.feed_forward` calls them too, without a norm where it has none
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 @without_autocast
 def launch_forward(
@@ -41,7 +37,7 @@ def launch_forward(
     """residual', statistics [2, rows] (mean and rstd, float32), pre [rows, F] and out [..., F].
 
     residual' has no elements without residual, statistics none without norm, pre none unless it is kept, which takes an
-    activation.
+    activation. `fastvit.kernels.feed_forward` calls it too, without a norm where it has none.
     """
     summed, normed, statistics = x.new_empty(0), x, x.new_empty(0, dtype=torch.float32)
     if norm_weight is not None:
@@ -127,10 +123,6 @@ def backward_in_pytorch(
     return *grads, grad_weight, grad_pre.sum(0) if bias_grad else weight.new_empty(0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The operator
-# ---------------------------------------------------------------------------------------------------------------------
-
 _layer_norm_linear = operator("layer_norm_linear", fallback=forward_in_pytorch)(launch_forward)
 _layer_norm_linear_backward = operator("layer_norm_linear_backward", fallback=backward_in_pytorch)(launch_backward)
 
@@ -173,10 +165,6 @@ def _backward(ctx, grad_sum, _statistics, _pre, grad_out):
 
 _layer_norm_linear.register_autograd(_backward, setup_context=_setup_context)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The public functions
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None,
@@ -210,15 +198,8 @@ def add_layer_norm_linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + residual, and `layer_norm_linear` of the sum, which is saved for backward.
 
-    Args:
-        residual: [..., D], of x's shape; its dtype may be another.
-        x, norm_weight, norm_bias, eps, weight, bias, candidate: as in `layer_norm_linear`.
-
-    Returns:
-        The sum [..., D], in the dtype that x and residual promote to, and [..., F] in weight's dtype.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+    Arguments as there, and residual: [..., D], of x's shape; its dtype may be another. Returns the sum as well, first:
+    [..., D], in the dtype that x and residual promote to.
     """
     check_tensors(residual=residual)
     return _apply(x, residual, norm_weight, norm_bias, eps, weight, bias, None, candidate)
@@ -233,15 +214,7 @@ def layer_norm_gelu(
     Saved for backward are x, 8 bytes per row and the input of the activation. Where the second half follows,
     `fastvit.kernels.feed_forward` keeps the activation out of memory too.
 
-    Args:
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-        x, norm_weight, norm_bias, eps, weight, bias, candidate: as in `layer_norm_linear`.
-
-    Returns:
-        [..., F] in weight's dtype, contiguous.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the activation is unknown.
+    Arguments and result as of `layer_norm_linear`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     """
     check_activation(activation)
     return _apply(x, None, norm_weight, norm_bias, eps, weight, bias, activation, candidate)[1]

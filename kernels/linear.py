@@ -127,8 +127,6 @@ def _fused_tile(
             if y_ptr is not None:
                 tl.store(y_ptr + at, y, mask)
             out = out * slope
-            if partial_ptr is not None:
-                tl.store(partial_ptr + row_tile * UNITS + unit, tl.sum(out, 0), unit < UNITS)
         else:
             if bias_ptr is not None:
                 out += tl.load(bias_ptr + unit, unit < UNITS, other=0.0).to(tl.float32)[None, :]
@@ -138,6 +136,8 @@ def _fused_tile(
                     tl.store(pre_ptr + at, rounded, mask)
                 out = activate(rounded.to(tl.float32), FORMULA)
         tl.store(out_ptr + at, out, mask)
+        if partial_ptr is not None:
+            tl.store(partial_ptr + row_tile * UNITS + unit, tl.sum(out, 0), unit < UNITS)
 
 
 @triton.jit

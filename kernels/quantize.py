@@ -41,11 +41,6 @@ FP8 = torch.float8_e4m3fn
 MAX_WIDTH = 16384  # of a row that is not normalised: forward holds its values once
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _activation_e4m3(
     x_ptr, bias_ptr,                                # in:  [rows, dim], [dim] or None
@@ -68,11 +63,6 @@ def _activation_e4m3(
             value = activate(value, FORMULA)  # 0 for the 0 beyond DIM
         pieces = pieces + (value,)
     _store_e4m3(pieces, values_ptr, scale_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Launchers and operators: without gradients, which rounding to so few bits does not have
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def _launch_activation(
@@ -129,10 +119,6 @@ def _plain_layer_norm(x, residual, weight, bias, eps, candidate=0) -> tuple[Tens
 _activation_fp8 = operator("activation_fp8", fallback=_plain_activation)(_launch_activation)
 _layer_norm_fp8 = operator("layer_norm_fp8", fallback=_plain_layer_norm)(_launch_layer_norm)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The public functions
-# ---------------------------------------------------------------------------------------------------------------------
-
 
 def why_not_on(major: int, minor: int) -> str | None:
     """Why a GPU of this compute capability cannot, or None."""
@@ -171,16 +157,7 @@ def bias_gelu_fp8(
 ) -> tuple[Tensor, Tensor]:
     """quantize_rows(activation(x + bias)), with nothing rounded in between.
 
-    Args:
-        x, candidate: as in `quantize_rows`.
-        bias: [D] or None.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-
-    Returns:
-        As `quantize_rows`.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+    As `quantize_rows`, and bias: [D] or None; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     """
     check_activation(activation)
     _check_rows(x)
@@ -191,14 +168,7 @@ def bias_gelu_fp8(
 def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0) -> tuple[Tensor, Tensor]:
     """quantize_rows(layer_norm(x)), with nothing rounded in between.
 
-    Args:
-        x, weight, bias, eps, candidate: as in `fastvit.kernels.layer_norm.layer_norm`.
-
-    Returns:
-        As `quantize_rows`.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+    Arguments as of `fastvit.kernels.layer_norm.layer_norm`, results as of `quantize_rows`.
     """
     check_norm(x, weight, bias)
     _, values, scale = _layer_norm_fp8(x, None, weight, bias, eps, candidate)
@@ -208,17 +178,9 @@ def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candi
 def add_layer_norm_fp8(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + residual, and `layer_norm_fp8` of it.
+    """x + residual, in the dtype that both promote to, and `layer_norm_fp8` of the rounded sum.
 
-    Args:
-        residual: of x's shape; its dtype may be another.
-        x, weight, bias, eps, candidate: as in `layer_norm_fp8`.
-
-    Returns:
-        The sum, in the dtype that x and residual promote to, and values and scale of the rounded sum's LayerNorm.
-
-    Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+    residual: of x's shape; its dtype may be another.
     """
     check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)
