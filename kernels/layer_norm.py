@@ -28,16 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvit.kernels import tuning
+from fastvit.kernels import gelu, tuning
 from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
-from fastvit.kernels.gelu import (
-    activate,
-    activate_with_slope,
-    check_activation,
-    formula_for,
-    plain_activation,
-    plain_activation_backward,
-)
+from fastvit.kernels.gelu import activate, activate_with_slope, formula_for
 from fastvit.kernels.operators import is_fake, needed, operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
 
@@ -265,13 +258,8 @@ def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     chunk = next_power_of_2(cdiv(dim, choice["elements"] // vector))
     chunk = max(chunk, min(64, next_power_of_2(dim)))
     num_warps = max(choice["num_warps"], chunk // (32 * vector))  # so that a thread holds `elements` and no more
-    return {
-        "DIM": dim,
-        "ROWS": max(1, min(16, num_warps * 32 * vector // chunk)),
-        "CHUNK": chunk,
-        "CHUNKS": cdiv(dim, chunk),
-        "num_warps": num_warps,
-    }
+    rows = max(1, min(16, num_warps * 32 * vector // chunk))
+    return {"DIM": dim, "ROWS": rows, "CHUNK": chunk, "CHUNKS": cdiv(dim, chunk), "num_warps": num_warps}
 
 
 def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor | None], list[int]]:
@@ -387,7 +375,7 @@ def plain_forward(
     summed = _branch(x, scale, row_scale) + (0 if residual is None else residual.float())
     summed = summed.to(dtype).contiguous()
     y, *statistics = torch.native_layer_norm(summed.float(), weight.shape, weight.float(), bias.float(), eps)
-    y = (y if activation is None else plain_activation(y, activation)).to(y_dtype or dtype)
+    y = (y if activation is None else gelu.plain_activation(y, activation)).to(y_dtype or dtype)
     statistics = torch.stack([tensor.reshape(-1) for tensor in statistics])
     return summed.new_empty(0) if residual is None else summed, y, statistics
 
@@ -400,7 +388,7 @@ def plain_backward(
     mean, rstd = statistics.view(2, *summed.shape[:-1], 1)
     grad_y, normal = grad_y.float(), (summed.float() - mean) * rstd
     affine = None if bias is None else normal * weight.float() + bias.float()
-    grad_y = grad_y if activation is None else plain_activation_backward(grad_y, affine, activation)
+    grad_y = grad_y if activation is None else gelu.plain_activation_backward(grad_y, affine, activation)
     grad = grad_y * weight.float()
     grad = (grad - grad.mean(-1, True) - normal * (grad * normal).mean(-1, True)) * rstd
     grad = grad if grad_sum is None else grad + grad_sum.float()
@@ -482,7 +470,7 @@ def layer_norm_act(
 
     Arguments, result and what is saved as of `layer_norm`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     """
-    check_activation(activation)
+    gelu.check_activation(activation)
     check_norm(x, weight, bias)
     return _layer_norm(x, None, weight, bias, None, None, eps, None, activation, candidate)[1]
 

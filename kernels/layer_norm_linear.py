@@ -76,8 +76,7 @@ def launch_backward(
             statistics, x_dtype, residual_dtype, norm_grads, weight.dtype if weight_grad else None,
         )  # fmt: skip
     elif norm_weight is not None and weight_grad:
-        norm = (norm_weight, norm_bias, None, None, eps)
-        _, rows, _ = layer_norm._launch_forward(summed, None, *norm, weight.dtype)
+        _, rows, _ = layer_norm._launch_forward(summed, None, norm_weight, norm_bias, None, None, eps, weight.dtype)
     grad_weight = grad_pre.t() @ as_rows(rows) if weight_grad else weight.new_empty(0)
     return *grads, grad_weight, grad_bias
 

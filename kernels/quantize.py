@@ -32,7 +32,7 @@ from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, tuning
 from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
-from fastvit.kernels.gelu import FORMULAS, activate, check_activation
+from fastvit.kernels.gelu import activate, check_activation
 from fastvit.kernels.layer_norm import _chunk, _row_offsets, _rows, _store_e4m3, _tile, check_norm
 from fastvit.kernels.operators import is_fake, operator
 from fastvit.kernels.tuning import cdiv, rows_class
@@ -127,11 +127,6 @@ def why_not_on(major: int, minor: int) -> str | None:
     if (major, minor) < (8, 9):
         return f"this GPU (sm_{major}{minor}) has no fp8 matrix product; sm_89 and newer do"
     return None
-
-
-def why_not(activation: str) -> str | None:
-    """Why this activation has no kernel, or None."""
-    return None if activation in FORMULAS else f"the kernel has no activation {activation!r}"
 
 
 def quantize_rows(x: Tensor, *, candidate: int = 0) -> tuple[Tensor, Tensor]:

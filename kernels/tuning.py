@@ -62,9 +62,7 @@ TABLE = (
     # 40 values keep a row of 768, 1024 or 1280 half-precision values in one warp, so that its sums need no shared
     # memory, in 48 to 72 registers; four such rows a program keep the number of programs to launch low.
     Rule("layer_norm_forward", None, None, None, (
-        {"elements": 40, "num_warps": 4},
-        {"elements": 40, "num_warps": 8},
-        {"elements": 16, "num_warps": 4},
+        {"elements": 40, "num_warps": 4}, {"elements": 40, "num_warps": 8}, {"elements": 16, "num_warps": 4},
     )),
     # waves: programs a multiprocessor; each sums weight gradients over its rows, and writes them once. No more than fit
     # on it at a time: the others would run afterwards, alone. stages: 2 copies the next rows to shared memory ahead.
@@ -94,8 +92,7 @@ TABLE = (
     # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
     # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight, 8 rows twice the programs.
     Rule("activation_forward", None, None, None, (
-        {"rows": 16, "columns": 256, "num_warps": 4},
-        {"rows": 8, "columns": 256, "num_warps": 4},
+        {"rows": 16, "columns": 256, "num_warps": 4}, {"rows": 8, "columns": 256, "num_warps": 4},
     )),
     # Sums of the bias gradient stay in registers: 16 a thread. waves, stages: as in layer_norm_backward; five fit.
     Rule("activation_backward", None, None, None, (
@@ -107,9 +104,7 @@ TABLE = (
     # As in layer_norm_forward: whole rows in registers, 40 values a thread. A feed-forward's rows of 3,072 to 5,120
     # values take four warps each.
     Rule("(layer_norm|activation)_fp8", None, None, None, (
-        {"elements": 40, "num_warps": 4},
-        {"elements": 24, "num_warps": 4},
-        {"elements": 40, "num_warps": 8},
+        {"elements": 40, "num_warps": 4}, {"elements": 24, "num_warps": 4}, {"elements": 40, "num_warps": 8},
     )),
     # Products with an activation: cuBLAS and a pass for the activation, our fused kernel, the persistent one. cuBLAS
     # comes first until ours is measured against it: it is known to be fast. Full float32 products run on the ordinary
@@ -132,9 +127,7 @@ TABLE = (
     # Attention. rows, keys: the tile of scores. piece: all keys at once, in pieces of at most so many, and `blocks`
     # tiles of rows for a program: nothing is read twice. Registers below are of Triton 3.6 / 3.9.
     # Full float32 products run on the ordinary units: larger tiles spill thousands of registers.
-    Rule("attention_forward", None, torch.float32, None, (
-        {"rows": 32, "keys": 32, "num_warps": 8, "num_stages": 2},
-    )),
+    Rule("attention_forward", None, torch.float32, None, ({"rows": 32, "keys": 32, "num_warps": 8, "num_stages": 2},)),
     # wgmma needs 64 rows. 208 keys as 128 + 64 + 16 take 189 / 193 registers, 80-wide heads 255 / 249, 256 keys in one
     # piece 201 / 253: two programs a multiprocessor. In pieces of 64, the latter two spilled 112 and 32 bytes on 3.6.
     Rule("attention_forward", "short, dim (64|80)", None, "sm_90", (
@@ -207,7 +200,7 @@ def describe(device: torch.device) -> Device:
 
 
 def candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
-    """The table's line for this case."""
+    """The table's line for a kernel and the launcher's word for the shape, such as "1024, many rows"."""
     architecture = describe(device).architecture
     for rule in TABLE:
         if (
@@ -221,12 +214,6 @@ def candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.dev
 
 
 def candidate(operation: str, shape: str, dtype: torch.dtype, device: torch.device, number: int) -> Choice:
-    """Candidate `number` for one launch; the first where the rule has fewer.
-
-    Args:
-        operation: the kernel's name in the table.
-        shape: the launcher's word for the shape, such as "many rows, 1024".
-        number: which candidate, from 0.
-    """
+    """Candidate `number`, from 0, for one launch; the first where the rule has fewer."""
     options = candidates(operation, shape, dtype, device)
     return options[number] if number < len(options) else options[0]
