@@ -122,10 +122,7 @@ def feed_forward(
 
     Args:
         x: [..., D], float32, bfloat16 or float16; all others are of its dtype, or autocast casts all to its own.
-        weight1: [F, D].
-        bias1: [F] or None.
-        weight2: [E, F].
-        bias2: [E] or None.
+        weight1, bias1, weight2, bias2: [F, D], [F] or None, [E, F], [E] or None.
         activation: a key of `fastvit.kernels.gelu.FORMULAS`.
         candidate: how the product with the activation is computed, see `fastvit.kernels.linear`.
 

@@ -421,9 +421,9 @@ def _backward(ctx, grad_sum, grad_y, _):
         return needed(ctx)
     if grad_y is None:  # only the sum was used, which hardly happens: not worth a kernel of its own
         grad_y = torch.zeros_like(grad_sum)
-    _, _, weight, _, scale, row_scale, _ = ctx.saved_tensors
+    saved = _, _, weight, _, scale, row_scale, _ = ctx.saved_tensors  # once: checkpointing computes them at each access
     options = (*ctx.dtypes, any(ctx.needs_input_grad[2:5]), None, ctx.activation, ctx.candidate)
-    grad_residual, grad_x, grads, _ = _layer_norm_backward(grad_y, grad_sum, *ctx.saved_tensors, *options)
+    grad_residual, grad_x, grads, _ = _layer_norm_backward(grad_y, grad_sum, *saved, *options)
     if scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
     return needed(ctx, grad_x, grad_residual, *split_parameter_gradients(grads, weight, scale))
