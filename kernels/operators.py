@@ -2,6 +2,8 @@
 
 `@operator("attention", fallback=...)` registers the decorated launcher as `fastvit::attention` with
 `torch.library.custom_op`: eager mode, autograd, `torch.compile`, export and dispatch modes all call the same operator.
+The launcher also answers compilers, which hand it tensors without memory to learn the shapes and dtypes of its outputs:
+it returns them as soon as they are allocated, `if is_fake(x)`, before it reads a size that may be a symbol.
 
 The fallback has the launcher's signature and is plain PyTorch. On a GPU, under backend "auto", a launch that fails for
 any reason but a lack of memory (Triton cannot compile it, ptxas or the driver refuses it) is logged once with its
@@ -20,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensor
 
 logger = logging.getLogger("fastvit")
 
@@ -51,7 +54,8 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
         fallback: plain PyTorch with the launcher's signature and results.
 
     Returns:
-        A decorator that returns the operator, on which `register_fake` and `register_autograd` are called.
+        A decorator that returns the operator, on which `register_autograd` is called (and `register_fake` where the
+        launcher cannot take fake tensors).
     """
 
     def register(launcher: Callable[..., Any]) -> CustomOpDef:
@@ -75,9 +79,22 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
             return fallback(*args)
 
         schema = torch.library.infer_schema(launcher, mutates_args=())
-        return torch.library.custom_op(f"fastvit::{name}", guarded, mutates_args=(), schema=schema)
+        registered = torch.library.custom_op(f"fastvit::{name}", guarded, mutates_args=(), schema=schema)
+        registered.register_fake(launcher)
+        return registered
 
     return register
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a compiler or an export is asking for shapes. Tensors on "meta" are launched, to be recorded in tests."""
+    return isinstance(tensor, FakeTensor)
+
+
+def needed(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A gradient for each input: None where none is needed, and for the inputs after the last of `grads`."""
+    padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
+    return tuple(grad if needs else None for grad, needs in zip(padded, ctx.needs_input_grad, strict=True))
 
 
 def _class_of(value: Any) -> Any:
