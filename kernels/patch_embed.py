@@ -32,11 +32,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.operators import operator
+from fastvit.kernels.operators import is_fake, operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 ENOUGH_PROGRAMS = 100  # large tiles fill a device
@@ -332,7 +331,7 @@ def launch_forward(
     prefix = 0 if cls_token is None else cls_token.shape[1]
     tokens = prefix + rows * columns
     out = pixels.new_empty(batch, tokens, hidden, dtype=output_dtype(weight, cls_token, pos_embed))  # [B, N, D]
-    if isinstance(out, FakeTensor) or out.numel() == 0:
+    if is_fake(out) or out.numel() == 0:
         return out
     vectors = (bias, cls_token if prefix else None, pos_embed, None if mask is None else mask_token)
     # [D, K] with K in the order in which the pixels lie; a view wherever weight already has that order.
@@ -354,7 +353,7 @@ def launch_weight_backward(
     grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tensor | None, mean: list[float] | None,
     std: list[float] | None, candidate: int,
 ) -> Tensor:  # fmt: skip
-    if isinstance(weight, FakeTensor):
+    if is_fake(weight):
         return weight.new_empty(weight.shape)
     pixels = channels_first(pixels, weight.shape[1])
     batch, hidden, size_k = pixels.shape[0], weight.shape[0], weight[0].numel()
@@ -386,7 +385,7 @@ def launch_weight_backward(
 def launch_tokens_backward(grad_out: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
     batch, tokens, hidden = grad_out.shape
     sums = grad_out.new_empty(1 if mask is None else 2, tokens, hidden, dtype=torch.float32)
-    if isinstance(sums, FakeTensor):
+    if is_fake(sums):
         return sums
     if batch == 0:
         return sums.zero_()
@@ -465,8 +464,6 @@ def pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tens
 _patch_embed = operator("patch_embed", fallback=forward_fallback)(launch_forward)
 _weight_backward = operator("patch_embed_weight_backward", fallback=weight_fallback)(launch_weight_backward)
 _tokens_backward = operator("patch_embed_tokens_backward", fallback=tokens_fallback)(launch_tokens_backward)
-for _operator in (_patch_embed, _weight_backward, _tokens_backward):
-    _operator.register_fake(_operator._init_fn)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -501,19 +498,10 @@ _patch_embed.register_autograd(_backward, setup_context=_setup_context)
 
 
 def patch_embed(
-    pixels: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cls_token: Tensor | None,
-    pos_embed: Tensor | None,
-    *,
-    patch_size: tuple[int, int],
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    mask_token: Tensor | None = None,
-    mask: Tensor | None = None,
-    candidate: int = 0,
-) -> Tensor:
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, cls_token: Tensor | None, pos_embed: Tensor | None, *,
+    patch_size: tuple[int, int], mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    mask_token: Tensor | None = None, mask: Tensor | None = None, candidate: int = 0,
+) -> Tensor:  # fmt: skip
     """Cut images into patches, project each to the hidden size, prepend the class token, add the position embedding.
 
     Sums are in float32 throughout. Under autocast weight and bias are cast like a convolution's. Differentiable once in
@@ -552,17 +540,14 @@ def patch_embed(
 
 def _check(pixels, weight, bias, cls_token, pos_embed, patch_size, mean, std, mask_token, mask) -> None:
     if weight.dim() != 4 or weight.dtype not in DTYPES:
-        raise ValueError(
-            f"weight: expected [D, C, ph, pw] in float32, bfloat16 or float16, got {list(weight.shape)} {weight.dtype}"
-        )
+        expected = "[D, C, ph, pw] in float32, bfloat16 or float16"
+        raise ValueError(f"weight: expected {expected}, got {list(weight.shape)} {weight.dtype}")
     hidden, channels, *kernel_size = weight.shape
     if tuple(kernel_size) != patch_size:
         raise ValueError(f"patch_size: expected weight's {tuple(kernel_size)}, got {patch_size}")
     if pixels.dim() != 4 or channels not in (pixels.shape[1], pixels.shape[3]):
-        raise ValueError(
-            f"pixels: expected [B, {channels}, H, W] or [B, H, W, {channels}] (weight has {channels} channels),"
-            f" got {list(pixels.shape)}"
-        )
+        expected = f"[B, {channels}, H, W] or [B, H, W, {channels}] (weight has {channels} channels)"
+        raise ValueError(f"pixels: expected {expected}, got {list(pixels.shape)}")
     view = channels_first(pixels, channels)
     batch, _, height, width = view.shape
     rows, columns = patch_grid(view, weight)

@@ -45,7 +45,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.attention.kernels import (
@@ -55,7 +54,7 @@ from fastvit.kernels.attention.kernels import (
     _attention_fwd_short,
 )
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.operators import operator
+from fastvit.kernels.operators import is_fake, operator
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
@@ -108,17 +107,18 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 and tensor.stride(-3) < 2**31 // SHORT else tensor.contiguous()
 
 
-def _strides(*tensors: Tensor, mask: Tensor | None) -> list[int]:
+def _strides(*tensors: Tensor) -> list[int]:
     """Of each tensor the steps from image to image (none where they follow each other unevenly), token to token and
-    head to head; and the mask's, none along what it is broadcast over."""
-    strides = [step for t in tensors for step in ((0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3])]
+    head to head."""
+    return [step for t in tensors for step in ((0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3])]
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    """The mask as bytes if boolean, and its strides: none along what it is broadcast over."""
     if mask is None:
-        return [*strides, 0, 0, 0, 0]
-    return strides + [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
-
-
-def _mask_bytes(mask: Tensor | None) -> Tensor | None:
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+        return None, [0, 0, 0, 0]
+    strides = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides
 
 
 def _checked_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
@@ -150,16 +150,15 @@ def _launch_forward(
     dim = query.shape[-1]
     out = _new(query, (*query.shape[:-2], heads * dim), cu_seqlens)
     lse = _new(query, (heads, rows), cu_seqlens, torch.float32)
-    if isinstance(out, FakeTensor):
+    if is_fake(out):
         return out, lse
     bounds = _checked_bounds(cu_seqlens, query.shape[0])
     if out.numel() == 0 or batch == 0:
         return out, lse
-    query, key, value = map(_readable, (query, key, value))
-    arguments = (
-        query, key, value, _mask_bytes(mask), bounds, out, lse, *_strides(query, key, value, mask=mask),
-        heads, rows, queries, keys, scale,
-    )  # fmt: skip
+    tensors = [_readable(tensor) for tensor in (query, key, value)]
+    mask_values, mask_strides = _mask_arguments(mask)
+    numbers = (*_strides(*tensors), *mask_strides, heads, rows, queries, keys, scale)
+    arguments = (*tensors, mask_values, bounds, out, lse, *numbers)
     shape = _shape(batch * heads, keys, dim, mask)
     tile = dict(tuning.candidate("attention_forward", shape, query.dtype, query.device, candidate))
     tile |= {"DIM": dim, "DIMS": _pieces(dim, 2), "ROWS": _fitting(tile.pop("rows"), queries)}
@@ -183,7 +182,7 @@ def _launch_backward(
     candidate: int,
 ) -> None:  # fmt: skip
     """Writes the gradients of query, key and value: three tensors, or parts of one."""
-    if isinstance(out, FakeTensor):
+    if is_fake(out):
         return
     bounds = _checked_bounds(cu_seqlens, query.shape[0])
     batch, heads, rows, queries, keys = _sizes(query, key, bounds, max_seqlen)
@@ -193,9 +192,10 @@ def _launch_backward(
             grad.zero_()
         return
     tensors = [_readable(t) for t in (query, key, value, grad_out.unflatten(-1, (heads, dim)))]
-    inputs = (*tensors, _mask_bytes(mask), bounds)
+    mask_values, mask_strides = _mask_arguments(mask)
+    inputs = (*tensors, mask_values, bounds)
     grad_query, grad_key, grad_value = grads
-    numbers = (*_strides(*tensors, mask=mask), grad_query.stride(-3), heads, rows, queries, keys, scale)
+    numbers = (*_strides(*tensors), *mask_strides, grad_query.stride(-3), heads, rows, queries, keys, scale)
     shape = _shape(programs, keys, dim, mask)
     choice = tuning.candidate("attention_backward", shape, query.dtype, query.device, candidate)
 
@@ -295,9 +295,9 @@ def _attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float, candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = tuple(_new(tensor, tensor.shape, cu_seqlens) for tensor in (query, key, value))
-    options = (mask, cu_seqlens, max_seqlen, scale, candidate)
-    _launch_backward(grad_out, query, key, value, out, lse, grads, *options)
+    parts = (query, key, value)
+    grads = tuple(_new(part, part.shape, cu_seqlens) for part in parts)
+    _launch_backward(grad_out, *parts, out, lse, grads, mask, cu_seqlens, max_seqlen, scale, candidate)
     return grads
 
 
@@ -313,9 +313,8 @@ def _attention_packed_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
     max_seqlen: int | None, scale: float, candidate: int,
 ) -> Tensor:  # fmt: skip
-    grad = _new(qkv, qkv.shape, cu_seqlens)
-    options = (mask, cu_seqlens, max_seqlen, scale, candidate)
-    _launch_backward(grad_out, *qkv.unbind(-3), out, lse, grad.unbind(-3), *options)
+    parts, grad = qkv.unbind(-3), _new(qkv, qkv.shape, cu_seqlens)
+    _launch_backward(grad_out, *parts, out, lse, grad.unbind(-3), mask, cu_seqlens, max_seqlen, scale, candidate)
     return grad
 
 
@@ -337,23 +336,14 @@ def _backward(ctx, grad_out, _):
     return (*_attention_backward(grad_out, *saved, *ctx.numbers), *(None,) * 5)
 
 
-for _operator in (_attention, _attention_backward, _attention_packed, _attention_packed_backward):
-    _operator.register_fake(_operator._init_fn)
 _attention.register_autograd(_backward, setup_context=_setup_context)
 _attention_packed.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    candidate: int = 0,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, candidate: int = 0,
+) -> Tensor:  # fmt: skip
     """softmax(query key^T * scale + mask) value for each head, heads side by side.
 
     Args:
@@ -381,20 +371,14 @@ def attention(
         ValueError: an argument does not fit; the message names it.
     """
     query, key, value = (_autocast(tensor) for tensor in (query, key, value))
-    _check(query, key, value, cu_seqlens, max_seqlen)
-    return _attention(query, key, value, *_call(query, key, scale, mask, cu_seqlens, max_seqlen, candidate))[0]
+    options = _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate)
+    return _attention(query, key, value, *options)[0]
 
 
 def attention_packed(
-    qkv: Tensor,
-    *,
-    num_heads: int | None = None,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    candidate: int = 0,
-) -> Tensor:
+    qkv: Tensor, *, num_heads: int | None = None, scale: float | None = None, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, candidate: int = 0,
+) -> Tensor:  # fmt: skip
     """`attention` of the three parts of one tensor, as a GEMM with the joined weights gives it.
 
     Args:
@@ -413,18 +397,16 @@ def attention_packed(
     packed_rank = 4 if cu_seqlens is None else 3
     if qkv.ndim == packed_rank - 1:
         if num_heads is None or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
-            raise ValueError(
-                f"num_heads: expected the heads in qkv's last dimension, a third of {qkv.shape[-1]}, got {num_heads}"
-            )
+            expected = f"the heads in qkv's last dimension, a third of {qkv.shape[-1]}"
+            raise ValueError(f"num_heads: expected {expected}, got {num_heads}")
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     elif num_heads not in (None, qkv.shape[-2]):
         raise ValueError(f"num_heads: expected {qkv.shape[-2]}, the heads of qkv {list(qkv.shape)}, got {num_heads}")
     if qkv.ndim != packed_rank + 1 or qkv.shape[-3] != 3:
         expected = "[B, N, 3, H, D]" if cu_seqlens is None else "[tokens, 3, H, D] with cu_seqlens"
         raise ValueError(f"qkv: expected {expected}, got {list(qkv.shape)}")
-    query, key, value = qkv.unbind(-3)
-    _check(query, key, value, cu_seqlens, max_seqlen)
-    return _attention_packed(qkv, *_call(query, key, scale, mask, cu_seqlens, max_seqlen, candidate))[0]
+    options = _checked(*qkv.unbind(-3), scale, mask, cu_seqlens, max_seqlen, candidate)
+    return _attention_packed(qkv, *options)[0]
 
 
 def takes_head_dim(dim: int) -> bool:
@@ -439,34 +421,17 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _call(query, key, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
-    """The operators' arguments after their tensors: defaults filled in, the mask checked and of four dimensions."""
-    if mask is not None:
-        batch, heads, _, queries, keys = _sizes(query, key, cu_seqlens, max_seqlen)
-        mask = _broadcast_mask(mask, (batch, heads, queries, keys), query.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return mask, cu_seqlens, max_seqlen, float(scale), candidate
+def _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
+    """The operators' arguments after their tensors: defaults filled in, and the mask of four dimensions.
 
-
-def _broadcast_mask(mask: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    """The mask in four dimensions, each as large as that of the scores or 1."""
-    fits = 1 <= mask.ndim <= 4 and all(
-        size in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"mask: expected something broadcastable to {list(shape)}, got {list(mask.shape)}")
-    check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), device)
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("mask: expected one that requires no gradient, which the kernels do not compute")
-    return mask[(None,) * (4 - mask.ndim)]
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
     if cu_seqlens is None:
-        if query.ndim != 4 or query.shape[1] == 0:
-            raise ValueError(f"query: expected [B, Nq, H, D] with at least one query, got {list(query.shape)}")
-        if key.ndim != 4 or key.shape[1] == 0:
-            raise ValueError(f"key: expected [B, Nk, H, D] with at least one key, got {list(key.shape)}")
+        for name, tensor, size, what in (("query", query, "Nq", "query"), ("key", key, "Nk", "key")):
+            if tensor.ndim != 4 or tensor.shape[1] == 0:
+                expected = f"[B, {size}, H, D] with at least one {what}"
+                raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
         key_shape = (query.shape[0], key.shape[1], *query.shape[2:])
     else:
         if query.ndim != 3:
@@ -479,9 +444,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None,
         key_shape = query.shape
     dim = query.shape[-1]
     if not takes_head_dim(dim):
-        raise ValueError(
-            f"query: expected a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}"
-        )
+        expected = f"a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        raise ValueError(f"query: expected {expected}, got {dim}")
     check_tensor("query", query, query.shape, DTYPES, query.device)
     check_tensor("key", key, key_shape, (query.dtype,), query.device)
     check_tensor("value", value, key_shape, (query.dtype,), query.device)
+    if mask is not None:
+        batch, heads, _, queries, keys = _sizes(query, key, cu_seqlens, max_seqlen)
+        full = (batch, heads, queries, keys)
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        if not 1 <= mask.ndim <= 4 or any(size not in (1, most) for size, most in sizes):
+            raise ValueError(f"mask: expected something broadcastable to {list(full)}, got {list(mask.shape)}")
+        check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), query.device)
+        if mask.requires_grad and torch.is_grad_enabled():
+            raise ValueError("mask: expected one that requires no gradient, which the kernels do not compute")
+        mask = mask[(None,) * (4 - mask.ndim)]
+    return mask, cu_seqlens, max_seqlen, float(dim**-0.5 if scale is None else scale), candidate
