@@ -22,8 +22,8 @@ Saved for backward: qkv, out, and one float32 a row, the log-sum-exp in base 2, 
 computed again (Dao et al. 2022): beside qkv 0.31 MB an image of ViT-B, where the probabilities would take 0.93.
 Backward of `short` is one launch: it computes the probabilities once, holds the gradients of all keys and values of its
 head in registers, and writes each query's gradient once: 620 MB, 207 microseconds. `long` takes two, one by queries and
-one by keys. Every sum has one place and one order, without atomics: two runs give the same bits. Scores are
-float32, scaled by scale * log2(e) in one multiplication for exp2.
+one by keys. Every sum has one place and one order, without atomics: two runs give the same bits. Scores are float32,
+scaled by scale * log2(e) in one multiplication for exp2.
 
 A prediction from counts, nothing was timed: FlashAttention-3's 192 x 192 tiles pad 197 tokens to 384 both ways, 147,456
 scores a head; `short` computes 256 x 208 = 53,248, 2.8 times fewer, by 17,600 warp instructions a head on sm_90 (971
