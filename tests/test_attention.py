@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from fastvit.ops import reference
 
 pytest.importorskip("triton")
+from fastvit.kernels import attention as kernels
 from fastvit.kernels import tuning
-from fastvit.kernels.attention import attention, attention_packed, fallback, launch
+from fastvit.kernels.attention import attention, attention_packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
@@ -29,6 +30,8 @@ TILES = {
     ("short", "attention_backward"): {"rows": 32, "keys_per_warp": 16, "transposed": 0, "num_stages": 1},
     ("long", "attention_forward"): LOOP,
     ("long", "attention_backward"): PAIR,
+    ("transposed", "attention_forward"): LOOP,
+    ("transposed", "attention_backward"): {"rows": 32, "keys_per_warp": 32, "transposed": 1, "num_stages": 1},
 }
 
 
@@ -105,6 +108,23 @@ def test_outputs_and_gradients_are_as_exact_as_pytorchs(dim, dtype, path):
     check(inputs_of(1, 40, 70, 1, dim, dtype=dtype), path=path)
 
 
+@DTYPES
+@pytest.mark.parametrize(("queries", "keys", "dim"), [(40, 70, 64), (33, 256, 48), (1, 17, 16), (20, 16, 128)])
+def test_short_backward_with_the_product_for_queries_transposed(queries, keys, dim, dtype):
+    seen = []
+    kernel = kernels._attention_bwd_key_value
+    launcher = mock.MagicMock()
+    launcher.__getitem__.side_effect = lambda grid: (
+        lambda *args, **options: (
+            seen.append((options["TRANSPOSED"], options["MASKED"])),
+            kernel[grid](*args, **options),
+        )
+    )
+    with mock.patch.object(kernels, "_attention_bwd_key_value", launcher):
+        check(inputs_of(1, queries, keys, 1, dim, dtype=dtype), path="transposed", slack=1.25 if queries > 5 else 2.0)
+    assert seen == [(1, keys not in (16, 256))]
+
+
 @PATHS
 @pytest.mark.parametrize("tokens", [1, 17, 50, 197, 256])
 def test_any_number_of_tokens(tokens, path):
@@ -177,17 +197,15 @@ def test_every_tile_of_the_table(index):
 
 
 def test_the_kernels_for_short_sequences_are_used_where_they_are_made_for():
-    plain = launch.Call(None, None, None, 1.0, 0)
-    sizes = launch.Sizes(batch=256, heads=12, rows=256 * 197, queries=197, keys=197, dim=64)
     hopper = tuning.Device("an H100", "sm_90", 132)
     with mock.patch.object(tuning, "describe", lambda _: hopper):
-        for call, case, short in [
-            (plain, sizes, True),
-            (plain, sizes._replace(keys=257), False),
-            (plain, sizes._replace(batch=1), False),
-            (plain._replace(mask=torch.zeros(1)), sizes, False),
+        for programs, keys, mask, short in [
+            (256 * 12, 197, None, True),
+            (256 * 12, 257, None, False),
+            (12, 197, None, False),
+            (256 * 12, 197, torch.zeros(1), False),
         ]:
-            shape_class = launch._shape(case, call)
+            shape_class = kernels._shape(programs, keys, 64, mask)
             for operation, mark in (("attention_forward", "piece"), ("attention_backward", "keys_per_warp")):
                 first = tuning.candidate(operation, shape_class, torch.bfloat16, torch.device("cpu"), 0)
                 assert (mark in first) == short, (operation, shape_class)
@@ -369,28 +387,26 @@ def test_bounds_that_cannot_be_are_refused_on_a_cpu(bounds):
 def test_no_bounds_lead_beyond_the_tokens(bounds, path, monkeypatch):
     """As on a GPU, where their values are not looked at. Interpreted, an address outside of its tensor is seen by what
     lies there: NaN in what is read, and another number than before where nothing may be written."""
-    monkeypatch.setattr(launch, "_checked_bounds", lambda cu_seqlens, tokens: cu_seqlens)
+    monkeypatch.setattr(kernels, "_checked_bounds", lambda cu_seqlens, tokens: cu_seqlens)
     around = torch.full((200, 3, 2, 16), float("nan"), device=DEVICE)
     qkv = around[100:110]
     qkv.copy_(random(10, 3, 2, 16))
     sums = []
 
-    def empty_inside(like, _):
-        whole = torch.full((200, *like.shape[1:]), 7.0, device=DEVICE)
+    def new_inside(like, shape, cu_seqlens, dtype=None):
+        if shape[0] != 10:  # the log-sum-exp
+            return torch.zeros(shape, device=DEVICE)
+        whole = torch.full((200, *shape[1:]), 7.0, device=DEVICE)
         whole[100:110] = 0.0
         sums.append(whole)
         return whole[100:110]
 
-    def outputs_inside(query, _):
-        return empty_inside(query.flatten(1), None), torch.zeros(2, 10, device=DEVICE)
-
-    monkeypatch.setattr(launch, "_empty_gradient", empty_inside)
-    monkeypatch.setattr(launch, "_forward_outputs", outputs_inside)
+    monkeypatch.setattr(kernels, "_new", new_inside)
     call = (None, torch.tensor(bounds, dtype=torch.int32, device=DEVICE), 60, 0.25, 0)
     with kernels_of(path):
-        out, lse = launch._launch_forward(*qkv.unbind(-3), launch.Call(*call))
-        grad = launch._empty_gradient(qkv, None)
-        launch._launch_backward(torch.ones_like(out), *qkv.unbind(-3), out, lse, grad.unbind(-3), launch.Call(*call))
+        out, lse = kernels._launch_forward(*qkv.unbind(-3), *call)
+        grad = new_inside(qkv, qkv.shape, None)
+        kernels._launch_backward(torch.ones_like(out), *qkv.unbind(-3), out, lse, grad.unbind(-3), *call)
     assert out.isfinite().all()
     assert grad.isfinite().all()
     for whole in sums:
@@ -445,7 +461,7 @@ def test_views_are_read_where_they_lie(kind, path):
     views = {name: VIEWS[kind](tensor) for name, tensor in inputs.items()}
     grad_out = grad_for(inputs)
     for tensor in views.values():
-        assert (launch._readable(tensor).data_ptr() == tensor.data_ptr()) == (kind != "every other column")
+        assert (kernels._readable(tensor).data_ptr() == tensor.data_ptr()) == (kind != "every other column")
     with kernels_of(path):
         expected = results(attention, {name: tensor.contiguous() for name, tensor in inputs.items()}, grad_out)
         for name, result in results(attention, views, VIEWS["batch second"](grad_out[..., None])[..., 0]).items():
@@ -560,7 +576,7 @@ FALLBACK_CASES = ["", "boolean mask", "additive mask", "cu_seqlens", "cu_seqlens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", FALLBACK_CASES)
 def test_the_fallback_agrees_with_the_kernels(case, dtype, monkeypatch):
-    monkeypatch.setattr(fallback, "MOST_SCORES", 2 * 9 * 9)  # one image at a time
+    monkeypatch.setattr(kernels, "MOST_SCORES", 2 * 9 * 9)  # one image at a time
     queries = 5 if case == "other keys" else 9
     mask = bounds = most = None
     shape = (3, 9)
@@ -576,18 +592,18 @@ def test_the_fallback_agrees_with_the_kernels(case, dtype, monkeypatch):
     query, key, value = qkv.unbind(-3)
     query = query[:, :queries] if bounds is None else query
     options = (mask, bounds, most, 0.3, 0)
-    ours = launch._attention(query, key, value, *options)
+    ours = kernels._attention(query, key, value, *options)
     grad_out = random(*ours[0].shape, dtype=dtype, seed=4)
-    grads = launch._attention_backward(grad_out, query, key, value, *ours, *options)
-    plain = fallback.forward(query, key, value, *options)
-    plain_grads = fallback.backward(grad_out, query, key, value, *ours, *options)
+    grads = kernels._attention_backward(grad_out, query, key, value, *ours, *options)
+    plain = kernels._forward_fallback(query, key, value, *options)
+    plain_grads = kernels._backward_fallback(grad_out, query, key, value, *ours, *options)
     close = {} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 1.6e-2}
     for one, other in zip((*ours, *grads), (*plain, *plain_grads), strict=True):
         torch.testing.assert_close(one, other, **close, check_stride=True)
     if queries == 9:
-        for one, other in zip(plain, fallback.forward_packed(qkv, *options), strict=True):
+        for one, other in zip(plain, kernels._packed_forward_fallback(qkv, *options), strict=True):
             assert torch.equal(one, other)
-        packed = fallback.backward_packed(grad_out, qkv, *ours, *options)
+        packed = kernels._packed_backward_fallback(grad_out, qkv, *ours, *options)
         assert packed.is_contiguous()
         for one, other in zip(plain_grads, packed.unbind(-3), strict=True):
             assert torch.equal(one, other)
@@ -602,13 +618,13 @@ def test_opcheck(options):
     call = (mask, bounds, most, 0.25, 0)
     qkv = random(*(() if bounds is not None else (2,)), 9, 3, 2, 16)
     parts = [part.clone().requires_grad_() for part in qkv.unbind(-3)]
-    out, lse = launch._attention(*parts, *call)
-    torch.library.opcheck(launch._attention, (*parts, *call))
-    torch.library.opcheck(launch._attention_packed, (qkv.requires_grad_(), *call))
+    out, lse = kernels._attention(*parts, *call)
+    torch.library.opcheck(kernels._attention, (*parts, *call))
+    torch.library.opcheck(kernels._attention_packed, (qkv.requires_grad_(), *call))
     detached = [tensor.detach() for tensor in (*parts, out, lse)]
-    torch.library.opcheck(launch._attention_backward, (torch.ones_like(detached[3]), *detached, *call))
+    torch.library.opcheck(kernels._attention_backward, (torch.ones_like(detached[3]), *detached, *call))
     packed = (torch.ones_like(detached[3]), qkv.detach(), *detached[3:], *call)
-    torch.library.opcheck(launch._attention_packed_backward, packed)
+    torch.library.opcheck(kernels._attention_packed_backward, packed)
 
 
 def block(qkv, mask):
@@ -751,7 +767,7 @@ BAD_PACKED = [
 
 @pytest.mark.parametrize(("changes", "message"), BAD)
 def test_bad_input_is_named_before_anything_is_launched(changes, message, monkeypatch):
-    monkeypatch.setattr(launch, "_launch_forward", None)
+    monkeypatch.setattr(kernels, "_attention", None)
     inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 5, 7, 2, 16).items()} | changes
     with pytest.raises(ValueError, match=message):
         attention(**inputs)
@@ -759,6 +775,6 @@ def test_bad_input_is_named_before_anything_is_launched(changes, message, monkey
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_PACKED)
 def test_bad_packed_input_is_named_before_anything_is_launched(arguments, message, monkeypatch):
-    monkeypatch.setattr(launch, "_launch_forward", None)
+    monkeypatch.setattr(kernels, "_attention_packed", None)
     with pytest.raises(ValueError, match=message):
         attention_packed(**arguments)

@@ -15,7 +15,7 @@ from fastvit.ops import reference
 pytest.importorskip("triton")
 from fastvit.kernels import patch_embed as kernels
 from fastvit.kernels import tuning
-from fastvit.kernels.patch_embed import backward, forward, patch_embed
+from fastvit.kernels.patch_embed import patch_embed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MEANS, STDS = (0.5, 0.4, 0.3, 0.2, 0.6, 0.7), (0.2, 0.25, 0.3, 0.35, 0.15, 0.1)
@@ -397,16 +397,16 @@ def test_what_replaces_a_failing_launch_gives_the_same(dtype, pixel_dtype, maske
     mean, std = (None, None) if pixel_dtype.is_floating_point else (list(inputs["mean"]), list(inputs["std"]))
     names = ("pixels", "weight", "bias", "cls_token", "pos_embed", "mask_token", "mask")
     arguments = (*map(inputs.get, names), mean, std, 0)
-    out = forward.launch_forward(*arguments)
+    out = kernels.launch_forward(*arguments)
     pixels, weight, mask = inputs["pixels"], inputs["weight"], inputs["mask"]
     for launcher, fallback, given_arguments in (
-        (forward.launch_forward, forward.forward_fallback, arguments),
+        (kernels.launch_forward, kernels.forward_fallback, arguments),
         (
-            backward.launch_weight_backward,
-            backward.weight_fallback,
+            kernels.launch_weight_backward,
+            kernels.weight_fallback,
             (torch.randn_like(out), pixels, weight, mask, mean, std, 0),
         ),
-        (backward.launch_tokens_backward, backward.tokens_fallback, (torch.randn_like(out), mask, 2)),
+        (kernels.launch_tokens_backward, kernels.tokens_fallback, (torch.randn_like(out), mask, 2)),
     ):
         ours, plain = launcher(*given_arguments), fallback(*given_arguments)
         assert plain.shape == ours.shape
@@ -419,11 +419,11 @@ def test_what_replaces_a_failing_launch_gives_the_same(dtype, pixel_dtype, maske
 @pytest.mark.parametrize("tiles", [1, 18, 25, 40, 72, 144, 1000])
 @pytest.mark.parametrize("total_patches", [1, 49, 196, 50176])
 def test_splits_of_the_weight_gradient_cover_every_patch_once(total_patches, tiles):
-    split_patches = backward._split_patches(total_patches, tiles, 64)
+    split_patches = kernels._split_patches(total_patches, tiles, 64)
     splits = tuning.cdiv(total_patches, split_patches)
     assert split_patches % 64 == 0
     assert (splits - 1) * split_patches < total_patches <= splits * split_patches
-    assert splits <= max(4, backward.FULL_DEVICE // tiles)
+    assert splits <= max(4, kernels.FULL_DEVICE // tiles)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -500,6 +500,10 @@ def changed(**changes):
         (changed(pixels=torch.zeros(2, 3, 16, 24, device="meta")), "pixels: expected device .*got meta"),
         (changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), mean=None), "mean: expected 3 floats.*got None"),
         (changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), std=(0.5,)), r"std: expected 3 floats.*\(0.5,\)"),
+        (
+            changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), std=(0.5, 0.0, 0.5)),
+            r"std: expected floats other than 0.*\(0.5, 0.0, 0.5\)",
+        ),
         (changed(weight=torch.zeros(48, 192)), r"weight: expected \[D, C, ph, pw\].*got \[48, 192\]"),
         (changed(weight=torch.zeros(48, 3, 8, 8, dtype=torch.float64)), "weight: expected .*got .*torch.float64"),
         (changed(patch_size=(16, 16)), r"patch_size: expected weight's \(8, 8\), got \(16, 16\)"),

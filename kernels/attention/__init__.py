@@ -8,8 +8,8 @@
 The inputs are read where they lie, and out is written as the output projection reads it: no transpose, no copy. The
 gradient of qkv is one tensor too, its three parts written in place by strides.
 
-Read in this order: `tiles.py` (shared pieces), `forward.py`, `backward.py` (the kernels), `launch.py` (launchers and
-operators), `fallback.py` (the same in PyTorch, for a GPU on which a launch fails), and the public functions here.
+`kernels.py` has the kernels; here are the launchers, what replaces one that fails, the operators (for three tensors and
+for the packed form, whose gradient is one tensor) and the public functions.
 
 At N = 197, D = 64 (ViT-B/16, batch 256, bfloat16) forward moves 310 MB, 103 microseconds at 3 TB/s, and computes for
 38: it is bound by memory. So a program takes one head, reads its keys and values once into shared memory, and passes
@@ -20,10 +20,10 @@ head dims too, 80 into 64 + 16. With more keys, with a mask, or with too few hea
 
 Saved for backward: qkv, out, and one float32 a row, the log-sum-exp in base 2, from which the probabilities are
 computed again (Dao et al. 2022): beside qkv 0.31 MB an image of ViT-B, where the probabilities would take 0.93.
-Backward of `short` is one kernel: it computes the probabilities once, holds the gradients of all keys and values of its
-head in registers, and writes each query's gradient once: 620 MB, 207 microseconds. `long` takes two kernels, one by
-queries and one by keys. Every sum has one place and one order, without atomics: two runs give the same bits. Scores are
-float32, scaled by scale * log2(e) in one multiplication for exp2.
+Backward of `short` is one launch: it computes the probabilities once, holds the gradients of all keys and values of its
+head in registers, and writes each query's gradient once: 620 MB, 207 microseconds. `long` takes two, one by queries and
+one by keys. Every sum has one place and one order, without atomics: two runs give the same bits. Scores are float32,
+scaled by scale * log2(e) in one multiplication for exp2.
 
 A prediction from counts, nothing was timed: FlashAttention-3's 192 x 192 tiles pad 197 tokens to 384 both ways, 147,456
 scores a head; `short` computes 256 x 208 = 53,248, 2.8 times fewer, by 17,600 warp instructions a head on sm_90 (971
@@ -39,26 +39,311 @@ Vaswani et al. 2017, arXiv:1706.03762; Dao et al. 2022, arXiv:2205.14135; Dao 20
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
-from fastvit.kernels.attention.launch import MAX_HEAD_DIM, _attention, _attention_packed, _sizes
+from fastvit.kernels import tuning
+from fastvit.kernels.attention.kernels import (
+    _attention_bwd_key_value,
+    _attention_bwd_query,
+    _attention_fwd_long,
+    _attention_fwd_short,
+)
 from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.operators import is_fake, operator
+from fastvit.kernels.tuning import cdiv, next_power_of_2
 
-MIN_HEAD_DIM = 16
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
+SHORT = 256  # keys whose scores fit into registers at once
+ENOUGH_PROGRAMS = 256  # about two on each multiprocessor of an H100
+MOST_SCORES = 2**28  # that a fallback computes at once: 1 GiB in float32
+
+
+def _sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, ...]:
+    """Images, heads, queries of the whole batch, and queries and keys of one image, the largest."""
+    if cu_seqlens is not None:
+        return cu_seqlens.numel() - 1, query.shape[1], query.shape[0], max_seqlen, max_seqlen
+    batch, queries, heads, _ = query.shape
+    return batch, heads, batch * queries, queries, key.shape[1]
+
+
+def _pieces(size: int, most: int, largest: int = MAX_HEAD_DIM) -> tuple[tuple[int, int], ...]:
+    """`size` rounded up to a multiple of 16 and cut into powers of two, (first, length) each: at most `most` of them,
+    for which it may be rounded up further."""
+    size = cdiv(size, 16) * 16
+    while size.bit_count() > most:
+        size += 16
+    pieces, first = [], 0
+    while first < size:
+        length = min(largest, 1 << (size - first).bit_length() - 1)
+        pieces.append((first, length))
+        first += length
+    return tuple(pieces)
+
+
+def _fitting(wanted: int, tokens: int) -> int:
+    """A tile's length: a few tokens, or the class token alone, do not pay for `wanted`; a matrix unit takes 16."""
+    return min(wanted, max(16, next_power_of_2(tokens)))
+
+
+def _shape(programs: int, keys: int, dim: int, mask: Tensor | None) -> str:
+    """By number of keys, and by head dim as it is padded.
+
+    "short" are those for which the kernels that hold all keys of a head are made. With few heads, one program each does
+    not fill a GPU; with a mask they would spill registers.
+    """
+    looped = programs < ENOUGH_PROGRAMS or mask is not None
+    length = "long" if keys > SHORT else "short, looped" if looped else "short"
+    return f"{length}, dim {next(padded for padded in (64, 80, 96, 128) if dim <= padded)}"
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor where it lies; a copy only where its last dimension is not contiguous, or where its tokens lie so far
+    apart that a tile's offsets would pass 2**31."""
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-3) < 2**31 // SHORT else tensor.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of each tensor the steps from image to image (none where they follow each other unevenly), token to token and
+    head to head."""
+    return [step for t in tensors for step in ((0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3])]
+
+
+def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
+    """The mask as bytes if boolean, and its strides: none along what it is broadcast over."""
+    if mask is None:
+        return None, [0, 0, 0, 0]
+    strides = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
+    return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides
+
+
+def _checked_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """cu_seqlens as the kernels read it. On a GPU its values are not looked at, which would wait for it: kernels take
+    no token beyond the last, whatever it says."""
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] > tokens or any(first > end for first, end in pairwise(bounds)):
+            raise ValueError(f"cu_seqlens: expected 0, then no less than the one before, up to {tokens}, got {bounds}")
+    return cu_seqlens.contiguous()
+
+
+def _new(like: Tensor, shape: tuple[int, ...], cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result; zeros with cu_seqlens, for tokens that belong to no image."""
+    return like.new_empty(shape, dtype=dtype) if cu_seqlens is None else like.new_zeros(shape, dtype=dtype)
+
+
+def _launch_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
+    scale: float, candidate: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output [B, Nq, H * D] or [tokens, H * D], and the base-2 log-sum-exp of the scores [H, rows].
+
+    mask: bool or floating [B or 1, H or 1, Nq or 1, Nk or 1].
+    """
+    batch, heads, rows, queries, keys = _sizes(query, key, cu_seqlens, max_seqlen)
+    dim = query.shape[-1]
+    out = _new(query, (*query.shape[:-2], heads * dim), cu_seqlens)
+    lse = _new(query, (heads, rows), cu_seqlens, torch.float32)
+    if is_fake(out):
+        return out, lse
+    bounds = _checked_bounds(cu_seqlens, query.shape[0])
+    if out.numel() == 0 or batch == 0:
+        return out, lse
+    tensors = [_readable(tensor) for tensor in (query, key, value)]
+    mask_values, mask_strides = _mask_arguments(mask)
+    numbers = (*_strides(*tensors), *mask_strides, heads, rows, queries, keys, scale)
+    arguments = (*tensors, mask_values, bounds, out, lse, *numbers)
+    shape = _shape(batch * heads, keys, dim, mask)
+    tile = dict(tuning.candidate("attention_forward", shape, query.dtype, query.device, candidate))
+    tile |= {"DIM": dim, "DIMS": _pieces(dim, 2), "ROWS": _fitting(tile.pop("rows"), queries)}
+    if "piece" in tile:
+        if bounds is not None:  # then every piece is masked, and to prefetch queries as well would spill
+            tile["num_stages"] = 1
+        tile |= {"KEYS": _pieces(keys, 3, tile.pop("piece")), "FULL": 0 if bounds is not None else keys // 16 * 16}
+        tile["BLOCKS"] = min(tile.pop("blocks"), cdiv(queries, tile["ROWS"]))
+        grid = (batch * heads * cdiv(queries, tile["ROWS"] * tile["BLOCKS"]),)
+        _attention_fwd_short[grid](*arguments, **tile)
+    else:
+        tile["KEYS"] = _fitting(tile.pop("keys"), keys)
+        masked = bounds is not None or keys % tile["KEYS"] != 0
+        _attention_fwd_long[(batch * heads * cdiv(queries, tile["ROWS"]),)](*arguments, **tile, MASKED=masked)
+    return out, lse
+
+
+def _launch_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    grads: tuple[Tensor, ...], mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float,
+    candidate: int,
+) -> None:  # fmt: skip
+    """Writes the gradients of query, key and value: three tensors, or parts of one."""
+    if is_fake(out):
+        return
+    bounds = _checked_bounds(cu_seqlens, query.shape[0])
+    batch, heads, rows, queries, keys = _sizes(query, key, bounds, max_seqlen)
+    programs, dim = batch * heads, query.shape[-1]
+    if out.numel() == 0 or programs == 0:
+        for grad in grads:
+            grad.zero_()
+        return
+    tensors = [_readable(t) for t in (query, key, value, grad_out.unflatten(-1, (heads, dim)))]
+    mask_values, mask_strides = _mask_arguments(mask)
+    inputs = (*tensors, mask_values, bounds)
+    grad_query, grad_key, grad_value = grads
+    numbers = (*_strides(*tensors), *mask_strides, grad_query.stride(-3), heads, rows, queries, keys, scale)
+    shape = _shape(programs, keys, dim, mask)
+    choice = tuning.candidate("attention_backward", shape, query.dtype, query.device, candidate)
+
+    def tile(pieces: int, wanted_rows: int, wanted_keys: int, num_warps: int) -> dict[str, object]:
+        keys_of_tile = _fitting(wanted_keys, keys)
+        masked = bounds is not None or keys % keys_of_tile != 0
+        return {
+            "DIM": dim, "DIMS": _pieces(dim, pieces), "MASKED": masked, "KEYS": keys_of_tile,
+            "ROWS": _fitting(wanted_rows, queries), "num_warps": num_warps, "num_stages": choice["num_stages"],
+        }  # fmt: skip
+
+    if "keys_per_warp" in choice:
+        num_warps = max(4, _fitting(SHORT, keys) // choice["keys_per_warp"])  # whose registers hold the keys' gradients
+        # A head dim of 48 cut into 32 + 16 spills, padded to 64 it does not.
+        arguments = tile(1, choice["rows"], SHORT, num_warps) | {"TRANSPOSED": choice["transposed"]}
+        _attention_bwd_key_value[(programs,)](
+            *inputs, out, lse, grad_query, None, grad_key, grad_value, *numbers, **arguments
+        )
+        return
+    delta = torch.empty_like(lse)
+    arguments = tile(2, choice["rows"], choice["keys"], choice["num_warps"])
+    grid = (programs * cdiv(queries, arguments["ROWS"]),)
+    _attention_bwd_query[grid](*inputs, out, lse, grad_query, delta, *numbers, **arguments)
+    arguments = tile(2, *(choice[f"key_value_{name}"] for name in ("rows", "keys", "warps"))) | {"TRANSPOSED": 0}
+    grid = (programs * cdiv(keys, arguments["KEYS"]),)
+    _attention_bwd_key_value[grid](*inputs, None, lse, None, delta, grad_key, grad_value, *numbers, **arguments)
+
+
+def _parts(
+    tensors: tuple[Tensor, ...], mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+    """Some images at a time, whose scores are few enough to be written to memory: tensors as views [b, N, ...].
+
+    tensors: [B, N, ...] or [tokens, ...] each; first query and key.
+    """
+    if cu_seqlens is None:
+        (batch, queries, heads), keys = tensors[0].shape[:3], tensors[1].shape[1]
+        step = max(1, MOST_SCORES // max(1, heads * queries * keys))
+        for own in (slice(first, first + step) for first in range(0, batch, step)):
+            yield [tensor[own] for tensor in tensors], mask if mask is None or len(mask) == 1 else mask[own]
+        return
+    for image, (first, end) in enumerate(pairwise(cu_seqlens.clamp(0, len(tensors[0])).tolist())):
+        count = min(max(end - first, 0), max_seqlen)
+        own = None if mask is None else mask[image % len(mask)][None, :, :count, :count]
+        yield [tensor[None, first : first + count] for tensor in tensors], own
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """float32 [b, H, Nq, Nk], natural logarithms."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * scale
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.float()
+
+
+def _forward_fallback(query, key, value, mask, cu_seqlens, max_seqlen, scale, candidate):
+    """`_launch_forward` in plain PyTorch, a few times slower."""
+    out = query.new_zeros(query.shape)
+    lse = query.new_zeros(query.shape[:-1], dtype=torch.float32)
+    for (q, k, v, o, level), own_mask in _parts((query, key, value, out, lse), mask, cu_seqlens, max_seqlen):
+        scores = _scores(q, k, own_mask, scale)
+        highest = scores.logsumexp(-1, keepdim=True)
+        highest = highest.masked_fill(highest == float("-inf"), 0.0)  # every key is hidden: the row is zeros
+        o.copy_(torch.einsum("bhqk,bkhd->bqhd", (scores - highest).exp(), v.float()))
+        level.copy_(highest.squeeze(-1).transpose(1, 2) / math.log(2))
+    return out.flatten(-2), lse.flatten(0, -2).t().contiguous()
+
+
+def _backward_fallback(grad_out, query, key, value, out, lse, mask, cu_seqlens, max_seqlen, scale, candidate):
+    grads = tuple(tensor.new_zeros(tensor.shape) for tensor in (query, key, value))
+    grad_out, out = (tensor.unflatten(-1, query.shape[-2:]) for tensor in (grad_out, out))
+    level = lse.t().unflatten(0, query.shape[:-2]) * math.log(2)
+    tensors = (query, key, value, grad_out, out, level, *grads)
+    for (q, k, v, do, o, at, dq, dk, dv), own_mask in _parts(tensors, mask, cu_seqlens, max_seqlen):
+        probabilities = (_scores(q, k, own_mask, scale) - at.transpose(1, 2)[..., None]).exp()
+        delta = (do.float() * o.float()).sum(-1).transpose(1, 2)[..., None]
+        grad_scores = probabilities * (torch.einsum("bqhd,bkhd->bhqk", do.float(), v.float()) - delta) * scale
+        dq.copy_(torch.einsum("bhqk,bkhd->bqhd", grad_scores, k.float()))
+        dk.copy_(torch.einsum("bhqk,bqhd->bkhd", grad_scores, q.float()))
+        dv.copy_(torch.einsum("bhqk,bqhd->bkhd", probabilities, do.float()))
+    return grads
+
+
+def _packed_forward_fallback(qkv, *options):
+    return _forward_fallback(*qkv.unbind(-3), *options)
+
+
+def _packed_backward_fallback(grad_out, qkv, *rest):
+    return torch.stack(_backward_fallback(grad_out, *qkv.unbind(-3), *rest), -3)
+
+
+_attention = operator("attention", fallback=_forward_fallback)(_launch_forward)
+
+
+@operator("attention_backward", fallback=_backward_fallback)
+def _attention_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float, candidate: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    parts = (query, key, value)
+    grads = tuple(_new(part, part.shape, cu_seqlens) for part in parts)
+    _launch_backward(grad_out, *parts, out, lse, grads, mask, cu_seqlens, max_seqlen, scale, candidate)
+    return grads
+
+
+@operator("attention_packed", fallback=_packed_forward_fallback)
+def _attention_packed(
+    qkv: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float, candidate: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _launch_forward(*qkv.unbind(-3), mask, cu_seqlens, max_seqlen, scale, candidate)
+
+
+@operator("attention_packed_backward", fallback=_packed_backward_fallback)
+def _attention_packed_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
+    max_seqlen: int | None, scale: float, candidate: int,
+) -> Tensor:  # fmt: skip
+    parts, grad = qkv.unbind(-3), _new(qkv, qkv.shape, cu_seqlens)
+    _launch_backward(grad_out, *parts, out, lse, grad.unbind(-3), mask, cu_seqlens, max_seqlen, scale, candidate)
+    return grad
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, mask, cu_seqlens, max_seqlen, scale, candidate = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, *output, mask, cu_seqlens)
+    ctx.numbers = max_seqlen, scale, candidate
+
+
+def _backward(ctx, grad_out, _):
+    """For both operators: query, key, value or qkv come first among their inputs, then five without gradients."""
+    saved = ctx.saved_tensors
+    if grad_out is None:
+        return (None,) * (len(saved) + 1)
+    if len(saved) == 5:
+        return (_attention_packed_backward(grad_out, *saved, *ctx.numbers), *(None,) * 5)
+    return (*_attention_backward(grad_out, *saved, *ctx.numbers), *(None,) * 5)
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention_packed.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    candidate: int = 0,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, candidate: int = 0,
+) -> Tensor:  # fmt: skip
     """softmax(query key^T * scale + mask) value for each head, heads side by side.
 
     Args:
@@ -86,20 +371,14 @@ def attention(
         ValueError: an argument does not fit; the message names it.
     """
     query, key, value = (_autocast(tensor) for tensor in (query, key, value))
-    _check(query, key, value, cu_seqlens, max_seqlen)
-    return _attention(query, key, value, *_call(query, key, scale, mask, cu_seqlens, max_seqlen, candidate))[0]
+    options = _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate)
+    return _attention(query, key, value, *options)[0]
 
 
 def attention_packed(
-    qkv: Tensor,
-    *,
-    num_heads: int | None = None,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    candidate: int = 0,
-) -> Tensor:
+    qkv: Tensor, *, num_heads: int | None = None, scale: float | None = None, mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, candidate: int = 0,
+) -> Tensor:  # fmt: skip
     """`attention` of the three parts of one tensor, as a GEMM with the joined weights gives it.
 
     Args:
@@ -118,18 +397,16 @@ def attention_packed(
     packed_rank = 4 if cu_seqlens is None else 3
     if qkv.ndim == packed_rank - 1:
         if num_heads is None or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
-            raise ValueError(
-                f"num_heads: expected the heads in qkv's last dimension, a third of {qkv.shape[-1]}, got {num_heads}"
-            )
+            expected = f"the heads in qkv's last dimension, a third of {qkv.shape[-1]}"
+            raise ValueError(f"num_heads: expected {expected}, got {num_heads}")
         qkv = qkv.unflatten(-1, (3, num_heads, -1))
     elif num_heads not in (None, qkv.shape[-2]):
         raise ValueError(f"num_heads: expected {qkv.shape[-2]}, the heads of qkv {list(qkv.shape)}, got {num_heads}")
     if qkv.ndim != packed_rank + 1 or qkv.shape[-3] != 3:
         expected = "[B, N, 3, H, D]" if cu_seqlens is None else "[tokens, 3, H, D] with cu_seqlens"
         raise ValueError(f"qkv: expected {expected}, got {list(qkv.shape)}")
-    query, key, value = qkv.unbind(-3)
-    _check(query, key, value, cu_seqlens, max_seqlen)
-    return _attention_packed(qkv, *_call(query, key, scale, mask, cu_seqlens, max_seqlen, candidate))[0]
+    options = _checked(*qkv.unbind(-3), scale, mask, cu_seqlens, max_seqlen, candidate)
+    return _attention_packed(qkv, *options)[0]
 
 
 def takes_head_dim(dim: int) -> bool:
@@ -144,34 +421,17 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _call(query, key, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
-    """The operators' arguments after their tensors: defaults filled in, the mask checked and of four dimensions."""
-    if mask is not None:
-        sizes = _sizes(query, key, cu_seqlens, max_seqlen)
-        mask = _broadcast_mask(mask, (sizes.batch, sizes.heads, sizes.queries, sizes.keys), query.device)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return mask, cu_seqlens, max_seqlen, float(scale), candidate
+def _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
+    """The operators' arguments after their tensors: defaults filled in, and the mask of four dimensions.
 
-
-def _broadcast_mask(mask: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    """The mask in four dimensions, each as large as that of the scores or 1."""
-    fits = 1 <= mask.ndim <= 4 and all(
-        size in (1, full) for size, full in zip(reversed(mask.shape), reversed(shape), strict=False)
-    )
-    if not fits:
-        raise ValueError(f"mask: expected something broadcastable to {list(shape)}, got {list(mask.shape)}")
-    check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), device)
-    if mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError("mask: expected one that requires no gradient, which the kernels do not compute")
-    return mask[(None,) * (4 - mask.ndim)]
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
     if cu_seqlens is None:
-        if query.ndim != 4 or query.shape[1] == 0:
-            raise ValueError(f"query: expected [B, Nq, H, D] with at least one query, got {list(query.shape)}")
-        if key.ndim != 4 or key.shape[1] == 0:
-            raise ValueError(f"key: expected [B, Nk, H, D] with at least one key, got {list(key.shape)}")
+        for name, tensor, size, what in (("query", query, "Nq", "query"), ("key", key, "Nk", "key")):
+            if tensor.ndim != 4 or tensor.shape[1] == 0:
+                expected = f"[B, {size}, H, D] with at least one {what}"
+                raise ValueError(f"{name}: expected {expected}, got {list(tensor.shape)}")
         key_shape = (query.shape[0], key.shape[1], *query.shape[2:])
     else:
         if query.ndim != 3:
@@ -184,9 +444,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None,
         key_shape = query.shape
     dim = query.shape[-1]
     if not takes_head_dim(dim):
-        raise ValueError(
-            f"query: expected a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {dim}"
-        )
+        expected = f"a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        raise ValueError(f"query: expected {expected}, got {dim}")
     check_tensor("query", query, query.shape, DTYPES, query.device)
     check_tensor("key", key, key_shape, (query.dtype,), query.device)
     check_tensor("value", value, key_shape, (query.dtype,), query.device)
+    if mask is not None:
+        batch, heads, _, queries, keys = _sizes(query, key, cu_seqlens, max_seqlen)
+        full = (batch, heads, queries, keys)
+        sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+        if not 1 <= mask.ndim <= 4 or any(size not in (1, most) for size, most in sizes):
+            raise ValueError(f"mask: expected something broadcastable to {list(full)}, got {list(mask.shape)}")
+        check_tensor("mask", mask, mask.shape, (torch.bool, *DTYPES), query.device)
+        if mask.requires_grad and torch.is_grad_enabled():
+            raise ValueError("mask: expected one that requires no gradient, which the kernels do not compute")
+        mask = mask[(None,) * (4 - mask.ndim)]
+    return mask, cu_seqlens, max_seqlen, float(dim**-0.5 if scale is None else scale), candidate

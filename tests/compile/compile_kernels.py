@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -32,6 +33,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastvit.kernels import (
+    attention,
     gelu,
     layer_norm,
     linear,
@@ -39,7 +41,6 @@ from fastvit.kernels import (
     quantize,
     tuning,
 )
-from fastvit.kernels.attention import launch as attention
 
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WIDTHS = (192, 384, 768, 1024, 1280)  # ViT-Ti, S, B, L, H
@@ -266,7 +267,7 @@ def attention_calls(
         mask = meta(1, heads, tokens, tokens, dtype=dtype)
     if option == "cu_seqlens":
         bounds = meta(batch + 1, dtype=torch.int32)
-    call = attention.Call(mask, bounds, tokens, dim**-0.5, candidate)
+    call = (mask, bounds, tokens, dim**-0.5, candidate)
     lead = (batch, tokens) if bounds is None else (batch * tokens,)
     qkv, grad_qkv = meta(*lead, 3, heads, dim, dtype=dtype), meta(*lead, 3, heads, dim, dtype=dtype)
     query, key, value = qkv.unbind(-3)
@@ -277,9 +278,10 @@ def attention_calls(
     label = " ".join(filter(None, (f"{tokens} x {dim}", str(dtype)[6:], f"batch {batch}", option)))
     label += "" if queries is None else f" queries {queries}"
     label += f", candidate {candidate}" if candidate else ""
-    yield label, lambda: attention._launch_forward(query, key, value, call)
-    out, lse = attention._forward_outputs(query, bounds)
-    yield label, lambda: attention._launch_backward(torch.empty_like(out), query, key, value, out, lse, grads, call)
+    yield label, lambda: attention._launch_forward(query, key, value, *call)
+    out = meta(*query.shape[:-2], heads * dim, dtype=dtype)
+    lse = meta(heads, math.prod(query.shape[:-2]))
+    yield label, lambda: attention._launch_backward(torch.empty_like(out), query, key, value, out, lse, grads, *call)
 
 
 def quantize_cases(quick: bool) -> Iterator[Case]:

@@ -1,0 +1,578 @@
+"""Patch embedding: from pixels, where they lie, to the tokens that the encoder reads.
+
+    tokens = [prefix tokens ; patches @ weight^T + bias] + pos_embed              Dosovitskiy et al. 2021, eq. 1
+
+    pixels [B, C, H, W] or [B, H, W, C]  ->  tokens [B, N, D],   N = T prefix tokens + P patches
+
+One matmul over B * N rows, whose left operand is never built: row (b, t) gathers the K = C * ph * pw pixels of patch
+t - T from the image; uint8 pixels are normalised in registers. A prefix row (class token, registers) gathers nothing,
+so its sum is zero, and the epilogue puts the token there instead of the bias. That wastes T / N of the product, and in
+exchange the output is written once, in whole tiles.
+
+Op by op PyTorch makes 4 to 6 passes: the pixels cast (and normalised), the convolution's layout change, the
+convolution, the concatenation and the addition, each written and read again. Here the pixels are read once from memory
+(and again from L2 for each tile of hidden units) and the tokens are written once.
+
+Backward: the weight gradient is the transposed product, again over pixels read in place, the rows split between
+programs and summed in a second stage; the gradients of bias, prefix, position embedding and mask token are sums of the
+output gradient over images, then over patches. No atomics: the same bits every time. The gradient of float pixels,
+rarely asked for, is plain PyTorch.
+
+K = C * ph * pw values of a patch are walked in the order of memory, so that a patch's row is one run of wide loads:
+(channel, row, column) for channels-first memory, (row, column, channel) for channels-last.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvit.kernels import tuning
+from fastvit.kernels.checks import DTYPES, check_tensor
+from fastvit.kernels.operators import is_fake, operator
+from fastvit.kernels.tuning import cdiv, next_power_of_2
+
+ENOUGH_PROGRAMS = 100  # large tiles fill a device
+FULL_DEVICE = 132  # multiprocessors of an H100; the same number everywhere: the same sums everywhere
+
+
+@triton.jit
+def patch_origin(
+    image, patch, columns, stride_batch, stride_row, stride_column,
+    PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Offset of a patch's first pixel, [rows]. 64 bit: a large batch of images passes 2**31 pixels."""
+    row = patch // columns * PATCH_HEIGHT
+    column = patch % columns * PATCH_WIDTH
+    return image.to(tl.int64) * stride_batch + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+
+
+@triton.jit
+def within_patch(
+    k, stride_channel, stride_row, stride_column,
+    CHANNELS: tl.constexpr, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Offset of a patch's k-th value from its first, and that value's channel, both [k]."""
+    if CHANNELS_LAST:  # the pw * C values of a patch's row lie side by side
+        channel = k % CHANNELS
+        offset = (k // (PATCH_WIDTH * CHANNELS)).to(tl.int64) * stride_row + k % (PATCH_WIDTH * CHANNELS)
+    else:
+        channel = k // (PATCH_HEIGHT * PATCH_WIDTH)
+        offset = channel.to(tl.int64) * stride_channel
+        offset += (k // PATCH_WIDTH % PATCH_HEIGHT).to(tl.int64) * stride_row
+        offset += (k % PATCH_WIDTH).to(tl.int64) * stride_column
+    return offset, channel
+
+
+@triton.jit
+def load_pixels(pointers, mask, channel, dtype: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):
+    """Pixels [rows, k] in the dtype of the product; normalised with SCALE and SHIFT (C floats each) in float32."""
+    pixels = tl.load(pointers, mask, other=0)
+    if SCALE is not None:
+        scale = tl.zeros(channel.shape, tl.float32)
+        shift = tl.zeros(channel.shape, tl.float32)
+        for c in tl.static_range(len(SCALE)):
+            scale = tl.where(channel == c, SCALE[c], scale)
+            shift = tl.where(channel == c, SHIFT[c], shift)
+        # Lanes that were not loaded become `shift`: finite, and multiplied by zeros or not stored.
+        pixels = pixels.to(tl.float32) * scale[None, :] + shift[None, :]
+    return pixels.to(dtype)
+
+
+@triton.jit
+def _store_tokens(
+    acc, units, rows, token, is_masked, bias_ptr, cls_token_ptr, pos_embed_ptr, mask_token_ptr, out_ptr,
+    total_rows, hidden, PREFIX: tl.constexpr,
+):  # fmt: skip
+    """acc [rows, units] + bias, the class token or the mask token in its place, + position embedding -> out."""
+    unit_mask = units < hidden
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + units, unit_mask, other=0.0).to(tl.float32)[None, :]
+    if mask_token_ptr is not None:
+        mask_token = tl.load(mask_token_ptr + units, unit_mask, other=0.0).to(tl.float32)
+        acc = tl.where(is_masked[:, None], mask_token[None, :], acc)
+    token_offset = token[:, None] * hidden + units[None, :]
+    out_mask = (rows < total_rows)[:, None] & unit_mask[None, :]
+    if cls_token_ptr is not None:
+        is_prefix = (token < PREFIX)[:, None]
+        prefix = tl.load(cls_token_ptr + token_offset, is_prefix & out_mask, other=0.0).to(tl.float32)
+        acc = tl.where(is_prefix, prefix, acc)
+    if pos_embed_ptr is not None:
+        acc += tl.load(pos_embed_ptr + token_offset, out_mask, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * hidden + units[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), out_mask)
+
+
+@triton.jit
+def _patch_embed_fwd(
+    pixels_ptr, weight_ptr,                        # in: [B, C, H, W] by strides, [D, K]
+    bias_ptr, cls_token_ptr, pos_embed_ptr,        # in: [D], [T, D], [N, D]; each may be None
+    mask_token_ptr, mask_ptr,                      # in: [D], [B, P] uint8; both or neither
+    out_ptr,                                       # out: [B * N, D]
+    stride_batch, stride_channel, stride_row, stride_column,  # of pixels
+    total_rows, tokens, columns, hidden,           # B * N, N, patches in a row of the image, D
+    PREFIX: tl.constexpr,                          # T
+    CHANNELS: tl.constexpr, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr,      # C floats each, or None
+    BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    K: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
+    # Programs that follow each other read the same pixels: all but the first find them in L2.
+    hidden_blocks = tl.cdiv(hidden, BLOCK_HIDDEN)
+    rows = tl.program_id(0) // hidden_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_unit = tl.program_id(0) % hidden_blocks * BLOCK_HIDDEN
+    units = first_unit + tl.arange(0, BLOCK_HIDDEN)
+    unit_mask = units < hidden
+    image = rows // tokens
+    token = rows % tokens
+    is_patch = (token >= PREFIX) & (rows < total_rows)
+    is_masked = rows < 0
+    if mask_ptr is not None:
+        masked_at = image.to(tl.int64) * (tokens - PREFIX) + token - PREFIX
+        is_masked = tl.load(mask_ptr + masked_at, is_patch, other=0) != 0
+    reads = is_patch & (is_masked == 0)
+
+    origin = patch_origin(
+        image, token - PREFIX, columns, stride_batch, stride_row, stride_column, PATCH_HEIGHT, PATCH_WIDTH
+    )
+    patch_ptrs = pixels_ptr + origin[:, None]
+    weight_ptrs = weight_ptr + units.to(tl.int64)[None, :] * K
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_HIDDEN), tl.float32)
+    for k_start in range(0, K, BLOCK_K):
+        k = k_start + tl.arange(0, BLOCK_K)
+        offset, channel = within_patch(
+            k, stride_channel, stride_row, stride_column, CHANNELS, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST
+        )
+        if K % BLOCK_K == 0:
+            pixel_mask = reads[:, None]
+            weight_mask = unit_mask[None, :]
+        else:
+            pixel_mask = reads[:, None] & (k < K)[None, :]
+            weight_mask = (k < K)[:, None] & unit_mask[None, :]
+        pixels = load_pixels(
+            patch_ptrs + offset[None, :], pixel_mask, channel, weight_ptr.dtype.element_ty, SCALE, SHIFT
+        )
+        weight = tl.load(weight_ptrs + k[:, None], weight_mask, other=0.0)
+        acc = tl.dot(pixels, weight, acc, input_precision="ieee")
+
+    # Half a tile at a time: the sums of a whole one fill the registers, and what is added to them would spill.
+    HALF: tl.constexpr = BLOCK_HIDDEN // 2
+    left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
+    units = first_unit + tl.arange(0, HALF)
+    _store_tokens(
+        left, units, rows, token, is_masked, bias_ptr, cls_token_ptr, pos_embed_ptr, mask_token_ptr, out_ptr,
+        total_rows, hidden, PREFIX,
+    )  # fmt: skip
+    _store_tokens(
+        right, units + HALF, rows, token, is_masked, bias_ptr, cls_token_ptr, pos_embed_ptr, mask_token_ptr, out_ptr,
+        total_rows, hidden, PREFIX,
+    )  # fmt: skip
+
+
+@triton.jit
+def _patch_embed_weight_bwd(
+    grad_out_ptr, pixels_ptr, mask_ptr,            # in: [B, N, D] and [B, C, H, W] by strides, [B, P] or None
+    partial_ptr,                                   # out: [splits, D, K] float32
+    stride_grad_batch, stride_grad_token,
+    stride_batch, stride_channel, stride_row, stride_column,  # of pixels
+    total_patches, patches, columns, hidden, split_patches,   # B * P, P, .., D, patches that one program sums over
+    PREFIX: tl.constexpr,
+    CHANNELS: tl.constexpr, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """partial[split, d, k] = sum over the split's patches of grad_out[patch, d] * pixels[patch, k]."""
+    K: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
+    k_blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    hidden_blocks = tl.cdiv(hidden, BLOCK_HIDDEN)
+    # Programs that follow each other read the same patches and gradients.
+    k = tl.program_id(0) % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    units = tl.program_id(0) // k_blocks % hidden_blocks * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    split = tl.program_id(0) // k_blocks // hidden_blocks
+    unit_mask = units < hidden
+    offset, channel = within_patch(
+        k, stride_channel, stride_row, stride_column, CHANNELS, PATCH_HEIGHT, PATCH_WIDTH, CHANNELS_LAST
+    )
+    acc = tl.zeros((BLOCK_HIDDEN, BLOCK_K), tl.float32)
+    for start in range(0, split_patches, BLOCK_ROWS):
+        rows = split * split_patches + start + tl.arange(0, BLOCK_ROWS)
+        reads = rows < total_patches
+        image = rows // patches
+        patch = rows % patches
+        if mask_ptr is not None:
+            reads = reads & (tl.load(mask_ptr + rows, reads, other=1) == 0)
+        grad_rows = image.to(tl.int64) * stride_grad_batch + (patch + PREFIX).to(tl.int64) * stride_grad_token
+        grad_out = tl.load(
+            grad_out_ptr + grad_rows[:, None] + units[None, :], reads[:, None] & unit_mask[None, :], other=0.0
+        )
+        origin = patch_origin(image, patch, columns, stride_batch, stride_row, stride_column, PATCH_HEIGHT, PATCH_WIDTH)
+        pixel_mask = reads[:, None] if K % BLOCK_K == 0 else reads[:, None] & (k < K)[None, :]
+        pixels = load_pixels(
+            pixels_ptr + origin[:, None] + offset[None, :], pixel_mask, channel, grad_out.dtype, SCALE, SHIFT
+        )
+        acc = tl.dot(tl.trans(grad_out), pixels, acc, input_precision="ieee")
+    partial_ptrs = partial_ptr + (split.to(tl.int64) * hidden + units[:, None]) * K + k[None, :]
+    tl.store(partial_ptrs, acc, unit_mask[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def _patch_embed_tokens_bwd(
+    grad_out_ptr, mask_ptr,                        # in: [B, N, D] by strides, [B, P] or None
+    sums_ptr,                                      # out: [1 or, with a mask, 2, N, D] float32
+    stride_grad_batch, stride_grad_token, batch, tokens, hidden,
+    PREFIX: tl.constexpr,
+    BLOCK_IMAGES: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """Sums of grad_out over the images where a token is shown, and over those where it is masked.
+
+    One token and BLOCK_HIDDEN hidden units a program.
+    """
+    token = tl.program_id(0)
+    units = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    unit_mask = units < hidden
+    grad_out_ptr += token.to(tl.int64) * stride_grad_token
+    sums_ptrs = sums_ptr + token.to(tl.int64) * hidden + units
+    maskable = tl.where(token < PREFIX, 0, batch)  # a prefix token is masked in no image
+    shown = tl.zeros((BLOCK_IMAGES, BLOCK_HIDDEN), tl.float32)
+    masked = tl.zeros((BLOCK_IMAGES, BLOCK_HIDDEN), tl.float32)
+    for start in range(0, batch, BLOCK_IMAGES):
+        images = start + tl.arange(0, BLOCK_IMAGES)
+        offset = images.to(tl.int64)[:, None] * stride_grad_batch + units[None, :]
+        in_range = (images < batch)[:, None] & unit_mask[None, :]
+        grad_out = tl.load(grad_out_ptr + offset, in_range, other=0.0).to(tl.float32)
+        if mask_ptr is not None:
+            at = images.to(tl.int64) * (tokens - PREFIX) + token - PREFIX
+            is_masked = tl.load(mask_ptr + at, images < maskable, other=0) != 0
+            shown += tl.where(is_masked[:, None], 0.0, grad_out)
+            masked += tl.where(is_masked[:, None], grad_out, 0.0)
+        else:
+            shown += grad_out
+    tl.store(sums_ptrs, tl.sum(shown, 0), unit_mask)
+    if mask_ptr is not None:
+        tl.store(sums_ptrs + tl.cast(tokens, tl.int64) * hidden, tl.sum(masked, 0), unit_mask)
+
+
+def channels_first(pixels: Tensor, channels: int) -> Tensor:
+    """Pixels, given in either layout, as a [B, C, H, W] view."""
+    return pixels if pixels.shape[1] == channels else pixels.permute(0, 3, 1, 2)
+
+
+def patch_grid(pixels: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Patches in a column and in a row of [B, C, H, W] images."""
+    return pixels.shape[2] // weight.shape[2], pixels.shape[3] // weight.shape[3]
+
+
+def is_channels_last(pixels: Tensor) -> bool:
+    """Whether all values of a row of a [B, C, H, W] image lie side by side, channel by channel."""
+    channels = pixels.shape[1]
+    return channels > 1 and pixels.stride(1) == 1 and pixels.stride(3) == channels
+
+
+def constants(pixels: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None) -> dict[str, object]:
+    """What the kernels are compiled for: the patch, the layout of [B, C, H, W] pixels and their normalisation.
+
+    (pixels / 255 - mean) / std of uint8 pixels is pixels * SCALE + SHIFT. These are compile-time constants: there is no
+    table to copy to the device at each call, and a data set has one mean and std.
+    """
+    _, channels, height, width = weight.shape
+    scale = shift = None
+    if pixels.dtype == torch.uint8:
+        scale, shift = tuple(1 / (255 * s) for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+    return {
+        "CHANNELS": channels, "PATCH_HEIGHT": height, "PATCH_WIDTH": width, "CHANNELS_LAST": is_channels_last(pixels),
+        "SCALE": scale, "SHIFT": shift,
+    }  # fmt: skip
+
+
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
+def tile_class(rows: int, columns: int) -> str:
+    """The tuning table's word for a product of [rows, columns]: whether large tiles fill a device."""
+    return "many tiles" if cdiv(rows, 128) * cdiv(columns, 128) >= ENOUGH_PROGRAMS else "few tiles"
+
+
+def output_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
+    """What concatenation and addition promote to: float32 tokens where bfloat16 meets a float32 position embedding."""
+    dtypes = [other.dtype for other in others if other is not None]
+    return functools.reduce(torch.promote_types, dtypes, weight.dtype)
+
+
+def _split_patches(total_patches: int, tiles: int, block_rows: int) -> int:
+    """Patches that one program of the weight gradient sums over.
+
+    Of the numbers of splits that fill a device once, or of up to four, the one that leaves it idle least: 72 tiles are
+    half a device, and 144 take as long as two, but 216 (three splits) or 528 (four splits of 132) fill it.
+    """
+    most = max(4, FULL_DEVICE // tiles)
+    splits = min(range(1, most + 1), key=lambda splits: cdiv(tiles * splits, FULL_DEVICE) / splits)
+    return cdiv(cdiv(total_patches, splits), block_rows) * block_rows
+
+
+def _row_major(grad_out: Tensor) -> Tensor:
+    """grad_out with its hidden units side by side: the gradient of a plain sum, say, is one number expanded."""
+    return grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
+
+
+def launch_forward(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, cls_token: Tensor | None, pos_embed: Tensor | None,
+    mask_token: Tensor | None, mask: Tensor | None, mean: list[float] | None, std: list[float] | None, candidate: int,
+) -> Tensor:  # fmt: skip
+    pixels = channels_first(pixels, weight.shape[1])
+    rows, columns = patch_grid(pixels, weight)
+    batch, hidden = pixels.shape[0], weight.shape[0]
+    prefix = 0 if cls_token is None else cls_token.shape[1]
+    tokens = prefix + rows * columns
+    out = pixels.new_empty(batch, tokens, hidden, dtype=output_dtype(weight, cls_token, pos_embed))  # [B, N, D]
+    if is_fake(out) or out.numel() == 0:
+        return out
+    vectors = (bias, cls_token if prefix else None, pos_embed, None if mask is None else mask_token)
+    # [D, K] with K in the order in which the pixels lie; a view wherever weight already has that order.
+    matrix = (weight.permute(0, 2, 3, 1) if is_channels_last(pixels) else weight).contiguous()
+    shape = tile_class(batch * tokens, hidden)
+    tile = tuning.candidate("patch_embed_forward", shape, weight.dtype, pixels.device, candidate)
+    grid = (cdiv(batch * tokens, tile["rows"]) * cdiv(hidden, tile["columns"]),)
+    _patch_embed_fwd[grid](
+        pixels, matrix, *(None if vector is None else vector.contiguous() for vector in vectors), mask_bytes(mask), out,
+        *pixels.stride(), batch * tokens, tokens, columns, hidden,
+        PREFIX=prefix, **constants(pixels, weight, mean, std),
+        BLOCK_ROWS=tile["rows"], BLOCK_HIDDEN=tile["columns"], BLOCK_K=tile["depth"],
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+    )  # fmt: skip
+    return out
+
+
+def launch_weight_backward(
+    grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tensor | None, mean: list[float] | None,
+    std: list[float] | None, candidate: int,
+) -> Tensor:  # fmt: skip
+    if is_fake(weight):
+        return weight.new_empty(weight.shape)
+    pixels = channels_first(pixels, weight.shape[1])
+    batch, hidden, size_k = pixels.shape[0], weight.shape[0], weight[0].numel()
+    if batch == 0:
+        return weight.new_zeros(weight.shape)
+    rows, columns = patch_grid(pixels, weight)
+    patches, total_patches = rows * columns, batch * rows * columns
+    # Every program of a split reads these rows; float32 ones (autocast) would be transposed 4 bytes at a time.
+    grad_out = _row_major(grad_out).to(weight.dtype)
+    shape = tile_class(hidden * cdiv(total_patches, 4096), size_k)  # splits sum over 4096 patches or more
+    tile = tuning.candidate("patch_embed_weight", shape, weight.dtype, pixels.device, candidate)
+    tiles = cdiv(hidden, tile["rows"]) * cdiv(size_k, tile["columns"])
+    split_patches = _split_patches(total_patches, tiles, tile["depth"])
+    splits = cdiv(total_patches, split_patches)
+    partial = torch.empty(splits, hidden, size_k, dtype=torch.float32, device=pixels.device)
+    _patch_embed_weight_bwd[(splits * tiles,)](
+        grad_out, pixels, mask_bytes(mask), partial, grad_out.stride(0), grad_out.stride(1), *pixels.stride(),
+        total_patches, patches, columns, hidden, split_patches,
+        PREFIX=grad_out.shape[1] - patches, **constants(pixels, weight, mean, std),
+        BLOCK_HIDDEN=tile["rows"], BLOCK_K=tile["columns"], BLOCK_ROWS=tile["depth"],
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+    )  # fmt: skip
+    total = partial.sum(0) if splits > 1 else partial[0]
+    if is_channels_last(pixels):
+        total = total.view(hidden, *weight.shape[2:], weight.shape[1]).permute(0, 3, 1, 2)
+    return total.reshape(weight.shape).to(weight.dtype, memory_format=torch.contiguous_format)
+
+
+def launch_tokens_backward(grad_out: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
+    batch, tokens, hidden = grad_out.shape
+    sums = grad_out.new_empty(1 if mask is None else 2, tokens, hidden, dtype=torch.float32)
+    if is_fake(sums):
+        return sums
+    if batch == 0:
+        return sums.zero_()
+    grad_out = _row_major(grad_out)
+    block_hidden = min(256, next_power_of_2(hidden))
+    _patch_embed_tokens_bwd[(tokens, cdiv(hidden, block_hidden))](
+        grad_out, mask_bytes(mask), sums, grad_out.stride(0), grad_out.stride(1), batch, tokens, hidden,
+        PREFIX=prefix, BLOCK_IMAGES=16, BLOCK_HIDDEN=block_hidden,
+    )  # fmt: skip
+    return sums
+
+
+def _as_patches(pixels: Tensor, weight: Tensor) -> Tensor:
+    """Pixels as a view [B, rows, columns, C, ph, pw], without what is left over at the edges."""
+    _, channels, height, width = weight.shape
+    pixels = channels_first(pixels, channels)
+    rows, columns = patch_grid(pixels, weight)
+    patches = pixels[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
+    return patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
+
+
+def _hide(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where masked, [B, P, ..]."""
+    return values if mask is None else values.masked_fill(mask.unsqueeze(-1), 0)
+
+
+def _gather_patches(pixels, weight, mask, mean, std) -> Tensor:
+    """The matrix that the kernels never build: patches [B, P, C * ph * pw] in weight's dtype, zero where masked."""
+    patches = _as_patches(pixels, weight)
+    if pixels.dtype == torch.uint8:
+        mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+        patches = (patches / 255 - mean) / std
+    return _hide(patches.to(weight.dtype).flatten(3).flatten(1, 2), mask)
+
+
+def forward_fallback(pixels, weight, bias, cls_token, pos_embed, mask_token, mask, mean, std, candidate):
+    """`launch_forward` in plain PyTorch."""
+    dtype = output_dtype(weight, cls_token, pos_embed)
+    tokens = F.linear(_gather_patches(pixels, weight, mask, mean, std), weight.flatten(1), bias).to(dtype)
+    if mask is not None:
+        tokens = torch.where(mask.unsqueeze(-1), mask_token.to(dtype), tokens)
+    if cls_token is not None:
+        tokens = torch.cat([cls_token.to(dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+    return tokens if pos_embed is None else tokens + pos_embed
+
+
+def weight_fallback(grad_out, pixels, weight, mask, mean, std, candidate):
+    """`launch_weight_backward` in plain PyTorch."""
+    patches = _gather_patches(pixels, weight, mask, mean, std)  # [B, P, K]
+    grad = _hide(grad_out[:, grad_out.shape[1] - patches.shape[1] :].to(weight.dtype), mask)
+    return (grad.flatten(0, 1).T @ patches.flatten(0, 1)).view(weight.shape)
+
+
+def tokens_fallback(grad_out: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
+    """`launch_tokens_backward` in plain PyTorch."""
+    grad = grad_out.float()
+    if mask is None:
+        return grad.sum(0, keepdim=True)
+    is_masked = F.pad(mask, (prefix, 0))
+    return torch.stack([_hide(grad, is_masked).sum(0), _hide(grad, ~is_masked).sum(0)])
+
+
+def pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Gradient of float pixels, in their shape and dtype: rarely asked for, so plain PyTorch.
+
+    A transposed convolution whose stride is its kernel, which is a matmul: written as one because cuDNN would round
+    float32 to TF32.
+    """
+    grad_pixels = torch.zeros_like(pixels)  # what is left over at the edges was not read
+    view = _as_patches(grad_pixels, weight)
+    grad = grad_out[:, grad_out.shape[1] - view.shape[1] * view.shape[2] :].to(weight.dtype)
+    view.copy_((_hide(grad, mask) @ weight.flatten(1)).view(view.shape))
+    return grad_pixels
+
+
+_patch_embed = operator("patch_embed", fallback=forward_fallback)(launch_forward)
+_weight_backward = operator("patch_embed_weight_backward", fallback=weight_fallback)(launch_weight_backward)
+_tokens_backward = operator("patch_embed_tokens_backward", fallback=tokens_fallback)(launch_tokens_backward)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    pixels, weight, bias, cls_token, pos_embed, mask_token, mask, ctx.mean, ctx.std, ctx.candidate = inputs
+    ctx.save_for_backward(pixels, weight, mask)
+    ctx.prefix = 0 if cls_token is None else cls_token.shape[1]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (bias, cls_token, pos_embed, mask_token)]
+
+
+def _backward(ctx, grad_out: Tensor):
+    pixels, weight, mask = ctx.saved_tensors
+    needs_pixels, needs_weight, *needs = ctx.needs_input_grad[:6]
+    grad_pixels = grad_weight = None
+    grads = [None] * 4
+    if needs_pixels:
+        grad_pixels = pixels_backward(grad_out, pixels, weight, mask)
+    if needs_weight:
+        grad_weight = _weight_backward(grad_out, pixels, weight, mask, ctx.mean, ctx.std, ctx.candidate)
+    if any(needs):
+        sums = _tokens_backward(grad_out, mask, ctx.prefix)  # [1 or 2, N, D], where shown and where masked
+        grads = [
+            sums[0, ctx.prefix :].sum(0),  # bias [D]
+            sums[:1, : ctx.prefix],  # cls_token [1, T, D]
+            sums.sum(0, keepdim=True),  # pos_embed [1, N, D]
+            sums[-1:, ctx.prefix :].sum(1, keepdim=True),  # mask_token [1, 1, D]
+        ]
+        grads = [grad.to(dtype) if need else None for grad, dtype, need in zip(grads, ctx.dtypes, needs, strict=True)]
+    return grad_pixels, grad_weight, *grads, None, None, None, None
+
+
+_patch_embed.register_autograd(_backward, setup_context=_setup_context)
+
+
+def patch_embed(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, cls_token: Tensor | None, pos_embed: Tensor | None, *,
+    patch_size: tuple[int, int], mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+    mask_token: Tensor | None = None, mask: Tensor | None = None, candidate: int = 0,
+) -> Tensor:  # fmt: skip
+    """Cut images into patches, project each to the hidden size, prepend the class token, add the position embedding.
+
+    Sums are in float32 throughout. Under autocast weight and bias are cast like a convolution's. Differentiable once in
+    everything but uint8 pixels and mask. Dosovitskiy et al. 2021, arXiv:2010.11929.
+
+    Args:
+        pixels: [B, C, H, W] or [B, H, W, C], any strides; float32, bfloat16, float16, or uint8, which is normalised. B
+            may be 0. What is left over at the right and bottom edge when H or W is no multiple of the patch size is not
+            read.
+        weight: [D, C, ph, pw], float32, bfloat16 or float16; pixels are cast to its dtype.
+        bias: [D], of weight's dtype.
+        cls_token: [1, T, D], the tokens before the patches, in any of these float dtypes, as the next two.
+        pos_embed: [1, T + P, D].
+        patch_size: (ph, pw).
+        mean, std: one float per channel, std none of 0, for values in 0..1, to normalise uint8 pixels by.
+        mask_token: [1, 1, D], what stands in the place of masked patches, which are not read.
+        mask: bool [B, P].
+        candidate: which of the tuning table's tiles.
+
+    Returns:
+        Tokens [B, T + P, D] in the dtype that weight, cls_token and pos_embed promote to.
+
+    Raises:
+        ValueError: for anything else, before any launch.
+    """
+    _check(pixels, weight, bias, cls_token, pos_embed, tuple(patch_size), mean, std, mask_token, mask)
+    if torch.is_autocast_enabled(pixels.device.type):
+        dtype = torch.get_autocast_dtype(pixels.device.type)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    is_uint8 = pixels.dtype == torch.uint8
+    mean, std = ([float(value) for value in values] if is_uint8 else None for values in (mean, std))
+    mask_token = None if mask is None else mask_token
+    return _patch_embed(pixels, weight, bias, cls_token, pos_embed, mask_token, mask, mean, std, candidate)
+
+
+def _check(pixels, weight, bias, cls_token, pos_embed, patch_size, mean, std, mask_token, mask) -> None:
+    if weight.dim() != 4 or weight.dtype not in DTYPES:
+        expected = "[D, C, ph, pw] in float32, bfloat16 or float16"
+        raise ValueError(f"weight: expected {expected}, got {list(weight.shape)} {weight.dtype}")
+    hidden, channels, *kernel_size = weight.shape
+    if tuple(kernel_size) != patch_size:
+        raise ValueError(f"patch_size: expected weight's {tuple(kernel_size)}, got {patch_size}")
+    if pixels.dim() != 4 or channels not in (pixels.shape[1], pixels.shape[3]):
+        expected = f"[B, {channels}, H, W] or [B, H, W, {channels}] (weight has {channels} channels)"
+        raise ValueError(f"pixels: expected {expected}, got {list(pixels.shape)}")
+    view = channels_first(pixels, channels)
+    batch, _, height, width = view.shape
+    rows, columns = patch_grid(view, weight)
+    if rows * columns == 0:
+        raise ValueError(f"pixels: expected room for one patch of {patch_size}, got {(height, width)} (height, width)")
+    if pixels.dtype not in (torch.uint8, *DTYPES):
+        raise ValueError(f"pixels: expected uint8, float32, bfloat16 or float16, got {pixels.dtype}")
+    for name, values in (("mean", mean), ("std", std)) if pixels.dtype == torch.uint8 else ():
+        if values is None or len(values) != channels:
+            raise ValueError(f"{name}: expected {channels} floats, one per channel, for uint8 pixels, got {values}")
+        if name == "std" and 0 in values:
+            raise ValueError(f"std: expected floats other than 0, by which uint8 pixels are divided, got {values}")
+    if mask is not None and mask_token is None:
+        raise ValueError("mask_token: expected [1, 1, D] with a mask, got None")
+    if cls_token is not None and cls_token.dim() != 3:
+        raise ValueError(f"cls_token: expected [1, T, {hidden}], got {list(cls_token.shape)}")
+    prefix = 0 if cls_token is None else cls_token.shape[1]
+    for name, tensor, shape, dtypes in (
+        ("bias", bias, (hidden,), (weight.dtype,)),
+        ("cls_token", cls_token, (1, prefix, hidden), DTYPES),
+        ("pos_embed", pos_embed, (1, prefix + rows * columns, hidden), DTYPES),
+        ("mask_token", mask_token, (1, 1, hidden), DTYPES),
+        ("mask", mask, (batch, rows * columns), (torch.bool,)),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, shape, dtypes, weight.device)
+    if pixels.device != weight.device:
+        raise ValueError(f"pixels: expected device {weight.device}, weight's, got {pixels.device}")
