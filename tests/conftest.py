@@ -12,3 +12,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     import interpreter
 
     interpreter.install()
+
+if os.environ.get("CI"):  # the same examples in each run: a failure is one of the change that is tested
+    import hypothesis
+
+    hypothesis.settings.register_profile("ci", derandomize=True)
+    hypothesis.settings.load_profile("ci")
