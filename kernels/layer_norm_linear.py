@@ -9,8 +9,6 @@
 
 LayerNorm (with the residual add) is a kernel of its own, `fastvit.kernels.layer_norm`. The product and its activation
 follow: cuBLAS and a pass for the activation, or one fused kernel, by the `candidate` (`fastvit.kernels.linear`).
-ViT-B at batch 256, computed for an H100: the product is 298 us of arithmetic, LayerNorm 52 us of memory traffic, 103 us
-with the residual add, the activation as a pass of its own 207 us.
 
 Saved for backward: residual' (or x), mean and rstd, and, with an activation, pre. The normalised rows are not: where
 the weight gradient needs them, LayerNorm's backward, which has them in registers, writes them, D values per token.

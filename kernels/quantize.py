@@ -12,10 +12,8 @@
     x, residual [rows, D]  ->  values [rows, D] e4m3, scale [rows, 1]
 
 The row's maximum must be known before its first value can be written: a program holds whole rows in registers, as the
-LayerNorm of `fastvit.kernels.layer_norm` does anyway, and so does the activation here. Apart, an activation reads and
-writes 2 + 2 bytes a value and quantising it reads 2 (twice, where a row does not stay in registers) and writes 1:
-together 2 + 1. LayerNorm with the residual add: 2 + 2 read, 2 + 1 written, instead of 2 + 2, 2 + 2 and 2 + 1. Nothing
-is rounded between LayerNorm or activation, in float32, and e4m3.
+LayerNorm of `fastvit.kernels.layer_norm` does anyway, and so does the activation here. Nothing is rounded between
+LayerNorm or activation, in float32, and e4m3.
 
 NVIDIA's sm_89 (RTX 40, L4), sm_90 (H100) and newer: older GPUs have neither the conversion to e4m3 nor a product of it,
 and Triton does not compile the one for them.
