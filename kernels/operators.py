@@ -50,12 +50,10 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
     """Register a launcher as the operator `fastvit::<name>`; its annotations are the operator's schema.
 
     Args:
-        name: the operator's name.
         fallback: plain PyTorch with the launcher's signature and results.
 
     Returns:
-        A decorator that returns the operator, on which `register_autograd` is called (and `register_fake` where the
-        launcher cannot take fake tensors).
+        A decorator that returns the operator, on which `register_autograd` is called.
     """
 
     def register(launcher: Callable[..., Any]) -> CustomOpDef:

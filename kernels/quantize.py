@@ -15,8 +15,7 @@ The row's maximum must be known before its first value can be written: a program
 LayerNorm of `fastvit.kernels.layer_norm` does anyway, and so does the activation here. Nothing is rounded between
 LayerNorm or activation, in float32, and e4m3.
 
-NVIDIA's sm_89 (RTX 40, L4), sm_90 (H100) and newer: older GPUs have neither the conversion to e4m3 nor a product of it,
-and Triton does not compile the one for them.
+NVIDIA's sm_89 (RTX 40, L4), sm_90 (H100) and newer: older GPUs have neither the conversion to e4m3 nor a product of it.
 
 Micikevicius et al. 2022, arXiv:2209.05433.
 """

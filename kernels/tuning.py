@@ -31,7 +31,7 @@ class Rule(NamedTuple):
     candidates: tuple[Choice, ...]
 
 
-# Triton's own cdiv and next_power_of_2 cost microseconds a call on the host: a third of what an operator costs there.
+# Triton's own cdiv and next_power_of_2 cost microseconds a call on the host.
 def cdiv(total: int, size: int) -> int:
     """How many pieces of `size` cover `total`."""
     return -(-total // size)
@@ -56,7 +56,7 @@ PRODUCTS = "linear_(forward|backward)"
 WGMMA = "sm_(90|100)"  # has the wide tensor core instructions, and 227 KiB of shared memory a block
 
 # The first line that matches is used. Chosen from compiled registers, instructions and shared memory on sm_80 and sm_90
-# (benchmarks/results/compile), November 2026; not yet from times. No tile here spills on either.
+# (benchmarks/results/compile), November 2026; not yet from times. Tiles that spill there say so.
 TABLE = (
     # elements: the most values of a row that one thread holds; num_warps: the fewest warps a program has.
     # 40 values keep a row of 768, 1024 or 1280 half-precision values in one warp, so that its sums need no shared
@@ -101,14 +101,13 @@ TABLE = (
     )),
     # Two sums and three loads: with copies ahead it spills 8 bytes on sm_90 (Triton 3.9). Three programs fit.
     Rule("swiglu_backward", None, None, None, ({"rows": 8, "columns": 256, "num_warps": 4, "waves": 3, "stages": 1},)),
-    # As in layer_norm_forward: whole rows in registers, 40 values a thread. A feed-forward's rows of 3,072 to 5,120
-    # values take four warps each.
+    # As in layer_norm_forward: whole rows in registers. A feed-forward's rows take four warps each.
     Rule("(layer_norm|activation)_fp8", None, None, None, (
         {"elements": 40, "num_warps": 4}, {"elements": 24, "num_warps": 4}, {"elements": 40, "num_warps": 8},
     )),
     # Products with an activation: cuBLAS and a pass for the activation, our fused kernel, the persistent one. cuBLAS
     # comes first until ours is measured against it: it is known to be fast. Full float32 products run on the ordinary
-    # units, where there is nothing to gain on it; nor is there for an interpreter.
+    # units, where there is nothing to gain on it.
     Rule(PRODUCTS, None, torch.float32, None, (CUBLAS,)),
     Rule(PRODUCTS, None, None, "interpreter", (CUBLAS,)),
     # 128 x 128 in eight warps: forward 124 registers, backward 125 to 128, 96 KiB, so that two programs share a
