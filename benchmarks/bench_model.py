@@ -21,7 +21,7 @@ from transformers import ViTConfig
 
 import fastvit
 from fastvit.benchmarks.harness import Compiled, Cost, Operation, Provider, Shape, Step, as_test, bytes_kept, free
-from fastvit.checkpoints.weights import convert
+from fastvit.checkpoints.convert import convert
 
 NUM_CLASSES = 10
 INFERENCE, TRAINING = "inference", "training step"
