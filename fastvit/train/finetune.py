@@ -118,6 +118,7 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         if asked is not None and asked is not False and VALIDATION not in sets:
             raise InputError(f"--{name.replace('_', '-')}: expected a validation split, {images.name} has none")
     model = prepare_model(options, model)
+    mix = MixPictures(len(images.class_names), options.mixup, options.cutmix)
 
     # From here on the folder is written; whatever was wrong with the input has been said.
     with processes.main_process_first():
@@ -132,7 +133,7 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
-        data_collator=MixPictures(len(images.class_names), options.mixup, options.cutmix),
+        data_collator=mix,
         compute_loss_func=make_loss(options, sets.get(TRAIN), len(images.class_names)),
         compute_metrics=compute_accuracy,
         callbacks=[log, interrupt, StopOnNonFiniteLoss()],
