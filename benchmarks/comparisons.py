@@ -11,7 +11,6 @@ from fastvit.benchmarks.formats import percent
 class Comparison(NamedTuple):
     """One shape, dtype and pass: the fastest of ours and of the rivals that were timed, and everybody."""
 
-    result: dict[str, Any]
     record: dict[str, Any]  # any of them, for what they share
     ours: dict[str, Any] | None
     rival: dict[str, Any] | None
@@ -25,17 +24,18 @@ class Comparison(NamedTuple):
 
 
 def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
-    groups: dict[tuple, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    """A comparison for each result, shape, dtype and pass, in the order of the records."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for index, result in enumerate(results):
         for record in result["records"]:
             key = (index, record["operation"], record["shape"], record["dtype"], record["pass"])
-            groups.setdefault(key, (result, []))[1].append(record)
+            groups.setdefault(key, []).append(record)
     found = []
-    for result, records in groups.values():
+    for records in groups.values():
         timed = sorted((record for record in records if record.get("ms")), key=lambda record: record["ms"]["median"])
         ours = next((record for record in timed if record["ours"]), None)
         rival = next((record for record in timed if not record["ours"]), None)
-        found.append(Comparison(result, records[0], ours, rival, records))
+        found.append(Comparison(records[0], ours, rival, records))
     return found
 
 
