@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import ops
-from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+from fastvit.benchmarks.cases import Cost, Operation, Shape
+from fastvit.benchmarks.harness import as_test
 from fastvit.ops import reference
 
 # Query, key and value as one matrix product leaves them, one tensor with one gradient; or as three.

@@ -19,7 +19,10 @@ from typing import Any
 
 import fastvit
 from fastvit.benchmarks.bench_predictor import PHOTOGRAPH, save_model
-from fastvit.benchmarks.harness import OURS, Settings, Shape, describe, name_of, quantiles
+from fastvit.benchmarks.cases import OURS, Shape
+from fastvit.benchmarks.environment import name_of
+from fastvit.benchmarks.harness import Settings, describe
+from fastvit.benchmarks.timing import quantiles
 from fastvit.data import leaves
 
 PROGRAM = """

@@ -28,7 +28,9 @@ from transformers import ViTConfig
 import fastvit
 from fastvit import ops
 from fastvit.benchmarks.bench_model import INFERENCE, logits_of
-from fastvit.benchmarks.harness import Settings, Shape, describe, quantiles
+from fastvit.benchmarks.cases import Shape
+from fastvit.benchmarks.harness import Settings, describe
+from fastvit.benchmarks.timing import quantiles
 
 SHAPE = Shape("micro", 32, 1, variant="12 blocks")
 BLOCKS = 12

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import ops
-from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+from fastvit.benchmarks.cases import Cost, Operation, Shape
+from fastvit.benchmarks.harness import as_test
 
 EPS = 1e-6
 

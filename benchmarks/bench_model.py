@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from transformers import ViTConfig
 
 import fastvit
-from fastvit.benchmarks.harness import Compiled, Cost, Operation, Provider, Shape, Step, as_test, bytes_kept, free
-from fastvit.checkpoints.weights import convert
+from fastvit.benchmarks.cases import Compiled, Cost, Operation, Provider, Shape
+from fastvit.benchmarks.harness import as_test
+from fastvit.benchmarks.memory import bytes_kept, free
+from fastvit.benchmarks.timing import Step
+from fastvit.checkpoints.convert import convert
 
 NUM_CLASSES = 10
 INFERENCE, TRAINING = "inference", "training step"

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import ops
-from fastvit.benchmarks.harness import Cost, Operation, Shape, as_test
+from fastvit.benchmarks.cases import Cost, Operation, Shape
+from fastvit.benchmarks.harness import as_test
 from fastvit.ops import reference
 
 PATCH = 16

@@ -20,7 +20,9 @@ from transformers import ViTImageProcessorPil
 
 import fastvit
 from fastvit.benchmarks.bench_model import NUM_CLASSES, forward_flops, vit_config
-from fastvit.benchmarks.harness import Cost, Operation, Provider, Shape, Step, as_test
+from fastvit.benchmarks.cases import Cost, Operation, Provider, Shape
+from fastvit.benchmarks.harness import as_test
+from fastvit.benchmarks.timing import Step
 from fastvit.data import leaves
 
 ANSWER = "files to classes"

@@ -12,7 +12,8 @@ from torch import nn
 
 import fastvit
 from fastvit.benchmarks.bench_model import INFERENCE, Model, ours, theirs
-from fastvit.benchmarks.harness import Compiled, Shape, as_test
+from fastvit.benchmarks.cases import Compiled, Shape
+from fastvit.benchmarks.harness import as_test
 
 
 class QuantizedModel(Model):

@@ -16,18 +16,18 @@ import torch
 from tqdm import tqdm
 
 from fastvit import ops
-from fastvit.benchmarks import report
-from fastvit.benchmarks.harness import (
-    Settings,
-    ceilings,
-    describe,
-    environment,
-    free,
-    name_of,
-    run_case,
-    slug,
-)
+from fastvit.benchmarks import storage
+from fastvit.benchmarks.ceilings import measure_ceilings
+from fastvit.benchmarks.compare import compare
+from fastvit.benchmarks.environment import describe_environment, name_of, slug
+from fastvit.benchmarks.harness import Settings, describe, run_case
+from fastvit.benchmarks.memory import free
+from fastvit.benchmarks.page import render_page
+from fastvit.benchmarks.plots import draw_bars
+from fastvit.benchmarks.readme import readme_section, with_section
+from fastvit.benchmarks.tables import render_table
 from fastvit.errors import InputError
+from fastvit.files import write_text
 from fastvit.report.info import device_name
 
 KERNELS = (
@@ -181,11 +181,11 @@ def run(options: argparse.Namespace) -> int:
     print(introduction(device, folder))
     with full_float32():
         if not settings.memory_only:
-            settings.ceilings = ceilings(device, list(dict.fromkeys([*dtypes, torch.float32])), options.quick)
-        results = run_tasks(tasks, settings, options, lambda result: report.write(result, folder))
-    if not settings.memory_only and (drawn := report.draw(list(results.values()), folder)) is not None:
+            settings.ceilings = measure_ceilings(device, list(dict.fromkeys([*dtypes, torch.float32])), options.quick)
+        results = run_tasks(tasks, settings, options, lambda result: storage.write(result, folder))
+    if not settings.memory_only and (drawn := draw_bars(list(results.values()), folder)) is not None:
         print(drawn)
-    print(report.table(list(results.values())))
+    print(render_table(list(results.values())))
     print(f"\nwritten: {', '.join(sorted(path.name for path in folder.glob('*.json')))} and .csv in {folder}")
     ours = [record for result in results.values() for record in result["records"] if record["ours"]]
     holes = any(result["failed_cases"] for result in results.values())
@@ -217,7 +217,7 @@ def run_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Results by operation, each saved after every task: a run that is killed leaves what it has measured."""
     about = {
-        "environment": environment(settings.device),
+        "environment": describe_environment(settings.device),
         "ceilings": settings.ceilings,
         "options": {
             "quick": options.quick,
@@ -237,7 +237,7 @@ def run_tasks(
         result = results.setdefault(
             task.operation,
             {
-                "schema": report.SCHEMA,
+                "schema": storage.SCHEMA,
                 "operation": task.operation,
                 **about,
                 "not_begun": [],
@@ -274,11 +274,11 @@ def report_command(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmark-report.html"), help="[benchmark-report.html]")
     parser.add_argument("--csv", action="store_true", help="print all records as CSV instead")
     options = parser.parse_args(argv)
-    results = report.load(options.folders)
+    results = storage.load(options.folders)
     if options.csv:
-        print(report.as_csv(results), end="")
+        print(storage.as_csv(results), end="")
         return 0
-    report.write_text(options.out, report.page(results))
+    write_text(options.out, render_page(results))
     print(f"written: {options.out}")
     return 0
 
@@ -294,7 +294,7 @@ def compare_command(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if not options.threshold >= 0:
         raise InputError(f"--threshold: expected 0 or more, got {options.threshold}")
-    text, regressed = report.compare(report.load([options.before]), report.load([options.after]), options.threshold)
+    text, regressed = compare(storage.load([options.before]), storage.load([options.after]), options.threshold)
     print(text)
     return int(regressed)
 
@@ -311,12 +311,12 @@ def readme_command(argv: list[str]) -> int:
     if not path.exists():
         raise InputError("there is no README.md here: run this in the source tree")
     old = path.read_text(encoding="utf-8")
-    new = report.with_section(old, report.readme_section(checkout() / "benchmarks" / "results"))
+    new = with_section(old, readme_section(checkout() / "benchmarks" / "results"))
     if options.check:
         print(
             "README.md agrees with benchmarks/results" if old == new else "README.md disagrees with benchmarks/results"
         )
         return int(old != new)
-    report.write_text(path, new)
+    write_text(path, new)
     print(f"written: {path}")
     return 0

@@ -28,8 +28,13 @@ import torch
 
 import fastvit
 from fastvit import ops
-from fastvit.benchmarks import bench_model, command, gpu, gpu_cache, gpu_checks, report
-from fastvit.benchmarks.harness import Settings, Shape, ceilings, describe, environment, run_once
+from fastvit.benchmarks import bench_model, command, formats, gpu, gpu_cache, gpu_checks, storage, tables
+from fastvit.benchmarks.cases import Shape
+from fastvit.benchmarks.ceilings import measure_ceilings
+from fastvit.benchmarks.comparisons import against_targets, comparisons, not_timed
+from fastvit.benchmarks.environment import describe_environment
+from fastvit.benchmarks.harness import Settings, describe
+from fastvit.benchmarks.timing import run_once
 from fastvit.files import write_text
 from fastvit.report.info import output_of
 
@@ -66,7 +71,7 @@ class Run(NamedTuple):
         try:
             return json.loads((self.out / "environment.json").read_text(encoding="utf-8"))["ceilings"]
         except (OSError, ValueError, KeyError):
-            return ceilings(self.device, [BFLOAT16, torch.float32], self.toy)
+            return measure_ceilings(self.device, [BFLOAT16, torch.float32], self.toy)
 
 
 class Skip(Exception):
@@ -75,13 +80,13 @@ class Skip(Exception):
 
 def look_around(run: Run) -> bool:
     """Versions, driver, clocks, and what memory and matrix units do at best."""
-    found: dict[str, Any] = {"environment": environment(run.device)}
+    found: dict[str, Any] = {"environment": describe_environment(run.device)}
     if not run.toy:
         found["triton key"] = gpu_cache.triton_key()  # with it a cache can be filled for this machine
         print(gpu_cache.verdict(gpu.CACHE))
     query = ("--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu", "--format=csv")
     found["clocks before"] = output_of("nvidia-smi", *query)
-    found["ceilings"] = ceilings(run.device, [BFLOAT16, torch.float32], run.toy)
+    found["ceilings"] = measure_ceilings(run.device, [BFLOAT16, torch.float32], run.toy)
     found["clocks after"] = output_of("nvidia-smi", *query)
     run.save("environment", found)
     return True
@@ -321,7 +326,7 @@ def run_benchmarks(run: Run, name: str, cases: Sequence[tuple[Any, Shape]]) -> b
     settings = Settings(run.device, quick=run.toy, providers=PROVIDERS, deadline=run.deadline, ceilings=run.ceilings())
     with command.full_float32():
         results = command.run_tasks([task_of(*case) for case in cases], settings, options, save)
-    print(report.table(list(results.values())))
+    print(tables.render_table(list(results.values())))
     ours = [record for result in results.values() for record in result["records"] if record["ours"]]
     holes = any(result["failed_cases"] for result in results.values())
     return not holes and all(record["status"] not in ("wrong", "failed") for record in ours)
@@ -338,21 +343,21 @@ def summarize(run: Run) -> bool:
         result
         for name in ("operations", "model")
         if (run.out / f"{name}.json").exists()
-        for result in report.load([run.out / f"{name}.json"], may_be_empty=True)
+        for result in storage.load([run.out / f"{name}.json"], may_be_empty=True)
     ]
     rows = []
-    for comparison in report.comparisons(results):
+    for comparison in comparisons(results):
         record, rival = comparison.record, comparison.rival
         if any(record.get("ms") for record in comparison.everybody):
             rows.append(
                 {
-                    "verdict": report.against_targets(comparison),
+                    "verdict": against_targets(comparison),
                     "what": f"{record['operation']} {record['shape']}, {record['pass']}",
-                    "ours": report.milliseconds(comparison.ours),
-                    "best other": f"{report.milliseconds(rival)} {rival['provider'] if rival else ''}",
-                    "times as fast": report.times(comparison.speed_up),
-                    "rate": report.rate(comparison.ours),
-                    "of floor": report.percent(comparison.ours.get("of_floor") if comparison.ours else None),
+                    "ours": formats.milliseconds(comparison.ours),
+                    "best other": f"{formats.milliseconds(rival)} {rival['provider'] if rival else ''}",
+                    "times as fast": formats.times(comparison.speed_up),
+                    "rate": formats.rate(comparison.ours),
+                    "of floor": formats.percent(comparison.ours.get("of_floor") if comparison.ours else None),
                 }
             )
     rows.sort(key=lambda row: 0 if "missed" in row["verdict"] else 1 if row["verdict"] else 2)
@@ -361,7 +366,7 @@ def summarize(run: Run) -> bool:
     run.save("summary", before | {"rows": rows})
     for row in rows[:60]:  # who reads only the end of the output reads all of this
         print(" | ".join(row.values()).strip(" |"))
-    for what, status, reason in report.not_timed(results):
+    for what, status, reason in not_timed(results):
         if status in ("wrong", "failed"):
             print(f"{what}: {status}: {reason}")
     return True

@@ -30,6 +30,7 @@ from PIL import Image
 
 from fastvit.data.datasets import load_images
 from fastvit.data.images import decode_image
+from fastvit.files import write_text
 from fastvit.models.calibration import reliability
 from fastvit.serve.predictor import Prediction, Predictor
 from fastvit.train import finetune
@@ -312,7 +313,7 @@ def write_tables() -> None:
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"{PAGE}: expected the two lines that the tables go between")
-    finetune.write_text(PAGE, f"{before}{begin}\n\n{tables()}\n\n{end}{after}")
+    write_text(PAGE, f"{before}{begin}\n\n{tables()}\n\n{end}{after}")
 
 
 def main(argv: list[str]) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import ViTConfig
 
     from fastvit.adapters.swap import optimize, restore
-    from fastvit.checkpoints.weights import convert
+    from fastvit.checkpoints.convert import convert
     from fastvit.errors import InputError
     from fastvit.models.attention_interface import register_attention
     from fastvit.models.auto import register, unregister
@@ -34,7 +34,7 @@ _MODULE_OF = {
     "ViTModel": "fastvit.models.heads",
     "ViTPreTrainedModel": "fastvit.models.pretrained",
     "backend": "fastvit.ops",
-    "convert": "fastvit.checkpoints.weights",
+    "convert": "fastvit.checkpoints.convert",
     "optimize": "fastvit.adapters.swap",
     "quantize": "fastvit.models.quantization",
     "register": "fastvit.models.auto",

@@ -46,7 +46,7 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
 
     import fastvit
     from fastvit.data.images import ImageCache, ImageSet
-    from fastvit.train.finetune import accuracy
+    from fastvit.train.build import compute_accuracy
     from fastvit.train.training import FineTuner
 
     torch.set_num_threads(1)
@@ -63,7 +63,7 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
     model = fastvit.ViTForImageClassification(config)
     pixels = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
     args = TrainingArguments(output_dir, use_cpu=True, per_device_eval_batch_size=8, report_to="none")
-    trainer = FineTuner(model=model, args=args, data_collator=default_data_collator, compute_metrics=accuracy)
+    trainer = FineTuner(model=model, args=args, data_collator=default_data_collator, compute_metrics=compute_accuracy)
     seen = []
     for size in sizes:
         result = trainer.predict(ImageSet(ImageCache(pixels[:size], {}), np.arange(size)))

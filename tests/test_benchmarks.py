@@ -15,9 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit
 from fastvit import cli
-from fastvit.benchmarks import bench_model, command, harness, report
-from fastvit.benchmarks.harness import Cost, Operation, Settings, Shape, Step
+from fastvit.benchmarks import bench_model, cases, ceilings, command, harness, memory, plots, storage, timing
+from fastvit.benchmarks.cases import Cost, Operation, Shape
+from fastvit.benchmarks.comparisons import against_targets, comparisons
+from fastvit.benchmarks.harness import Settings
+from fastvit.benchmarks.page import render_page
+from fastvit.benchmarks.readme import readme_section
+from fastvit.benchmarks.tables import render_table
+from fastvit.benchmarks.timing import Step
 from fastvit.errors import InputError
+from fastvit.files import write_text
 from fastvit.report import info
 
 ROOT = Path(__file__).parent.parent
@@ -166,9 +173,9 @@ def test_kernels_run_in_the_harness(name):
 
 def test_plain_pytorch_is_not_called_a_kernel():
     with fastvit.backend("reference"):
-        assert harness.who_computes("layer_norm", DEVICE, torch.float32) == "fastvit reference"
-    assert harness.who_computes("layer_norm", torch.device("cpu"), torch.float32) == "fastvit reference"
-    assert harness.who_computes("no such kernel", DEVICE, torch.float32) == "fastvit reference"
+        assert cases.who_computes("layer_norm", DEVICE, torch.float32) == "fastvit reference"
+    assert cases.who_computes("layer_norm", torch.device("cpu"), torch.float32) == "fastvit reference"
+    assert cases.who_computes("no such kernel", DEVICE, torch.float32) == "fastvit reference"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +186,7 @@ def test_plain_pytorch_is_not_called_a_kernel():
 def test_providers_take_turns_there_and_back():
     calls = []
     steps = {name: Step(lambda _, name=name: calls.append(name)) for name in "ab"}
-    samples = harness.measure(steps, torch.device("cpu"), seconds=0.0, min_rounds=4)
+    samples = timing.measure(steps, torch.device("cpu"), seconds=0.0, min_rounds=4)
     runs = re.findall(r"a+|b+", "".join(calls)[4:])  # after two calls of warm-up each
     assert [run[0] for run in runs] == ["a", "b", "a", "b", "a"]  # a b, b a, a b, b a
     of_a, of_b = len(runs[0]), len(runs[1]) // 2
@@ -191,14 +198,14 @@ def test_preparation_is_not_timed():
     import time
 
     step = Step(lambda _: None, lambda: time.sleep(0.02))
-    assert harness.median_ms(step, torch.device("cpu"), seconds=0.0, min_rounds=3) < 10
+    assert timing.median_ms(step, torch.device("cpu"), seconds=0.0, min_rounds=3) < 10
 
 
 def test_who_fails_while_timed_does_not_stop_the_others():
     def fails(_):
         raise RuntimeError("out of memory")
 
-    samples = harness.measure({"bad": Step(fails), "good": Step(lambda _: None)}, DEVICE, seconds=0.0, min_rounds=3)
+    samples = timing.measure({"bad": Step(fails), "good": Step(lambda _: None)}, DEVICE, seconds=0.0, min_rounds=3)
     assert isinstance(samples["bad"], RuntimeError) and len(samples["good"].milliseconds) >= 3
 
 
@@ -222,37 +229,37 @@ def test_clock_of_a_gpu_flushes_pauses_and_times_the_call_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause"), raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: log.append("wait"))
-    monkeypatch.setattr(harness, "cache_flusher", lambda device: Flusher())
+    monkeypatch.setattr(timing, "cache_flusher", lambda device: Flusher())
     step = Step(lambda prepared: log.append(f"run {prepared}"), lambda: log.append("prepare") or "it")
     gpu = torch.device("cuda")
-    assert harness.time_calls(step, 2, gpu, 1e-3).milliseconds == [1.5, 1.5]
+    assert timing.time_calls(step, 2, gpu, 1e-3).milliseconds == [1.5, 1.5]
     call = ["prepare", "flush", "pause", "event", "run it", "event"]
     assert log == [*call, *call, "wait"]
     log.clear()
-    harness.time_calls(step, 1, gpu, None)  # where the host's time counts the device is idle before
+    timing.time_calls(step, 1, gpu, None)  # where the host's time counts the device is idle before
     assert log == ["prepare", "flush", "wait", "event", "run it", "event", "wait"]
-    samples = harness.measure({"it": step}, gpu, seconds=0.0, min_rounds=3)["it"]
+    samples = timing.measure({"it": step}, gpu, seconds=0.0, min_rounds=3)["it"]
     assert set(samples.milliseconds) == {1.5} and len(samples.host_microseconds) == len(samples.milliseconds)
 
 
 def test_quantiles_and_speeds():
     samples = [float(value) for value in range(1, 102)]  # 1 to 101 ms
-    ms = harness.quantiles(samples)
+    ms = timing.quantiles(samples)
     assert (ms["min"], ms["q25"], ms["median"], ms["q75"], ms["max"], ms["samples"]) == (1, 26, 51, 76, 101, 101)
-    settings = Settings(DEVICE, ceilings={"copy_gb_per_s": 100.0, "matmul_tflop_per_s": {"float32": 1.0}})
-    memory_bound = harness.speeds(harness.Samples([10.0], [1.0]), Cost(1e9, 5e8), torch.float32, settings, None)
+    measured = {"copy_gb_per_s": 100.0, "matmul_tflop_per_s": {"float32": 1.0}}
+    memory_bound = ceilings.speeds(timing.Samples([10.0], [1.0]), Cost(1e9, 5e8), torch.float32, DEVICE, measured, None)
     assert memory_bound["gb_per_s"] == pytest.approx(50) and memory_bound["tflop_per_s"] == pytest.approx(0.1)
     assert memory_bound["floor_ms"] == pytest.approx(5) and memory_bound["of_floor"] == pytest.approx(0.5)
-    compute_bound = harness.speeds(harness.Samples([10.0], [1.0]), Cost(8e9, 1e6), torch.float32, settings, 4)
+    compute_bound = ceilings.speeds(timing.Samples([10.0], [1.0]), Cost(8e9, 1e6), torch.float32, DEVICE, measured, 4)
     assert compute_bound["floor_ms"] == pytest.approx(8) and compute_bound["images_per_s"] == pytest.approx(400)
 
 
 def test_bytes_kept_for_backward_leave_out_inputs():
     x = torch.randn(100, requires_grad=True)
-    assert harness.bytes_kept(lambda: (x * x).sum(), [x]) == 0  # x alone
-    assert harness.bytes_kept(lambda: x.exp().sum(), [x]) == 400  # its output
-    assert harness.bytes_kept(lambda: x.exp().sin().sum(), [x]) == 400  # the same tensor for both
-    assert harness.bytes_kept(lambda: x.exp().exp().sum(), [x]) == 800
+    assert memory.bytes_kept(lambda: (x * x).sum(), [x]) == 0  # x alone
+    assert memory.bytes_kept(lambda: x.exp().sum(), [x]) == 400  # its output
+    assert memory.bytes_kept(lambda: x.exp().sin().sum(), [x]) == 400  # the same tensor for both
+    assert memory.bytes_kept(lambda: x.exp().exp().sum(), [x]) == 800
 
 
 @pytest.mark.parametrize("name", ["attention", "layer_norm_gelu", "patch_embed"])
@@ -306,7 +313,7 @@ def test_results_say_what_was_measured_where(results_folder):
     }
     assert not list(results_folder.glob("*.part")) + list(results_folder.glob(".*"))
     result = json.loads((results_folder / "layer_norm.json").read_text())
-    assert result["schema"] == report.SCHEMA and result["not_begun"] == result["failed_cases"] == []
+    assert result["schema"] == storage.SCHEMA and result["not_begun"] == result["failed_cases"] == []
     about = result["environment"]
     assert (about["device"] and about["packages"]["torch"] == torch.__version__.partition("+")[0]) or about["packages"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", about["date"])
@@ -321,7 +328,7 @@ def test_results_say_what_was_measured_where(results_folder):
             ms = record["ms"]
             assert 0 < ms["min"] <= ms["p05"] <= ms["q25"] <= ms["median"] <= ms["q75"] <= ms["p95"] <= ms["max"]
             assert record["gb_per_s"] == pytest.approx(record["bytes"] / ms["median"] / 1e6)
-    assert passes == set(harness.PASSES)
+    assert passes == set(cases.PASSES)
     rows = (results_folder / "layer_norm.csv").read_text().splitlines()
     assert len(rows) == 1 + len(result["records"]) and rows[0].startswith("device,date,commit,operation,shape,dtype")
 
@@ -336,8 +343,8 @@ def test_stopped_run_leaves_what_it_has_measured(tmp_path, operation):
     tasks = [command.Task("square", "square one", 0, case), command.Task("square", "square two", 0, stopped)]
     options = command.build_parser().parse_args(["kernels", "--quick"])
     with pytest.raises(KeyboardInterrupt):
-        command.run_tasks(tasks, Settings(DEVICE, quick=True), options, lambda result: report.write(result, tmp_path))
-    (result,) = report.load([tmp_path])
+        command.run_tasks(tasks, Settings(DEVICE, quick=True), options, lambda result: storage.write(result, tmp_path))
+    (result,) = storage.load([tmp_path])
     assert len(result["records"]) == 3 and result["not_begun"] == ["square two"]
 
 
@@ -353,14 +360,14 @@ def test_case_that_cannot_be_set_up_is_reported_and_the_rest_goes_on(operation):
     results = command.run_tasks(tasks, Settings(DEVICE, quick=True), options, lambda result: None)
     assert results["square"]["failed_cases"] == [{"case": "square one", "reason": "MemoryError: too large"}]
     assert len(results["square"]["records"]) == 3
-    assert "too large" in report.table(list(results.values()))
+    assert "too large" in render_table(list(results.values()))
 
 
 def test_wrong_result_of_ours_is_exit_code_1(tmp_path, monkeypatch, capsys):
     def forgets_eps(x, weight, bias):
         return F.layer_norm(x, weight.shape, weight, bias, 1e-2)
 
-    ours = harness.Provider("fastvit", forgets_eps, kernel="layer_norm")
+    ours = cases.Provider("fastvit", forgets_eps, kernel="layer_norm")
     monkeypatch.setitem(OPERATIONS[0].providers, "fastvit", ours)
     argv = ["benchmark", "kernels", "--quick", "--only", "^layer_norm ", "--out", str(tmp_path)]
     assert cli.main(argv) == 1
@@ -446,7 +453,7 @@ def record(provider="fastvit", median=1.0, spread=0.01, **fields):
 
 def result(*records, device_type="cuda", **options):
     return {
-        "schema": report.SCHEMA,
+        "schema": storage.SCHEMA,
         "operation": "layer_norm",
         "environment": {
             "device": "Some <GPU>", "device_type": device_type, "date": "2026-01-02T03:04:05+00:00", "commit": "abc",
@@ -477,40 +484,40 @@ def result(*records, device_type="cuda", **options):
     ],
 )
 def test_compare_exits_with_1_beyond_threshold_and_noise(after, code, says, tmp_path, capsys):
-    report.write(result(record(), record("PyTorch")), tmp_path / "a")
-    report.write(result(after, record("PyTorch", median=3.0)), tmp_path / "b")
+    storage.write(result(record(), record("PyTorch")), tmp_path / "a")
+    storage.write(result(after, record("PyTorch", median=3.0)), tmp_path / "b")
     assert cli.main(["benchmark", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == code
     out = capsys.readouterr().out
     assert says in out and "others, whose code is the same, take 3.000x" in out
 
 
 def test_compare_takes_a_threshold_and_names_what_is_gone(tmp_path, capsys):
-    report.write(result(record(), record(shape="another")), tmp_path / "a")
-    report.write(result(record(median=1.10)), tmp_path / "b")
+    storage.write(result(record(), record(shape="another")), tmp_path / "a")
+    storage.write(result(record(median=1.10)), tmp_path / "b")
     argv = ["benchmark", "compare", str(tmp_path / "a"), str(tmp_path / "b"), "--threshold", "0.2"]
     assert cli.main(argv) == 0
     assert "not measured again:\n  layer_norm | another" in capsys.readouterr().out
 
 
 def test_compare_refuses_to_compare_nothing(tmp_path, capsys):
-    report.write(result(record(), record("PyTorch")), tmp_path / "a")
-    report.write(result(record("PyTorch")), tmp_path / "b")
+    storage.write(result(record(), record("PyTorch")), tmp_path / "a")
+    storage.write(result(record("PyTorch")), tmp_path / "b")
     assert cli.main(["benchmark", "compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "no case in common" in capsys.readouterr().err
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "results.json"
-    report.write_text(path, "old")
+    write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        report.write_text(path, "new \ud800")  # half a character
+        write_text(path, "new \ud800")  # half a character
     assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_results_of_another_schema_are_refused(tmp_path):
-    report.write(result(record()) | {"schema": 99}, tmp_path)
+    storage.write(result(record()) | {"schema": 99}, tmp_path)
     with pytest.raises(InputError, match="schema 1, got 99"):
-        report.load([tmp_path])
+        storage.load([tmp_path])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -526,7 +533,7 @@ def test_readme_agrees_with_the_results(capsys):
 def test_readme_check_fails_when_results_change(tmp_path, monkeypatch, capsys):
     (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     monkeypatch.setattr(command, "checkout", lambda: tmp_path)
-    report.write(result(record(median=1.0), record("PyTorch", median=2.0)), tmp_path / "benchmarks/results/some-gpu")
+    storage.write(result(record(median=1.0), record("PyTorch", median=2.0)), tmp_path / "benchmarks/results/some-gpu")
     assert cli.main(["benchmark", "readme", "--check"]) == 1
     assert cli.main(["benchmark", "readme"]) == 0
     assert cli.main(["benchmark", "readme", "--check"]) == 0
@@ -539,11 +546,11 @@ def test_readme_check_fails_when_results_change(tmp_path, monkeypatch, capsys):
 
 
 def test_readme_says_where_no_gpu_was_and_leaves_out_toys(tmp_path):
-    assert report.readme_section(tmp_path / "nothing").startswith("No results of a GPU have been recorded yet")
-    report.write(result(record(), device_type="cpu"), tmp_path / "cpu")
-    report.write(result(record(median=7.0), quick=True), tmp_path / "quick")
-    report.write(result(record(median=7.0), interpreted=True), tmp_path / "interpreted")
-    section = report.readme_section(tmp_path)
+    assert readme_section(tmp_path / "nothing").startswith("No results of a GPU have been recorded yet")
+    storage.write(result(record(), device_type="cpu"), tmp_path / "cpu")
+    storage.write(result(record(median=7.0), quick=True), tmp_path / "quick")
+    storage.write(result(record(median=7.0), interpreted=True), tmp_path / "interpreted")
+    section = readme_section(tmp_path)
     assert section.startswith("No results of a GPU have been recorded yet")
     assert "| forward | 1 |" in section and "| 7 |" not in section
 
@@ -554,16 +561,16 @@ def test_page_needs_nothing_but_itself(results_folder, tmp_path):
     page = path.read_text()
     assert not re.search(r"https?://|<script|<link|<img|<iframe|@import|url\(|\bsrc=|\bhref=", page)
     assert page.count("<svg") == page.count("</svg>") == 1 and 'class="roof"' in page
-    for result_ in report.load([results_folder]):
+    for result_ in storage.load([results_folder]):
         assert f"<h3>{result_['operation']}</h3>" in page
         for name in {one["provider"] for one in result_["records"]}:
             assert name in page
 
 
 def test_page_shows_speed_ups_escapes_names_and_joins_folders(tmp_path):
-    report.write(result(record(median=1.0), record("PyTorch", median=0.5)), tmp_path / "a")
-    report.write(result(record(median=1.0), record("PyTorch", median=2.0)), tmp_path / "b")
-    page = report.page(report.load([tmp_path / "a", tmp_path / "b"]))
+    storage.write(result(record(median=1.0), record("PyTorch", median=0.5)), tmp_path / "a")
+    storage.write(result(record(median=1.0), record("PyTorch", median=2.0)), tmp_path / "b")
+    page = render_page(storage.load([tmp_path / "a", tmp_path / "b"]))
     assert '<td class="number slower">0.50x</td>' in page and '<td class="number">2.00x</td>' in page
     assert "Some &lt;GPU&gt;" in page and "<GPU>" not in page
     assert page.count("<h2>") == 2
@@ -585,30 +592,30 @@ def test_page_shows_speed_ups_escapes_names_and_joins_folders(tmp_path):
 def test_targets_are_named_met_or_missed(targets, says):
     records = [record(targets=targets, peak_bytes=500, images_per_s=100.0)]
     records.append(record("PyTorch", median=2.0, targets=targets))
-    (comparison,) = report.comparisons([result(*records)])
-    assert report.against_targets(comparison) == says
-    (comparison,) = report.comparisons([result(records[0] | {"status": "wrong", "ms": None})])
-    assert "met" not in report.against_targets(comparison) and "not measured" in report.against_targets(comparison)
+    (comparison,) = comparisons([result(*records)])
+    assert against_targets(comparison) == says
+    (comparison,) = comparisons([result(records[0] | {"status": "wrong", "ms": None})])
+    assert "met" not in against_targets(comparison) and "not measured" in against_targets(comparison)
 
 
 def test_roofline_places_points_under_the_roof():
     slow, fast = record(), record("PyTorch", tflop_per_s=30.0)  # 10 FLOP a byte: the roof is 30 TFLOP/s
-    svg = report.roofline_svg([result(slow, fast)], "bfloat16")
+    svg = plots.draw_roofline([result(slow, fast)], "bfloat16")
     heights = {kind: float(y) for kind, y in re.findall(r'<circle class="(\w+)"[^>]* cy="([\d.]+)"', svg)}
     x, y = re.search(r'class="other" cx="([\d.]+)" cy="([\d.]+)"', svg).groups()
     roof = re.search(r'class="roof" d="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)', svg)
     x0, y0, x1, y1 = map(float, roof.groups())
     assert heights["ours"] > heights["other"]  # lower in the picture
     assert float(y) == pytest.approx(y0 + (float(x) - x0) / (x1 - x0) * (y1 - y0), abs=0.2)
-    assert report.roofline_svg([result(slow)], "float32") == ""
+    assert plots.draw_roofline([result(slow)], "float32") == ""
 
 
 def test_plots_are_drawn_where_matplotlib_is(results_folder, tmp_path):
     if importlib.util.find_spec("matplotlib") is None:
-        assert report.draw(report.load([results_folder]), tmp_path) == "no PNG plots: matplotlib is not installed"
+        assert plots.draw_bars(storage.load([results_folder]), tmp_path) == "no PNG plots: matplotlib is not installed"
         assert not list(tmp_path.iterdir())
     else:
-        assert report.draw(report.load([results_folder]), tmp_path) is None
+        assert plots.draw_bars(storage.load([results_folder]), tmp_path) is None
         assert {path.name for path in tmp_path.iterdir()} == {
             f"{path.stem}.png" for path in results_folder.glob("*.json")
         }
@@ -619,7 +626,7 @@ def test_memory_alone_is_held_against_who_needs_least():
         return record(provider, status="measured", ms=None, peak_bytes=count)
 
     records = [measured("fastvit", 512), measured("PyTorch", 2048), measured("PyTorch flash", 1024)]
-    text = report.table([result(*records, memory_only=True)])
+    text = render_table([result(*records, memory_only=True)])
     assert "512 B : 1 KiB" in text and "PyTorch flash" in text
 
 
@@ -634,10 +641,10 @@ def test_processors_of_one_name_are_told_apart(monkeypatch):
 def test_best_of_ours_is_held_against_the_best_of_the_others():
     records = [record(median=2.0), record("fastvit compiled", median=1.5), record("PyTorch", median=4.0)]
     records += [record("Liger-Kernel", median=3.0), record("flash-attn", status="missing", reason="no", ms=None)]
-    (comparison,) = report.comparisons([result(*copy.deepcopy(records))])
+    (comparison,) = comparisons([result(*copy.deepcopy(records))])
     assert (comparison.ours["provider"], comparison.rival["provider"]) == ("fastvit compiled", "Liger-Kernel")
     assert comparison.speed_up == pytest.approx(2.0)
-    assert "flash-attn: missing: no" in report.table([result(*records)])
+    assert "flash-attn: missing: no" in render_table([result(*records)])
 
 
 def test_the_host_is_measured_without_a_gpu(tmp_path, capsys):

@@ -21,7 +21,8 @@ import fastvit
 from fastvit import cli
 from fastvit.data import leaves
 from fastvit.report.run_log import RunLog
-from fastvit.train.finetune import load_model, main
+from fastvit.train.build import load_model
+from fastvit.train.finetune import main
 from fastvit.train.options import DEFAULT_MODEL, build_parser, parse_options
 from fastvit.train.training import FineTuner, depth_from_top
 

@@ -34,8 +34,8 @@ from transformers import ViTConfig, ViTImageProcessorPil
 import fastvit
 from fastvit import cli
 from fastvit.checkpoints.configuration import SIZE_LIMITS, read_json
+from fastvit.checkpoints.convert import convert, read_checkpoint
 from fastvit.checkpoints.inspection import check_checkpoint, check_shard_metadata, read_config
-from fastvit.checkpoints.weights import convert, read_checkpoint
 from fastvit.data import leaves
 from fastvit.data.datasets import load_images
 from fastvit.data.images import decode_image

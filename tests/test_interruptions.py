@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from fastvit.data.images import Augment, ImageCache, ImageSet, cache_images
 from fastvit.errors import InputError, is_out_of_memory
 from fastvit.files import PARTIAL
-from fastvit.train.finetune import run_options
 from fastvit.train.options import build_parser, parse_options
+from fastvit.train.resume import select_run_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed as on Linux")
 
@@ -290,12 +290,12 @@ def test_config_file_holds_every_option(tmp_path, monkeypatch):
         "label_column": "b", "max_train_samples": 5, "max_eval_samples": 6, "push_to_hub": "me/it", "output_dir": "out",
     }  # fmt: skip
     options = parse_options([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
-    stored = run_options(options)
+    stored = select_run_options(options)
     names = {action.dest for action in build_parser()._actions}
     unset = names - stored.keys() - {"help", "config", "overwrite", "resume"}
     assert all(getattr(options, name) is None for name in unset)
     Path("config.yaml").write_text(yaml.safe_dump(stored))
-    assert run_options(parse_options(["--config", "config.yaml"])) == stored
+    assert select_run_options(parse_options(["--config", "config.yaml"])) == stored
 
 
 def test_config_file_repeats_the_run(finished, tmp_path):

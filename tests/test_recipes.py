@@ -24,11 +24,13 @@ from fastvit.models import calibration
 from fastvit.models.vit import drop_path_rates
 from fastvit.ops.varlen import pack
 from fastvit.serve.predictor import Predictor
-from fastvit.train import finetune, recipes, sweep
+from fastvit.train import recipes, sweep
+from fastvit.train.build import make_loss
 from fastvit.train.finetune import main
 from fastvit.train.folds import take_fold
 from fastvit.train.options import parse_options
 from fastvit.train.recipes import MixPictures, RandAugment, RecipeTuner, TargetLoss, UpdateAverage, class_weights
+from fastvit.train.resume import remove_run
 
 CPU = ["--data-dir", "pictures", "--image-size", "16", "--precision", "fp32", "--cpu", "--learning-rate", "1e-3"]
 SCRATCH = [*CPU, "--from-scratch", "micro", "--patch-size", "8"]
@@ -470,7 +472,7 @@ def test_folds_are_trained_in_their_folders_and_resumed(capsys):
     for name in ("config.yaml", "folds.json"):  # as if it had been stopped in the first fold
         Path("out", name).unlink()
     assert main(options) == 2
-    finetune.remove_run(Path("out"))
+    remove_run(Path("out"))
     assert not any(Path("out").iterdir())
 
 
@@ -583,7 +585,7 @@ def test_recipes_are_off_by_default():
     assert (options.randaugment, options.ema, options.class_balanced, options.lora) == (None,) * 4
     assert (options.mixup, options.cutmix, options.drop_path) == (0, 0, 0)
     assert (options.early_stopping, options.folds, options.flip, options.calibrate) == (None, None, False, False)
-    assert finetune.loss_of(options, image_set(), 3) is None
+    assert make_loss(options, image_set(), 3) is None
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from transformers import (
     ViTModel,
 )
 
-from fastvit.checkpoints import weights
-from fastvit.checkpoints.weights import convert, read_checkpoint
+from fastvit.checkpoints.convert import convert, read_checkpoint
+from fastvit.checkpoints.timm import timm_heads
 from fastvit.errors import InputError
 
 WIDTH, HEADS, DEPTH, MLP, PATCH, GRID, LABELS = 32, 4, 2, 48, 4, 3, 5
@@ -406,9 +406,9 @@ def test_torch_files_are_unwrapped(tmp_path, wrap):
 
 def test_heads_are_64_wide_unless_the_model_is_known(tmp_path):
     for options, width, heads in [({}, 192, 3), ({}, 1280, 16), ({}, 1408, 16), ({"architecture": "test_vit"}, 64, 2)]:
-        assert weights.timm_heads(width, options, tmp_path) == heads
+        assert timm_heads(width, options, tmp_path) == heads
     with pytest.raises(InputError, match="num_heads"):
-        weights.timm_heads(100, {}, tmp_path)
+        timm_heads(100, {}, tmp_path)
 
 
 @pytest.mark.parametrize("size", [30, {"height": 30, "width": 30}])
@@ -763,8 +763,8 @@ def test_failure_midway_leaves_nothing_behind(tmp_path, hf, monkeypatch, name, e
         Path(arguments[1] if "safetensors" in str(arguments[1:2]) else arguments[0]).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", fail)
-    monkeypatch.setattr(weights.np, "savez", fail)
+    monkeypatch.setattr("fastvit.checkpoints.tensors.save_file", fail)
+    monkeypatch.setattr(np, "savez", fail)
     with pytest.raises(OSError, match="No space left"):
         convert(hf, dest, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -18,8 +18,10 @@ from safetensors import safe_open
 from transformers import ViTConfig
 from transformers.utils import cached_file
 
+from fastvit.checkpoints.checkpoint import sizes_of
 from fastvit.checkpoints.configuration import checked_config, read_json, shown_error
-from fastvit.checkpoints.weights import list_parameters, read_tensors, shard_names, sizes_of
+from fastvit.checkpoints.names import list_parameters
+from fastvit.checkpoints.tensors import read_tensors, shard_names
 from fastvit.errors import InputError
 
 # A quantised checkpoint packs at most this many weights into an element of a tensor (4-bit types).

@@ -108,7 +108,7 @@ def info(argv: list[str]) -> None:
 
 
 def convert(argv: list[str]) -> None:
-    from fastvit.checkpoints.weights import convert
+    from fastvit.checkpoints.convert import convert
 
     parser = argparse.ArgumentParser(prog="fastvit convert", description=f"{COMMANDS['convert'].capitalize()}.")
     parser.add_argument("source", help="folder or file to read (the format is found out)")

@@ -10,8 +10,8 @@ from transformers import ViTConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from fastvit.checkpoints.configuration import checked_config, read_json, shown
+from fastvit.checkpoints.images import ImageSettings, image_settings
 from fastvit.checkpoints.inspection import read_config
-from fastvit.checkpoints.weights import ImageSettings, image_settings
 from fastvit.errors import InputError
 from fastvit.models.heads import ViTForImageClassification
 

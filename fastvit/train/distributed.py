@@ -29,7 +29,7 @@ MARKER = ".launch"  # in the folder of an unfinished run: the launch that writes
 
 
 @contextlib.contextmanager
-def joined_processes(cpu: bool) -> Iterator[PartialState]:
+def join_processes(cpu: bool) -> Iterator[PartialState]:
     """Join the other processes, if there are any: NCCL between GPUs, Gloo between CPUs. Only the first one prints.
 
     All have read their options when this begins, so that what the first one writes next surprises none.
@@ -79,7 +79,7 @@ def is_own_run(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lost_process_is_said(output_dir: Path) -> Iterator[None]:
+def explain_lost_process(output_dir: Path) -> Iterator[None]:
     """Turn the errors of a connection whose other end is gone into one line that says how to go on."""
     try:
         yield

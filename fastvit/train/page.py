@@ -1,8 +1,8 @@
 """`report.html`: one file that shows a run to a person, without a network and without anything beside it.
 
-`of_run` gathers what the page shows from a finished run, `render` writes it as HTML (`templates/run.html`). Whatever
-comes from outside, such as the names of classes, is escaped by the template engine, and the page forbids the browser to
-load anything or to run another script than its own.
+`gather_report` gathers what the page shows from a finished run, `render` writes it as HTML (`templates/run.html`).
+Whatever comes from outside, such as the names of classes, is escaped by the template engine, and the page forbids the
+browser to load anything or to run another script than its own.
 
 The page stays small and readable however large the data set is: of many classes some are shown, and it says which.
 """
@@ -114,7 +114,7 @@ def render(run: RunReport) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def of_run(
+def gather_report(
     options: argparse.Namespace,
     images: ImageDataset,
     pictures: str,

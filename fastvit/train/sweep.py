@@ -24,9 +24,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastvit.data.datasets import TRAIN, VALIDATION
 from fastvit.errors import InputError
-from fastvit.train import finetune
+from fastvit.files import write_text
+from fastvit.train import build
 from fastvit.train.options import parse_options
 from fastvit.train.recipes import MixPictures, RecipeTuner, TargetLoss, require
+from fastvit.train.resume import select_run_options
 from fastvit.train.training import NonFiniteLoss, Progress, StopOnNonFiniteLoss
 
 # Option -> lowest, highest, and whether proposals are even in the logarithm.
@@ -81,17 +83,17 @@ class Sweep:
 
     def __init__(self, options: argparse.Namespace, space: dict[str, Range], processes: PartialState):
         self.options, self.space = options, space
-        images = finetune.load_data(options, processes)
-        finetune.print_counts(images)
+        images = build.load_data(options, processes)
+        build.print_counts(images)
         self.class_names = images.class_names
-        model = finetune.load_model(options, self.class_names)
-        processor = finetune.image_processor_for(options, model)
+        model = build.load_model(options, self.class_names)
+        processor = build.load_image_processor(options, model)
         self.normalization = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-        sets = finetune.make_image_sets(options, images, processor, processes)
+        sets = build.make_image_sets(options, images, processor, processes)
         if VALIDATION not in sets:
             raise InputError(f"fastvit sweep: expected a validation split, {images.name} has none")
-        precision = finetune.precision_of(options, model.config.hidden_size)
-        arguments = finetune.training_arguments(options, precision, True, options.max_steps)
+        precision = build.choose_precision(options, model.config.hidden_size)
+        arguments = build.make_training_arguments(options, precision, True, options.max_steps)
         # A trial leaves its accuracy, measured after every epoch, and no files.
         arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.EPOCH, IntervalStrategy.NO
         arguments.load_best_model_at_end = False
@@ -102,7 +104,7 @@ class Sweep:
             train_dataset=sets[TRAIN],
             eval_dataset=sets[VALIDATION],
             data_collator=MixPictures(len(self.class_names)),
-            compute_metrics=finetune.accuracy,
+            compute_metrics=build.compute_accuracy,
             callbacks=[PruneOnNonFiniteLoss()],
             ema_decay=options.ema,
         )
@@ -126,15 +128,15 @@ class Sweep:
             train: Any = self.trainer.train_dataset
             train.with_seeds = bool(options.mixup or options.cutmix)
             self.trainer.data_collator = MixPictures(len(self.class_names), options.mixup, options.cutmix)
-            loss = finetune.loss_of(options, train, len(self.class_names))
+            loss = build.make_loss(options, train, len(self.class_names))
             self.trainer.compute_loss_func = loss or TargetLoss(label_smoothing=options.label_smoothing)
             self.trainer.layer_decay = options.layer_decay
             arguments = self.trainer.args
             arguments.learning_rate, arguments.weight_decay = options.learning_rate, options.weight_decay
             arguments.warmup_steps = options.warmup
-        model = finetune.load_model(options, self.class_names)
+        model = build.load_model(options, self.class_names)
         model.config.update(self.normalization)
-        return finetune.ready_to_train(options, model)
+        return build.prepare_model(options, model)
 
     def search(self, trials: int, **study: Any) -> None:
         assert self.trainer is not None
@@ -149,7 +151,7 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     set_seed(options.seed)
-    plain = {name: value for name, value in finetune.run_options(options).items() if name != "output_dir"}
+    plain = {name: value for name, value in select_run_options(options).items() if name != "output_dir"}
     study = {"study_name": "fastvit", "storage": f"sqlite:///{(folder / STUDY).resolve()}"}
     told = {"options": plain, "space": {name: list(limits) for name, limits in space.items()}}
     finished: list[Any] = []
@@ -181,9 +183,9 @@ def run(options: argparse.Namespace, space: dict[str, Range], trials: int, folde
     header = ["trial", "state", "accuracy", *names]
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    finetune.write_text(folder / TABLE, text.getvalue())
+    write_text(folder / TABLE, text.getvalue())
     best = {**plain, **done.best_trial.params}
-    finetune.write_text(folder / BEST, yaml.safe_dump(best, sort_keys=False))
+    write_text(folder / BEST, yaml.safe_dump(best, sort_keys=False))
     print(table(header, rows[:20]))
     print(f"\nall trials: {folder / TABLE}\ntrain with the best: fastvit finetune --config {folder / BEST}")
     return best

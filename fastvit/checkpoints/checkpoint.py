@@ -1,0 +1,97 @@
+"""A checkpoint in memory, whatever format it came in, and the account of its tensors: names, shapes and dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import ViTConfig
+
+from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.names import CLASSIFIER, POOLER, Format, Parameter, Sizes, group_by_name, list_parameters
+from fastvit.errors import InputError
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Vision Transformer read from any format.
+
+    config: as transformers would read it. state_dict: hub names, those of ViTForImageClassification where there is a
+    classifier, else those of ViTModel. image_mean, image_std: one float a channel, for pixels in 0..1. image_size:
+    (height, width) that pictures are resized to. resample: the filter, a PIL.Image.Resampling number.
+    """
+
+    config: ViTConfig
+    state_dict: dict[str, Tensor]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    image_size: tuple[int, int]
+    resample: int
+    source_format: Format
+
+
+def rows_of(checkpoint: Checkpoint) -> list[Parameter]:
+    classifier = CLASSIFIER[0].hf in checkpoint.state_dict
+    return list_parameters(
+        checkpoint.config.num_hidden_layers,
+        qkv_bias=checkpoint.config.qkv_bias,
+        pooler=POOLER[0].hf in checkpoint.state_dict,
+        classifier=classifier,
+        prefix="vit." if classifier else "",
+    )
+
+
+def sizes_of(config: ViTConfig) -> Sizes:
+    """The size of each symbol according to a config."""
+    patch_height, patch_width = as_pair(config.patch_size)
+    height, width = as_pair(config.image_size)
+    sizes: Sizes = {
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "H": config.num_attention_heads,
+        "C": config.num_channels,
+        "h": patch_height,
+        "w": patch_width,
+        "O": config.pooler_output_size or config.hidden_size,
+    }
+    tokens = (height // patch_height) * (width // patch_width) + 1
+    return {**sizes, "L": config.num_labels or 0, "K": sizes["D"] // sizes["H"], "N": tokens}
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], rows: Sequence[Parameter], fmt: Format, sizes: Sizes, source: Path
+) -> Sizes:
+    """Account for every tensor, and return the size of each symbol of the shapes.
+
+    A symbol that `sizes` does not hold takes its value from the first tensor that has it; all others must agree.
+    """
+    groups = group_by_name(rows, fmt)
+    sizes = {"1": 1, **sizes}
+    for name, group in groups.items():
+        symbols = (group[0].npz_shape if fmt == "npz" else group[0].shape).split()
+        if name in tensors and tensors[name].ndim == len(symbols):
+            for symbol, size in zip(symbols, tensors[name].shape, strict=True):
+                sizes.setdefault(symbol, size)
+        expected = [sizes.get(symbol, symbol) for symbol in symbols]
+        if len(group) > 1:
+            expected[0] = len(group) * sizes["D"]
+        shape = "[" + ", ".join(map(str, expected)) + "]"
+        if name not in tensors:
+            raise InputError(f"{source}: tensor {name} is missing: expected shape {shape}")
+        found = list(tensors[name].shape)
+        if found != expected or 0 in found:
+            raise InputError(f"{source}: tensor {name}: expected shape {shape}, found {found}")
+        if tensors[name].dtype not in DTYPES:
+            raise InputError(f"{source}: tensor {name}: expected floating point weights, found {tensors[name].dtype}")
+    for name in tensors:
+        if name not in groups:
+            found = list(tensors[name].shape)
+            raise InputError(
+                f"{source}: tensor {name} of shape {found} is unexpected: this model has no such parameter"
+            )
+    return sizes

@@ -1,0 +1,104 @@
+"""What timm and npz checkpoints have in common: they have no config, and hold what this model cannot express."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import ViTConfig
+
+from fastvit.checkpoints.configuration import shown
+from fastvit.checkpoints.names import CLASSIFIER, EMBEDDINGS, POOLER, QKV_BIAS, Format, Sizes, has_any
+from fastvit.errors import InputError
+
+# What the timm and npz formats do not write down, because the code that reads them has it built in. flax's LayerNorm
+# and timm's Vision Transformers use 1e-6; the 1e-12 of Google's own configs on the hub is ViTConfig's default, taken
+# from BERT, and not what the weights were trained with. flax's gelu is the tanh approximation, timm's is exact.
+LAYER_NORM_EPS = 1e-6
+HIDDEN_ACT = {"timm": "gelu", "npz": "gelu_pytorch_tanh"}
+GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
+
+
+def refuse_foreign_parts(names: Mapping[str, Any], fmt: Format, refused: Mapping[str, str], source: Path) -> None:
+    """Raise where a name matches a pattern of `refused` (pattern -> what it means), or there is no class token."""
+    for pattern, meaning in refused.items():
+        for name in names:
+            if re.search(pattern, name):
+                raise InputError(f"{source}: {name}: {meaning}: this model cannot express it")
+    cls_token = getattr(EMBEDDINGS[2], fmt)
+    if has_any(names, EMBEDDINGS[:1], fmt) and cls_token not in names:
+        raise InputError(f"{source}: no tensor {cls_token}: a model without a class token cannot be expressed")
+
+
+def foreign_parts(tensors: dict[str, Tensor], fmt: Format, source: Path) -> tuple[dict[str, bool], dict[str, Tensor]]:
+    """Which optional parts a timm or npz checkpoint has, and its tensors without a head that has no place."""
+    parts = {
+        "qkv_bias": has_any(tensors, QKV_BIAS, fmt),
+        "pooler": has_any(tensors, POOLER, fmt),
+        "classifier": has_any(tensors, CLASSIFIER, fmt),
+    }
+    if parts["pooler"] and parts["classifier"]:
+        # The pretraining head stands on the pooler; transformers' classifier stands on the class token itself.
+        head = [getattr(row, fmt) for row in CLASSIFIER]
+        warnings.warn(
+            f"{source}: dropped {' and '.join(head)}: transformers has no classifier on a pooler", stacklevel=2
+        )
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in head}
+        parts["classifier"] = False
+    return parts, tensors
+
+
+def config_of(
+    sizes: Sizes, fmt: Format, depth: int, qkv_bias: bool, labels: list[str] | None, source: Path
+) -> ViTConfig:
+    """The config of a timm or npz checkpoint from the sizes of its tensors."""
+    grid = math.isqrt(sizes["N"] - 1)
+    if grid == 0 or grid**2 != sizes["N"] - 1:
+        name = getattr(EMBEDDINGS[3], fmt)
+        raise InputError(f"{source}: tensor {name}: expected 1 + a square number of positions, found {sizes['N']}")
+    options: dict[str, Any] = {}
+    if sizes["h"] == sizes["w"]:
+        # The decoder of masked image modelling paints whole patches.
+        options.update(patch_size=sizes["h"], image_size=grid * sizes["h"], encoder_stride=sizes["h"])
+    else:
+        options.update(patch_size=[sizes["h"], sizes["w"]], image_size=[grid * sizes["h"], grid * sizes["w"]])
+    if "O" in sizes:
+        options["pooler_output_size"] = sizes["O"]
+    if "L" in sizes:
+        labels = labels or [f"LABEL_{label}" for label in range(sizes["L"])]
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    return ViTConfig(
+        hidden_size=sizes["D"],
+        num_hidden_layers=depth,
+        num_attention_heads=sizes["H"],
+        intermediate_size=sizes["F"],
+        hidden_act=HIDDEN_ACT[fmt],
+        layer_norm_eps=LAYER_NORM_EPS,
+        num_channels=sizes["C"],
+        qkv_bias=qkv_bias,
+        **options,
+    )
+
+
+def check_writable_config(config: ViTConfig, to: Format) -> None:
+    """Refuse, or where the difference is within rounding of training warn of, what the format cannot record."""
+    if config.hidden_act not in GELUS:
+        raise InputError(
+            f"config.hidden_act: a {to} checkpoint means {HIDDEN_ACT[to]!r}, got {shown(config.hidden_act)}"
+        )
+    if config.pooler_act != "tanh":
+        raise InputError(f"config.pooler_act: a {to} checkpoint means 'tanh', got {shown(config.pooler_act)}")
+    means = {"layer_norm_eps": LAYER_NORM_EPS, "hidden_act": HIDDEN_ACT[to]}
+    # Two names of one function.
+    given = {"layer_norm_eps": config.layer_norm_eps, "hidden_act": config.hidden_act.replace("_new", "_pytorch_tanh")}
+    for option, value in given.items():
+        if value != means[option]:
+            warnings.warn(
+                f"config.{option}: {value} cannot be recorded: {to} code computes with {means[option]}", stacklevel=2
+            )

@@ -1,0 +1,61 @@
+"""The JAX files of the paper's authors (github.com/google-research/vision_transformer)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, rows_of, sizes_of
+from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.foreign import check_writable_config, config_of, foreign_parts, refuse_foreign_parts
+from fastvit.checkpoints.names import JAX_ORDER, count_layers, list_parameters
+from fastvit.checkpoints.tensors import read_arrays
+from fastvit.errors import InputError
+
+# What this model cannot express, by a part of the array's name.
+REFUSED = {
+    r"^(conv_root|gn_root|block\d)/": "a convolutional stem",
+    r"^MAPHead_0/": "attention pooling",
+    r"^pos_embedding$|/MultiHeadDotProductAttention_0/": "big_vision's later layout",
+}
+
+
+def read_npz(source: Path) -> Checkpoint:
+    tensors = read_arrays(source)
+    refuse_foreign_parts(tensors, "npz", REFUSED, source)
+    parts, tensors = foreign_parts(tensors, "npz", source)
+    depth = count_layers(tensors, "npz")
+    rows = list_parameters(depth, **parts, prefix="vit." if parts["classifier"] else "")
+    sizes = check_tensors(tensors, rows, "npz", {}, source)
+    if sizes["H"] * sizes["K"] != sizes["D"]:
+        raise InputError(
+            f"{source}: expected heads x head size = hidden size, found {sizes['H']} x {sizes['K']} and {sizes['D']}"
+        )
+
+    state_dict = {}
+    for row in rows:
+        symbols = row.shape.split()
+        order = JAX_ORDER[len(symbols)]
+        jax_order_shape = [sizes[symbols[dim]] for dim in order]
+        state_dict[row.hf] = tensors[row.npz].reshape(jax_order_shape).permute(*np.argsort(order).tolist())
+    config = config_of(sizes, "npz", depth, parts["qkv_bias"], None, source)
+    # The authors' input pipeline: bilinear, pixels in -1..1.
+    half = (0.5,) * config.num_channels
+    size = as_pair(config.image_size)
+    return Checkpoint(config, state_dict, half, half, size, int(Image.Resampling.BILINEAR), source_format="npz")
+
+
+def write_npz(checkpoint: Checkpoint, path: Path) -> None:
+    check_writable_config(checkpoint.config, "npz")
+    sizes = {"1": 1, **sizes_of(checkpoint.config)}
+    arrays = {}
+    for row in rows_of(checkpoint):
+        tensor = checkpoint.state_dict[row.hf]
+        if tensor.dtype == torch.bfloat16:
+            tensor = tensor.float()
+        tensor = tensor.permute(JAX_ORDER[tensor.ndim])
+        arrays[row.npz] = tensor.reshape([sizes[symbol] for symbol in row.npz_shape.split()]).numpy()
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # a name could be that of an option; none of these is

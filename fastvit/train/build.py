@@ -1,0 +1,285 @@
+"""Options -> images, model, loss and the arguments of Trainer."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImageProcessorPil
+from transformers.trainer import TRAINER_STATE_NAME
+
+from fastvit.checkpoints.configuration import as_pair
+from fastvit.data.datasets import TRAIN, ImageDataset, load_images
+from fastvit.data.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
+from fastvit.data.streaming import Stream, StreamedDataset, stream_images
+from fastvit.errors import InputError
+from fastvit.models.heads import ViTForImageClassification
+from fastvit.models.loading import load_config, load_image_settings, load_pretrained
+from fastvit.train.folds import take_fold
+from fastvit.train.options import SIZES
+from fastvit.train.recipes import RandAugment, TargetLoss, add_adapters, class_weights
+from fastvit.train.resume import find_last_checkpoint
+
+
+def load_data(options: argparse.Namespace, processes: PartialState) -> ImageDataset:
+    """The images that the options name, with one of the folds for validation if that is asked for."""
+    if options.streaming:
+        return stream_images(
+            options.dataset,
+            options.data_dir,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            class_names=options.class_names,
+            max_eval_samples=options.max_eval_samples,
+            seed=options.seed,
+            need_length=options.max_steps <= 0,
+            need_validation=options.validation_fraction != 0,
+        )
+    with processes.local_main_process_first():
+        images = load_images(
+            options.dataset,
+            options.data_dir,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            validation_fraction=options.validation_fraction if options.fold is None else 0,
+            seed=options.seed,
+            image_size=options.image_size or 64,
+            generated_images=options.generated_images,
+        )
+    return images if options.fold is None else take_fold(images, options.folds, options.fold, options.seed)
+
+
+def print_counts(images: ImageDataset) -> None:
+    width = max(len(name) for name in [*images.class_names, "class"])
+    print(f"{images.name}: {len(images.class_names)} classes")
+    print(f"  {'class':<{width}}" + "".join(f"{name:>12}" for name in images.splits))
+    counts = images.counts()
+    for label, class_name in list(enumerate(images.class_names))[:50]:
+        print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>12}" for count in counts.values()))
+    if len(images.class_names) > 50:
+        print(f"  ... and {len(images.class_names) - 50} more classes")
+    print(f"  {'together':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
+
+
+def describe_count(images: ImageDataset) -> str:
+    """How many images there are to train on, for a sentence."""
+    return "streamed" if isinstance(images, StreamedDataset) else f"{len(images.splits[TRAIN]):,}"
+
+
+def choose_decode_size(size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:
+    """Images that will be cropped are decoded a seventh larger, so that crops keep their detail."""
+    return (math.ceil(size[0] * 8 / 7), math.ceil(size[1] * 8 / 7)) if augment else size
+
+
+def make_image_sets(
+    options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil, processes: PartialState
+) -> dict[str, ImageSet]:
+    """Every split decoded and cached: by the first process of a machine, into a file that all of them read."""
+    size = (processor.size["height"], processor.size["width"])
+    cache_home = Path(os.environ.get("FASTVIT_CACHE_DIR") or Path.home() / ".cache" / "fastvit")
+    sets = {}
+    for name, split in images.splits.items():
+        limit = options.max_train_samples if name == TRAIN else options.max_eval_samples
+        if limit is not None and limit < len(split):
+            split = split.select(np.sort(np.random.default_rng(options.seed).permutation(len(split))[:limit]))
+        crop = Augment(size) if name == TRAIN and options.augment else None
+        with processes.local_main_process_first():
+            cache = cache_images(
+                split.load,
+                len(split),
+                choose_decode_size(size, crop),
+                resample=processor.resample,
+                skip_bad=options.skip_bad_images,
+                key=split.key,
+                cache_dir=cache_home / "images",
+                memory_limit=MEMORY_CACHE_BYTES if processes.num_processes == 1 else 0,
+                description=f"decoding {name}",
+            )
+        if cache.skipped:
+            print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
+            for reason in list(cache.skipped.values())[:10]:
+                print(f"  {reason}")
+        augment: Augment | RandAugment | None = crop
+        if name == TRAIN and options.randaugment is not None:
+            operations, magnitude = options.randaugment
+            augment = RandAugment(operations, magnitude, first=crop)
+        with_seeds = name == TRAIN and bool(options.mixup or options.cutmix)
+        sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds)
+        if len(sets[name]) == 0:
+            raise InputError(f"{images.name}: no picture left in split {name!r}")
+    return sets
+
+
+def make_stream(
+    options: argparse.Namespace, images: StreamedDataset, processor: ViTImageProcessorPil, processes: PartialState
+) -> Stream:
+    """This process's training images; after --resume, those that come next."""
+    size = (processor.size["height"], processor.size["width"])
+    augment = Augment(size) if options.augment else None
+    stream = Stream(
+        images,
+        choose_decode_size(size, augment),
+        augment,
+        resample=processor.resample,
+        seed=options.seed,
+        shuffle_buffer=options.shuffle_buffer,
+        skip_bad=options.skip_bad_images,
+        rank=processes.process_index,
+        world_size=processes.num_processes,
+    )
+    if options.resume and (checkpoint := find_last_checkpoint(options)):
+        state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+        stream.resume_after(state.global_step * options.gradient_accumulation, options.batch_size)
+    return stream
+
+
+def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:
+    """The model with a classifier for `class_names`, pretrained or from scratch."""
+    labels = {
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+        "problem_type": "single_label_classification",
+        "attention_probs_dropout_prob": options.attention_dropout,
+        "hidden_dropout_prob": options.hidden_dropout,
+        "drop_path_rate": options.drop_path,
+    }
+    if options.from_scratch is not None:
+        hidden_size, num_layers, num_heads = SIZES[options.from_scratch]
+        image_size = options.image_size or 224
+        if image_size % options.patch_size:
+            raise InputError(
+                f"--image-size: expected a multiple of the patch size {options.patch_size}, got {image_size}"
+            )
+        config = ViTConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            intermediate_size=4 * hidden_size,
+            image_size=image_size,
+            patch_size=options.patch_size,
+            encoder_stride=options.patch_size,
+            layer_norm_eps=1e-6,
+            **labels,
+        )
+        return ViTForImageClassification(config)
+
+    config = load_config(options.model)
+    config.update(labels)
+    if options.image_size is not None:
+        config.image_size = options.image_size
+        patch_size = as_pair(config.patch_size)
+        if any(options.image_size % side for side in patch_size):
+            raise InputError(
+                f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
+            )
+    # The classifier is the one part that may not fit: other classes. Everything else must.
+    return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
+
+
+def load_image_processor(options: argparse.Namespace, model: ViTForImageClassification) -> ViTImageProcessorPil:
+    """The processor that goes with the model: its own normalisation and resampling, at the size it is trained for."""
+    height, width = as_pair(model.config.image_size)
+    settings: dict[str, Any] = {}
+    if options.from_scratch is None:
+        base = load_image_settings(options.model, model.config)
+        if base is None:
+            print(f"note: {options.model} has no image processor; mean and standard deviation 0.5 are used")
+        else:
+            settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
+    return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
+
+
+def prepare_model(options: argparse.Namespace, model: ViTForImageClassification) -> Any:
+    """The model with what is to be trained of it, and adapters if they are asked for."""
+    if options.freeze_backbone:
+        model.vit.requires_grad_(False)
+    if options.gradient_checkpointing:
+        # The method's new name from transformers 5.2x on.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    return model if options.lora is None else add_adapters(model, options.lora)
+
+
+def choose_precision(options: argparse.Namespace, hidden_size: int) -> str:
+    """bf16, fp16 or fp32; auto is bf16 where it is the faster: on most GPUs, and for wide models on CPUs with AMX."""
+    if options.precision != "auto":
+        return options.precision
+    if torch.cuda.is_available() and not options.cpu:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Below a width of about 192 the casts cost more than the matrix products gain.
+    has_amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if has_amx and hidden_size >= 192 else "fp32"
+
+
+def make_loss(options: argparse.Namespace, train: ImageSet | None, num_classes: int) -> TargetLoss | None:
+    """The loss, where it is not the model's own with Trainer's label smoothing."""
+    weights = None
+    if options.class_balanced is not None and train is not None:
+        weights = class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
+    elif not (options.mixup or options.cutmix):
+        return None
+    return TargetLoss(weights, options.label_smoothing)
+
+
+def compute_accuracy(prediction) -> dict[str, float]:
+    """Accuracy, and the loss of every image once: Trainer's own counts those twice that fill up the last batches."""
+    logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
+
+
+def count_steps(options: argparse.Namespace, images: ImageDataset, processes: PartialState) -> int:
+    """Steps to train for; -1 leaves that to the number of epochs. A stream has no end, so that it needs a number."""
+    if options.max_steps > 0 or not isinstance(images, StreamedDataset) or images.num_train is None:
+        return options.max_steps
+    images_per_step = options.batch_size * options.gradient_accumulation * processes.num_processes
+    return math.ceil(options.epochs * images.num_train / images_per_step)
+
+
+def make_training_arguments(
+    options: argparse.Namespace, precision: str, has_validation: bool, max_steps: int
+) -> TrainingArguments:
+    strategy = "steps" if has_validation else "no"
+    return TrainingArguments(
+        output_dir=options.output_dir,
+        num_train_epochs=options.epochs,
+        max_steps=max_steps,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size if options.auto_batch else max(options.batch_size, 32),
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup,
+        lr_scheduler_type=options.scheduler,
+        label_smoothing_factor=options.label_smoothing,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        torch_compile=options.compile,
+        use_cpu=options.cpu or not torch.cuda.is_available(),
+        seed=options.seed,
+        data_seed=options.seed,
+        ddp_find_unused_parameters=False,
+        fsdp=True if options.fsdp else None,
+        fsdp_config={"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"},
+        dataloader_num_workers=options.workers,
+        dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
+        remove_unused_columns=False,
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy=strategy,
+        eval_steps=options.eval_steps,
+        save_strategy="steps",
+        save_steps=options.eval_steps,
+        load_best_model_at_end=has_validation,
+        restore_callback_states_from_checkpoint=True,  # early stopping's patience
+        metric_for_best_model="accuracy" if has_validation else None,
+        report_to=options.report_to,
+        push_to_hub=options.push_to_hub is not None,
+        hub_model_id=options.push_to_hub,
+    )

@@ -1,0 +1,87 @@
+"""The model card: what a model is, how good it is, how to use it and how it came about, with the hub's metadata."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+import fastvit
+from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
+from fastvit.train.build import describe_count
+from fastvit.train.resume import select_run_options
+
+CARD = """
+# {name}
+
+A Vision Transformer that tells {classes} apart. It was {origin} on {pictures} pictures of {dataset}.
+
+## How good it is
+
+```
+{reports}```
+
+## How to use it
+
+```python
+from transformers import pipeline
+
+print(pipeline("image-classification", "{name}")("picture.jpg"))
+```
+
+`from fastvit import ViTForImageClassification` loads it as well.
+
+## How it was trained
+
+`fastvit finetune --config config.yaml`, with fastvit {version}, transformers {transformers} and PyTorch {torch}:
+
+```yaml
+{options}```
+"""
+
+
+def make_model_card(
+    options: argparse.Namespace, images: ImageDataset, metrics: dict[str, float], reports: str
+) -> ModelCard:
+    """The card of a run.
+
+    Args:
+        metrics: those of the splits, as `write_results` returns them.
+        reports: their tables, as text.
+    """
+    name = options.push_to_hub or Path(options.output_dir).name
+    results = [
+        EvalResult("image-classification", images.name, images.name, "accuracy", metrics[f"{prefix}_accuracy"],
+                   dataset_split=split)
+        for split, prefix in ((VALIDATION, "eval"), (TEST, "test"))
+        if f"{prefix}_accuracy" in metrics
+    ]  # fmt: skip
+    pretrained = options.from_scratch is None and not Path(options.model).exists()
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "vision", "fastvit"],
+        base_model=options.model if pretrained else None,
+        datasets=[images.name] if options.dataset not in (None, "generated") else None,
+        eval_results=results or None,
+    )
+    origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
+    classes = ", ".join(images.class_names[:20]) + (", ..." if len(images.class_names) > 20 else "")
+    text = CARD.format(
+        name=name,
+        classes=classes,
+        origin=origin,
+        pictures=describe_count(images),
+        dataset=images.name,
+        reports=reports,
+        version=fastvit.__version__,
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        options=yaml.safe_dump(select_run_options(options), sort_keys=False),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")

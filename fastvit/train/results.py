@@ -1,0 +1,138 @@
+"""What a training leaves when it comes to its end: model, metrics, reports, model card and page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers.trainer_utils import PredictionOutput, TrainOutput
+
+from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
+from fastvit.data.images import ImageSet
+from fastvit.files import write_text
+from fastvit.models import calibration
+from fastvit.report import figures
+from fastvit.report.classification import classification_metrics, confusion_matrix, format_metrics
+from fastvit.train import page
+from fastvit.train.build import describe_count
+from fastvit.train.distributed import MARKER
+from fastvit.train.folds import summarize_folds
+from fastvit.train.model_card import make_model_card
+from fastvit.train.recipes import RecipeTuner, merge_adapters
+from fastvit.train.resume import ADAPTER
+
+SPLITS = {VALIDATION: "eval", TEST: "test"}  # evaluated at the end -> how the names of its metrics begin
+
+
+def write_results(
+    trainer: RecipeTuner, result: TrainOutput, images: ImageDataset, sets: dict[str, ImageSet], options
+) -> dict[str, float]:
+    """Write everything that a finished training leaves, and return the metrics of validation and test.
+
+    Args:
+        result: what `trainer.train` returned.
+        sets: split -> images; those of `SPLITS` are evaluated.
+    """
+    output_dir = Path(options.output_dir)
+    save_model(trainer, result, options)
+    trainer.flip = options.flip
+    metrics: dict[str, float] = {}
+    reports, predictions = [], {}
+    temperature = 1.0
+    for name, prefix in SPLITS.items():
+        if name not in sets:
+            continue
+        output = trainer.predict(sets[name], metric_key_prefix=prefix)
+        confusion = confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(images.class_names))
+        split_metrics = {**output.metrics, f"{prefix}_macro_f1": classification_metrics(confusion)["macro_f1"]}
+        split_metrics["epoch"] = trainer.state.epoch
+        if options.calibrate:
+            if name == VALIDATION:
+                temperature = metrics["temperature"] = calibrate_model(trainer, output, output_dir)
+                print(f"\ntemperature {temperature:.3f}, fitted on {name}")
+            before, after = measure_calibration(trainer, output, temperature, output_dir / f"reliability_{name}.png")
+            split_metrics |= {
+                f"{prefix}_calibration_error_before": before,
+                f"{prefix}_calibration_error_after": after,
+            }
+        predictions[name] = (output.label_ids, output.predictions / temperature)
+        trainer.save_metrics(prefix, split_metrics)
+        metrics |= split_metrics
+        reports.append(f"{name}: {format_metrics(confusion, images.class_names)}\n")
+        print(f"\n{reports[-1]}", end="")
+    if trainer.is_world_process_zero():
+        write_text(output_dir / "classification_report.txt", "\n".join(reports))
+        (output_dir / MARKER).unlink(missing_ok=True)
+    trainer.model_card = make_model_card(options, images, metrics, "\n".join(reports))
+    trainer.create_model_card()
+    if trainer.is_world_process_zero():
+        seconds = result.metrics["train_runtime"]
+        shown = page.gather_report(
+            options, images, describe_count(images), sets, predictions, trainer.state, trainer.args.device, seconds
+        )
+        write_text(output_dir / page.REPORT_FILE, page.render(shown))
+    if options.push_to_hub:
+        trainer.push_to_hub()
+    print(f"\nmodel, metrics and model card: {output_dir}")
+    print(f"a page to look at: {output_dir / page.REPORT_FILE}")
+    print(f"try it: fastvit predict {output_dir} IMAGE")
+    return metrics
+
+
+def save_model(trainer: RecipeTuner, result: TrainOutput, options: argparse.Namespace) -> None:
+    """The metrics of training, Trainer's state, and the model as one file, adapters merged."""
+    output_dir = Path(options.output_dir)
+    result.metrics["train_loss"] = average_loss(trainer.state.log_history)  # Trainer's is of this process's steps
+    if result.metrics["train_samples_per_second"] > 0 or not (output_dir / "train_results.json").exists():
+        # Else there was nothing left to train, and the speed is known from before.
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if options.lora is not None:
+        merge_adapters(trainer, output_dir / ADAPTER)
+    if trainer.is_fsdp_enabled:  # checkpoints were sharded; the result is one file
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model()
+
+
+def calibrate_model(trainer: RecipeTuner, output: PredictionOutput, output_dir: Path) -> float:
+    """Fit the temperature to predictions, and keep it in the model's config."""
+    temperature = calibration.fit_temperature(output.predictions, output.label_ids)
+    trainer.model.config.calibration_temperature = temperature
+    if trainer.is_world_process_zero():
+        trainer.model.config.save_pretrained(output_dir)
+    return temperature
+
+
+def measure_calibration(
+    trainer: RecipeTuner, output: PredictionOutput, temperature: float, plot: Path
+) -> tuple[float, float]:
+    """The expected calibration error without and with the temperature; both reliability diagrams go to `plot`."""
+    diagrams = {
+        title: calibration.reliability(calibration.softmax(output.predictions, divisor), output.label_ids)
+        for title, divisor in (("before", 1.0), ("after", temperature))
+    }
+    if trainer.is_world_process_zero():
+        figures.save_image(calibration.reliability_plot(diagrams), plot)
+    return diagrams["before"].expected_calibration_error, diagrams["after"].expected_calibration_error
+
+
+def average_loss(log_history: list[dict[str, float]]) -> float:
+    """The mean loss over all steps, from the logs of the means between them."""
+    total, last = 0.0, 0.0
+    for log in log_history:
+        if "loss" in log:
+            total, last = total + log["loss"] * (log["step"] - last), log["step"]
+    return total / last
+
+
+def write_fold_summary(output_dir: Path, runs: list[dict[str, float]]) -> dict[str, float]:
+    """Write and print the mean and the spread of the folds' metrics; returns the means."""
+    summary = summarize_folds(runs)
+    write_text(output_dir / "folds.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{len(runs)} folds, mean ± standard deviation")
+    for name, spread in summary.items():
+        print(f"  {name:<16}{spread['mean']:.4f} ± {spread['standard_deviation']:.4f}")
+    print(f"\nmodels and metrics: {output_dir}")
+    return {name: spread["mean"] for name, spread in summary.items()}
