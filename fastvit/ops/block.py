@@ -472,7 +472,8 @@ def finish(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Strea
         return Stream(after.drop_path(branch, mask), residual, after.scale)
     dtype = branch.dtype if after.scale is None else torch.promote_types(branch.dtype, after.scale.dtype)
     factors = after.drop_path(branch.new_ones(len(branch), *[1] * (branch.ndim - 1), dtype=dtype))
-    return Stream(branch, residual, after.scale, factors.flatten().float())
+    factors = factors.flatten()
+    return Stream(branch, residual, after.scale, factors.to(torch.promote_types(factors.dtype, torch.float32)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
