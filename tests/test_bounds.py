@@ -39,7 +39,6 @@ from fastvit.kernels import (
     feed_forward,
     gelu,
     layer_norm,
-    layer_norm_act,
     layer_norm_linear,
     patch_embed,
     quantize,
@@ -156,7 +155,7 @@ def activation_cases() -> Iterator[Case]:
     yield Case("gelu", "no bias", *bias_gelu, {"x": random(3, 13, 70)[:, 1:]})
     yield Case("gelu", "swiglu", *swiglu, {"x": random(37, 140), "bias": random(140)})
     yield Case("gelu", "one value", *swiglu, {"x": random(1, 2)})
-    act = with_eps(layer_norm_act.layer_norm_act), with_eps(reference.layer_norm_act)
+    act = with_eps(layer_norm.layer_norm_act), with_eps(reference.layer_norm_act)
     yield Case("layer_norm_act", "several chunks", *act, norm_inputs(37, 100))
     yield Case("layer_norm_act", "five columns", *act, norm_inputs(3, 11, 5))
     yield Case("layer_norm_act", "bfloat16", *act, norm_inputs(21, 300, dtype=torch.bfloat16))
