@@ -141,6 +141,14 @@ def write_summary(out: Path, outcomes: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(before | {"phases": outcomes}, indent=1) + "\n", encoding="utf-8")
 
 
+def has_gpu() -> bool:
+    """Asks PyTorch, which takes seconds, only where the system shows no device."""
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
+        return True
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
 def main(argv: Sequence[str] | None = None, phases: Sequence[Phase] = PHASES) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; made where missing")
@@ -149,6 +157,9 @@ def main(argv: Sequence[str] | None = None, phases: Sequence[Phase] = PHASES) ->
     parser.add_argument("--time-scale", type=float, default=1.0, help="times every limit [1: 8 minutes in all]")
     parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="binaries, as gpu_cache makes them")
     options = parser.parse_args(argv)
+    if not (options.toy or has_gpu()):
+        print("error: no GPU that this Python's PyTorch can use; --toy runs every phase without one", file=sys.stderr)
+        return 2
     options.out = options.out.resolve()
     if options.triton_cache:
         shutil.copytree(options.triton_cache, CACHE, dirs_exist_ok=True)

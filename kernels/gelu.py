@@ -3,7 +3,6 @@
     y = activation(x + bias)         [..., F] -> [..., F]      GELU (exact, or its tanh form), quick-GELU
     y = silu(x1 + b1) * (x2 + b2)    [..., 2 F] -> [..., F]    SwiGLU: [x1, x2] = x and [b1, b2] = bias, in halves
 
-Op by op PyTorch writes x + bias and reads it again (2 of 4 passes), and SwiGLU's halves make 7 passes where 3 suffice.
 Backward reads the gradient and x and writes the gradient of x. The bias gradient, a pass of its own in PyTorch, is
 summed by the same kernel: each of a fixed number of programs sums its rows, and PyTorch sums over the programs, without
 atomics, so two runs give the same bits. The activation is not saved for backward: where backward needs it again, as

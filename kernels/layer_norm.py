@@ -7,8 +7,7 @@ Add and LayerNorm apart read and write 7 row-lengths of memory, together 4. Back
 and residual' once each and writes their common gradient once: 4 instead of 3 + 1 + 3; the normalised rows are computed
 again from mean and rstd, not kept, and y with them where a product's weight gradient asks for it.
 
-An elementwise activation behind the norm (`layer_norm_act`: heads and necks) is part of the same two kernels. Apart it
-reads and writes 2 row-lengths more, and 3 in backward, which computes its argument and derivative again.
+An elementwise activation behind the norm (`layer_norm_act`: heads and necks) is part of the same two kernels.
 
 A program holds whole rows in registers, cut into `CHUNKS` pieces of `CHUNK` columns: 768 is 3 x 256, where one power of
 two would leave a quarter of the threads idle. Sums are float32, the variance is that of the centred values (two passes

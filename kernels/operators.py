@@ -2,8 +2,7 @@
 
 `@operator("attention", fallback=...)` registers the decorated launcher as `fastvit::attention` with
 `torch.library.custom_op`: eager mode, autograd, `torch.compile`, export and dispatch modes all call the same operator.
-The launcher also answers compilers, which hand it tensors without memory to learn the shapes and dtypes of its outputs:
-it returns them as soon as they are allocated, `if is_fake(x)`, before it reads a size that may be a symbol.
+For compilers, which ask for shapes and dtypes alone, the launcher returns as soon as outputs are allocated (`is_fake`).
 
 The fallback has the launcher's signature and is plain PyTorch. On a GPU, under backend "auto", a launch that fails for
 any reason but a lack of memory (Triton cannot compile it, ptxas or the driver refuses it) is logged once with its
@@ -14,6 +13,7 @@ backend "triton", and wherever kernels are interpreted, the exception propagates
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,16 +47,14 @@ def is_strict() -> bool:
 
 
 def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Register a launcher as the operator `fastvit::<name>`; its annotations are the operator's schema.
+    """Register the decorated launcher as the operator `fastvit::<name>`; its annotations are the operator's schema.
 
-    Args:
-        fallback: plain PyTorch with the launcher's signature and results.
-
-    Returns:
-        A decorator that returns the operator, on which `register_autograd` is called.
+    fallback: plain PyTorch with the launcher's signature and results.
     """
 
     def register(launcher: Callable[..., Any]) -> CustomOpDef:
+        parameters = tuple(inspect.signature(launcher).parameters)
+
         @functools.wraps(launcher)
         def guarded(*args: Any) -> Any:
             device = next(arg.device for arg in args if isinstance(arg, Tensor))
@@ -65,13 +63,13 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
                     return guarded(*args)
             if device.type not in FALLBACK_DEVICES or is_strict():
                 return launcher(*args)
-            case = (name, device, *map(_class_of, args))
+            case = (name, device, *map(_class_of, parameters, args))
             if case not in failures:
                 try:
                     return launcher(*args)
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:
+                    if _lacks_memory(error):
+                        raise
                     failures[case] = _describe(name, args, error)
                     logger.warning("kernel %s failed on %s, PyTorch computes it from now on: %s (%s)", *failures[case])
             return fallback(*args)
@@ -85,7 +83,7 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a compiler or an export is asking for shapes. Tensors on "meta" are launched, to be recorded in tests."""
+    """Whether a compiler or an export asks for shapes. Tensors on "meta" are launched, to be recorded in tests."""
     return isinstance(tensor, FakeTensor)
 
 
@@ -95,18 +93,24 @@ def needed(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(grad if needs else None for grad, needs in zip(padded, ctx.needs_input_grad, strict=True))
 
 
-def _class_of(value: Any) -> Any:
-    """What calls have in common that compile to the same binary, or nearly: not the number of rows."""
+def _class_of(name: str, value: Any) -> Any:
+    """What calls have in common that compile to the same binary, or nearly: not the rows, nor an image's size."""
+    if name == "max_seqlen":
+        return None
     if isinstance(value, Tensor):
-        return value.dtype, value.shape[-1] if value.ndim else 0
+        return value.dtype, value.shape[-1] if value.ndim and name != "pixels" else 0
     return tuple(value) if isinstance(value, list) else value
 
 
-def _describe(name: str, args: tuple[Any, ...], error: Exception) -> Failure:
+def _lacks_memory(error: Exception) -> bool:
+    """PyTorch's, Python's, and what the driver and cuBLAS say; Triton's OutOfResources is of a multiprocessor's."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "alloc_failed" in text
+
+
+def _describe(name: str, args: tuple[Any, ...], error: BaseException) -> Failure:
     inputs = ", ".join(f"{str(arg.dtype)[6:]} {list(arg.shape)}" for arg in args if isinstance(arg, Tensor))
-    cause: BaseException = error
-    while cause.__cause__ is not None:  # a compilation error wraps the one that says why
-        cause = cause.__cause__
-    lines = str(cause).strip().splitlines() or [""]
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    return Failure(name, inputs, f"{type(cause).__name__}: {lines[0]}", versions)
+    while error.__cause__ is not None:  # a compilation error wraps the one that says why
+        error = error.__cause__
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return Failure(name, inputs, text, f"torch {torch.__version__}, triton {triton.__version__}")

@@ -6,8 +6,7 @@
 
 One matmul over B * N rows, whose left operand is never built: row (b, t) gathers the K = C * ph * pw pixels of patch
 t - T from the image; uint8 pixels are normalised in registers. A prefix row (class token, registers) gathers nothing,
-so its sum is zero, and the epilogue puts the token there instead of the bias. That wastes T / N of the product, and in
-exchange the output is written once, in whole tiles.
+so its sum is zero, and the epilogue puts the token there instead of the bias: the output is written in whole tiles.
 
 Op by op PyTorch makes 4 to 6 passes: the pixels cast (and normalised), the convolution's layout change, the
 convolution, the concatenation and the addition, each written and read again. Here the pixels are read once from memory

@@ -20,8 +20,7 @@ Choice = Mapping[str, int]
 class Rule(NamedTuple):
     """One line of the table: patterns for what it holds for, and tiles. None matches everything.
 
-    shape: a regular expression for the launcher's word for the shape. device: one for "sm_90", "gfx942" or
-    "interpreter". The first candidate is the choice; the others may be timed against it.
+    shape, device: regular expressions for the launcher's word for the shape, and for "sm_90", "gfx942", "interpreter".
     """
 
     operation: str

@@ -43,6 +43,19 @@ def phase(name, folder, code="", seconds=20, **options):
     return gpu.Phase(name, seconds, command=line, **options)
 
 
+@pytest.fixture
+def _on_a_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "has_gpu", lambda: True)
+
+
+def test_without_a_gpu_it_says_so_and_starts_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "has_gpu", lambda: False)
+    assert gpu.main([str(tmp_path / "out")]) == 2
+    assert "no GPU that this Python's PyTorch can use; --toy" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
 def test_a_phase_that_fails_or_outruns_its_limit_leaves_the_others_and_all_files(tmp_path, capsys):
     raising = (sys.executable, "-S", "-c", "raise RuntimeError('no such GPU')")
     child = "import subprocess; subprocess.Popen(['sleep', '987']).wait()"
@@ -68,6 +81,7 @@ def test_a_phase_that_fails_or_outruns_its_limit_leaves_the_others_and_all_files
     assert b"sleep\0987\0" not in commands  # a phase's own processes end with it
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
 def test_time_that_a_phase_leaves_is_the_next_ones(tmp_path):
     phases = [phase("environment", tmp_path, seconds=5), phase("operations", tmp_path, "time.sleep(3)", seconds=1)]
     assert gpu.main([str(tmp_path)], phases) == 0

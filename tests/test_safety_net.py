@@ -94,9 +94,28 @@ def test_only_calls_of_the_same_class_are_taken_over():
     assert run(columns=8)[0] == 2.5
 
 
-def test_out_of_memory_stays_out_of_memory():
-    failing["test_twice"] = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(torch.OutOfMemoryError):
+def test_batches_of_any_lengths_are_one_class():
+    """An image's size, and the tokens of the largest image of a packed batch, do not make another class."""
+    tensors = torch.ones(3, 4), torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(3, 5)
+    assert len({operators._class_of("x", tensor) for tensor in tensors}) == 3
+    assert operators._class_of("pixels", tensors[0]) == operators._class_of("pixels", tensors[2])
+    assert operators._class_of("max_seqlen", 17) == operators._class_of("max_seqlen", 50)
+    assert operators._class_of("candidate", 0) != operators._class_of("candidate", 1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["PyTorch", "Python", "driver", "cuBLAS"],
+)
+def test_out_of_memory_stays_out_of_memory(error):
+    failing["test_twice"] = error
+    with pytest.raises(type(error)):
         run()
     failing.clear()
     assert run()[0] == 2.5

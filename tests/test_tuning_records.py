@@ -400,6 +400,24 @@ def test_a_record_of_other_versions_or_other_source_is_not_used(gpu):
         assert gpu(fake()) == 0, change
 
 
+@pytest.mark.parametrize("old", ["0" * 16, "f" * 16])
+def test_a_record_of_an_older_source_does_not_hide_the_one_that_holds(gpu, monkeypatch, old):
+    records.SHIPPED.mkdir()
+    records.export(records.SHIPPED / "a-gpu.json", [fake(winner="ours 1")])
+    records.add_to_own([fake(kernel=old, winner="pytorch")])
+    assert gpu(fake()) == 1
+    records.add_to_own([fake(winner="ours 2")])
+    forget(monkeypatch)
+    assert gpu(fake()) == 2
+
+
+def test_a_corrupt_file_of_the_package_is_reported(gpu):
+    records.SHIPPED.mkdir()
+    (records.SHIPPED / "a-gpu.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"a-gpu\.json does not hold tuning records .*left out"):
+        assert gpu(fake()) == 0
+
+
 def test_own_records_win_over_those_of_the_package(gpu, monkeypatch):
     records.SHIPPED.mkdir()
     records.export(records.SHIPPED / "a-gpu.json", [fake(winner="pytorch")])
@@ -476,7 +494,6 @@ def test_the_hash_follows_code_and_tiles_and_not_comments(hash_of, monkeypatch):
         SOURCE.replace("What it does.", "Other words."),
         SOURCE.replace("a comment", "another comment"),
         SOURCE.replace('"""A kernel."""', ""),
-        SOURCE.replace("def _launch():", "def _launch():\n    check()"),
         SOURCE + "\n\n",
     ):
         assert hash_of(same) == before
@@ -484,6 +501,7 @@ def test_the_hash_follows_code_and_tiles_and_not_comments(hash_of, monkeypatch):
         SOURCE.replace("x_ptr + ROWS", "x_ptr - ROWS"),
         SOURCE.replace("1.44", "1.45"),
         SOURCE.replace("_forward(", "_first("),
+        SOURCE.replace("def _launch():", "def _launch():\n    check()"),
     ):
         assert hash_of(other) != before
     assert hash_of(helper="@triton.jit\ndef _add(a):\n    return a + 2\n") != before
@@ -511,7 +529,9 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"{", b'{"a": 1}', b"\xff\xfe", b""], ids=["cut off", "no list", "not text", "empty"]
+    "content",
+    [b"{", b'{"a": 1}', b"\xff\xfe", b"", b"[" * 100_000],
+    ids=["cut off", "no list", "not text", "empty", "nested"],
 )
 def test_a_corrupt_file_is_reported_and_rewritten(content):
     records.own_path().parent.mkdir(parents=True)
@@ -525,7 +545,9 @@ def test_a_record_that_is_not_whole_is_left_out():
     good = fake()
     records.add_to_own([good])
     entries = json.loads(records.own_path().read_text())
-    broken = [{"operation": "layer_norm"}, 3, {**entries[0], "winner": "ours x"}, {**entries[0], "sizes": [["a", []]]}]
+    broken = [{"operation": "layer_norm"}, 3, {**entries[0], "sizes": [["a", []]]}]
+    winners = ("ours x", "ours 99", "ours -1", "pytorch foo", "nobody", "")
+    broken += [{**entries[0], "winner": winner} for winner in winners]
     records.own_path().write_text(json.dumps([*broken, *entries]))
     assert list(records.table()[GPU].values()) == [good]
 
@@ -542,7 +564,7 @@ def test_records_that_cannot_be_kept_are_reported_and_used(tmp_path, monkeypatch
 def test_processes_may_write_at_once():
     """None of what several processes add is lost, and what a reader sees is always whole."""
     code = (
-        "import sys\nfrom fastvit.tuning import Record, records\n"
+        "import sys\nfrom fastvit.ops import records\nfrom fastvit.tuning import Record\n"
         "for i in range(15):\n"
         "    records.add_to_own([Record('layer_norm', 'inference', (('hidden', i),), 64, 0, 'float32', sys.argv[1],"
         " '1', '1', 'hash', (), 'pytorch')])\n"
@@ -613,7 +635,7 @@ class Model:
     def parameters(self): yield type("P", (), {"device": torch.device("cuda", 0)})
 line = startup.tune_at_start(Model(), [(2, True)], together=True)
 assert (line is None) == (rank == 1), line
-assert records.table()["a GPU"][record.case] == record
+assert records.table()["a GPU"][record.case, record.kernel] == record
 dist.destroy_process_group()
 """
     environments = [{**os.environ, "FASTVIT_CACHE_DIR": str(tmp_path / f"cache {rank}")} for rank in range(2)]
@@ -668,7 +690,7 @@ def test_the_start_measures_what_is_missing_within_its_time(monkeypatch, caplog)
 
 
 def test_the_table_names_times_and_winners():
-    from fastvit.tuning import command
+    from fastvit.cli import tune as command
 
     lost = fake(winner="pytorch", candidates=(Timing("pytorch", 0.25), Timing("ours 0", None, "wrong")))
     lines = command.table([fake(), lost]).splitlines()
@@ -678,7 +700,7 @@ def test_the_table_names_times_and_winners():
 
 
 def test_a_named_size_needs_no_weights():
-    from fastvit.tuning import command
+    from fastvit.cli import tune as command
 
     model = command.load("micro", 32)
     assert (model.config.hidden_size, model.config.image_size) == (96, 32)

@@ -125,8 +125,13 @@ def _swiglu(x, bias=None) -> Asked:
 
 
 def _attention(query, key, value, *, cu_seqlens=None, **options) -> Asked | None:
-    batch, queries, heads, head_dim = query.shape if cu_seqlens is None else (0, 0, 0, 0)
-    return _attended(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=cu_seqlens, **options)
+    if cu_seqlens is not None:
+        return None
+    batch, queries, heads, head_dim = query.shape
+    asked = _attended(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=None, **options)
+    if asked is not None and queries == 1:  # the class token alone, whose batch has as many heads as rows
+        asked.sizes["queries"] = "one"
+    return asked
 
 
 def _packed(qkv, *, num_heads=None, cu_seqlens=None, **options) -> Asked | None:

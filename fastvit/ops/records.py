@@ -13,12 +13,14 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
 import re
 import tempfile
+import tokenize
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from fastvit.ops.cases import Case
 
 OURS, PYTORCH = "ours", "pytorch"
 MARGIN = 0.97  # ours must take less than this of PyTorch's time: a tie goes to what is tested by more people
+BACKENDS = ("flash", "cudnn", "efficient", "math")  # of PyTorch's attention
 CANDIDATES = 3  # of ours, at most
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 SHIPPED = Path(__file__).with_suffix("")  # a folder beside this file
@@ -119,24 +122,24 @@ def versions() -> tuple[str, str]:
 
 @functools.cache
 def kernel_hash(module: str) -> str:
-    """Of the kernels that `fastvit.kernels.<module>` uses, and of their tiles; not of comments and docstrings."""
+    """Of the code that `fastvit.kernels.<module>` uses, and of its tiles; not of comments and docstrings."""
     from fastvit.kernels import tuning
 
-    trees = _sources(module)
-    code = [ast.unparse(node) for tree in trees for node in _compiled_parts(tree)]
-    words = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    sources = _sources(module)
+    code = [_without_comments(path, tree) for path, tree in sources.items()]
+    words = {node.value for tree in sources.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
     names = [word for word in words if isinstance(word, str)]
     rules = [repr(rule) for rule in tuning.TABLE if any(re.fullmatch(rule.operation, name) for name in names)]
     return hashlib.sha256("\n".join([*code, *rules]).encode()).hexdigest()[:16]
 
 
-def _sources(module: str) -> list[ast.Module]:
+def _sources(module: str) -> dict[Path, ast.Module]:
     """A module or package of fastvit.kernels and all those that it imports, directly or not."""
     trees: dict[Path, ast.Module] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        if name == "tuning":  # its rules count one by one
+        if name in ("tuning", "operators", "checks"):  # rules count one by one; the others launch nothing
             continue
         for path in (KERNELS / f"{name}.py", *(KERNELS / name).glob("*.py")):
             if path in trees or not path.is_file():
@@ -146,38 +149,44 @@ def _sources(module: str) -> list[ast.Module]:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastvit.kernels"):
                     inner = (node.module or "").split(".")[2:3]
                     waiting += inner or [alias.name for alias in node.names]
-    return [trees[path] for path in sorted(trees)]
+    return {path: trees[path] for path in sorted(trees)}
 
 
-def _compiled_parts(tree: ast.Module) -> Iterator[ast.stmt]:
-    """What Triton compiles: functions with @triton.jit, without docstrings, and constants for them."""
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(each) for each in node.decorator_list):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-            yield node
-        elif isinstance(node, ast.Assign | ast.AnnAssign) and "constexpr" in ast.unparse(node):
-            yield node
+def _without_comments(path: Path, tree: ast.Module) -> str:
+    """The text of a file without comments, docstrings and empty lines: the same for every version of Python."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)  # type: ignore[operator]
+    reader = io.StringIO(path.read_text(encoding="utf-8")).readline
+    for token in tokenize.generate_tokens(reader):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where records are kept
 # ---------------------------------------------------------------------------------------------------------------------
 
-_table: dict[str, dict[Case, Record]] | None = None  # of this process: read once, so that it keeps its answers
+_table: dict[str, dict[tuple[Case, str], Record]] | None = (
+    None  # of this process: read once, so that it keeps its answers
+)
 
 
 def find(case: Case, gpu: str, module: str) -> Record | None:
     """The record that holds for this case, made with the kernel's present source; this process's own answer."""
-    record = table().get(gpu, {}).get(case)
-    return record if record is not None and record.kernel == kernel_hash(module) else None
+    return table().get(gpu, {}).get((case, kernel_hash(module)))
 
 
-def table() -> dict[str, dict[Case, Record]]:
-    """By GPU and case, for the installed PyTorch and Triton: the package's records, and over them those made here."""
+def table() -> dict[str, dict[tuple[Case, str], Record]]:
+    """By GPU, then by case and kernel hash, for the installed PyTorch and Triton: the package's records, and over them
+    those made here."""
     global _table
     if _table is None:
-        shipped = [record for path in sorted(SHIPPED.glob("*.json")) for record in read(path).values()]
+        shipped = [record for path in sorted(SHIPPED.glob("*.json")) for record in read_or_report(path, "left out")]
         own = read_own().values()
         _table = {}
         adopt([*shipped, *own])
@@ -188,7 +197,7 @@ def adopt(records: Iterable[Record]) -> None:
     """Let this process go by these records from now on."""
     for record in records:
         if (record.torch, record.triton) == versions():
-            table().setdefault(record.gpu, {})[record.case] = record
+            table().setdefault(record.gpu, {})[record.case, record.kernel] = record
 
 
 def own_path() -> Path:
@@ -202,11 +211,20 @@ def read_own() -> dict[str, Record]:
         return read(own_path())
     except OSError:
         return {}
-    except ValueError as error:  # also broken JSON and broken UTF-8
+    except (ValueError, RecursionError) as error:  # also broken JSON and broken UTF-8
         warnings.warn(f"{own_path()} does not hold tuning records ({error}): starting a new one", stacklevel=2)
         with contextlib.suppress(OSError):
             write(own_path(), {})
         return {}
+
+
+def read_or_report(path: Path, outcome: str) -> list[Record]:
+    """The records of a file that nobody may replace; none, and a warning with the outcome, where it holds none."""
+    try:
+        return list(read(path).values())
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"{path} does not hold tuning records ({error}): {outcome}", stacklevel=2)
+        return []
 
 
 def add_to_own(records: Iterable[Record]) -> None:
@@ -238,6 +256,7 @@ def write(path: Path, records: dict[str, Record]) -> None:
         "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".part", delete=False
     ) as file:
         json.dump(entries, file, indent=1)
+    Path(file.name).chmod(0o644)  # a folder of several users is read by all
     Path(file.name).replace(path)
 
 
@@ -246,7 +265,6 @@ def export(path: Path, records: Iterable[Record]) -> None:
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {_name(record): record for record in records})
-        path.chmod(0o644)
 
 
 def _from_json(entry: Any) -> Record | None:
@@ -255,7 +273,8 @@ def _from_json(entry: Any) -> Record | None:
         candidates = tuple(Timing(**timing) for timing in entry["candidates"])
         record = Record(**{**entry, "sizes": sizes, "candidates": candidates})
         hash(record)
-        return record if isinstance(record.choice, int | str) else None
+        is_known = record.choice in range(CANDIDATES) or record.choice in ("default", *BACKENDS)
+        return record if is_known and record.winner.startswith((OURS, PYTORCH)) else None
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 

@@ -59,8 +59,8 @@ def who_computes(operation: str, device: torch.device) -> str:
 def measured_on(device: torch.device) -> list[str]:
     """The records that hold on this GPU: `auto` goes by them."""
     gpu = records.gpu_name(device.type, device.index)
-    known = [case for case in records.table().get(gpu, {}) if case.operation in ops.KERNELS]
-    found = [record for case in known if (record := records.find(case, gpu, ops.KERNELS[case.operation]))]
+    known = {case for case, _ in records.table().get(gpu, {}) if case.operation in ops.KERNELS}
+    found = [record for case in sorted(known) if (record := records.find(case, gpu, ops.KERNELS[case.operation]))]
     if not found:
         return ["no records of measurements on this GPU: `fastvit tune` makes them"] if device.type == "cuda" else []
     return ["measured on this GPU:", *(f"  {said(record)}" for record in found)]
