@@ -37,7 +37,7 @@ def _server(tmp_path_factory):
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
         forkserver.set_forkserver_preload(
-            ["datasets", "fastvit.modeling", "peft", "test_examples", "transformers.trainer"]
+            ["datasets", "fastvit.models.heads", "peft", "test_examples", "transformers.trainer"]
         )
         forkserver.ensure_running()
     yield
