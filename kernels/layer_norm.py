@@ -7,7 +7,7 @@ Add and LayerNorm apart read and write 7 row-lengths of memory, together 4. Back
 and residual' once each and writes their common gradient once: 4 instead of 3 + 1 + 3; the normalised rows are computed
 again from mean and rstd, not kept, and y with them where a product's weight gradient asks for it.
 
-An elementwise activation behind the norm (`layer_norm_act`: heads and necks) is part of the same two kernels.
+An elementwise activation behind the norm (`layer_norm_act`) is part of the same two kernels.
 
 A program holds whole rows in registers, cut into `CHUNKS` pieces of `CHUNK` columns: 768 is 3 x 256, where one power of
 two would leave a quarter of the threads idle. Sums are float32, the variance is that of the centred values (two passes
@@ -257,6 +257,7 @@ def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     chunk = next_power_of_2(cdiv(dim, choice["elements"] // vector))
     chunk = max(chunk, min(64, next_power_of_2(dim)))
     num_warps = max(choice["num_warps"], chunk // (32 * vector))  # so that a thread holds `elements` and no more
+    num_warps = max(1, min(num_warps, 16 * chunk // (32 * vector)))  # of 16 rows at most, 16 bytes a thread
     rows = max(1, min(16, num_warps * 32 * vector // chunk))
     return {"DIM": dim, "ROWS": rows, "CHUNK": chunk, "CHUNKS": cdiv(dim, chunk), "num_warps": num_warps}
 

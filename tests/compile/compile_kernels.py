@@ -145,6 +145,12 @@ def patch_embed_cases(quick: bool) -> Iterator[Case]:
     tokens, grad_out = meta(1, 197, 768, dtype=torch.bfloat16), meta(256, 197, 768, dtype=torch.bfloat16)
     vectors = (weight[:, 0, 0, 0], tokens[:, :1], tokens, tokens[:, :1])
     pixels = meta(256, 3, 224, 224)
+    if quick:  # one image, which takes smaller tiles
+        lone = (meta(1, 224, 224, 3, dtype=torch.uint8), weight)
+        forward = (*lone, *vectors[:3], None, None, [0.5] * 3, [0.5] * 3, 0)
+        yield "768/16 bfloat16, one image", lambda: patch_embed.launch_forward(*forward)
+        backward = (meta(1, 197, 768, dtype=torch.bfloat16), *lone, None, [0.5] * 3, [0.5] * 3, 0)
+        yield "768/16 bfloat16, one image", lambda: patch_embed.launch_weight_backward(*backward)
     label = "768/16 bfloat16, float32 channels first, masked"
     yield label, lambda: patch_embed.launch_forward(pixels, weight, *vectors, mask, None, None, 0)
     yield label, lambda: patch_embed.launch_weight_backward(grad_out, pixels, weight, mask, None, None, 0)
@@ -188,6 +194,7 @@ def feed_forward_cases(quick: bool) -> Iterator[Case]:
     for dim in (768,) if quick else WIDTHS:
         for kept in (True,) if quick else (True, False):
             yield from product_cases(dim, torch.bfloat16, "gelu", kept)
+    yield from product_cases(768, torch.float32, "gelu", True)
     if not quick:
         yield from product_cases(768, torch.float16, "gelu", True)
         for activation in ("gelu_new", "quick_gelu"):
@@ -242,6 +249,7 @@ def attention_cases(quick: bool) -> Iterator[Case]:
     for tokens in (197, 577):
         yield from attention_calls(256, tokens, 12, 64, torch.float32)
     if quick:
+        yield from attention_calls(256, 197, 12, 128)
         return
     for tokens in (197, 577):
         yield from attention_calls(256, tokens, 12, 64, torch.float16)
@@ -313,10 +321,10 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "layer_norm": layer_norm_cases,
     "attention": attention_cases,
     "patch_embed": patch_embed_cases,
-    "smallest": smallest_cases,
     "feed_forward": feed_forward_cases,
     "gelu": gelu_cases,
     "quantize": quantize_cases,
+    "smallest": smallest_cases,  # last: quick, a rule's further candidates are compiled for the first case alone
 }
 # What a kind of GPU cannot do: sm_80 has no conversion to e4m3, and the product is written for NVIDIA's.
 WITHOUT = {"sm_80": ("quantize",), "gfx942": ("quantize",)}
