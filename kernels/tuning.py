@@ -54,8 +54,7 @@ CUBLAS: Choice = {"fused": 0}  # torch's product; `fused` is 1 where ours does w
 PRODUCTS = "linear_(forward|backward)"
 WGMMA = "sm_(90|100)"  # has the wide tensor core instructions, and 227 KiB of shared memory a block
 
-# The first line that matches is used. Chosen from compiled registers, instructions and shared memory on sm_80 and sm_90
-# (benchmarks/results/compile), November 2026; not yet from times. Tiles that spill there say so.
+# The first line that matches is used. Chosen from what was compiled for sm_80 and sm_90, November 2026; not yet timed.
 TABLE = (
     # elements: the most values of a row that one thread holds; num_warps: the fewest warps a program has.
     # 40 values keep a row of 768, 1024 or 1280 half-precision values in one warp, so that its sums need no shared
@@ -98,7 +97,7 @@ TABLE = (
         {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4, "stages": 2},
         {"rows": 8, "columns": 256, "num_warps": 4, "waves": 4, "stages": 1},
     )),
-    # Two sums and three loads: with copies ahead it spills 8 bytes on sm_90 (Triton 3.9). Three programs fit.
+    # With copies ahead it spills 8 bytes on sm_90 (Triton 3.9). Three programs fit.
     Rule("swiglu_backward", None, None, None, ({"rows": 8, "columns": 256, "num_warps": 4, "waves": 3, "stages": 1},)),
     # As in layer_norm_forward: whole rows in registers. A feed-forward's rows take four warps each.
     Rule("(layer_norm|activation)_fp8", None, None, None, (

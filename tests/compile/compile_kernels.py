@@ -494,7 +494,8 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for target in options.targets:
         rows, rules = compile_all(options.kernels, target, options.quick)
-        report = {"triton": triton.__version__, "target": target, "rules": sorted(rules), "kernels": rows}
+        about = {"triton": triton.__version__, "target": target, "quick": options.quick}
+        report = about | {"rules": sorted(rules), "kernels": rows}
         for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".txt", table(rows))):
             part = options.output / f"{target}{suffix}.part"
             part.write_text(text, encoding="utf-8")
