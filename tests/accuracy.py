@@ -29,10 +29,10 @@ def assert_no_worse_than(ours: Tensor, theirs: Tensor, exact: Tensor, *, slack: 
     """ours is at most `slack` times as far from `exact` (float64) as `theirs`, PyTorch's result in the same dtype.
 
     That is asked of the whole. Which element is the worst is chance, and so is how bad it is: it may be 4 times as far
-    (or twice `slack`) as PyTorch's, where a wrong row or column would be thousands of times. Where PyTorch's error is below that of
-    rounding `exact` to this dtype, or below what a few roundings of float32 cost, in which kernels compute (one unit in
-    the last place for a whole whose errors average out, four for one element or the whole of a few), that is the
-    measure: less is luck. NaN and infinities must stand where PyTorch has them.
+    (or twice `slack`) as PyTorch's, where a wrong row or column would be thousands of times. Where PyTorch's error is
+    below that of rounding `exact` to this dtype, or below what a few roundings of float32 cost, in which kernels
+    compute (one unit in the last place for a whole whose errors average out, four for one element or the whole of a
+    few), that is the measure: less is luck. NaN and infinities must stand where PyTorch has them.
     """
     assert ours.shape == theirs.shape == exact.shape, f"{name}: {ours.shape}, {theirs.shape}, {exact.shape}"
     assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype}, PyTorch's is {theirs.dtype}"
