@@ -100,7 +100,7 @@ class Provider:
     tier: int = 0
     needs: tuple[str, ...] = ()  # packages to import
     devices: tuple[str, ...] = ("cpu", "cuda")
-    kernel: str | None = None  # ours: the operation of `fastvit.ops.KERNELS` that says who computes
+    kernel: str | None = None  # ours: the operation of `fastvit.ops.KERNEL_MODULES` that says who computes
     compile_mode: str | None = None  # for torch.compile; None: not compiled
     max_batch: int | None = None  # it is no question above
 
@@ -123,9 +123,9 @@ class Provider:
 def who_computes(operation: str, device: torch.device, dtype: torch.dtype) -> str:
     """Our provider's name: its kernel on a GPU, its plain PyTorch, or its kernel step by step on a CPU."""
     asked = ops.current_backend()
-    if operation not in ops.KERNELS or asked == "reference" or (device.type == "cpu" and asked == "auto"):
+    if operation not in ops.KERNEL_MODULES or asked == "reference" or (device.type == "cpu" and asked == "auto"):
         return f"{OURS} reference"
-    if asked == "auto" and ops.why_not_triton(operation, device.type, device.index, dtype) is not None:
+    if asked == "auto" and ops.kernel_unavailable_reason(operation, device.type, device.index, dtype) is not None:
         return f"{OURS} reference"
     return OURS if device.type == "cuda" else f"{OURS} interpreted"
 

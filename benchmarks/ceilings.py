@@ -50,7 +50,9 @@ def time_matmul(
     out = torch.empty_like(left)
     took = time(lambda: torch.mm(left, right, out=out))
     # On a CPU MKL's matmul is not always the fastest there is.
-    return min(took, time(lambda: eager.product(left, right, None))) if eager.takes(left, right) else took
+    return (
+        min(took, time(lambda: eager.onednn_linear(left, right, None))) if eager.prefers_onednn(left, right) else took
+    )
 
 
 def floor_ms(cost: Cost, dtype: torch.dtype, ceilings: dict[str, Any] | None) -> float | None:

@@ -23,7 +23,7 @@ from fastvit.ops import reference
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 EPS = 1e-6
 PATCH = {"patch_size": (16, 16), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3)}
-MODULES = ops.KERNELS | {"bias_gelu": "gelu", "layer_norm_act": "layer_norm"}
+MODULES = ops.KERNEL_MODULES | {"bias_gelu": "gelu", "layer_norm_act": "layer_norm"}
 
 
 class Size(NamedTuple):

@@ -259,7 +259,7 @@ def tune_models(run: Run) -> bool:
             said = f"{len(tune(run, shape, training, max(1.0, run.left() / 2), timer))} records"
         except Exception as error:
             said, failed = describe(error), failed + 1
-        records.write(run.out / "records.json", records.read_own())
+        records.write(run.out / "records.json", records.read_cache())
         print(f"{shape.name}, {'training' if training else 'inference'}: {said}", flush=True)
     return not failed
 

@@ -117,7 +117,7 @@ _activation_fp8 = operator("activation_fp8", fallback=_plain_activation)(_launch
 _layer_norm_fp8 = operator("layer_norm_fp8", fallback=_plain_layer_norm)(_launch_layer_norm)
 
 
-def why_not_on(major: int, minor: int) -> str | None:
+def gpu_unsupported_reason(major: int, minor: int) -> str | None:
     """Why a GPU of this compute capability cannot, or None."""
     if torch.version.hip is not None:
         return "the e4m3 product is written for NVIDIA GPUs"

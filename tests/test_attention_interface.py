@@ -141,7 +141,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply
 
 @pytest.fixture(autouse=True)
 def _registered(backend):
-    if backend == "triton" and ops.why_not_triton_anywhere():
+    if backend == "triton" and ops.triton_unavailable_reason():
         pytest.skip("Triton is not installed")
     fastvit.register_attention()
     with fastvit.backend(backend):

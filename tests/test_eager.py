@@ -7,13 +7,13 @@ from accuracy import errors
 
 from fastvit.ops import eager, reference
 
-pytestmark = pytest.mark.skipif(not eager.is_there(), reason="this PyTorch or processor has no such product")
+pytestmark = pytest.mark.skipif(not eager.is_onednn_available(), reason="this PyTorch or processor has no such product")
 
 
 @pytest.fixture
 def any_size(monkeypatch):
     """Products that are too small to be worth it are taken as well."""
-    monkeypatch.setattr(eager, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(eager, "MIN_WEIGHTS", 0)
 
 
 def operands(rows=(2, 7), depth=24, units=40, bias=True, grad=True):
@@ -36,7 +36,7 @@ def outcome(function, tensors):
 @pytest.mark.parametrize(("depth", "units"), [(24, 40), (1, 1), (33, 7), (192, 768)])
 def test_output_and_gradients_are_those_of_float32(any_size, rows, depth, units, bias):
     tensors = operands(rows, depth, units, bias)
-    assert eager.takes(tensors[0], tensors[1])
+    assert eager.prefers_onednn(tensors[0], tensors[1])
     ours, theirs = outcome(eager.linear, tensors), outcome(F.linear, tensors)
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
     for found, expected, exact in zip(ours, theirs, outcome(F.linear, wide), strict=True):
@@ -48,7 +48,7 @@ def test_output_and_gradients_are_those_of_float32(any_size, rows, depth, units,
 def test_gelu_within_the_product(form):
     x, weight, bias = operands(grad=False)
     expected = F.gelu(F.linear(x, weight, bias), approximate=form)
-    torch.testing.assert_close(eager.product(x, weight, bias, gelu=form), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(eager.onednn_linear(x, weight, bias, approximate=form), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "relu"])
@@ -93,22 +93,22 @@ def test_second_derivatives_are_right(any_size):
 
 def test_small_float32_products_are_pytorchs():
     weight = torch.randn(256, 256)
-    assert eager.takes(torch.randn(256, 256), weight)
-    assert not eager.takes(torch.randn(255, 256), weight)
-    assert eager.takes(torch.randn(1, 256), torch.randn(1024, 256))
+    assert eager.prefers_onednn(torch.randn(256, 256), weight)
+    assert not eager.prefers_onednn(torch.randn(255, 256), weight)
+    assert eager.prefers_onednn(torch.randn(1, 256), torch.randn(1024, 256))
 
 
 def test_what_it_does_not_take_is_pytorchs(any_size):
     x, weight, bias = operands(grad=False)
-    assert not eager.takes(x.bfloat16(), weight.bfloat16())
-    assert not eager.takes(x.double(), weight.double())
-    assert not eager.takes(x[:0], weight)
-    assert not eager.takes(x.to("meta"), weight.to("meta"))
+    assert not eager.prefers_onednn(x.bfloat16(), weight.bfloat16())
+    assert not eager.prefers_onednn(x.double(), weight.double())
+    assert not eager.prefers_onednn(x[:0], weight)
+    assert not eager.prefers_onednn(x.to("meta"), weight.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert not eager.takes(x, weight)
+        assert not eager.prefers_onednn(x, weight)
         assert eager.linear(x, weight, bias).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not eager.takes(x, weight)
+        assert not eager.prefers_onednn(x, weight)
     assert eager.linear(x[:0], weight, bias).shape == (0, 7, 40)
     compiled = torch.compile(lambda *tensors: eager.linear(*tensors), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight, bias), F.linear(x, weight, bias))

@@ -47,7 +47,7 @@ def models():
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 def test_training_keeps_at_most_three_quarters_of_what_others_keep(backend):
-    if backend == "triton" and ops.why_not_triton_anywhere():
+    if backend == "triton" and ops.triton_unavailable_reason():
         pytest.skip("Triton is not installed")
     rivals = {name: saved_bytes(model, 256) for name, model in models()}
     with fastvit.backend(backend):
@@ -57,7 +57,7 @@ def test_training_keeps_at_most_three_quarters_of_what_others_keep(backend):
 
 def test_a_block_keeps_ten_values_of_its_width_for_a_token():
     """Two residuals, query, key, value, context, and the pre-activation of four: 2 + 3 + 1 + 4."""
-    if ops.why_not_triton_anywhere():
+    if ops.triton_unavailable_reason():
         pytest.skip("Triton is not installed")
     sizes = {}
     for layers in (2, 3):

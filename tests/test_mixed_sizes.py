@@ -16,7 +16,7 @@ from fastvit import ops
 from fastvit.ops import reference, varlen
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(ops.why_not_triton_anywhere() is not None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(ops.triton_unavailable_reason() is not None, reason="Triton is not installed")
 CONFIG = {
     "hidden_size": 48,
     "num_hidden_layers": 3,

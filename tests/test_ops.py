@@ -17,7 +17,7 @@ from fastvit.ops import reference
 from fastvit.report import info
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-HAS_TRITON = ops.why_not_triton_anywhere() is None
+HAS_TRITON = ops.triton_unavailable_reason() is None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
@@ -102,7 +102,7 @@ def test_without_triton_everything_is_computed_by_pytorch():
         "found = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else found(name, *rest)\n"
         "import torch\nfrom fastvit import ops\n"
-        "print(ops.why_not_triton('layer_norm', 'cuda', 0, torch.float32))\n"
+        "print(ops.kernel_unavailable_reason('layer_norm', 'cuda', 0, torch.float32))\n"
         "print(ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.zeros(8), 1e-6).sum().item())\n"
     )
     done = python(code)
@@ -113,7 +113,7 @@ def test_without_triton_everything_is_computed_by_pytorch():
 def test_old_gpus_are_told_what_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    why_not = ops.why_not_triton.__wrapped__
+    why_not = ops.kernel_unavailable_reason.__wrapped__
     for capability, dtype, expected in (
         ((7, 0), torch.float16, "this GPU (sm_70) is older than sm_80"),
         ((7, 5), torch.float32, "this GPU (sm_75) is older than sm_80"),
@@ -127,7 +127,7 @@ def test_old_gpus_are_told_what_runs(monkeypatch):
 
 
 def test_what_auto_chose_is_said_once(caplog):
-    ops._announce.cache_clear()
+    ops._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, "fastvit"):
         for _ in range(3):
             ops.layer_norm(*norm_inputs(), 1e-6)
@@ -146,12 +146,12 @@ def test_what_attentions_kernel_lacks_is_computed_by_pytorch():
         ({"dropout_p": 0.1}, "the kernel has no dropout, and dropout_p is 0.1"),
         ({"mask": bias}, "the kernel has no gradient of an additive mask, and mask requires one"),
     ):
-        assert ops._attention(tensor, tensor, tensor, **options) == reason
-        assert ops._attention_packed(flat, num_heads=3, **options) == reason
+        assert ops._attention_unsupported_reason(tensor, tensor, tensor, **options) == reason
+        assert ops._attention_packed_unsupported_reason(flat, num_heads=3, **options) == reason
     with torch.no_grad():
-        assert ops._attention(tensor, tensor, tensor, mask=bias) is None
-    assert "head dim 48" not in (ops._attention_packed(flat, num_heads=3) or "")
-    assert "no head dim 144" in ops._attention_packed(torch.empty(2, 5, 3, 1, 144))
+        assert ops._attention_unsupported_reason(tensor, tensor, tensor, mask=bias) is None
+    assert "head dim 48" not in (ops._attention_packed_unsupported_reason(flat, num_heads=3) or "")
+    assert "no head dim 144" in ops._attention_packed_unsupported_reason(torch.empty(2, 5, 3, 1, 144))
 
 
 @needs_triton
@@ -201,7 +201,7 @@ def test_an_activation_without_a_kernel_is_plain_pytorchs():
 
 
 def test_operations_keep_the_definitions_documentation():
-    for operation in ops.KERNELS:
+    for operation in ops.KERNEL_MODULES:
         assert getattr(ops, operation).__doc__ == getattr(reference, operation).__doc__
 
 
@@ -209,7 +209,7 @@ def test_info_says_what_computes_each_operation(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
-    for operation in ops.KERNELS:
+    for operation in ops.KERNEL_MODULES:
         assert operation in printed
     assert ("Triton kernel" if DEVICE == "cuda" else "plain PyTorch (") in printed
     with fastvit.backend("reference"):

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastvit
 from fastvit import ops
-from fastvit.adapters.swap import adapters, supported
+from fastvit.adapters.swap import list_families, load_adapters
 from fastvit.ops import block as blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,7 +125,7 @@ def backend(request):
 
 @contextlib.contextmanager
 def computed_by(backend: str):
-    if backend == "triton" and ops.why_not_triton_anywhere():
+    if backend == "triton" and ops.triton_unavailable_reason():
         pytest.skip("Triton is not installed")
     with fastvit.backend(backend):
         yield
@@ -210,9 +210,9 @@ def only_ours(model: nn.Module):
     def fail(family, reason):
         raise AssertionError(f"a block of {family} computed itself: {reason}")
 
-    assert any(isinstance(module, blocks.Fused) for module in model.modules())
+    assert any(isinstance(module, blocks.FusedModule) for module in model.modules())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "announce_left", fail)
+        patch.setattr(blocks, "log_fallback", fail)
         yield
 
 
@@ -261,9 +261,9 @@ def test_what_goes_on_around_a_model_still_works(name):
                 assert_hidden_states_are_ours(model)
                 model.gradient_checkpointing_enable()
             computed = []
-            before = blocks.compute
+            before = blocks.compute_block
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(blocks, "compute", lambda *args: computed.append(1) or before(*args))
+                patch.setattr(blocks, "compute_block", lambda *args: computed.append(1) or before(*args))
                 assert_same_bits(results(model), ours)
             assert len(computed) == 2 * len(first.replaced)  # again in backward
 
@@ -351,7 +351,7 @@ def hook_calls(model: nn.Module, expected=None) -> dict[str, int]:
 
 
 def block_classes() -> tuple[type, ...]:
-    modules = [(sys.modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in adapters()]
+    modules = [(sys.modules.get(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in load_adapters()]
     return tuple(getattr(module, name) for module, name in modules if module is not None)
 
 
@@ -364,7 +364,7 @@ def told() -> dict[str, dict[str, str]]:
 
 
 def test_families_are_all_tested_and_told():
-    assert {family for family, *_ in MODELS.values()} == set(supported()) == set(told()) == set(DEFAULTS)
+    assert {family for family, *_ in MODELS.values()} == set(list_families()) == set(told()) == set(DEFAULTS)
 
 
 @pytest.mark.parametrize("family", DEFAULTS)
@@ -384,9 +384,9 @@ def test_the_table_says_how_many_parameters_are_replaced(family):
 def said(caplog):
     """The reasons that were logged."""
     caplog.set_level(logging.INFO, "fastvit")
-    blocks._announce.cache_clear()
+    blocks._log_fallback.cache_clear()
     yield lambda: [record.getMessage() for record in caplog.records if "computes itself" in record.getMessage()]
-    blocks._announce.cache_clear()
+    blocks._log_fallback.cache_clear()
 
 
 def test_a_model_without_known_blocks_is_an_error():
@@ -412,10 +412,10 @@ def test_our_own_model_is_optimized_as_it_is_made_and_plain_when_restored(option
         return [tensor.detach() for tensor in tensors] + list(grads)
 
     fused = outcome()
-    kinds = {type(module) for module in model.modules() if isinstance(module, blocks.Fused)}
+    kinds = {type(module) for module in model.modules() if isinstance(module, blocks.FusedModule)}
     assert {kind.__name__ for kind in kinds} == {"ViTEmbeddings", "ViTLayer", "ViTEncoder"}
     assert fastvit.restore(model) == 2
-    assert not any(isinstance(module, blocks.Fused) for module in model.modules())
+    assert not any(isinstance(module, blocks.FusedModule) for module in model.modules())
     for found, expected in zip(outcome(), fused, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert list(fastvit.optimize(model).replaced.values()) == ["fastvit's ViT"] * 2
@@ -614,7 +614,7 @@ def test_a_replaced_forward_is_left_and_stops_restore():
     report = fastvit.optimize(model)
     assert list(report.replaced) == ["layers.1"]
     assert report.left == {"layers.0": "its forward was replaced (a device map?)"}
-    assert not isinstance(first, blocks.Fused)
+    assert not isinstance(first, blocks.FusedModule)
     last = model.layers[1]
     last.forward = last.forward
     with pytest.raises(fastvit.InputError, match=r"layers.1 was wrapped after optimize .*undo that before restore"):
@@ -754,7 +754,7 @@ def test_a_saved_model_is_loaded_by_its_own_class(tmp_path):
     fastvit.optimize(model)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModel.from_pretrained(tmp_path).to(DEVICE)
-    assert not any(isinstance(module, blocks.Fused) for module in loaded.modules())
+    assert not any(isinstance(module, blocks.FusedModule) for module in loaded.modules())
     assert torch.equal(main_tensor(called(loaded)), expected)
 
 

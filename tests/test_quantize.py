@@ -30,7 +30,7 @@ from fastvit.kernels import quantize as kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 E4M3 = torch.float8_e4m3fn
-if DEVICE == "cuda" and (reason := kernels.why_not_on(*torch.cuda.get_device_capability())):
+if DEVICE == "cuda" and (reason := kernels.gpu_unsupported_reason(*torch.cuda.get_device_capability())):
     pytest.skip(reason, allow_module_level=True)
 
 
@@ -630,16 +630,16 @@ def test_gpus_without_fp8_are_told_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
-    why_not = ops.why_not_triton.__wrapped__
-    monkeypatch.setattr(ops, "why_not_triton", why_not)
+    why_not = ops.kernel_unavailable_reason.__wrapped__
+    monkeypatch.setattr(ops, "kernel_unavailable_reason", why_not)
     for operation in ("linear_fp8", "layer_norm_fp8", "quantize_rows"):
         reason = why_not(operation, "cuda", 0, torch.float32)
         assert reason == "this GPU (sm_80) has no fp8 matrix product; sm_89 and newer do"
     assert why_not("layer_norm", "cuda", 0, torch.float32) is None
     assert "an error (this GPU (sm_80)" in info.who_computes("linear_fp8", torch.device("cuda", 0))
     with pytest.raises(fastvit.InputError, match=r"linear_fp8: this GPU \(sm_80\) has no fp8 .*backend\('reference'\)"):
-        ops._choose("linear_fp8", "auto", "cuda", 0, torch.float32, None, None)
-    assert ops._choose("quantize_rows", "auto", "cuda", 0, torch.float32, None, None) == "default"
+        ops._choose_implementation("linear_fp8", "auto", "cuda", 0, torch.float32, None, None)
+    assert ops._choose_implementation("quantize_rows", "auto", "cuda", 0, torch.float32, None, None) == "default"
 
     model = small_model()
     monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))

@@ -107,7 +107,7 @@ def plain_logits(model, pixels: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("path", ["fused", "in parts", "hidden states", "hooked", "checkpointed"])
 def test_drop_path_equals_its_definition_and_so_do_gradients(path, monkeypatch):
     if path == "fused":  # as where there are kernels, by the operations' definitions
-        monkeypatch.setattr("fastvit.ops.has_kernels", lambda tensor: True)
+        monkeypatch.setattr("fastvit.ops.uses_kernels", lambda tensor: True)
     model = small_model(0.6).train()
     reference = small_model(0.6).train()
     if path == "hooked":

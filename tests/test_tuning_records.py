@@ -32,9 +32,9 @@ GPU = "a GPU"
 def _own_records(tmp_path, monkeypatch):
     """Empty folders for the records made here and for those of the package; few rounds."""
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(records, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(records, "SHIPPED_FOLDER", tmp_path / "shipped")
     monkeypatch.setattr(records, "_table", None)
-    monkeypatch.setattr(ops, "choices", {})
+    monkeypatch.setattr(ops, "used_records", {})
     monkeypatch.setattr(tuner, "ROUNDS", (2, 3))
     ops.import_kernels()
 
@@ -85,8 +85,8 @@ def timer(**times):
 def fake(case=None, *, winner="ours 1", gpu=GPU, **changes):
     """A record that holds for the layer norm of `Norm`."""
     case = case or cases.Case("layer_norm", "inference", (("hidden", 16),), 64, 0, "float32")
-    hash_ = records.kernel_hash(ops.KERNELS[case.operation])
-    record = Record(*case, gpu, *records.versions(), hash_, (Timing("pytorch", 2.0), Timing("ours 1", 1.0)), winner)
+    hash_ = records.hash_kernel(ops.KERNEL_MODULES[case.operation])
+    record = Record(*case, gpu, *records.get_versions(), hash_, (Timing("pytorch", 2.0), Timing("ours 1", 1.0)), winner)
     return dataclasses.replace(record, **changes)
 
 
@@ -110,7 +110,7 @@ def fake(case=None, *, winner="ours 1", gpu=GPU, **changes):
     ],
 )
 def test_ours_wins_only_if_it_is_three_per_cent_faster(times, winner):
-    assert records.winner_of([Timing(name, ms) for name, ms in times.items()]) == winner
+    assert records.choose_winner([Timing(name, ms) for name, ms in times.items()]) == winner
 
 
 def test_what_was_measured_is_kept_and_chosen(monkeypatch):
@@ -119,7 +119,7 @@ def test_what_was_measured_is_kept_and_chosen(monkeypatch):
     assert record.case == ("layer_norm", "inference", (("hidden", 16),), 64, 0, "float32")
     assert (record.winner, record.choice, record.gpu) == ("ours 2", 2, "interpreter")
     assert [timing.candidate for timing in record.candidates] == ["pytorch", "ours 0", "ours 1", "ours 2"]
-    assert (record.best("pytorch"), record.best("ours")) == (10.0, 1.0)
+    assert (record.best_ms("pytorch"), record.best_ms("ours")) == (10.0, 1.0)
     asked.clear()
     for _ in range(2):
         with fastvit.backend("triton"), torch.no_grad():
@@ -179,7 +179,7 @@ def test_a_candidate_that_raises_while_it_is_timed_is_out():
             raise RuntimeError("CUDA error: misaligned address")
         return 1.0
 
-    found = tuner.time_in_turn([trials.Trial(None, name, None) for name in calls], time)
+    found = tuner.time_trials([trials.Trial(None, name, None) for name in calls], time)
     assert found["good"] == Timing("good", 1.0)
     assert found["bad"] == Timing("bad", None, "RuntimeError: CUDA error: misaligned address")
     assert calls["bad"] == 2
@@ -192,7 +192,7 @@ def test_rounds_are_interleaved_and_the_first_does_not_count():
         order.append(trial.candidate)
         return times[trial.candidate].pop(0)
 
-    found = tuner.time_in_turn([trials.Trial(None, name, None) for name in "ab"], time)
+    found = tuner.time_trials([trials.Trial(None, name, None) for name in "ab"], time)
     assert order == ["a", "b"] * 3
     assert found["a"].ms == found["b"].ms == 2.0
 
@@ -227,7 +227,7 @@ def test_attention_is_measured_beside_every_backend_of_pytorch(monkeypatch):
     assert "backend" in reasons["pytorch cudnn"]  # there is none on a CPU
     assert (record.rows, record.tokens, record.sizes) == (64, 64, (("heads", 2), ("head_dim", 16)))
     q = torch.randn(1, 5, 2, 16)
-    found = ops.computed_by("math", "attention", (q, q, q), {})
+    found = ops.run_implementation("math", "attention", (q, q, q), {})
     torch.testing.assert_close(found, reference.attention(q, q, q))
 
 
@@ -261,7 +261,7 @@ def test_a_cpu_is_not_timed(capsys):
     assert startup.tune_at_start(Norm(), [(2, False)]) is None
     assert cli.main(["tune"]) == 2
     assert capsys.readouterr().err.startswith("error: tune: there is no GPU")
-    assert not records.own_path().exists()
+    assert not records.get_cache_path().exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def small_model():
 def collected(**options):
     asked = {"batch_size": 2, "image_size": None, "training": False, "dtype": None, **options}
     with fastvit.backend("triton"):
-        return tuner.collect(small_model(), *asked.values())
+        return tuner.collect_calls(small_model(), *asked.values())
 
 
 def test_the_calls_of_a_model_are_collected_once_each():
@@ -298,9 +298,9 @@ def test_the_calls_of_a_model_are_collected_once_each():
 def test_autocast_is_part_of_the_case():
     cast = next(call for call in collected(dtype=torch.bfloat16) if call.case.operation == "layer_norm_linear")
     assert ("autocast", "bfloat16") in cast.case.sizes
-    outputs = trials.Trial(cast.case, "pytorch", cast.inputs(CPU))()
+    outputs = trials.Trial(cast.case, "pytorch", cast.make_inputs(CPU))()
     assert outputs[0].dtype == torch.bfloat16
-    assert cast.definition(cast.inputs(CPU))[0].dtype == torch.float32
+    assert cast.compute_reference(cast.make_inputs(CPU))[0].dtype == torch.float32
 
 
 def test_inputs_are_made_again_with_layout_and_gradients():
@@ -308,14 +308,14 @@ def test_inputs_are_made_again_with_layout_and_gradients():
     query, mask = packed.unbind(2)[0], torch.rand(1, 1, 5, 5) < 0.5
     expanded = torch.zeros(1, 3).expand(4, 3)
     case = cases.Case("attention", "inference", (), 64, 64, "bfloat16")
-    call = trials.Call.of(case, (query, expanded, 0.5), {"mask": mask})
-    (made, wide, number), kwargs, _ = call.inputs(CPU)
+    call = trials.Call.from_arguments(case, (query, expanded, 0.5), {"mask": mask})
+    (made, wide, number), kwargs, _ = call.make_inputs(CPU)
     assert (made.shape, made.stride(), made.dtype, made.requires_grad) == (
         query.shape, query.stride(), query.dtype, True
     )  # fmt: skip
     assert wide.stride() == (0, 1) and number == 0.5
     assert torch.equal(kwargs["mask"], mask)
-    assert torch.equal(made, call.inputs(CPU).args[0])
+    assert torch.equal(made, call.make_inputs(CPU).args[0])
 
 
 @pytest.mark.parametrize(
@@ -342,13 +342,13 @@ def test_every_operation_has_the_sizes_of_its_call():
     }
     for operation, (args, sizes, tokens) in calls.items():
         kwargs = {"num_heads": 1} if operation == "attention_packed" else {}
-        case = cases.Case(*cases.case_of(operation, x, args, kwargs))
+        case = cases.Case(*cases.make_case(operation, x, args, kwargs))
         assert (dict(case.sizes), case.rows, case.tokens) == (sizes, 64, tokens), operation
     bounds = torch.tensor([0, 3])
-    assert cases.case_of("attention_packed", qkv, (qkv[0],), {"num_heads": 1, "cu_seqlens": bounds}) is None
-    assert cases.case_of("linear_fp8", x, (x,), {}) is None
+    assert cases.make_case("attention_packed", qkv, (qkv[0],), {"num_heads": 1, "cu_seqlens": bounds}) is None
+    assert cases.make_case("linear_fp8", x, (x,), {}) is None
     fp8 = {"quantize_rows", "layer_norm_fp8", "add_layer_norm_fp8", "bias_gelu_fp8", "linear_fp8"}
-    assert set(ops.KERNELS) - set(cases.SIZES) == fp8
+    assert set(ops.KERNEL_MODULES) - set(cases.SIZE_READERS) == fp8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,13 +359,13 @@ def test_every_operation_has_the_sizes_of_its_call():
 @pytest.fixture
 def gpu(monkeypatch):
     """Ask as an operation on a GPU would ask."""
-    monkeypatch.setattr(ops, "why_not_triton", lambda *case: None)
-    monkeypatch.setattr(records, "gpu_name", lambda *device: GPU)
-    ops._announce.cache_clear()
-    ops._say_how_to_tune.cache_clear()
+    monkeypatch.setattr(ops, "kernel_unavailable_reason", lambda *case: None)
+    monkeypatch.setattr(records, "get_gpu_name", lambda *device: GPU)
+    ops._log_choice.cache_clear()
+    ops._suggest_tuning.cache_clear()
 
     def choose(record, asked="auto"):
-        return ops._choose("layer_norm", asked, "cuda", 0, torch.float32, None, tuple(record.case))
+        return ops._choose_implementation("layer_norm", asked, "cuda", 0, torch.float32, None, tuple(record.case))
 
     return choose
 
@@ -376,7 +376,7 @@ def test_auto_goes_by_the_record_and_triton_takes_ours_anyway(gpu):
         records.adopt([record])
         assert gpu(record) == auto
         assert gpu(record, "triton") == triton
-        assert record in ops.choices.values()
+        assert record in ops.used_records.values()
     records.adopt([fake(gpu="another GPU")])
     assert "layer_norm, inference, float32, hidden 16, rows to 64: pytorch flash" in info.kernels()["measured"]
 
@@ -388,9 +388,9 @@ def test_without_a_record_ours_is_taken_and_it_is_said_once_how_to_tune(gpu, cap
 
 
 def test_a_process_keeps_its_answer_whatever_another_one_writes(gpu):
-    records.add_to_own([fake(winner="ours 1")])
+    records.add_to_cache([fake(winner="ours 1")])
     assert gpu(fake()) == 1
-    records.add_to_own([fake(winner="pytorch")])
+    records.add_to_cache([fake(winner="pytorch")])
     assert gpu(fake()) == 1
 
 
@@ -402,27 +402,27 @@ def test_a_record_of_other_versions_or_other_source_is_not_used(gpu):
 
 @pytest.mark.parametrize("old", ["0" * 16, "f" * 16])
 def test_a_record_of_an_older_source_does_not_hide_the_one_that_holds(gpu, monkeypatch, old):
-    records.SHIPPED.mkdir()
-    records.export(records.SHIPPED / "a-gpu.json", [fake(winner="ours 1")])
-    records.add_to_own([fake(kernel=old, winner="pytorch")])
+    records.SHIPPED_FOLDER.mkdir()
+    records.export(records.SHIPPED_FOLDER / "a-gpu.json", [fake(winner="ours 1")])
+    records.add_to_cache([fake(kernel=old, winner="pytorch")])
     assert gpu(fake()) == 1
-    records.add_to_own([fake(winner="ours 2")])
+    records.add_to_cache([fake(winner="ours 2")])
     forget(monkeypatch)
     assert gpu(fake()) == 2
 
 
 def test_a_corrupt_file_of_the_package_is_reported(gpu):
-    records.SHIPPED.mkdir()
-    (records.SHIPPED / "a-gpu.json").write_text("{")
+    records.SHIPPED_FOLDER.mkdir()
+    (records.SHIPPED_FOLDER / "a-gpu.json").write_text("{")
     with pytest.warns(UserWarning, match=r"a-gpu\.json does not hold tuning records .*left out"):
         assert gpu(fake()) == 0
 
 
 def test_own_records_win_over_those_of_the_package(gpu, monkeypatch):
-    records.SHIPPED.mkdir()
-    records.export(records.SHIPPED / "a-gpu.json", [fake(winner="pytorch")])
+    records.SHIPPED_FOLDER.mkdir()
+    records.export(records.SHIPPED_FOLDER / "a-gpu.json", [fake(winner="pytorch")])
     assert gpu(fake()) == "default"
-    records.add_to_own([fake(winner="ours 2")])
+    records.add_to_cache([fake(winner="ours 2")])
     forget(monkeypatch)
     assert gpu(fake()) == 2
 
@@ -474,16 +474,16 @@ def _launch():
 @pytest.fixture
 def hash_of(tmp_path, monkeypatch):
     """The hash of kernel files with this content."""
-    monkeypatch.setattr(records, "KERNELS", tmp_path)
+    monkeypatch.setattr(records, "KERNELS_FOLDER", tmp_path)
 
     def compute(source=SOURCE, helper="@triton.jit\ndef _add(a):\n    return a + 1\n"):
         (tmp_path / "norm.py").write_text(source)
         (tmp_path / "helpers.py").write_text(helper)
-        records.kernel_hash.cache_clear()
+        records.hash_kernel.cache_clear()
         try:
-            return records.kernel_hash("norm")
+            return records.hash_kernel("norm")
         finally:
-            records.kernel_hash.cache_clear()
+            records.hash_kernel.cache_clear()
 
     return compute
 
@@ -512,7 +512,7 @@ def test_the_hash_follows_code_and_tiles_and_not_comments(hash_of, monkeypatch):
 
 
 def test_every_kernel_module_has_a_hash():
-    hashes = {module: records.kernel_hash(module) for module in ops.KERNELS.values()}
+    hashes = {module: records.hash_kernel(module) for module in ops.KERNEL_MODULES.values()}
     assert all(len(value) == 16 for value in hashes.values())
     assert hashes["attention"] != hashes["layer_norm"]
 
@@ -534,22 +534,22 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     ids=["cut off", "no list", "not text", "empty", "nested"],
 )
 def test_a_corrupt_file_is_reported_and_rewritten(content):
-    records.own_path().parent.mkdir(parents=True)
-    records.own_path().write_bytes(content)
+    records.get_cache_path().parent.mkdir(parents=True)
+    records.get_cache_path().write_bytes(content)
     with pytest.warns(UserWarning, match=r"records\.json does not hold tuning records"):
-        assert records.table() == {}
-    assert json.loads(records.own_path().read_text()) == []
+        assert records.get_table() == {}
+    assert json.loads(records.get_cache_path().read_text()) == []
 
 
 def test_a_record_that_is_not_whole_is_left_out():
     good = fake()
-    records.add_to_own([good])
-    entries = json.loads(records.own_path().read_text())
+    records.add_to_cache([good])
+    entries = json.loads(records.get_cache_path().read_text())
     broken = [{"operation": "layer_norm"}, 3, {**entries[0], "sizes": [["a", []]]}]
     winners = ("ours x", "ours 99", "ours -1", "pytorch foo", "nobody", "")
     broken += [{**entries[0], "winner": winner} for winner in winners]
-    records.own_path().write_text(json.dumps([*broken, *entries]))
-    assert list(records.table()[GPU].values()) == [good]
+    records.get_cache_path().write_text(json.dumps([*broken, *entries]))
+    assert list(records.get_table()[GPU].values()) == [good]
 
 
 def test_records_that_cannot_be_kept_are_reported_and_used(tmp_path, monkeypatch):
@@ -557,7 +557,7 @@ def test_records_that_cannot_be_kept_are_reported_and_used(tmp_path, monkeypatch
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "file" / "cache"))  # no folder can be made there
     with pytest.warns(UserWarning, match="tuning records are not kept"):
         (record,) = tune(Norm(), batch_size=2, timer=timer(ours_0=1.0), progress=False)
-    assert records.find(record.case, "interpreter", "layer_norm") == record
+    assert records.find_record(record.case, "interpreter", "layer_norm") == record
 
 
 @pytest.mark.filterwarnings("error")
@@ -566,17 +566,17 @@ def test_processes_may_write_at_once():
     code = (
         "import sys\nfrom fastvit.ops import records\nfrom fastvit.tuning import Record\n"
         "for i in range(15):\n"
-        "    records.add_to_own([Record('layer_norm', 'inference', (('hidden', i),), 64, 0, 'float32', sys.argv[1],"
+        "    records.add_to_cache([Record('layer_norm', 'inference', (('hidden', i),), 64, 0, 'float32', sys.argv[1],"
         " '1', '1', 'hash', (), 'pytorch')])\n"
     )
     with ThreadPoolExecutor() as pool:
         writers = [pool.submit(subprocess.run, [sys.executable, "-c", code, name], check=True) for name in "ab"]
         while not all(writer.done() for writer in writers):
-            assert isinstance(records.read_own(), dict)
+            assert isinstance(records.read_cache(), dict)
         for writer in writers:
             writer.result()
-    assert len(records.read_own()) == 30
-    assert {path.name for path in records.own_path().parent.iterdir()} <= {"records.json", "records.lock"}
+    assert len(records.read_cache()) == 30
+    assert {path.name for path in records.get_cache_path().parent.iterdir()} <= {"records.json", "records.lock"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -586,11 +586,13 @@ def test_processes_may_write_at_once():
 
 def norm_call(operation="layer_norm"):
     inputs = torch.randn(4, 16), torch.ones(16), torch.zeros(16), 1e-6
-    return trials.Call.of(cases.Case(operation, "inference", (("hidden", 16),), 64, 0, "float32"), inputs, {})
+    return trials.Call.from_arguments(
+        cases.Case(operation, "inference", (("hidden", 16),), 64, 0, "float32"), inputs, {}
+    )
 
 
 def test_candidates_are_run_in_other_processes_and_one_that_breaks_the_gpu_is_told(monkeypatch):
-    monkeypatch.setattr(compiling, "number_of_processes", lambda *args: 2)
+    monkeypatch.setattr(compiling, "count_processes", lambda *args: 2)
     monkeypatch.setattr(os, "environ", {**os.environ, "TRITON_INTERPRET": "1"})
     jobs = [(norm_call(), "ours 0"), (norm_call("no operation"), "ours 0")]
     monkeypatch.setattr(compiling, "FATAL", ("KeyError",))
@@ -598,7 +600,7 @@ def test_candidates_are_run_in_other_processes_and_one_that_breaks_the_gpu_is_to
 
 
 def test_processes_that_do_not_start_or_do_not_end_only_mean_compiling_later(monkeypatch):
-    monkeypatch.setattr(compiling, "number_of_processes", lambda *args: 2)
+    monkeypatch.setattr(compiling, "count_processes", lambda *args: 2)
     jobs = [(norm_call(), "ours 0")] * 2
     monkeypatch.setattr(sys, "executable", "false")
     assert compiling.compile_ahead(jobs, CPU, 100.0) == {}
@@ -612,7 +614,7 @@ def test_no_more_processes_than_there_is_memory_for(monkeypatch):
     for gigabytes, expected in ((100, 12), (10, 3), (2, 0)):
         memory = types.SimpleNamespace(available=gigabytes * 2**30)
         monkeypatch.setattr(compiling.psutil, "virtual_memory", lambda memory=memory: memory)
-        assert compiling.number_of_processes(jobs, CPU) == expected
+        assert compiling.count_processes(jobs, CPU) == expected
 
 
 def test_the_first_process_measures_and_all_go_by_its_records(tmp_path):
@@ -630,7 +632,7 @@ def measure(model, **options):
     return [record]
 startup.tune = measure
 torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = lambda *device: None
-records.gpu_name = lambda *device: "a GPU"
+records.get_gpu_name = lambda *device: "a GPU"
 class Model:
     def parameters(self): yield type("P", (), {"device": torch.device("cuda", 0)})
 line = startup.tune_at_start(Model(), [(2, True)], together=True)
@@ -666,7 +668,7 @@ def test_the_start_measures_what_is_missing_within_its_time(monkeypatch, caplog)
     monkeypatch.setattr(startup, "tune", measure)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(records, "gpu_name", lambda *device: GPU)
+    monkeypatch.setattr(records, "get_gpu_name", lambda *device: GPU)
     line = startup.tune_at_start(OnGpu(), [(64, True), (32, False)], torch.bfloat16)
     assert "measured 4 operations on this GPU in 0 s, at most 60: our kernels are faster in 2" in line
     assert [(each["batch_size"], each["training"], each["keep"]) for each in asked] == [
@@ -709,7 +711,7 @@ def test_a_named_size_needs_no_weights():
 
 
 def test_info_lists_the_records_of_this_gpu(monkeypatch):
-    monkeypatch.setattr(records, "gpu_name", lambda *device: GPU)
+    monkeypatch.setattr(records, "get_gpu_name", lambda *device: GPU)
     assert "no records of measurements on this GPU" in info.measured_on(torch.device("cuda", 0))[0]
     records.adopt([fake(), fake(gpu="another GPU")])
     lines = info.measured_on(torch.device("cuda", 0))

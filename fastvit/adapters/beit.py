@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit.ops.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward, Inputs, find_drop_path
 
 
-def block(layer: Any) -> Block:
-    attention, mlp, drop_path = layer.attention, layer.mlp, drop_path_of(layer.drop_path)
+def read_block(layer: Any) -> Block:
+    attention, mlp, drop_path = layer.attention, layer.mlp, find_drop_path(layer.drop_path)
     scales = [scale if isinstance(scale, Tensor) else None for scale in (layer.lambda_1, layer.lambda_2)]  # or 1.0
     return Block(
         norm1=layer.layernorm_before,
@@ -26,7 +26,7 @@ def block(layer: Any) -> Block:
     )
 
 
-def inputs(layer: Any, hidden_states: Tensor, attention_mask=None, *position_options, **options) -> Inputs:
+def read_inputs(layer: Any, hidden_states: Tensor, attention_mask=None, *position_options, **options) -> Inputs:
     names = ("interpolate_pos_encoding", "resolution")
     position = {name: options.pop(name, None) for name in names} | dict(zip(names, position_options, strict=False))
     if layer.relative_position_bias is not None:
@@ -37,4 +37,4 @@ def inputs(layer: Any, hidden_states: Tensor, attention_mask=None, *position_opt
     return Inputs(hidden_states, attention_mask, options)
 
 
-ADAPTERS = [Adapter("BEiT", "transformers.models.beit.modeling_beit.BeitLayer", block, inputs)]
+ADAPTERS = [Adapter("BEiT", "transformers.models.beit.modeling_beit.BeitLayer", read_block, read_inputs)]

@@ -5,7 +5,7 @@ from typing import Any
 from fastvit.ops.block import Adapter, Block, Branch, FeedForward
 
 
-def block(layer: Any) -> Block:
+def read_block(layer: Any) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     return Block(
         norm1=layer.layer_norm1,
@@ -23,12 +23,19 @@ def block(layer: Any) -> Block:
     )
 
 
-def refuses(layer: Any) -> str | None:
+def find_refusal(layer: Any) -> str | None:
     kind = layer.self_attn.config.model_type
     return None if kind.endswith("_vision_model") else f"it belongs to a {kind}, which is no vision tower"
 
 
 ADAPTERS = [
-    Adapter("CLIP vision", "transformers.models.clip.modeling_clip.CLIPEncoderLayer", block, refuses=refuses),
-    Adapter("SigLIP vision", "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer", block, refuses=refuses),
+    Adapter(
+        "CLIP vision", "transformers.models.clip.modeling_clip.CLIPEncoderLayer", read_block, find_refusal=find_refusal
+    ),
+    Adapter(
+        "SigLIP vision",
+        "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer",
+        read_block,
+        find_refusal=find_refusal,
+    ),
 ]

@@ -4,11 +4,11 @@ from typing import Any
 
 from torch import nn
 
-from fastvit.ops.block import Adapter, Block, Branch, FeedForward, drop_path_of
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward, find_drop_path
 
 
-def block(layer: Any) -> Block:
-    drop_path = drop_path_of(layer.drop_path)
+def read_block(layer: Any) -> Block:
+    drop_path = find_drop_path(layer.drop_path)
     attention: Any = layer.attention
     bypassed: tuple[Any, ...] = (attention,)
     dropouts: tuple[Any, ...] = ()
@@ -29,14 +29,14 @@ def block(layer: Any) -> Block:
         projection=projection,
         after_attention=Branch(dropouts, scale=layer.layer_scale1.lambda1, drop_path=drop_path),
         norm2=layer.norm2,
-        feed_forward=feed_forward(layer.mlp),
+        feed_forward=read_feed_forward(layer.mlp),
         after_feed_forward=Branch(scale=layer.layer_scale2.lambda1, drop_path=drop_path),
         bypassed=(*bypassed, layer.mlp, layer.layer_scale1, layer.layer_scale2),
         attention_implementation=attention.config._attn_implementation,
     )
 
 
-def feed_forward(mlp: Any) -> FeedForward:
+def read_feed_forward(mlp: Any) -> FeedForward:
     if hasattr(mlp, "gate_proj"):
         return FeedForward((mlp.gate_proj, mlp.up_proj), mlp.down_proj, mlp.act_fn, gated=True)
     if hasattr(mlp, "weights_in"):
@@ -46,6 +46,6 @@ def feed_forward(mlp: Any) -> FeedForward:
 
 REGISTERS = "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
 ADAPTERS = [
-    Adapter("DINOv2", "transformers.models.dinov2.modeling_dinov2.Dinov2Layer", block),
-    Adapter("DINOv2 with registers", f"{REGISTERS}.Dinov2WithRegistersLayer", block),
+    Adapter("DINOv2", "transformers.models.dinov2.modeling_dinov2.Dinov2Layer", read_block),
+    Adapter("DINOv2 with registers", f"{REGISTERS}.Dinov2WithRegistersLayer", read_block),
 ]

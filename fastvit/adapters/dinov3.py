@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit.ops.block import Adapter, Block, Branch, FeedForward, Inputs, drop_path_of
+from fastvit.ops.block import Adapter, Block, Branch, FeedForward, Inputs, find_drop_path
 
 
-def block(layer: Any) -> Block:
-    attention, mlp, drop_path = layer.attention, layer.mlp, drop_path_of(layer.drop_path)
+def read_block(layer: Any) -> Block:
+    attention, mlp, drop_path = layer.attention, layer.mlp, find_drop_path(layer.drop_path)
     gated = hasattr(mlp, "gate_proj")
     first = (mlp.gate_proj, mlp.up_proj) if gated else (mlp.up_proj,)
     return Block(
@@ -28,11 +28,13 @@ def block(layer: Any) -> Block:
     )
 
 
-def inputs(layer: Any, hidden_states: Tensor, attention_mask=None, position_embeddings=None, **options) -> Inputs:
+def read_inputs(layer: Any, hidden_states: Tensor, attention_mask=None, position_embeddings=None, **options) -> Inputs:
     from transformers.models.dinov3_vit.modeling_dinov3_vit import apply_rotary_pos_emb
 
     cos, sin = position_embeddings
     return Inputs(hidden_states, attention_mask, options, partial(apply_rotary_pos_emb, cos=cos, sin=sin))
 
 
-ADAPTERS = [Adapter("DINOv3 ViT", "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer", block, inputs)]
+ADAPTERS = [
+    Adapter("DINOv3 ViT", "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTLayer", read_block, read_inputs)
+]

@@ -14,7 +14,7 @@ from torch import nn
 from fastvit.errors import InputError
 from fastvit.models import fused
 from fastvit.ops import block as blocks
-from fastvit.ops.block import Adapter, Fused
+from fastvit.ops.block import Adapter, FusedModule
 
 logger = logging.getLogger("fastvit")
 
@@ -23,15 +23,15 @@ FAMILIES = ("vit", "dinov2", "clip", "timm", "yolos", "beit", "dinov3")
 
 
 @functools.cache
-def adapters() -> dict[str, Adapter]:
+def load_adapters() -> dict[str, Adapter]:
     """Class of a block -> its adapter."""
     modules = [fused, *(importlib.import_module(f"fastvit.adapters.{name}") for name in FAMILIES)]
     return {adapter.class_name: adapter for module in modules for adapter in module.ADAPTERS}
 
 
-def supported() -> list[str]:
+def list_families() -> list[str]:
     """The names of the families that `optimize` knows."""
-    return list(dict.fromkeys(adapter.family for adapter in adapters().values() if adapter not in fused.ADAPTERS))
+    return list(dict.fromkeys(adapter.family for adapter in load_adapters().values() if adapter not in fused.ADAPTERS))
 
 
 @dataclass
@@ -43,27 +43,33 @@ class Report:
     parameters: int = 0  # how many numbers the replaced blocks hold
 
     def __str__(self) -> str:
-        families = [f"{blocks_counted(count)} of {family}" for family, count in Counter(self.replaced.values()).items()]
+        families = [
+            f"{format_block_count(count)} of {family}" for family, count in Counter(self.replaced.values()).items()
+        ]
         lines = [f"replaced: {', '.join(families) or 'nothing'} ({self.parameters:,} parameters)"]
-        lines += [f"left: {blocks_counted(count)}: {reason}" for reason, count in Counter(self.left.values()).items()]
+        lines += [
+            f"left: {format_block_count(count)}: {reason}" for reason, count in Counter(self.left.values()).items()
+        ]
         return "\n".join(lines)
 
 
-def blocks_counted(count: int) -> str:
+def format_block_count(count: int) -> str:
     return "1 block" if count == 1 else f"{count} blocks"
 
 
 @functools.cache
-def optimized_class(original: Any) -> Any:
+def get_fused_class(original: Any) -> Any:
     """The subclass of a block's class that has the fused forward."""
     if original in fused.FORWARDS:
         return fused.class_for(original)
-    return blocks.fused_class(original, blocks.block_forward(adapters()[blocks.name_of(original)], original), rebuild)
+    return blocks.make_fused_class(
+        original, blocks.make_block_forward(load_adapters()[blocks.get_qualified_name(original)], original), rebuild
+    )
 
 
 def rebuild(original: Any) -> nn.Module:
     """An empty module of the fused class, for copies and pickles."""
-    kind = optimized_class(original)
+    kind = get_fused_class(original)
     return kind.__new__(kind)
 
 
@@ -81,12 +87,12 @@ def optimize(model: nn.Module) -> Report:
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     report = Report()
     for name, module in model.named_modules():
-        is_done = isinstance(module, Fused)
+        is_done = isinstance(module, FusedModule)
         original: Any = module._fastvit_original if is_done else type(module)
-        adapter = adapters().get(blocks.name_of(original))
+        adapter = load_adapters().get(blocks.get_qualified_name(original))
         if adapter is None:
             continue
-        refusal = adapter.refuses(module)
+        refusal = adapter.find_refusal(module)
         if "forward" in vars(module) and not is_done:
             refusal = "its forward was replaced (a device map?)"
         reason = refusal or blocks.examine(adapter, module)[1]
@@ -97,12 +103,12 @@ def optimize(model: nn.Module) -> Report:
             report.parameters += sum(parameter.numel() for parameter in module.parameters())
         # Other reasons may go away: hooks are removed, LoRA is merged.
         if not is_done and refusal is None:
-            module.__class__ = optimized_class(original)
+            module.__class__ = get_fused_class(original)
     fused.attach(model)  # of our own models also the embeddings and the encoder
     if not (report.replaced or report.left):
         raise InputError(
             f"model: {type(model).__name__} has no block that optimize knows; it knows those of"
-            f" {', '.join(supported())}"
+            f" {', '.join(list_families())}"
         )
     logger.info("optimize: %s", report)
     return report
@@ -117,13 +123,13 @@ def restore(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    found: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, FusedModule)}
     for name, module in found.items():
-        if type(module) is not optimized_class(module._fastvit_original) or "forward" in module.__dict__:
+        if type(module) is not get_fused_class(module._fastvit_original) or "forward" in module.__dict__:
             raise InputError(
-                f"model: {name or 'it'} was wrapped after optimize ({blocks.name_of(type(module))},"
+                f"model: {name or 'it'} was wrapped after optimize ({blocks.get_qualified_name(type(module))},"
                 " or its forward was replaced); undo that before restore"
             )
     for module in found.values():
         module.__class__ = module._fastvit_original
-    return sum(blocks.name_of(type(module)) in adapters() for module in found.values())
+    return sum(blocks.get_qualified_name(type(module)) in load_adapters() for module in found.values())

@@ -5,7 +5,7 @@ from typing import Any
 from fastvit.ops.block import Adapter, Block, Branch, FeedForward
 
 
-def block(layer: Any) -> Block:
+def read_block(layer: Any) -> Block:
     attention, mlp, after = layer.attention, layer.mlp, Branch(dropouts=(layer.dropout,))
     return Block(
         norm1=layer.layernorm_before,
@@ -24,9 +24,9 @@ def block(layer: Any) -> Block:
 
 
 ADAPTERS = [
-    Adapter("ViT", "transformers.models.vit.modeling_vit.ViTLayer", block),
-    Adapter("DeiT", "transformers.models.deit.modeling_deit.DeiTLayer", block),
-    Adapter("ViTMAE", "transformers.models.vit_mae.modeling_vit_mae.ViTMAELayer", block),
-    Adapter("ViTMSN", "transformers.models.vit_msn.modeling_vit_msn.ViTMSNLayer", block),
-    Adapter("I-JEPA", "transformers.models.ijepa.modeling_ijepa.IJepaLayer", block),
+    Adapter("ViT", "transformers.models.vit.modeling_vit.ViTLayer", read_block),
+    Adapter("DeiT", "transformers.models.deit.modeling_deit.DeiTLayer", read_block),
+    Adapter("ViTMAE", "transformers.models.vit_mae.modeling_vit_mae.ViTMAELayer", read_block),
+    Adapter("ViTMSN", "transformers.models.vit_msn.modeling_vit_msn.ViTMSNLayer", read_block),
+    Adapter("I-JEPA", "transformers.models.ijepa.modeling_ijepa.IJepaLayer", read_block),
 ]

@@ -5,7 +5,7 @@ from typing import Any
 from fastvit.ops.block import Adapter, Block, Branch, FeedForward
 
 
-def block(layer: Any) -> Block:
+def read_block(layer: Any) -> Block:
     attention, output = layer.attention.attention, layer.attention.output
     return Block(
         norm1=layer.layernorm_before,
@@ -25,4 +25,4 @@ def block(layer: Any) -> Block:
     )
 
 
-ADAPTERS = [Adapter("YOLOS", "transformers.models.yolos.modeling_yolos.YolosLayer", block)]
+ADAPTERS = [Adapter("YOLOS", "transformers.models.yolos.modeling_yolos.YolosLayer", read_block)]

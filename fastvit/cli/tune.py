@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
             time_limit=options.time_limit,
         )
     print(table(made))
-    print(f"kept in {records.own_path()}")
+    print(f"kept in {records.get_cache_path()}")
     if options.export is not None:
         records.export(options.export, made)
         print(f"written: {options.export}")
@@ -89,7 +89,7 @@ def table(made: Sequence[Record]) -> str:
     """A line for each operation: sizes, milliseconds of PyTorch's best and of ours, and the winner."""
     rows: list[tuple[str, ...]] = [("operation", "sizes", "rows", "tokens", "PyTorch ms", "ours ms", "winner")]
     for record in made:
-        times = [record.best(who) for who in (PYTORCH, OURS)]
+        times = [record.best_ms(who) for who in (PYTORCH, OURS)]
         rows.append((
             record.operation, sizes_of(record), f"<= {record.rows}", f"<= {record.tokens}" if record.tokens else "",
             *("-" if ms is None else f"{ms:.3f}" for ms in times), record.winner,

@@ -22,13 +22,13 @@ from fastvit.ops.block import (
     Block,
     Branch,
     FeedForward,
-    Fused,
+    FusedModule,
     Inputs,
     Stream,
-    compute,
+    compute_block,
     is_hooked,
     is_plain,
-    total,
+    sum_stream,
 )
 from fastvit.ops.varlen import Mask
 
@@ -43,9 +43,9 @@ def parts_of(layer: Any) -> Block:
         (layer.intermediate, vit.ViTIntermediate),
         (layer.output, vit.ViTOutput),
     ]
-    lacks = "a part of it was replaced" if any(type(module) is not kind for module, kind in own) else None
+    unsupported_reason = "a part of it was replaced" if any(type(module) is not kind for module, kind in own) else None
     if attention.config._attn_implementation == "eager":
-        lacks = "its attention is 'eager'"
+        unsupported_reason = "its attention is 'eager'"
     drop_path = layer.drop_path if layer.drop_path.rate or is_hooked(layer.drop_path) else None
     return Block(
         norm1=layer.layernorm_before,
@@ -60,7 +60,7 @@ def parts_of(layer: Any) -> Block:
         after_feed_forward=Branch((layer.output.dropout,), drop_path=drop_path),
         bypassed=tuple(module for module, _ in own),
         attention_implementation=attention.config._attn_implementation,
-        lacks=lacks,
+        unsupported_reason=unsupported_reason,
     )
 
 
@@ -114,19 +114,21 @@ def encode(
     for index, layer in enumerate(layers, start=1):
         block = block_to_join(layer)
         if block is None:
-            output = layer(total(stream), attention_mask, output_attentions)
+            output = layer(sum_stream(stream), attention_mask, output_attentions)
             stream, attentions = (Stream(output[0]), output[1]) if output_attentions else (Stream(output), None)
         else:
             is_short = class_token_only and index == len(layers) and not (output_attentions or asked)
             inputs = Inputs(hidden_states, attention_mask, output_attentions=output_attentions)
-            stream, attentions = compute(block, stream, inputs, is_short)
+            stream, attentions = compute_block(block, stream, inputs, is_short)
         if index in asked:
-            stream = Stream(total(stream))
+            stream = Stream(sum_stream(stream))
         all_hidden_states.append(stream.branch if index in asked else None)
         all_attentions.append(attentions)
-    last = total(stream)
+    last = sum_stream(stream)
     return BaseModelOutput(
-        last_hidden_state=varlen.class_tokens_of(last, attention_mask) if class_token_only and not is_short else last,
+        last_hidden_state=varlen.select_class_tokens(last, attention_mask)
+        if class_token_only and not is_short
+        else last,
         hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),
         attentions=tuple(all_attentions) if output_attentions else None,
     )
@@ -137,7 +139,7 @@ def block_to_join(layer: Any) -> Block | None:
 
     With gradient checkpointing a block's inputs are saved for backward: one tensor is less than two.
     """
-    is_ours = isinstance(layer, Fused) and layer._fastvit_original is vit.ViTLayer
+    is_ours = isinstance(layer, FusedModule) and layer._fastvit_original is vit.ViTLayer
     if not is_ours or is_hooked(layer) or layer.gradient_checkpointing or layer._compiled_call_impl is not None:
         return None
     return fused.examine(ADAPTERS[0], layer)[0]
@@ -145,14 +147,14 @@ def block_to_join(layer: Any) -> Block | None:
 
 FORWARDS: dict[Any, Any] = {
     vit.ViTEmbeddings: embed,
-    vit.ViTLayer: fused.block_forward(ADAPTERS[0], vit.ViTLayer),
+    vit.ViTLayer: fused.make_block_forward(ADAPTERS[0], vit.ViTLayer),
     vit.ViTEncoder: encode,
 }
 
 
 @functools.cache
 def class_for(original: Any) -> Any:
-    return fused.fused_class(original, FORWARDS[original], rebuild)
+    return fused.make_fused_class(original, FORWARDS[original], rebuild)
 
 
 def rebuild(original: Any) -> nn.Module:

@@ -120,7 +120,7 @@ class ViTModel(ViTPreTrainedModel):
         pooler_output = None
         if self.pooler is not None:
             is_packed = isinstance(mask, Packing) and not class_token_only
-            pooler_output = self.pooler(varlen.class_tokens_of(hidden_states, mask) if is_packed else hidden_states)
+            pooler_output = self.pooler(varlen.select_class_tokens(hidden_states, mask) if is_packed else hidden_states)
         outputs = BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
             pooler_output=pooler_output,
@@ -136,7 +136,7 @@ def outputs_of_list(
     """What a list of images, stacked or packed, gave: a list of [N, D] or [heads, N, N] in place of each tensor."""
 
     def listed(states: Any) -> Any:
-        return varlen.images_of(states, mask) if isinstance(states, Tensor) else states
+        return varlen.split_images(states, mask) if isinstance(states, Tensor) else states
 
     if not class_token_only:
         outputs.last_hidden_state = listed(outputs.last_hidden_state)

@@ -68,7 +68,7 @@ def to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise InputError(f"model: expected torch.bfloat16 or torch.float32 for fp8, got {model.dtype}: use .to()")
     must_run_here = device.type == "cuda" and ops.current_backend() != "reference"
-    if must_run_here and (reason := ops.why_not_triton("linear_fp8", "cuda", device.index, torch.float32)):
+    if must_run_here and (reason := ops.kernel_unavailable_reason("linear_fp8", "cuda", device.index, torch.float32)):
         raise InputError(f"kind: 'fp8' cannot run here: {reason}; fastvit.backend('reference') computes it slowly")
     for layer in (layer for encoder in encoders for layer in encoder.layer):
         linears = [(module, name, child) for module in layer.modules() for name, child in module.named_children()]

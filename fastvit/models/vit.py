@@ -212,7 +212,7 @@ class ViTSelfAttention(nn.Module):
         projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
         query, key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projections)
         if self.config._attn_implementation == "eager":
-            return varlen.attend_with_maps(self.attend, query, key, value, attention_mask, output_attentions)
+            return varlen.attend_with_probabilities(self.attend, query, key, value, attention_mask, output_attentions)
         dropout_p = self.dropout_prob if self.training else 0.0
         context = varlen.attend(ops.attention, query, key, value, mask=attention_mask, dropout_p=dropout_p)
         probabilities = varlen.attention_probabilities(query, key, attention_mask) if output_attentions else None
@@ -365,7 +365,7 @@ class ViTEncoder(nn.Module):
                 all_attentions.append(attentions)
             all_hidden_states.append(hidden_states if index in asked else None)
         return BaseModelOutput(
-            last_hidden_state=varlen.class_tokens_of(hidden_states, attention_mask)
+            last_hidden_state=varlen.select_class_tokens(hidden_states, attention_mask)
             if class_token_only
             else hidden_states,
             hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),

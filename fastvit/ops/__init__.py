@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastvit.errors import InputError
 from fastvit.kernels.checks import DTYPES
 from fastvit.ops import eager, records, reference
-from fastvit.ops.cases import SIZES, Case, case_of
-from fastvit.ops.tracing import is_transformed
+from fastvit.ops.cases import SIZE_READERS, Case, make_case
+from fastvit.ops.tracing import is_transform_active
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,7 +38,7 @@ logger = logging.getLogger("fastvit")
 BACKENDS = ("auto", "triton", "reference")
 
 # Operations that have a kernel -> module of fastvit.kernels.
-KERNELS = {
+KERNEL_MODULES = {
     "patch_embed": "patch_embed",
     "layer_norm": "layer_norm",
     "add_layer_norm": "layer_norm",
@@ -80,7 +80,7 @@ def backend(name: str) -> Iterator[None]:
     if name not in BACKENDS:
         raise InputError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
     if name == "triton":
-        if reason := why_not_triton_anywhere():
+        if reason := triton_unavailable_reason():
             raise InputError(f"backend: 'triton' cannot run here: {reason}")
         import_kernels()  # they are to know that a failing one is an error
     before, _backend = _backend, name
@@ -100,7 +100,7 @@ def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false")
 
 
-def why_not_triton_anywhere() -> str | None:
+def triton_unavailable_reason() -> str | None:
     """Why no kernel can run on this machine, or None."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (it has no build for this platform, or was left out)"
@@ -110,9 +110,11 @@ def why_not_triton_anywhere() -> str | None:
 
 
 @functools.cache
-def why_not_triton(operation: str, device_type: str, device_index: int | None, dtype: torch.dtype) -> str | None:
+def kernel_unavailable_reason(
+    operation: str, device_type: str, device_index: int | None, dtype: torch.dtype
+) -> str | None:
     """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernels."""
-    if reason := why_not_triton_anywhere():
+    if reason := triton_unavailable_reason():
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
         return f"the tensors are on {device_type!r}, kernels run on GPUs"
@@ -120,7 +122,7 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
         major, minor = torch.cuda.get_device_capability(device_index)
         if major < 8:
             return f"this GPU (sm_{major}{minor}) is older than sm_80, the first whose tensor cores Triton uses"
-    needs = getattr(import_kernels()[KERNELS[operation]], "why_not_on", None)
+    needs = getattr(import_kernels()[KERNEL_MODULES[operation]], "gpu_unsupported_reason", None)
     if device_type == "cuda" and needs and (reason := needs(*torch.cuda.get_device_capability(device_index))):
         return reason
     return None if dtype in DTYPES else f"the kernel has no {dtype}"
@@ -128,9 +130,9 @@ def why_not_triton(operation: str, device_type: str, device_index: int | None, d
 
 @functools.cache
 def import_kernels() -> dict[str, Any]:
-    """The modules of `KERNELS`, by name."""
-    modules = {module: importlib.import_module(f"fastvit.kernels.{module}") for module in KERNELS.values()}
-    _kernels.update({operation: getattr(modules[module], operation) for operation, module in KERNELS.items()})
+    """The modules of `KERNEL_MODULES`, by name."""
+    modules = {module: importlib.import_module(f"fastvit.kernels.{module}") for module in KERNEL_MODULES.values()}
+    _kernels.update({operation: getattr(modules[module], operation) for operation, module in KERNEL_MODULES.items()})
     operators: Any = importlib.import_module("fastvit.kernels.operators")
     operators.is_strict = lambda: _backend == "triton"
     return modules
@@ -138,51 +140,51 @@ def import_kernels() -> dict[str, Any]:
 
 # A compiler that traces an operation takes the answers as constants; they depend on nothing that was not asked about.
 @torch.compiler.assume_constant_result
-def _choose(
+def _choose_implementation(
     operation: str,
-    asked: str,
+    requested: str,
     device_type: str,
     device_index: int | None,
     dtype: torch.dtype,
-    lacks: str | None,
+    unsupported_reason: str | None,
     case: tuple | None,
 ) -> int | str:
     """Who computes: our kernel with candidate number so-and-so, or PyTorch with this SDPA backend ("default")."""
-    reason = why_not_triton(operation, device_type, device_index, dtype) or lacks
-    record = _record(device_type, device_index, case) if reason is None else None
-    if asked == "triton":
+    reason = kernel_unavailable_reason(operation, device_type, device_index, dtype) or unsupported_reason
+    record = _find_record(device_type, device_index, case) if reason is None else None
+    if requested == "triton":
         if reason is not None:
             raise InputError(f"backend: 'triton' cannot compute {operation}: {reason}")
         return record.choice if record is not None and isinstance(record.choice, int) else 0
     if reason is not None and device_type == "cuda" and operation in NO_FALLBACK:
         raise InputError(f"{operation}: {reason}; fastvit.backend('reference') computes it slowly")
     if record is not None:
-        choices[case] = record
+        used_records[case] = record
         return record.choice
     # The interpreter proves kernels; it is no way to compute anything unless asked for.
-    is_ours = reason is None and device_type == "cuda"
-    _announce(operation, device_type, is_ours, reason)
-    if is_ours and operation in SIZES:
-        _say_how_to_tune()
-    return 0 if is_ours else "default"
+    uses_kernel = reason is None and device_type == "cuda"
+    _log_choice(operation, device_type, uses_kernel, reason)
+    if uses_kernel and operation in SIZE_READERS:
+        _suggest_tuning()
+    return 0 if uses_kernel else "default"
 
 
-choices: dict[tuple | None, records.Record] = {}  # by case, those that this process has gone by
+used_records: dict[tuple | None, records.Record] = {}  # by case, those that this process has gone by
 
 
 @torch.compiler.assume_constant_result
 def _has_records(device_type: str, device_index: int | None) -> bool:
-    return bool(records.table().get(records.gpu_name(device_type, device_index)))
+    return bool(records.get_table().get(records.get_gpu_name(device_type, device_index)))
 
 
-def _record(device_type: str, device_index: int | None, case: tuple | None) -> records.Record | None:
+def _find_record(device_type: str, device_index: int | None, case: tuple | None) -> records.Record | None:
     if case is None:
         return None
-    return records.find(Case(*case), records.gpu_name(device_type, device_index), KERNELS[case[0]])
+    return records.find_record(Case(*case), records.get_gpu_name(device_type, device_index), KERNEL_MODULES[case[0]])
 
 
 @functools.cache
-def _say_how_to_tune() -> None:
+def _suggest_tuning() -> None:
     logger.warning(
         "fastvit has not measured these shapes on this GPU and takes its own kernels with their first tile;"
         " `fastvit tune`, or fastvit.tuning.tune(model, batch_size=...), measures what is fastest"
@@ -190,23 +192,23 @@ def _say_how_to_tune() -> None:
 
 
 @torch.compiler.assume_constant_result
-def _announce_cpu(operation: str, dtype: torch.dtype) -> None:
-    _announce(operation, "cpu", False, why_not_triton(operation, "cpu", None, dtype))
+def _log_cpu_choice(operation: str, dtype: torch.dtype) -> None:
+    _log_choice(operation, "cpu", False, kernel_unavailable_reason(operation, "cpu", None, dtype))
 
 
 @functools.cache
-def _announce(operation: str, device_type: str, is_ours: bool, reason: str | None) -> None:
-    by = "our Triton kernel" if is_ours else f"plain PyTorch ({reason or 'Triton only interprets here'})"
+def _log_choice(operation: str, device_type: str, uses_kernel: bool, reason: str | None) -> None:
+    by = "our Triton kernel" if uses_kernel else f"plain PyTorch ({reason or 'Triton only interprets here'})"
     logger.info("%s on %s is computed by %s", operation, device_type, by)
 
 
-_plain: dict[str, Callable[..., Any]] = {}  # each operation by PyTorch
+_pytorch_operations: dict[str, Callable[..., Any]] = {}  # each operation by PyTorch
 # Calls are handed to it and computed by PyTorch while `fastvit.tuning` collects what a model asks for.
 _collector: Callable[[Case, tuple, dict], None] | None = None
 
 
 @contextlib.contextmanager
-def collecting(collector: Callable[[Case, tuple, dict], None]) -> Iterator[None]:
+def intercept_calls(collector: Callable[[Case, tuple, dict], None]) -> Iterator[None]:
     """Inside, `collector` is told of each call that could be tuned: case, arguments, keyword arguments."""
     global _collector
     before, _collector = _collector, collector
@@ -216,61 +218,67 @@ def collecting(collector: Callable[[Case, tuple, dict], None]) -> Iterator[None]
         _collector = before
 
 
-def _chosen(
+def _make_dispatcher(
     definition: Callable[P, R],
     *,
-    like: int = 0,
-    lacks: Callable[P, str | None] = lambda *args, **kwargs: None,
+    tensor_index: int = 0,
+    find_unsupported: Callable[P, str | None] = lambda *args, **kwargs: None,
 ) -> Callable[P, R]:
     """`definition`, a function of `fastvit.ops.reference`, or its kernel of the same name and signature.
 
-    Which is decided at each call by the device and dtype of the tensor that is argument number `like`, by `lacks`,
-    which says what of these arguments the kernel does not have, and by the record that holds for them.
+    Which is decided at each call by the device and dtype of the tensor that is argument number `tensor_index`,
+    by `find_unsupported`, which says what of these arguments the kernel does not have, and by the record that holds for them.
     """
     operation = definition.__name__
-    plain = _plain[operation] = getattr(eager, operation, definition)
+    plain = _pytorch_operations[operation] = getattr(eager, operation, definition)
 
     @functools.wraps(definition)
     def function(*args: P.args, **kwargs: P.kwargs) -> R:
         if _backend == "reference":
             return definition(*args, **kwargs)
-        x: Any = args[like]
+        x: Any = args[tensor_index]
         if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
-            _announce_cpu(operation, x.dtype)
+            _log_cpu_choice(operation, x.dtype)
             return plain(*args, **kwargs)
-        lack = "torch.func and forward-mode derivatives need PyTorch's" if is_transformed() else lacks(*args, **kwargs)
+        unsupported_reason = (
+            "torch.func and forward-mode derivatives need PyTorch's"
+            if is_transform_active()
+            else find_unsupported(*args, **kwargs)
+        )
         case = None
-        if lack is None and (_collector is not None or _has_records(x.device.type, x.device.index)):
-            case = case_of(operation, x, args, kwargs)
+        if unsupported_reason is None and (_collector is not None or _has_records(x.device.type, x.device.index)):
+            case = make_case(operation, x, args, kwargs)
         if _collector is not None:
             if case is not None:
                 _collector(Case(*case), args, kwargs)
             return definition(*args, **kwargs)
-        choice = _choose(operation, _backend, x.device.type, x.device.index, x.dtype, lack, case)
-        return computed_by(choice, operation, args, kwargs)
+        choice = _choose_implementation(
+            operation, _backend, x.device.type, x.device.index, x.dtype, unsupported_reason, case
+        )
+        return run_implementation(choice, operation, args, kwargs)
 
     return function
 
 
-# Arguments that no kernel has: `lacks` has seen to it that they are at their defaults.
-NOT_IN_KERNELS = ("dropout_p",)
+# Arguments that no kernel has: `find_unsupported` has seen to it that they are at their defaults.
+PYTORCH_ONLY_ARGUMENTS = ("dropout_p",)
 
 
-def computed_by(choice: int | str, operation: str, args: Any, kwargs: Any) -> Any:
+def run_implementation(choice: int | str, operation: str, args: Any, kwargs: Any) -> Any:
     """The operation by candidate `choice` of our kernel; or by PyTorch, with `choice` as its SDPA backend."""
     if isinstance(choice, int):
-        options = {name: value for name, value in kwargs.items() if name not in NOT_IN_KERNELS}
+        options = {name: value for name, value in kwargs.items() if name not in PYTORCH_ONLY_ARGUMENTS}
         number = {"candidate": choice} if choice else {}  # linear_fp8 has one way only
         return _kernels[operation](*args, **options, **number)
     if choice == "default":
-        return _plain[operation](*args, **kwargs)
+        return _pytorch_operations[operation](*args, **kwargs)
     # The others after it: another call of the same case may have strides that it does not take.
-    others = [backend for name, backend in SDPA.items() if name != choice]
-    with sdpa_kernel([SDPA[choice], *others], set_priority=True):
-        return _plain[operation](*args, **kwargs)
+    others = [backend for name, backend in SDPA_BACKENDS.items() if name != choice]
+    with sdpa_kernel([SDPA_BACKENDS[choice], *others], set_priority=True):
+        return _pytorch_operations[operation](*args, **kwargs)
 
 
-SDPA = {
+SDPA_BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -278,74 +286,82 @@ SDPA = {
 }
 
 
-def has_kernels(x: torch.Tensor) -> bool:
+def uses_kernels(x: torch.Tensor) -> bool:
     """Whether our kernels are to compute operations on tensors like `x`, or plain PyTorch, which fuses nothing."""
     return _backend != "reference" and (_backend == "triton" or _device_has_kernels(x.device.type))
 
 
 @torch.compiler.assume_constant_result
 def _device_has_kernels(device_type: str) -> bool:
-    return device_type == "cuda" and _triton_runs()
+    return device_type == "cuda" and _is_triton_available()
 
 
 @functools.cache  # PyTorch asks the driver each time
-def _triton_runs() -> bool:
-    return why_not_triton_anywhere() is None
+def _is_triton_available() -> bool:
+    return triton_unavailable_reason() is None
 
 
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
-def _activation(*args: Any, activation: str | None = None, **kwargs: Any) -> str | None:
+def _activation_unsupported_reason(*args: Any, activation: str | None = None, **kwargs: Any) -> str | None:
     """The last of the arguments, "gelu" where it is left out."""
     name = activation or (args[-1] if isinstance(args[-1], str) else "gelu")
     return None if name in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {name!r}"
 
 
-def _lacks_attention(dim: int, mask: Any = None, dropout_p: float = 0.0, **kwargs: Any) -> str | None:
+def _attention_options_unsupported_reason(
+    dim: int, mask: Any = None, dropout_p: float = 0.0, **kwargs: Any
+) -> str | None:
     if dropout_p != 0:
         return f"the kernel has no dropout, and dropout_p is {dropout_p}"
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         return "the kernel has no gradient of an additive mask, and mask requires one"
-    return _lacks_head_dim(dim)
+    return _head_dim_unsupported_reason(dim)
 
 
-def _attention(query: Any, key: Any, value: Any, **kwargs: Any) -> str | None:
+def _attention_unsupported_reason(query: Any, key: Any, value: Any, **kwargs: Any) -> str | None:
     if value.shape[-1] != query.shape[-1]:
         return f"the kernel has one head dim for queries and values, not {query.shape[-1]} and {value.shape[-1]}"
-    return _lacks_attention(query.shape[-1], **kwargs)
+    return _attention_options_unsupported_reason(query.shape[-1], **kwargs)
 
 
-def _attention_packed(qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any) -> str | None:
+def _attention_packed_unsupported_reason(
+    qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any
+) -> str | None:
     is_flat = qkv.dim() == (3 if cu_seqlens is None else 2)
     dim = qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1]
-    return _lacks_attention(dim, **kwargs)
+    return _attention_options_unsupported_reason(dim, **kwargs)
 
 
-def _lacks_head_dim(dim: int) -> str | None:
+def _head_dim_unsupported_reason(dim: int) -> str | None:
     return None if 16 <= dim <= 128 and dim % 8 == 0 else f"the kernel has no head dim {dim}: 16 to 128, multiples of 8"
 
 
 # The operations; each is documented where it is defined.
-patch_embed = _chosen(reference.patch_embed, like=1)
-layer_norm = _chosen(reference.layer_norm)
-add_layer_norm = _chosen(reference.add_layer_norm)
-layer_norm_linear = _chosen(reference.layer_norm_linear)
-add_layer_norm_linear = _chosen(reference.add_layer_norm_linear)
-layer_norm_gelu = _chosen(reference.layer_norm_gelu, lacks=_activation)
-add_layer_norm_feed_forward = _chosen(reference.add_layer_norm_feed_forward, lacks=_activation)
-attention = _chosen(reference.attention, lacks=_attention)
-attention_packed = _chosen(reference.attention_packed, lacks=_attention_packed)
-quantize_rows = _chosen(reference.quantize_rows)
-layer_norm_fp8 = _chosen(reference.layer_norm_fp8)
-add_layer_norm_fp8 = _chosen(reference.add_layer_norm_fp8)
-bias_gelu_fp8 = _chosen(reference.bias_gelu_fp8, lacks=_activation)
-linear_fp8 = _chosen(reference.linear_fp8, like=1)  # the scales, which are float32 as every kernel takes
+patch_embed = _make_dispatcher(reference.patch_embed, tensor_index=1)
+layer_norm = _make_dispatcher(reference.layer_norm)
+add_layer_norm = _make_dispatcher(reference.add_layer_norm)
+layer_norm_linear = _make_dispatcher(reference.layer_norm_linear)
+add_layer_norm_linear = _make_dispatcher(reference.add_layer_norm_linear)
+layer_norm_gelu = _make_dispatcher(reference.layer_norm_gelu, find_unsupported=_activation_unsupported_reason)
+add_layer_norm_feed_forward = _make_dispatcher(
+    reference.add_layer_norm_feed_forward, find_unsupported=_activation_unsupported_reason
+)
+attention = _make_dispatcher(reference.attention, find_unsupported=_attention_unsupported_reason)
+attention_packed = _make_dispatcher(reference.attention_packed, find_unsupported=_attention_packed_unsupported_reason)
+quantize_rows = _make_dispatcher(reference.quantize_rows)
+layer_norm_fp8 = _make_dispatcher(reference.layer_norm_fp8)
+add_layer_norm_fp8 = _make_dispatcher(reference.add_layer_norm_fp8)
+bias_gelu_fp8 = _make_dispatcher(reference.bias_gelu_fp8, find_unsupported=_activation_unsupported_reason)
+linear_fp8 = _make_dispatcher(
+    reference.linear_fp8, tensor_index=1
+)  # the scales, which are float32 as every kernel takes
 attention_probabilities = reference.attention_probabilities
-feed_forward = _chosen(reference.feed_forward, lacks=_activation)
-swiglu = _chosen(reference.swiglu)
-bias_gelu = _chosen(reference.bias_gelu, lacks=_activation)
-layer_norm_act = _chosen(reference.layer_norm_act, lacks=_activation)
+feed_forward = _make_dispatcher(reference.feed_forward, find_unsupported=_activation_unsupported_reason)
+swiglu = _make_dispatcher(reference.swiglu)
+bias_gelu = _make_dispatcher(reference.bias_gelu, find_unsupported=_activation_unsupported_reason)
+layer_norm_act = _make_dispatcher(reference.layer_norm_act, find_unsupported=_activation_unsupported_reason)
 join_tokens = reference.join_tokens
 linear = eager.linear
 normalize_pixels = reference.normalize_pixels

@@ -7,8 +7,9 @@ An `Adapter` describes where a family's block keeps its parts; `attach` gives a 
 its own back. The parts are read again at each call: one that is replaced, wrapped (LoRA, quantisation) or hooked is
 noticed, and then the block runs its own forward.
 
-A block ends with a residual add and the next one begins with a LayerNorm. The two are one operation, so `compute` takes
-and returns an unfinished sum, `Stream`; a caller that runs one block alone finishes it with `total`.
+A block ends with a residual add and the next one begins with a LayerNorm. The two are one operation, so
+`compute_block` accepts and returns an unfinished sum, `Stream`; a caller that runs one block alone finishes it with
+`sum_stream`.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.to(torch.bfloat16, copy=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.check(x)
+        self.check_inference(x)
         return ops.linear_fp8(*ops.quantize_rows(x), self.weight, self.scale, self.bias)
 
-    def check(self, x: Tensor) -> None:
+    def check_inference(self, x: Tensor) -> None:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             raise InputError("model: quantised to fp8, for inference alone: call eval(), and ask for no gradients")
 
@@ -129,7 +130,7 @@ class Block(NamedTuple):
     after_feed_forward: Branch
     bypassed: tuple[nn.Module, ...]  # modules that have these parts, whose own forward is not called
     attention_implementation: str = "sdpa"
-    lacks: str | None = None  # what the block has that ours does not
+    unsupported_reason: str | None = None  # what the block has that ours does not
 
 
 class Inputs(NamedTuple):
@@ -142,7 +143,7 @@ class Inputs(NamedTuple):
     output_attentions: bool = False
 
 
-def read_inputs(
+def read_default_inputs(
     layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> Inputs:
     """The arguments of most blocks of transformers."""
@@ -154,9 +155,9 @@ class Adapter(NamedTuple):
 
     family: str
     class_name: str  # with its module; blocks are recognised by it, so that nothing needs importing
-    block: Callable[[Any], Block]
-    inputs: Callable[..., Inputs] = read_inputs
-    refuses: Callable[[Any], str | None] = lambda layer: None  # why a block of this class is not one of the family
+    read_block: Callable[[Any], Block]
+    read_inputs: Callable[..., Inputs] = read_default_inputs
+    find_refusal: Callable[[Any], str | None] = lambda layer: None  # why a block of this class is not one of the family
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,22 +198,22 @@ ACTIVATIONS = {
 }
 
 
-def name_of(kind: type) -> str:
+def get_qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def activation_name(activation: nn.Module | str) -> str | None:
+def find_activation_name(activation: nn.Module | str) -> str | None:
     """The name of this activation: a key of `ops.ACTIVATIONS`, or "silu"; None if there is none."""
     if isinstance(activation, str):
         return activation
     if type(activation) is nn.GELU:
         return "gelu" if activation.approximate == "none" else "gelu_pytorch_tanh"
-    return ACTIVATIONS.get(name_of(type(activation)))
+    return ACTIVATIONS.get(get_qualified_name(type(activation)))
 
 
 def is_plain_norm(norm: Any) -> bool:
     return (
-        name_of(type(norm)) in NORMS
+        get_qualified_name(type(norm)) in NORMS
         and type(norm.weight) in PLAIN_WEIGHTS
         and type(norm.bias) in PLAIN_WEIGHTS
         and norm.weight.ndim == 1
@@ -221,7 +222,7 @@ def is_plain_norm(norm: Any) -> bool:
     )
 
 
-def is_watched(module: nn.Module) -> bool:
+def has_active_hooks(module: nn.Module) -> bool:
     """Whether somebody would notice that `module` is not called; transformers' own hooks only while they collect."""
     if not is_hooked(module):
         return False
@@ -239,7 +240,7 @@ def is_watched(module: nn.Module) -> bool:
     return collected is not None and "attentions" in collected
 
 
-def drop_path_of(module: nn.Module) -> nn.Module | None:
+def find_drop_path(module: nn.Module) -> nn.Module | None:
     """A block's drop path, which without a rate is an Identity."""
     return None if type(module) is nn.Identity and not is_hooked(module) else module
 
@@ -247,10 +248,10 @@ def drop_path_of(module: nn.Module) -> nn.Module | None:
 def examine(adapter: Adapter, layer: nn.Module) -> tuple[Block, None] | tuple[None, str]:
     """The parts of a block as they are now; or None, and why the block has to compute itself."""
     try:
-        block = adapter.block(layer)
+        block = adapter.read_block(layer)
     except AttributeError:
         return None, "its parts are not where they were expected; another version of its library?"
-    reason = why_left(block)
+    reason = block_unsupported_reason(block)
     return (block, None) if reason is None else (None, reason)
 
 
@@ -258,24 +259,24 @@ def is_fp8(block: Block) -> bool:
     return type(block.projection) is Fp8Linear
 
 
-def why_left(block: Block) -> str | None:
-    if block.lacks:
-        return block.lacks
+def block_unsupported_reason(block: Block) -> str | None:
+    if block.unsupported_reason:
+        return block.unsupported_reason
     feed_forward = block.feed_forward
     kind = Fp8Linear if is_fp8(block) else nn.Linear  # in all of a block, or in none of it
     for linear in (*block.qkv, block.projection, *feed_forward.first, feed_forward.second):
         if not is_plain(linear, kind):
-            return f"a linear layer is wrapped, watched or quantised: {name_of(type(linear))}"
+            return f"a linear layer is wrapped, watched or quantised: {get_qualified_name(type(linear))}"
     for norm in (block.norm1, block.norm2):
         if not is_plain_norm(norm):
-            return f"a norm is watched, or no plain LayerNorm with weight and bias: {name_of(type(norm))}"
+            return f"a norm is watched, or no plain LayerNorm with weight and bias: {get_qualified_name(type(norm))}"
     drop_paths = (block.after_attention.drop_path, block.after_feed_forward.drop_path)
     for module in (*block.bypassed, feed_forward.activation, *drop_paths):
-        if isinstance(module, nn.Module) and is_watched(module):
-            return f"attention maps are asked for, or a hook watches {name_of(type(module))}"
-    activation = activation_name(feed_forward.activation)
+        if isinstance(module, nn.Module) and has_active_hooks(module):
+            return f"attention maps are asked for, or a hook watches {get_qualified_name(type(module))}"
+    activation = find_activation_name(feed_forward.activation)
     if activation != "silu" if feed_forward.gated else activation not in ops.ACTIVATIONS:
-        return f"there is no operation for the activation {name_of(type(feed_forward.activation))}"
+        return f"there is no operation for the activation {get_qualified_name(type(feed_forward.activation))}"
     if feed_forward.hidden_dropout:
         return "there is dropout inside the feed-forward"
     if block.attention_implementation not in STANDARD_ATTENTION:
@@ -283,7 +284,7 @@ def why_left(block: Block) -> str | None:
     return None
 
 
-def why_inputs_left(inputs: Inputs) -> str | None:
+def inputs_unsupported_reason(inputs: Inputs) -> str | None:
     """Why a call with these arguments is one for the block itself."""
     for name, value in inputs.options.items():
         if value is not None and value is not False and name not in HARMLESS_OPTIONS:
@@ -296,13 +297,13 @@ def why_inputs_left(inputs: Inputs) -> str | None:
 
 # A compiler that traces a block takes this as a constant, and logs nothing at run time.
 @torch.compiler.assume_constant_result
-def announce_left(family: str, reason: str) -> None:
+def log_fallback(family: str, reason: str) -> None:
     """Say once that blocks of this family compute themselves."""
-    _announce(family, reason)
+    _log_fallback(family, reason)
 
 
 @functools.cache
-def _announce(family: str, reason: str) -> None:
+def _log_fallback(family: str, reason: str) -> None:
     logger.info("optimize: a block of %s computes itself: %s", family, reason)
 
 
@@ -323,7 +324,7 @@ class Stream(NamedTuple):
 Rows = Tensor | tuple[Tensor, Tensor]  # [..., K]; or in fp8 its values and their scale [..., 1]
 
 
-def total(stream: Stream) -> Tensor:
+def sum_stream(stream: Stream) -> Tensor:
     """[B, N, D]"""
     branch, residual, scale, row_scale = stream
     if residual is None:
@@ -333,20 +334,20 @@ def total(stream: Stream) -> Tensor:
     return residual + branch if scale is None else torch.addcmul(residual, branch, scale)
 
 
-def compute(block: Block, stream: Stream, inputs: Inputs, class_token_only: bool = False) -> tuple[Stream, Any]:
+def compute_block(block: Block, stream: Stream, inputs: Inputs, class_token_only: bool = False) -> tuple[Stream, Any]:
     """One block of `stream`, with the arguments in `inputs` but for its hidden states.
 
     class_token_only: of the class token alone, [B, 1, D].
     Returns the stream, and the attention maps if inputs ask for them: [B, heads, Nq, N], or one for each packed image.
     """
     if isinstance(block.projection, Fp8Linear):
-        block.projection.check(stream.branch)
+        block.projection.check_inference(stream.branch)
     residual, context, probabilities = attend(block, stream, inputs, class_token_only)
     rows = ops.quantize_rows(context) if is_fp8(block) else context
-    branch = linear(rows, weights_of((block.projection,)))
-    stream = finish(branch, residual, block.after_attention, inputs.mask)
+    branch = linear(rows, join_weights((block.projection,)))
+    stream = build_stream(branch, residual, block.after_attention, inputs.mask)
     residual, branch = feed_forward(block, stream)
-    return finish(branch, residual, block.after_feed_forward, inputs.mask), probabilities
+    return build_stream(branch, residual, block.after_feed_forward, inputs.mask), probabilities
 
 
 def attend(
@@ -357,14 +358,14 @@ def attend(
     options: dict[str, Any] = {"scale": block.attention_scale, "dropout_p": block.attention_dropout}
     one_query = class_token_only and not isinstance(mask, Packing)
     # On a CPU the copy of concatenated weights would cost more than three matmuls instead of one.
-    apart = len(block.qkv) == 3 and (one_query or not (fp8 or ops.has_kernels(stream.branch)))
-    if apart:
+    is_separate = len(block.qkv) == 3 and (one_query or not (fp8 or ops.uses_kernels(stream.branch)))
+    if is_separate:
         residual, rows = add_norm(stream, block.norm1, fp8)
-        parts = (class_tokens_of_rows(rows) if one_query else rows, rows, rows)
-        states = [linear(part, weights_of((layer,))) for part, layer in zip(parts, block.qkv, strict=True)]
+        parts = (select_class_rows(rows) if one_query else rows, rows, rows)
+        states = [linear(part, join_weights((layer,))) for part, layer in zip(parts, block.qkv, strict=True)]
         query, key, value = (state.unflatten(-1, (heads, -1)) for state in states)
     else:
-        residual, qkv = add_norm_linear(stream, block.norm1, weights_of(block.qkv), fp8)
+        residual, qkv = add_norm_linear(stream, block.norm1, join_weights(block.qkv), fp8)
         query, key, value = qkv.unflatten(-1, (3, heads, -1)).unbind(-3)
     if isinstance(mask, Tensor):
         mask = mask[:, :, :1] if one_query else mask
@@ -372,7 +373,7 @@ def attend(
     if inputs.rotate is not None:
         query, key = inputs.rotate(query.transpose(1, 2), key.transpose(1, 2))
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-    if apart or inputs.rotate is not None:
+    if is_separate or inputs.rotate is not None:
         context = varlen.attend(ops.attention, query, key, value, mask=mask, **options)
     else:
         context = varlen.attend(ops.attention_packed, qkv, mask=mask, num_heads=heads, **options)
@@ -380,15 +381,19 @@ def attend(
     if inputs.output_attentions:
         probabilities = varlen.attention_probabilities(query, key, mask, block.attention_scale)
     if class_token_only:
-        residual = varlen.class_tokens_of(residual, mask)
-        context = context if one_query else varlen.class_tokens_of(context, mask)
+        residual = varlen.select_class_tokens(residual, mask)
+        context = context if one_query else varlen.select_class_tokens(context, mask)
     return residual, context, probabilities
 
 
 def feed_forward(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
     """The residual and the branch."""
     norm, part = block.norm2, block.feed_forward
-    first, second, activation = weights_of(part.first), weights_of((part.second,)), activation_name(part.activation)
+    first, second, activation = (
+        join_weights(part.first),
+        join_weights((part.second,)),
+        find_activation_name(part.activation),
+    )
     is_sum = stream.residual is not None and stream.scale is None and stream.row_scale is None
     if is_fp8(block):
         residual, rows = add_norm(stream, norm, True)
@@ -430,7 +435,7 @@ def add_norm_linear(stream: Stream, norm: Any, weights: tuple, fp8: bool) -> tup
     return ops.add_layer_norm_linear(branch, residual, norm.weight, norm.bias, norm.eps, *weights)
 
 
-def weights_of(layers: Sequence[Any]) -> tuple:
+def join_weights(layers: Sequence[Any]) -> tuple:
     """(weight, bias) of one linear layer that computes all of these, or in fp8 (weight, scale, bias).
 
     Concatenated at each use: checkpoints, optimizers and LoRA see the layers apart. It costs a copy of the weights for
@@ -449,16 +454,16 @@ def weights_of(layers: Sequence[Any]) -> tuple:
 
 
 def linear(rows: Rows, weights: tuple) -> Tensor:
-    """[..., K] -> [..., F], by `weights_of` linear layers."""
+    """[..., K] -> [..., F], by `join_weights` linear layers."""
     return ops.linear(rows, *weights) if isinstance(rows, Tensor) else ops.linear_fp8(*rows, *weights)
 
 
-def class_tokens_of_rows(rows: Rows) -> Rows:
+def select_class_rows(rows: Rows) -> Rows:
     """The class tokens alone, [B, 1, K]."""
     return rows[:, :1] if isinstance(rows, Tensor) else (rows[0][:, :1], rows[1][:, :1])
 
 
-def finish(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Stream:
+def build_stream(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Stream:
     """The stream with a branch that went through dropout, and drop path's factor of each image.
 
     The factors are drawn by the model's own module, in the dtype that the branch has there, behind the scale: under
@@ -481,7 +486,7 @@ def finish(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Strea
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Fused:
+class FusedModule:
     """A module whose forward is a fused one; always beside the module's own class."""
 
     _fastvit_original: ClassVar[type[nn.Module]]
@@ -493,7 +498,7 @@ class Fused:
         return (type(self)._fastvit_rebuild, (self._fastvit_original,), *reduced[2:])
 
 
-def fused_class(original: Any, forward: Callable[..., Any], rebuild: Callable[[Any], nn.Module]) -> Any:
+def make_fused_class(original: Any, forward: Callable[..., Any], rebuild: Callable[[Any], nn.Module]) -> Any:
     """A subclass of a module's class, of the same name, that differs in `forward` alone.
 
     So parameters, hooks, `isinstance`, state dicts and gradient checkpointing stay as they are, and a compiler sees an
@@ -512,22 +517,22 @@ def fused_class(original: Any, forward: Callable[..., Any], rebuild: Callable[[A
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original)(original.__name__, (Fused, original), names)
+    return type(original)(original.__name__, (FusedModule, original), names)
 
 
-def block_forward(adapter: Adapter, original: Any) -> Callable[..., Any]:
+def make_block_forward(adapter: Adapter, original: Any) -> Callable[..., Any]:
     """The forward of a block of this family: fused where that is possible now, else its own."""
 
     def forward(self, *args, **kwargs):
         block, reason = examine(adapter, self)
         if block is not None:
-            inputs = adapter.inputs(self, *args, **kwargs)
-            reason = why_inputs_left(inputs)
+            inputs = adapter.read_inputs(self, *args, **kwargs)
+            reason = inputs_unsupported_reason(inputs)
         if reason is not None:
-            announce_left(adapter.family, reason)
+            log_fallback(adapter.family, reason)
             return original.forward(self, *args, **kwargs)
-        stream, probabilities = compute(block, Stream(inputs.hidden_states), inputs)
-        hidden_states = total(stream)
+        stream, probabilities = compute_block(block, Stream(inputs.hidden_states), inputs)
+        hidden_states = sum_stream(stream)
         return (hidden_states, probabilities) if inputs.output_attentions else hidden_states
 
     return forward

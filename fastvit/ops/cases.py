@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit.ops.tracing import recorded
+from fastvit.ops.tracing import needs_backward
 
 
 class Case(NamedTuple):
@@ -31,22 +31,24 @@ class Case(NamedTuple):
     dtype: str
 
 
-def case_of(operation: str, x: Tensor, args: Any, kwargs: Any) -> tuple | None:
+def make_case(operation: str, x: Tensor, args: Any, kwargs: Any) -> tuple | None:
     """The fields of the `Case` that a call belongs to; None where nothing is measured for such calls.
 
     x: the argument whose dtype the kernel computes in.
     """
-    asked = SIZES[operation](*args, **kwargs) if operation in SIZES else None
-    if asked is None:
+    call_sizes = SIZE_READERS[operation](*args, **kwargs) if operation in SIZE_READERS else None
+    if call_sizes is None:
         return None
     # operator.index makes a constant of what a compiler calls a symbol; int would not.
-    sizes = {name: value if isinstance(value, str) else operator.index(value) for name, value in asked.sizes.items()}
+    sizes = {
+        name: value if isinstance(value, str) else operator.index(value) for name, value in call_sizes.sizes.items()
+    }
     if torch.is_autocast_enabled(x.device.type):
-        sizes["autocast"] = name_of(torch.get_autocast_dtype(x.device.type))
+        sizes["autocast"] = get_dtype_name(torch.get_autocast_dtype(x.device.type))
     tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-    direction = "training" if recorded(*tensors) else "inference"
-    rows, tokens = row_bucket(asked.rows), token_bucket(asked.tokens)
-    return operation, direction, tuple(sizes.items()), rows, tokens, name_of(x.dtype)
+    direction = "training" if needs_backward(*tensors) else "inference"
+    rows, tokens = row_bucket(call_sizes.rows), token_bucket(call_sizes.tokens)
+    return operation, direction, tuple(sizes.items()), rows, tokens, get_dtype_name(x.dtype)
 
 
 def row_bucket(rows: int) -> int:
@@ -65,7 +67,7 @@ def token_bucket(tokens: int) -> int:
     return bucket
 
 
-def name_of(dtype: torch.dtype) -> str:
+def get_dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -74,7 +76,7 @@ def name_of(dtype: torch.dtype) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
+class CallSizes(NamedTuple):
     """The sizes of a call: those that must be equal, and those that are put into buckets."""
 
     sizes: dict[str, int | str]
@@ -82,65 +84,71 @@ class Asked(NamedTuple):
     tokens: int = 0
 
 
-def _rows(x: Tensor) -> int:
+def _count_rows(x: Tensor) -> int:
     return x.numel() // x.shape[-1]
 
 
-def _norm(x, *args, scale=None, row_scale=None, **kwargs) -> Asked:
+def _norm_sizes(x, *args, scale=None, row_scale=None, **kwargs) -> CallSizes:
     scales = {"scale": scale, "row_scale": row_scale}
-    return Asked({"hidden": x.shape[-1], **{k: "yes" for k, v in scales.items() if v is not None}}, _rows(x))
+    return CallSizes({"hidden": x.shape[-1], **{k: "yes" for k, v in scales.items() if v is not None}}, _count_rows(x))
 
 
-def _product(x, norm_weight, norm_bias, eps, weight, bias, activation="") -> Asked:
+def _linear_sizes(x, norm_weight, norm_bias, eps, weight, bias, activation="") -> CallSizes:
     named = {"activation": activation} if activation else {}
-    return Asked({"hidden": x.shape[-1], "units": weight.shape[0], **named}, _rows(x))
+    return CallSizes({"hidden": x.shape[-1], "units": weight.shape[0], **named}, _count_rows(x))
 
 
-def _add_product(x, residual, *args, **kwargs) -> Asked:
-    return _product(x, *args, **kwargs)
+def _add_linear_sizes(x, residual, *args, **kwargs) -> CallSizes:
+    return _linear_sizes(x, *args, **kwargs)
 
 
-def _norm_gelu(x, norm_weight, norm_bias, eps, weight, bias, activation="gelu") -> Asked:
-    return _product(x, norm_weight, norm_bias, eps, weight, bias, activation)
+def _norm_gelu_sizes(x, norm_weight, norm_bias, eps, weight, bias, activation="gelu") -> CallSizes:
+    return _linear_sizes(x, norm_weight, norm_bias, eps, weight, bias, activation)
 
 
-def _feed_forward(x, weight1, bias1, weight2, bias2, activation) -> Asked:
-    return _product(x, None, None, 0.0, weight1, bias1, activation)
+def _feed_forward_sizes(x, weight1, bias1, weight2, bias2, activation) -> CallSizes:
+    return _linear_sizes(x, None, None, 0.0, weight1, bias1, activation)
 
 
-def _add_feed_forward(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation="gelu"):
-    return _product(x, norm_weight, norm_bias, eps, weight1, bias1, activation)
+def _add_feed_forward_sizes(
+    x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation="gelu"
+):
+    return _linear_sizes(x, norm_weight, norm_bias, eps, weight1, bias1, activation)
 
 
-def _activation(x, bias=None, activation="gelu") -> Asked:
-    return Asked({"units": x.shape[-1], "activation": activation}, _rows(x))
+def _activation_sizes(x, bias=None, activation="gelu") -> CallSizes:
+    return CallSizes({"units": x.shape[-1], "activation": activation}, _count_rows(x))
 
 
-def _norm_activation(x, weight, bias, eps, activation="gelu") -> Asked:
-    return Asked({"hidden": x.shape[-1], "activation": activation}, _rows(x))
+def _norm_activation_sizes(x, weight, bias, eps, activation="gelu") -> CallSizes:
+    return CallSizes({"hidden": x.shape[-1], "activation": activation}, _count_rows(x))
 
 
-def _swiglu(x, bias=None) -> Asked:
-    return Asked({"units": x.shape[-1] // 2}, _rows(x))
+def _swiglu_sizes(x, bias=None) -> CallSizes:
+    return CallSizes({"units": x.shape[-1] // 2}, _count_rows(x))
 
 
-def _attention(query, key, value, *, cu_seqlens=None, **options) -> Asked | None:
+def _attention_sizes(query, key, value, *, cu_seqlens=None, **options) -> CallSizes | None:
     if cu_seqlens is not None:
         return None
     batch, queries, heads, head_dim = query.shape
-    asked = _attended(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=None, **options)
-    if asked is not None and queries == 1:  # the class token alone, whose batch has as many heads as rows
-        asked.sizes["queries"] = "one"
-    return asked
+    call_sizes = _attention_head_sizes(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=None, **options)
+    if call_sizes is not None and queries == 1:  # the class token alone, whose batch has as many heads as rows
+        call_sizes.sizes["queries"] = "one"
+    return call_sizes
 
 
-def _packed(qkv, *, num_heads=None, cu_seqlens=None, **options) -> Asked | None:
+def _packed_attention_sizes(qkv, *, num_heads=None, cu_seqlens=None, **options) -> CallSizes | None:
     is_flat = qkv.dim() == 3 and num_heads is not None
     heads, head_dim = (num_heads, qkv.shape[-1] // (3 * num_heads)) if is_flat else qkv.shape[-2:]
-    return _attended(heads, head_dim, qkv.shape[0] * qkv.shape[1], qkv.shape[1], cu_seqlens=cu_seqlens, **options)
+    return _attention_head_sizes(
+        heads, head_dim, qkv.shape[0] * qkv.shape[1], qkv.shape[1], cu_seqlens=cu_seqlens, **options
+    )
 
 
-def _attended(heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p=0.0, **options) -> Asked | None:
+def _attention_head_sizes(
+    heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p=0.0, **options
+) -> CallSizes | None:
     if cu_seqlens is not None:  # by PyTorch it is one image at a time
         return None
     sizes = {"heads": heads, "head_dim": head_dim}
@@ -148,10 +156,10 @@ def _attended(heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p
         sizes["mask"] = "boolean" if mask.dtype == torch.bool else "added"
     if dropout_p:
         sizes["dropout"] = "yes"
-    return Asked(sizes, rows, tokens)
+    return CallSizes(sizes, rows, tokens)
 
 
-def _patch_embed(pixels, weight, *args, patch_size, mask=None, **kwargs) -> Asked:
+def _patch_embed_sizes(pixels, weight, *args, patch_size, mask=None, **kwargs) -> CallSizes:
     height, width = patch_size
     is_last = pixels.shape[1] != weight.shape[1]
     sizes = {
@@ -164,22 +172,22 @@ def _patch_embed(pixels, weight, *args, patch_size, mask=None, **kwargs) -> Aske
         **({} if mask is None else {"mask": "yes"}),
     }
     rows, columns = pixels.shape[1:3] if is_last else pixels.shape[2:4]
-    return Asked(sizes, pixels.shape[0] * (rows // height) * (columns // width))
+    return CallSizes(sizes, pixels.shape[0] * (rows // height) * (columns // width))
 
 
 # Operations that are tuned. Those in fp8 are not: PyTorch has nothing there that could be faster.
-SIZES: dict[str, Callable[..., Asked | None]] = {
-    "patch_embed": _patch_embed,
-    "layer_norm": _norm,
-    "add_layer_norm": _norm,
-    "attention": _attention,
-    "attention_packed": _packed,
-    "layer_norm_linear": _product,
-    "add_layer_norm_linear": _add_product,
-    "layer_norm_gelu": _norm_gelu,
-    "feed_forward": _feed_forward,
-    "add_layer_norm_feed_forward": _add_feed_forward,
-    "swiglu": _swiglu,
-    "bias_gelu": _activation,
-    "layer_norm_act": _norm_activation,
+SIZE_READERS: dict[str, Callable[..., CallSizes | None]] = {
+    "patch_embed": _patch_embed_sizes,
+    "layer_norm": _norm_sizes,
+    "add_layer_norm": _norm_sizes,
+    "attention": _attention_sizes,
+    "attention_packed": _packed_attention_sizes,
+    "layer_norm_linear": _linear_sizes,
+    "add_layer_norm_linear": _add_linear_sizes,
+    "layer_norm_gelu": _norm_gelu_sizes,
+    "feed_forward": _feed_forward_sizes,
+    "add_layer_norm_feed_forward": _add_feed_forward_sizes,
+    "swiglu": _swiglu_sizes,
+    "bias_gelu": _activation_sizes,
+    "layer_norm_act": _norm_activation_sizes,
 }

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit.ops import reference
-from fastvit.ops.tracing import is_watched, recorded
+from fastvit.ops.tracing import is_traced_or_transformed, needs_backward
 
 
 @functools.cache
-def is_there() -> bool:
+def is_onednn_available() -> bool:
     """Whether this PyTorch has the product, for a processor on which it is worth taking."""
     return (
         torch.backends.mkldnn.is_available()
@@ -33,63 +33,67 @@ def is_there() -> bool:
     )
 
 
-GELU_FORMS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}  # of activations, in torch's words
+GELU_APPROXIMATIONS = {
+    "gelu": "none",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}  # of activations, in torch's words
 
-PLAIN = (Tensor, nn.Parameter)
-FEWEST_WEIGHTS, FEWEST_PRODUCTS = 2**18, 2**24  # either is enough
+PLAIN_TYPES = (Tensor, nn.Parameter)
+MIN_WEIGHTS, MIN_MULTIPLICATIONS = 2**18, 2**24  # either is enough
 
 
-def can_take(x: Tensor, weight: Tensor) -> bool:
+def supports_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether these are plain tensors on a CPU that has the products, and nobody watches; shapes that do not fit are
     left to PyTorch, which says so."""
     return (
-        not is_watched()
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
+        not is_traced_or_transformed()
+        and type(x) in PLAIN_TYPES
+        and type(weight) in PLAIN_TYPES
         and x.is_cpu
         and x.numel() > 0
         and x.shape[-1] == weight.shape[-1]
         and torch._C._get_mkldnn_enabled()  # what torch.backends.mkldnn.enabled reads, four times as fast
-        and is_there()
+        and is_onednn_available()
     )
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
+def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether the matmul of these tensors is oneDNN's: float32, and large enough to pay for a longer call."""
     return (
         x.dtype is torch.float32
         and weight.dtype is torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and can_take(x, weight)
-        and (weight.numel() >= FEWEST_WEIGHTS or x.numel() * len(weight) >= FEWEST_PRODUCTS)
+        and supports_onednn(x, weight)
+        and (weight.numel() >= MIN_WEIGHTS or x.numel() * len(weight) >= MIN_MULTIPLICATIONS)
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias, like torch.nn.functional.linear; by oneDNN where it `takes` the operands.
+    """x @ weight^T + bias, like torch.nn.functional.linear; by oneDNN where it `prefers_onednn` the operands.
 
     x: [..., D]; weight: [F, D]; bias: [F] or None. Returns [..., F].
     """
-    if not takes(x, weight):
+    if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
-    if recorded(x, weight, bias):
-        return Linear.apply(x, weight, bias)
-    return product(x, weight, bias)
+    if needs_backward(x, weight, bias):
+        return OneDnnLinear.apply(x, weight, bias)
+    return onednn_linear(x, weight, bias)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: str | None = None) -> Tensor:
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None = None) -> Tensor:
     """x @ weight^T + bias, then GELU in the form `gelu` ("none" or "tanh", as torch calls them). Not differentiable."""
-    activation, algorithm = ("none", "") if gelu is None else ("gelu", gelu)
+    activation, algorithm = ("none", "") if approximate is None else ("gelu", approximate)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
-class Linear(torch.autograd.Function):
+class OneDnnLinear(torch.autograd.Function):
     """`linear` with all three products by oneDNN."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # setup_context would take 40 us a call
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -100,7 +104,7 @@ class Linear(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
-def turn_off_after(error: BaseException) -> None:
+def disable_onednn_after(error: BaseException) -> None:
     """Where oneDNN found no memory for the code of a product: PyTorch's other products from now on, with a warning.
 
     The error flag of its assembler is a thread's own and nothing clears it: in that thread each product of a new shape
@@ -132,21 +136,21 @@ def patch_embed(
 def feed_forward(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, activation: str
 ) -> Tensor:
-    records = recorded(x, weight1, bias1, weight2, bias2)
-    if activation in GELU_FORMS and not records and takes(x, weight1):
-        return linear(product(x, weight1, bias1, gelu=GELU_FORMS[activation]), weight2, bias2)
+    needs_grad = needs_backward(x, weight1, bias1, weight2, bias2)
+    if activation in GELU_APPROXIMATIONS and not needs_grad and prefers_onednn(x, weight1):
+        return linear(onednn_linear(x, weight1, bias1, approximate=GELU_APPROXIMATIONS[activation]), weight2, bias2)
     hidden = linear(x, weight1, bias1)  # [..., F]
-    if activation not in GELU_FORMS or is_watched():  # a compiler decides by itself what to keep
+    if activation not in GELU_APPROXIMATIONS or is_traced_or_transformed():  # a compiler decides by itself what to keep
         return linear(reference.ACTIVATIONS[activation](hidden), weight2, bias2)
-    form = GELU_FORMS[activation]
-    if not records:
+    approximate = GELU_APPROXIMATIONS[activation]
+    if not needs_grad:
         # No other reference to `hidden` exists. Overwriting it matters on a CPU: touching a new tensor of this size for
         # the first time costs several times the arithmetic.
-        return linear(torch.ops.aten.gelu_.default(hidden, approximate=form), weight2, bias2)
+        return linear(torch.ops.aten.gelu_.default(hidden, approximate=approximate), weight2, bias2)
     if torch.is_autocast_enabled(hidden.device.type):
         weight2 = weight2.to(hidden.dtype)
         bias2 = bias2.to(hidden.dtype) if bias2 is not None else None
-    return GeluLinear.apply(hidden, weight2, bias2, form)
+    return GeluLinear.apply(hidden, weight2, bias2, approximate)
 
 
 class GeluLinear(torch.autograd.Function):

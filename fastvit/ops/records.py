@@ -32,11 +32,11 @@ from fastvit.ops.cases import Case
 
 OURS, PYTORCH = "ours", "pytorch"
 MARGIN = 0.97  # ours must take less than this of PyTorch's time: a tie goes to what is tested by more people
-BACKENDS = ("flash", "cudnn", "efficient", "math")  # of PyTorch's attention
-CANDIDATES = 3  # of ours, at most
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-SHIPPED = Path(__file__).with_suffix("")  # a folder beside this file
-FILE = "records.json"
+SDPA_BACKEND_NAMES = ("flash", "cudnn", "efficient", "math")  # of PyTorch's attention
+MAX_CANDIDATES = 3  # of ours, at most
+KERNELS_FOLDER = Path(__file__).resolve().parents[1] / "kernels"
+SHIPPED_FOLDER = Path(__file__).with_suffix("")  # a folder beside this file
+FILE_NAME = "records.json"
 
 
 class Timing(NamedTuple):
@@ -49,7 +49,7 @@ class Timing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Who is fastest in one case on one GPU. kernel: the hash of the kernel's source, `kernel_hash`."""
+    """Who is fastest in one case on one GPU. kernel: the hash of the kernel's source, `hash_kernel`."""
 
     operation: str
     direction: str
@@ -71,16 +71,16 @@ class Record:
     @property
     def choice(self) -> int | str:
         """Our candidate's number; or "default", or the SDPA backend's name, for PyTorch's."""
-        who, _, which = self.winner.partition(" ")
-        return int(which) if who == OURS else which or "default"
+        provider, _, option = self.winner.partition(" ")
+        return int(option) if provider == OURS else option or "default"
 
-    def best(self, who: str) -> float | None:
+    def best_ms(self, provider: str) -> float | None:
         """The lowest median of `OURS` or `PYTORCH`, in milliseconds; None where none could be timed."""
-        times = [t.ms for t in self.candidates if t.ms is not None and t.candidate.partition(" ")[0] == who]
+        times = [t.ms for t in self.candidates if t.ms is not None and t.candidate.partition(" ")[0] == provider]
         return min(times, default=None)
 
 
-def winner_of(timings: Iterable[Timing]) -> str | None:
+def choose_winner(timings: Iterable[Timing]) -> str | None:
     """The fastest candidate; None if nothing was timed.
 
     Ours must be 3 % faster than the best of PyTorch's, and another SDPA backend than what PyTorch takes by itself must
@@ -88,15 +88,15 @@ def winner_of(timings: Iterable[Timing]) -> str | None:
     """
     timed = {timing.candidate: timing.ms for timing in timings if timing.ms is not None}
 
-    def best(who: str) -> str | None:
-        return min((name for name in timed if name.startswith(who)), key=lambda name: timed[name], default=None)
+    def best(provider: str) -> str | None:
+        return min((name for name in timed if name.startswith(provider)), key=lambda name: timed[name], default=None)
 
-    ours, theirs = best(OURS), best(PYTORCH)
-    if ours is not None and (theirs is None or timed[ours] < MARGIN * timed[theirs]):
+    ours, pytorch = best(OURS), best(PYTORCH)
+    if ours is not None and (pytorch is None or timed[ours] < MARGIN * timed[pytorch]):
         return ours
-    if theirs is not None and PYTORCH in timed and timed[theirs] >= MARGIN * timed[PYTORCH]:
+    if pytorch is not None and PYTORCH in timed and timed[pytorch] >= MARGIN * timed[PYTORCH]:
         return PYTORCH
-    return theirs
+    return pytorch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,12 +105,12 @@ def winner_of(timings: Iterable[Timing]) -> str | None:
 
 
 @functools.cache  # asking the driver takes longer than choosing
-def gpu_name(device_type: str, device_index: int | None) -> str:
+def get_gpu_name(device_type: str, device_index: int | None) -> str:
     return torch.cuda.get_device_name(device_index) if device_type == "cuda" else "interpreter"
 
 
 @functools.cache
-def versions() -> tuple[str, str]:
+def get_versions() -> tuple[str, str]:
     """Of PyTorch and Triton."""
     for package in ("triton", "pytorch-triton", "triton-windows"):
         try:
@@ -121,38 +121,38 @@ def versions() -> tuple[str, str]:
 
 
 @functools.cache
-def kernel_hash(module: str) -> str:
+def hash_kernel(module: str) -> str:
     """Of the code that `fastvit.kernels.<module>` uses, and of its tiles; not of comments and docstrings."""
     from fastvit.kernels import tuning
 
-    sources = _sources(module)
-    code = [_without_comments(path, tree) for path, tree in sources.items()]
-    words = {node.value for tree in sources.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-    names = [word for word in words if isinstance(word, str)]
+    sources = _read_sources(module)
+    code = [_strip_comments(path, tree) for path, tree in sources.items()]
+    constants = {node.value for tree in sources.values() for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    names = [word for word in constants if isinstance(word, str)]
     rules = [repr(rule) for rule in tuning.TABLE if any(re.fullmatch(rule.operation, name) for name in names)]
     return hashlib.sha256("\n".join([*code, *rules]).encode()).hexdigest()[:16]
 
 
-def _sources(module: str) -> dict[Path, ast.Module]:
+def _read_sources(module: str) -> dict[Path, ast.Module]:
     """A module or package of fastvit.kernels and all those that it imports, directly or not."""
     trees: dict[Path, ast.Module] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
+    pending = [module]
+    while pending:
+        name = pending.pop()
         if name in ("tuning", "operators", "checks"):  # rules count one by one; the others launch nothing
             continue
-        for path in (KERNELS / f"{name}.py", *(KERNELS / name).glob("*.py")):
+        for path in (KERNELS_FOLDER / f"{name}.py", *(KERNELS_FOLDER / name).glob("*.py")):
             if path in trees or not path.is_file():
                 continue
             trees[path] = ast.parse(path.read_text(encoding="utf-8"))
             for node in ast.walk(trees[path]):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastvit.kernels"):
                     inner = (node.module or "").split(".")[2:3]
-                    waiting += inner or [alias.name for alias in node.names]
+                    pending += inner or [alias.name for alias in node.names]
     return {path: trees[path] for path in sorted(trees)}
 
 
-def _without_comments(path: Path, tree: ast.Module) -> str:
+def _strip_comments(path: Path, tree: ast.Module) -> str:
     """The text of a file without comments, docstrings and empty lines: the same for every version of Python."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for node in ast.walk(tree):
@@ -176,49 +176,51 @@ _table: dict[str, dict[tuple[Case, str], Record]] | None = (
 )
 
 
-def find(case: Case, gpu: str, module: str) -> Record | None:
+def find_record(case: Case, gpu: str, module: str) -> Record | None:
     """The record that holds for this case, made with the kernel's present source; this process's own answer."""
-    return table().get(gpu, {}).get((case, kernel_hash(module)))
+    return get_table().get(gpu, {}).get((case, hash_kernel(module)))
 
 
-def table() -> dict[str, dict[tuple[Case, str], Record]]:
+def get_table() -> dict[str, dict[tuple[Case, str], Record]]:
     """By GPU, then by case and kernel hash, for the installed PyTorch and Triton: the package's records, and over them
     those made here."""
     global _table
     if _table is None:
-        shipped = [record for path in sorted(SHIPPED.glob("*.json")) for record in read_or_report(path, "left out")]
-        own = read_own().values()
+        shipped = [
+            record for path in sorted(SHIPPED_FOLDER.glob("*.json")) for record in read_or_warn(path, "left out")
+        ]
+        cached = read_cache().values()
         _table = {}
-        adopt([*shipped, *own])
+        adopt([*shipped, *cached])
     return _table
 
 
 def adopt(records: Iterable[Record]) -> None:
     """Let this process go by these records from now on."""
     for record in records:
-        if (record.torch, record.triton) == versions():
-            table().setdefault(record.gpu, {})[record.case, record.kernel] = record
+        if (record.torch, record.triton) == get_versions():
+            get_table().setdefault(record.gpu, {})[record.case, record.kernel] = record
 
 
-def own_path() -> Path:
+def get_cache_path() -> Path:
     folder = os.environ.get("FASTVIT_CACHE_DIR")
-    return (Path(folder) if folder else Path.home() / ".cache" / "fastvit") / FILE
+    return (Path(folder) if folder else Path.home() / ".cache" / "fastvit") / FILE_NAME
 
 
-def read_own() -> dict[str, Record]:
+def read_cache() -> dict[str, Record]:
     """The records made here. A file that holds none is reported and replaced by an empty one."""
     try:
-        return read(own_path())
+        return read(get_cache_path())
     except OSError:
         return {}
     except (ValueError, RecursionError) as error:  # also broken JSON and broken UTF-8
-        warnings.warn(f"{own_path()} does not hold tuning records ({error}): starting a new one", stacklevel=2)
+        warnings.warn(f"{get_cache_path()} does not hold tuning records ({error}): starting a new one", stacklevel=2)
         with contextlib.suppress(OSError):
-            write(own_path(), {})
+            write(get_cache_path(), {})
         return {}
 
 
-def read_or_report(path: Path, outcome: str) -> list[Record]:
+def read_or_warn(path: Path, outcome: str) -> list[Record]:
     """The records of a file that nobody may replace; none, and a warning with the outcome, where it holds none."""
     try:
         return list(read(path).values())
@@ -227,14 +229,14 @@ def read_or_report(path: Path, outcome: str) -> list[Record]:
         return []
 
 
-def add_to_own(records: Iterable[Record]) -> None:
+def add_to_cache(records: Iterable[Record]) -> None:
     """Add to the records on disk, which other processes may be adding to as well."""
     from filelock import FileLock, Timeout
 
     try:
-        own_path().parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(own_path().with_suffix(".lock"), timeout=10):
-            write(own_path(), read_own() | {_name(record): record for record in records})
+        get_cache_path().parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(get_cache_path().with_suffix(".lock"), timeout=10):
+            write(get_cache_path(), read_cache() | {_make_key(record): record for record in records})
     except (OSError, Timeout) as error:  # a read-only home directory is no reason to stop
         warnings.warn(f"tuning records are not kept: {error}", stacklevel=2)
 
@@ -244,8 +246,8 @@ def read(path: Path) -> dict[str, Record]:
     entries = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(entries, list):
         raise ValueError("expected a list of records")
-    records = [record for entry in entries if (record := _from_json(entry)) is not None]
-    return {_name(record): record for record in records}
+    records = [record for entry in entries if (record := _parse_record(entry)) is not None]
+    return {_make_key(record): record for record in records}
 
 
 def write(path: Path, records: dict[str, Record]) -> None:
@@ -264,21 +266,21 @@ def export(path: Path, records: Iterable[Record]) -> None:
     """Write records as the package holds those of GPUs that were measured; raises WriteError."""
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, {_name(record): record for record in records})
+        write(path, {_make_key(record): record for record in records})
 
 
-def _from_json(entry: Any) -> Record | None:
+def _parse_record(entry: Any) -> Record | None:
     try:
         sizes = tuple((name, value) for name, value in entry["sizes"])
         candidates = tuple(Timing(**timing) for timing in entry["candidates"])
         record = Record(**{**entry, "sizes": sizes, "candidates": candidates})
         hash(record)
-        is_known = record.choice in range(CANDIDATES) or record.choice in ("default", *BACKENDS)
+        is_known = record.choice in range(MAX_CANDIDATES) or record.choice in ("default", *SDPA_BACKEND_NAMES)
         return record if is_known and record.winner.startswith((OURS, PYTORCH)) else None
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
 
-def _name(record: Record) -> str:
+def _make_key(record: Record) -> str:
     """What two records share of which one replaces the other."""
     return "|".join(map(str, (record.gpu, *record.case, record.torch, record.triton, record.kernel)))

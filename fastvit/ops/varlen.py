@@ -38,12 +38,12 @@ def pack(lengths: Sequence[int], device: torch.device) -> Packing:
     return Packing(tuple(lengths), bounds, max(lengths))
 
 
-def images_of(x: Tensor, mask: Mask) -> list[Tensor]:
+def split_images(x: Tensor, mask: Mask) -> list[Tensor]:
     """A batch [B, N, ...] or, with a `Packing`, a sequence [1, all tokens, ...] as a list of [N, ...]; views."""
     return list(x[0].split(mask.lengths)) if isinstance(mask, Packing) else list(x.unbind())
 
 
-def class_tokens_of(tokens: Tensor, mask: Mask) -> Tensor:
+def select_class_tokens(tokens: Tensor, mask: Mask) -> Tensor:
     """The class token of each image, [B, 1, D], of a batch [B, N, D] or a sequence [1, all tokens, D]."""
     if isinstance(mask, Packing):
         return tokens[0].index_select(0, mask.cu_seqlens[:-1]).unsqueeze(1)
@@ -68,20 +68,27 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Mask, scale: float
     """
     if not isinstance(mask, Packing):
         return ops.attention_probabilities(query, key, scale=scale, mask=mask)
-    pairs = zip(images_of(query, mask), images_of(key, mask), strict=True)
+    pairs = zip(split_images(query, mask), split_images(key, mask), strict=True)
     return [ops.attention_probabilities(q[None], k[None], scale=scale)[0] for q, k in pairs]
 
 
-def attend_with_maps(
-    attention: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: Mask, maps: bool
+def attend_with_probabilities(
+    attention: Callable[..., tuple[Tensor, Tensor]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask,
+    return_probabilities: bool,
 ) -> tuple[Tensor, Any]:
     """(context, probabilities) of an attention that computes both, packed images one by one; probabilities if asked."""
     if not isinstance(mask, Packing):
         context, probabilities = attention(query, key, value, mask)
-        return context, probabilities if maps else None
-    images = zip(*(images_of(tensor, mask) for tensor in (query, key, value)), strict=True)
-    contexts, own_maps = zip(*(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True)
-    return torch.cat(contexts, dim=1), [own[0] for own in own_maps] if maps else None
+        return context, probabilities if return_probabilities else None
+    images = zip(*(split_images(tensor, mask) for tensor in (query, key, value)), strict=True)
+    contexts, probabilities_by_image = zip(
+        *(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True
+    )
+    return torch.cat(contexts, dim=1), [own[0] for own in probabilities_by_image] if return_probabilities else None
 
 
 def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) -> Tensor:

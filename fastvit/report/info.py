@@ -29,7 +29,7 @@ def report() -> str:
     lines.append(f"backend asked for: {ops.current_backend()} (FASTVIT_BACKEND, or with fastvit.backend(...))")
     for device in devices[:1]:
         lines.append(f"operations on {device}:")
-        for operation in ops.KERNELS:
+        for operation in ops.KERNEL_MODULES:
             lines.append(f"  {operation:<30}{who_computes(operation, device)}")
         lines += measured_on(device)
     lines += [f"kernel {failure}" for failure in kernels()["failed"]]
@@ -43,7 +43,7 @@ def who_computes(operation: str, device: torch.device) -> str:
         return "plain PyTorch (asked for)"
     answers = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        reason = ops.why_not_triton(operation, device.type, device.index, dtype)
+        reason = ops.kernel_unavailable_reason(operation, device.type, device.index, dtype)
         if asked == "auto" and device.type != "cuda":
             reason = reason or "Triton only interprets on a CPU"
         if reason is None:
@@ -58,9 +58,13 @@ def who_computes(operation: str, device: torch.device) -> str:
 
 def measured_on(device: torch.device) -> list[str]:
     """The records that hold on this GPU: `auto` goes by them."""
-    gpu = records.gpu_name(device.type, device.index)
-    known = {case for case, _ in records.table().get(gpu, {}) if case.operation in ops.KERNELS}
-    found = [record for case in sorted(known) if (record := records.find(case, gpu, ops.KERNELS[case.operation]))]
+    gpu = records.get_gpu_name(device.type, device.index)
+    known = {case for case, _ in records.get_table().get(gpu, {}) if case.operation in ops.KERNEL_MODULES}
+    found = [
+        record
+        for case in sorted(known)
+        if (record := records.find_record(case, gpu, ops.KERNEL_MODULES[case.operation]))
+    ]
     if not found:
         return ["no records of measurements on this GPU: `fastvit tune` makes them"] if device.type == "cuda" else []
     return ["measured on this GPU:", *(f"  {said(record)}" for record in found)]
@@ -77,7 +81,7 @@ def kernels() -> dict[str, list[str]]:
     failures = [] if operators is None else operators.failures.values()
     return {
         "failed": ["{} failed on {}, PyTorch computes it: {} ({})".format(*failure) for failure in failures],
-        "measured": [said(record) for record in ops.choices.values()],
+        "measured": [said(record) for record in ops.used_records.values()],
     }
 
 

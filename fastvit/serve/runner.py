@@ -105,7 +105,7 @@ class Runner:
                 start += len(piece)
                 continue
             except Exception as error:
-                eager.turn_off_after(error)
+                eager.disable_onednn_after(error)
                 if len(piece) == 1 or not is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -220,7 +220,7 @@ def tune_operations(trainer: RecipeTuner, precision: str) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     args = trainer.args
     wanted = [(args.per_device_train_batch_size, True), (args.per_device_eval_batch_size, False)]
-    if (line := tune_at_start(trainer.model, wanted, dtype, together=True)) is not None:
+    if (line := tune_at_start(trainer.model, wanted, dtype, is_distributed=True)) is not None:
         print(f"{line} (--no-tune leaves this out)")
 
 

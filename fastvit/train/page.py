@@ -201,7 +201,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
 def environment_of(device: torch.device) -> dict[str, str]:
     commit, whole = info.commit()
     by_answer: dict[str, list[str]] = {}
-    for operation in ops.KERNELS:
+    for operation in ops.KERNEL_MODULES:
         by_answer.setdefault(info.who_computes(operation, device), []).append(operation)
     computed_by = "; ".join(
         answer if len(by_answer) == 1 else f"{', '.join(operations)}: {answer}"

@@ -119,7 +119,7 @@ def explain_early_end(trainer: RecipeTuner, options: argparse.Namespace) -> Iter
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        eager.turn_off_after(error)
+        eager.disable_onednn_after(error)
         advice = "--gradient-checkpointing or a smaller --image-size"
         if options.batch_size > 1:
             advice = f"--auto-batch, a smaller --batch-size, {advice}"

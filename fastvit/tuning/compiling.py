@@ -34,7 +34,7 @@ def compile_ahead(jobs: list[Job], device: torch.device, seconds: float) -> dict
     Returns:
         Numbers of the jobs that broke the GPU for their process, and the error.
     """
-    count = number_of_processes(jobs, device)
+    count = count_processes(jobs, device)
     if count < 2:
         return {}
     deadline = time.monotonic() + seconds
@@ -50,9 +50,9 @@ def compile_ahead(jobs: list[Job], device: torch.device, seconds: float) -> dict
     broken = {}
     try:
         for worker, share in zip(workers, shares, strict=True):
-            hand_over(worker, [jobs[index] for index in share], device)
+            send_jobs(worker, [jobs[index] for index in share], device)
         for worker, share in zip(workers, shares, strict=True):
-            for line in lines_of(worker, deadline):
+            for line in read_results(worker, deadline):
                 done = json.loads(line)
                 if done["error"] and any(words in done["error"] for words in FATAL):
                     broken[share[done["job"]]] = done["error"]
@@ -63,17 +63,17 @@ def compile_ahead(jobs: list[Job], device: torch.device, seconds: float) -> dict
     return broken
 
 
-def number_of_processes(jobs: list[Job], device: torch.device) -> int:
+def count_processes(jobs: list[Job], device: torch.device) -> int:
     """As many as there are cores and memory for."""
     bounds = [len(jobs), os.cpu_count() or 1, psutil.virtual_memory().available // PROCESS_BYTES]
     if device.type == "cuda":
         # An operation with its gradients and temporaries: a few times its inputs.
-        largest = max((6 * call.bytes() for call, _ in jobs), default=0)
+        largest = max((6 * call.count_bytes() for call, _ in jobs), default=0)
         bounds.append(torch.cuda.mem_get_info(device)[0] // (CONTEXT_BYTES + largest))
     return int(min(bounds))
 
 
-def hand_over(worker: subprocess.Popen, jobs: list[Job], device: torch.device) -> None:
+def send_jobs(worker: subprocess.Popen, jobs: list[Job], device: torch.device) -> None:
     assert worker.stdin is not None
     try:
         worker.stdin.write(pickle.dumps((jobs, device)))
@@ -83,7 +83,7 @@ def hand_over(worker: subprocess.Popen, jobs: list[Job], device: torch.device) -
     worker.stdin = None
 
 
-def lines_of(worker: subprocess.Popen, deadline: float) -> list[str]:
+def read_results(worker: subprocess.Popen, deadline: float) -> list[str]:
     """What it has printed when it ends, or is ended."""
     try:
         printed, _ = worker.communicate(timeout=max(0.0, deadline - time.monotonic()))
@@ -104,7 +104,7 @@ def main() -> None:
         try:
             with ops.backend("triton"):
                 ops.import_kernels()
-                Trial(call.case, candidate, call.inputs(device))()
+                Trial(call.case, candidate, call.make_inputs(device))()
             if device.type == "cuda":
                 torch.cuda.synchronize()
         except Exception as reason:

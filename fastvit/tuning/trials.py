@@ -14,12 +14,12 @@ from torch.nn.attention import sdpa_kernel
 from fastvit import ops
 from fastvit.ops import reference
 from fastvit.ops.cases import Case
-from fastvit.ops.records import CANDIDATES, OURS, PYTORCH
+from fastvit.ops.records import MAX_CANDIDATES, OURS, PYTORCH
 
 DEFINITION = "definition"  # that of fastvit.ops.reference, in float32: no candidate
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """A tensor without its values, but for integers and booleans (masks), which must stay as they are."""
 
     shape: tuple[int, ...]
@@ -29,14 +29,18 @@ class Spec(NamedTuple):
     value: Tensor | None = None  # on the CPU
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Spec:
-        keeps = not tensor.is_floating_point() and tensor.dtype != torch.uint8
-        wants_grad = tensor.requires_grad and torch.is_grad_enabled()
+    def from_tensor(cls, tensor: Tensor) -> TensorSpec:
+        keeps_values = not tensor.is_floating_point() and tensor.dtype != torch.uint8
+        requires_grad = tensor.requires_grad and torch.is_grad_enabled()
         return cls(
-            tuple(tensor.shape), tensor.stride(), tensor.dtype, wants_grad, tensor.detach().cpu() if keeps else None
+            tuple(tensor.shape),
+            tensor.stride(),
+            tensor.dtype,
+            requires_grad,
+            tensor.detach().cpu() if keeps_values else None,
         )
 
-    def make(self, generator: torch.Generator) -> Tensor:
+    def make_tensor(self, generator: torch.Generator) -> Tensor:
         """Normal numbers; matrices are scaled as weights are, so that no product of them leaves float16."""
         if self.value is not None:
             return self.value.to(generator.device)
@@ -49,24 +53,24 @@ class Spec(NamedTuple):
         return tensor.expand(self.shape).requires_grad_(self.requires_grad)
 
 
-class Inputs(NamedTuple):
+class CallInputs(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     grads: list[Tensor]  # of the outputs, in training
 
-    def each(self, kind: type, change: Callable[[Any], Any]) -> Inputs:
+    def map(self, kind: type, change: Callable[[Any], Any]) -> CallInputs:
         """With everything of this kind changed."""
         changed = [[change(x) if isinstance(x, kind) else x for x in group]
                    for group in (self.args, self.kwargs.values(), self.grads)]  # fmt: skip
-        return Inputs(tuple(changed[0]), dict(zip(self.kwargs, changed[1], strict=True)), changed[2])
+        return CallInputs(tuple(changed[0]), dict(zip(self.kwargs, changed[1], strict=True)), changed[2])
 
-    def exact(self, dtype: torch.dtype) -> Inputs:
+    def widen(self, dtype: torch.dtype) -> CallInputs:
         """Floating tensors in a wider dtype, as leaves of their own."""
 
         def copied(x: Tensor) -> Tensor:
             return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
-        return self.each(Tensor, copied)
+        return self.map(Tensor, copied)
 
 
 @dataclass(frozen=True)
@@ -74,38 +78,38 @@ class Call:
     """An operation as it was called, with the specs of its tensors; numbers and words as they were."""
 
     case: Case
-    specs: Inputs
+    specs: CallInputs
 
     @classmethod
-    def of(cls, case: Case, args: tuple, kwargs: dict) -> Call:
-        return cls(case, Inputs(args, kwargs, []).each(Tensor, Spec.of))
+    def from_arguments(cls, case: Case, args: tuple, kwargs: dict) -> Call:
+        return cls(case, CallInputs(args, kwargs, []).map(Tensor, TensorSpec.from_tensor))
 
-    def inputs(self, device: torch.device) -> Inputs:
+    def make_inputs(self, device: torch.device) -> CallInputs:
         """The same numbers at every call."""
         generator = torch.Generator(device).manual_seed(0)
-        inputs = self.specs.each(Spec, lambda spec: spec.make(generator))
+        inputs = self.specs.map(TensorSpec, lambda spec: spec.make_tensor(generator))
         if self.case.direction == "training":
-            outputs = Trial(self.case, PYTORCH, inputs).outputs()
+            outputs = Trial(self.case, PYTORCH, inputs).compute_outputs()
             inputs.grads.extend(torch.empty_like(x).normal_(generator=generator) for x in outputs if x.requires_grad)
         return inputs
 
-    def definition(self, inputs: Inputs) -> list[Tensor]:
+    def compute_reference(self, inputs: CallInputs) -> list[Tensor]:
         """What it is in float32, or in float64 where the candidates compute in float32."""
         autocast = dict(self.case.sizes).get("autocast", self.case.dtype)
         wider = torch.float64 if autocast == "float32" else torch.float32
-        sizes = tuple(each for each in self.case.sizes if each[0] != "autocast")
-        return Trial(self.case._replace(sizes=sizes), DEFINITION, inputs.exact(wider))()
+        sizes = tuple(item for item in self.case.sizes if item[0] != "autocast")
+        return Trial(self.case._replace(sizes=sizes), DEFINITION, inputs.widen(wider))()
 
-    def bytes(self) -> int:
+    def count_bytes(self) -> int:
         sizes: list[int] = []
-        self.specs.each(Spec, lambda spec: sizes.append(torch.Size(spec.shape).numel() * spec.dtype.itemsize))
+        self.specs.map(TensorSpec, lambda spec: sizes.append(torch.Size(spec.shape).numel() * spec.dtype.itemsize))
         return sum(sizes)
 
 
-def candidates_of(case: Case) -> list[str]:
+def list_candidates(case: Case) -> list[str]:
     """PyTorch's first."""
-    backends = [f"{PYTORCH} {name}" for name in ops.SDPA] if case.operation.startswith("attention") else []
-    return [PYTORCH, *backends, *(f"{OURS} {number}" for number in range(CANDIDATES))]
+    backends = [f"{PYTORCH} {name}" for name in ops.SDPA_BACKENDS] if case.operation.startswith("attention") else []
+    return [PYTORCH, *backends, *(f"{OURS} {number}" for number in range(MAX_CANDIDATES))]
 
 
 @dataclass(frozen=True)
@@ -114,39 +118,41 @@ class Trial:
 
     case: Case
     candidate: str
-    inputs: Inputs
+    inputs: CallInputs
 
     def __call__(self) -> list[Tensor]:
-        outputs = self.outputs()
+        outputs = self.compute_outputs()
         if self.case.direction != "training":
             return outputs
         tensors = [x for x in (*self.inputs.args, *self.inputs.kwargs.values()) if isinstance(x, Tensor)]
-        wanted = [x for x in tensors if x.requires_grad]
-        differentiable = [x for x in outputs if x.requires_grad]
-        grads = torch.autograd.grad(differentiable, wanted, self.inputs.grads, allow_unused=True)
+        differentiable_inputs = [x for x in tensors if x.requires_grad]
+        differentiable_outputs = [x for x in outputs if x.requires_grad]
+        grads = torch.autograd.grad(differentiable_outputs, differentiable_inputs, self.inputs.grads, allow_unused=True)
         outputs = [x.detach() for x in outputs]
-        return outputs + [torch.zeros_like(x) if grad is None else grad for x, grad in zip(wanted, grads, strict=True)]
+        return outputs + [
+            torch.zeros_like(x) if grad is None else grad for x, grad in zip(differentiable_inputs, grads, strict=True)
+        ]
 
-    def outputs(self) -> list[Tensor]:
+    def compute_outputs(self) -> list[Tensor]:
         args, kwargs, _ = self.inputs
         name = dict(self.case.sizes).get("autocast")
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.case.direction == "training"))
             if name:
                 stack.enter_context(torch.autocast(args[0].device.type, getattr(torch, str(name))))
-            who, _, which = self.candidate.partition(" ")
-            if which and who == PYTORCH:
-                stack.enter_context(sdpa_kernel(ops.SDPA[which]))
+            provider, _, option = self.candidate.partition(" ")
+            if option and provider == PYTORCH:
+                stack.enter_context(sdpa_kernel(ops.SDPA_BACKENDS[option]))
             if self.candidate == DEFINITION:
                 outputs = getattr(reference, self.case.operation)(*args, **kwargs)
             else:
-                choice = int(which) if who == OURS else "default"
-                outputs = ops.computed_by(choice, self.case.operation, args, kwargs)
+                choice = int(option) if provider == OURS else "default"
+                outputs = ops.run_implementation(choice, self.case.operation, args, kwargs)
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
 @contextlib.contextmanager
-def tiles_used() -> Iterator[dict[tuple, Any]]:
+def record_tiles() -> Iterator[dict[tuple, Any]]:
     """What the tile table answers inside, by what it was asked: two candidates with the same answers are one."""
     from fastvit.kernels import tuning as tiles
 

@@ -18,17 +18,17 @@ from fastvit.errors import InputError
 from fastvit.ops import records
 from fastvit.ops.records import OURS, PYTORCH, Record, Timing
 from fastvit.tuning.compiling import compile_ahead
-from fastvit.tuning.trials import Call, Trial, candidates_of, tiles_used
+from fastvit.tuning.trials import Call, Trial, list_candidates, record_tiles
 
 Timer = Callable[[Trial], float]
 
 logger = logging.getLogger("fastvit")
 
-COMPILING = 0.6  # the part of the time that compiling ahead may take
+COMPILE_TIME_SHARE = 0.6  # the part of the time that compiling ahead may take
 ROUNDS = (5, 30)  # in which each candidate is timed once: at least, at most
-SLICE = 0.5  # seconds after which an operation is not timed beyond the least number of rounds
-ERROR = 2.0  # how much larger than that of PyTorch's default a candidate's error may be
-LEAST_ERROR = 1e-5  # that is always allowed: float32 sums over many rows, in another order
+TIMING_SECONDS = 0.5  # seconds after which an operation is not timed beyond the least number of rounds
+MAX_ERROR_RATIO = 2.0  # how much larger than that of PyTorch's default a candidate's error may be
+MIN_ALLOWED_ERROR = 1e-5  # that is always allowed: float32 sums over many rows, in another order
 
 
 def tune(
@@ -71,32 +71,32 @@ def tune(
     if device.type != "cuda" and timer is None:
         raise InputError(f"tuning: expected a model on a GPU, got one on {device}: only there are kernels timed")
     deadline = time.monotonic() + time_limit
-    with undisturbed(model, device, training):
-        calls = collect(model, batch_size, image_size, training, dtype)
-        calls = [call for call in calls if can_run(call, device) and not (keep and is_known(call, device))]
-        jobs = [(call, name) for call in calls for name in candidates_of(call.case) if name.startswith(OURS)]
+    with measurement_mode(model, device, training):
+        calls = collect_calls(model, batch_size, image_size, training, dtype)
+        calls = [call for call in calls if can_run(call, device) and not (keep and has_record(call, device))]
+        jobs = [(call, name) for call in calls for name in list_candidates(call.case) if name.startswith(OURS)]
         broken: dict[tuple, str] = {}
         if device.type == "cuda" and jobs:
-            found = compile_ahead(jobs, device, COMPILING * time_limit)
+            found = compile_ahead(jobs, device, COMPILE_TIME_SHARE * time_limit)
             broken = {(jobs[index][0].case, jobs[index][1]): error for index, error in found.items()}
         made = measure_all(calls, device, timer or CudaTimer(device), broken, deadline, progress)
-    records.add_to_own(made)
+    records.add_to_cache(made)
     records.adopt(made)
     return made
 
 
 def can_run(call: Call, device: torch.device) -> bool:
     dtype = getattr(torch, call.case.dtype)
-    return ops.why_not_triton(call.case.operation, device.type, device.index, dtype) is None
+    return ops.kernel_unavailable_reason(call.case.operation, device.type, device.index, dtype) is None
 
 
-def is_known(call: Call, device: torch.device) -> bool:
-    name = records.gpu_name(device.type, device.index)
-    return records.find(call.case, name, ops.KERNELS[call.case.operation]) is not None
+def has_record(call: Call, device: torch.device) -> bool:
+    name = records.get_gpu_name(device.type, device.index)
+    return records.find_record(call.case, name, ops.KERNEL_MODULES[call.case.operation]) is not None
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
+def measurement_mode(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
     """The model in the mode to be measured, an error for each kernel that fails; everything as before afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gpus = [device] if device.type == "cuda" else []
@@ -115,7 +115,7 @@ def undisturbed(model: nn.Module, device: torch.device, training: bool) -> Itera
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def collect(
+def collect_calls(
     model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None, training: bool, dtype: Any
 ) -> list[Call]:
     """The calls of one forward pass, one for each case; PyTorch computes it."""
@@ -123,31 +123,33 @@ def collect(
 
     def add(case: Any, args: tuple, kwargs: dict) -> None:
         if case not in found:
-            found[case] = Call.of(case, args, kwargs)
+            found[case] = Call.from_arguments(case, args, kwargs)
 
     eager: Any = getattr(model, "_orig_mod", model)  # of a compiled model, which would not be asked again
     eager = eager.get_base_model() if hasattr(eager, "get_base_model") else eager  # of one with adapters (peft)
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
-    with ops.collecting(add), torch.set_grad_enabled(training), autocast:
-        for pixels, options in pixels_for(eager, batch_size, image_size):
+    with ops.intercept_calls(add), torch.set_grad_enabled(training), autocast:
+        for pixels, options in make_pixels(eager, batch_size, image_size):
             eager(pixels, **options)
     return list(found.values())
 
 
-def pixels_for(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+def make_pixels(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images as a model takes them; ours takes bytes as well, and gets them of `fastvit finetune` and `Predictor`."""
     from fastvit.checkpoints.configuration import as_pair
     from fastvit.models.pretrained import ViTPreTrainedModel
 
     config = getattr(model, "config", None)
-    own = getattr(config, "image_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
-    height, width = as_pair(image_size or own)
+    native_size = (
+        getattr(config, "image_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
+    )
+    height, width = as_pair(image_size or native_size)
     channels = getattr(config, "num_channels", 3)
     first = next(model.parameters())
     options = {}
     if isinstance(model, ViTPreTrainedModel):
-        options = {"interpolate_pos_encoding": True} if (height, width) != as_pair(own) else {}
+        options = {"interpolate_pos_encoding": True} if (height, width) != as_pair(native_size) else {}
         yield torch.zeros(batch_size, height, width, channels, dtype=torch.uint8, device=first.device), options
     yield torch.zeros(batch_size, channels, height, width, dtype=first.dtype, device=first.device), options
 
@@ -181,67 +183,69 @@ def measure(call: Call, device: torch.device, timer: Timer, broken: dict[tuple, 
     Raises TimeoutError at the deadline, unless all candidates have been checked: then what is left takes a second.
     """
     try:
-        inputs = call.inputs(device)
-        exact = call.definition(inputs)
-        own_errors = errors_of(Trial(call.case, PYTORCH, inputs)(), exact)
+        inputs = call.make_inputs(device)
+        exact = call.compute_reference(inputs)
+        pytorch_errors = compute_errors(Trial(call.case, PYTORCH, inputs)(), exact)
     except Exception as error:
-        logger.warning("tuning: %s has no record: PyTorch cannot compute it (%s)", call.case.operation, said(error))
+        logger.warning(
+            "tuning: %s has no record: PyTorch cannot compute it (%s)", call.case.operation, format_error(error)
+        )
         return None
     timings: dict[str, Timing] = {}
-    sound, tiles_seen = [], []
-    for name in candidates_of(call.case):
+    valid_trials, tiles_seen = [], []
+    for name in list_candidates(call.case):
         if time.monotonic() > deadline:
             raise TimeoutError
         trial = Trial(call.case, name, inputs)
         reason = broken.get((call.case, name))
         if reason is None:
-            with tiles_used() as tiles:
-                reason = why_wrong(trial, exact, own_errors)
+            with record_tiles() as tiles:
+                reason = find_rejection_reason(trial, exact, pytorch_errors)
             if tiles and tiles in tiles_seen:
                 continue  # the table has no other tile for this number
             tiles_seen.append(tiles)
         if reason is None:
-            sound.append(trial)
+            valid_trials.append(trial)
         timings[name] = Timing(name, None, reason)
     del exact
-    timings |= time_in_turn(sound, timer)
-    winner = records.winner_of(timings.values())
+    timings |= time_trials(valid_trials, timer)
+    winner = records.choose_winner(timings.values())
     if winner is None:
         return None
-    gpu = records.gpu_name(device.type, device.index)
-    source = records.kernel_hash(ops.KERNELS[call.case.operation])
-    return Record(*call.case, gpu, *records.versions(), source, tuple(timings.values()), winner)
+    gpu = records.get_gpu_name(device.type, device.index)
+    source = records.hash_kernel(ops.KERNEL_MODULES[call.case.operation])
+    return Record(*call.case, gpu, *records.get_versions(), source, tuple(timings.values()), winner)
 
 
-def why_wrong(trial: Trial, exact: list[Tensor], own_errors: list[float]) -> str | None:
+def find_rejection_reason(trial: Trial, exact: list[Tensor], pytorch_errors: list[float]) -> str | None:
     """Why a candidate cannot be used, or None: it raises, or is further from the float32 definition than it may be."""
     try:
         results = trial()
-        errors = errors_of(results, exact)
-    except Exception as raised:  # whatever it is: Triton's, the driver's, out of memory
-        return said(raised)
-    for index, (result, error, own) in enumerate(zip(results, errors, own_errors, strict=True)):
-        allowed = max(ERROR * own, torch.finfo(result.dtype).eps / 4, LEAST_ERROR)
-        if not error <= allowed:  # also where it is NaN
-            return f"wrong: result {index} has a relative error of {error:.2g}, {allowed:.2g} is allowed"
+        errors = compute_errors(results, exact)
+    except Exception as error:  # whatever it is: Triton's, the driver's, out of memory
+        return format_error(error)
+    for index, (result, own, pytorch) in enumerate(zip(results, errors, pytorch_errors, strict=True)):
+        allowed = max(MAX_ERROR_RATIO * pytorch, torch.finfo(result.dtype).eps / 4, MIN_ALLOWED_ERROR)
+        if not own <= allowed:  # also where it is NaN
+            return f"wrong: result {index} has a relative error of {own:.2g}, {allowed:.2g} is allowed"
     return None
 
 
-def errors_of(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+def compute_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """The distance from the definition, relative to its length, for each output and gradient."""
     pairs = zip(results, exact, strict=True)
     norms = [(torch.dist(result.to(right.dtype), right), right.norm()) for result, right in pairs]
     return [float(distance / length) if length > 0 else float(distance) for distance, length in norms]
 
 
-def time_in_turn(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
+def time_trials(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
     """Medians over rounds in which each is timed once: what slows the GPU down slows all of them. One that raises is
     out, and says why."""
     samples: dict[str, list[float]] = {trial.candidate: [] for trial in trials}
     reasons: dict[str, str] = {}
     begin = time.monotonic()
     for number in range(ROUNDS[1]):
-        if number > ROUNDS[0] and time.monotonic() - begin > SLICE:
+        if number > ROUNDS[0] and time.monotonic() - begin > TIMING_SECONDS:
             break
         for trial in trials:
             if trial.candidate in reasons:
@@ -249,7 +253,7 @@ def time_in_turn(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
             try:
                 samples[trial.candidate].append(timer(trial))
             except Exception as error:
-                reasons[trial.candidate] = said(error)
+                reasons[trial.candidate] = format_error(error)
     return {
         name: Timing(name, None, reasons[name])
         if name in reasons
@@ -258,7 +262,7 @@ def time_in_turn(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
     }
 
 
-def said(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """One line for what a candidate raised: its kind, and of a chain the first cause."""
     cause: BaseException = error
     while cause.__cause__ is not None:
