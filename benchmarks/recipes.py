@@ -31,7 +31,7 @@ from PIL import Image
 from fastvit.data.datasets import load_images
 from fastvit.data.images import decode_image
 from fastvit.files import write_text
-from fastvit.models.calibration import reliability
+from fastvit.models.calibration import compute_reliability
 from fastvit.serve.predictor import Prediction, Predictor
 from fastvit.train import finetune
 from fastvit.train.options import parse_options
@@ -194,7 +194,7 @@ def flipped(experiment: str, work: Path) -> dict[str, float]:
         rows = np.stack([answer.probabilities for answer in answers if isinstance(answer, Prediction)])
     return {
         "accuracy": float((rows.argmax(-1) == split.labels).mean()),
-        "calibration_error_calibrated": reliability(rows, split.labels).expected_calibration_error,
+        "calibration_error_calibrated": compute_reliability(rows, split.labels).expected_calibration_error,
     }
 
 

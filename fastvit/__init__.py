@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastvit.ops import backend
     from fastvit.serve.predictor import Prediction, Predictor
 
-_MODULE_OF = {
+_MODULES = {
     "Features": "fastvit.models.features",
     "InputError": "fastvit.errors",
     "Prediction": "fastvit.serve.predictor",
@@ -65,9 +65,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    if name not in _MODULE_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fastvit' has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

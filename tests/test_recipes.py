@@ -21,7 +21,7 @@ from fastvit.data import leaves
 from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset, Split
 from fastvit.data.images import Augment, ImageCache, ImageSet
 from fastvit.models import calibration
-from fastvit.models.vit import drop_path_rates
+from fastvit.models.vit import compute_drop_path_rates
 from fastvit.ops.varlen import pack
 from fastvit.serve.predictor import Predictor
 from fastvit.train import recipes, sweep
@@ -91,7 +91,7 @@ def small_model(drop_path_rate: float = 0.0, layers: int = 4) -> fastvit.ViTForI
 def plain_logits(model, pixels: torch.Tensor) -> torch.Tensor:
     """The model with drop path, as the paper writes it: in every block, each branch times a random 0 or 1 / kept."""
     hidden = model.vit.embeddings(pixels)
-    for layer, rate in zip(model.vit.encoder.layer, drop_path_rates(model.config), strict=True):
+    for layer, rate in zip(model.vit.encoder.layer, compute_drop_path_rates(model.config), strict=True):
         for norm, branch in (
             (layer.layernorm_before, lambda x, layer=layer: layer.attention(x)[0]),
             (layer.layernorm_after, lambda x, layer=layer: layer.output(layer.intermediate(x))),
@@ -150,7 +150,7 @@ def test_drop_path_drops_whole_pictures_of_a_packed_sequence():
 
 def test_without_drop_path_nothing_changes_and_nothing_is_drawn():
     pixels = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    assert drop_path_rates(small_model(0.3).config) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert compute_drop_path_rates(small_model(0.3).config) == pytest.approx([0, 0.1, 0.2, 0.3])
     plain, evaluated = small_model().train(), small_model(0.3).eval()
     state = torch.get_rng_state()
     assert torch.equal(plain(pixels).logits, evaluated(pixels).logits)
@@ -403,8 +403,10 @@ def test_temperature_is_found_and_repairs_overconfidence():
     labels = (chances.cumsum(1) < generator.random((20000, 1))).sum(1)
     temperature = calibration.fit_temperature(3 * logits, labels)
     assert temperature == pytest.approx(3, rel=0.05)
-    before = calibration.reliability(calibration.softmax(3 * logits), labels).expected_calibration_error
-    after = calibration.reliability(calibration.softmax(3 * logits, temperature), labels).expected_calibration_error
+    before = calibration.compute_reliability(calibration.softmax(3 * logits), labels).expected_calibration_error
+    after = calibration.compute_reliability(
+        calibration.softmax(3 * logits, temperature), labels
+    ).expected_calibration_error
     assert before > 0.2 and after < 0.02
     assert calibration.fit_temperature(np.eye(3), np.arange(3)) == pytest.approx(0.01)  # no minimum: all are right
 
@@ -412,12 +414,12 @@ def test_temperature_is_found_and_repairs_overconfidence():
 def test_calibration_error_by_hand():
     # Two pictures near 0.95, one right; two near 0.55, both right: gaps of 0.45 and 0.45.
     chances = np.array([[0.95, 0.05], [0.95, 0.05], [0.55, 0.45], [0.55, 0.45]])
-    diagram = calibration.reliability(chances, np.array([0, 1, 0, 0]), bins=10)
+    diagram = calibration.compute_reliability(chances, np.array([0, 1, 0, 0]), bins=10)
     assert diagram.counts.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 2]
     assert diagram.expected_calibration_error == pytest.approx(0.45)
-    certain = calibration.reliability(np.array([[1.0, 0.0]]), np.array([0]))
+    certain = calibration.compute_reliability(np.array([[1.0, 0.0]]), np.array([0]))
     assert certain.counts[-1] == 1 and certain.expected_calibration_error == 0
-    sheet = calibration.reliability_plot({"before": diagram, "after": certain})
+    sheet = calibration.plot_reliability({"before": diagram, "after": certain})
     colours = {colour for _, colour in sheet.getcolors(1 << 16)}
     assert (70, 110, 170) in colours and (226, 140, 90) in colours
 

@@ -61,7 +61,7 @@ def format_block_count(count: int) -> str:
 def get_fused_class(original: Any) -> Any:
     """The subclass of a block's class that has the fused forward."""
     if original in fused.FORWARDS:
-        return fused.class_for(original)
+        return fused.get_fused_class(original)
     return blocks.make_fused_class(
         original, blocks.make_block_forward(load_adapters()[blocks.get_qualified_name(original)], original), rebuild
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastvit.data.images import decode_image
 from fastvit.errors import InputError, printable
-from fastvit.models.calibration import reliability
+from fastvit.models.calibration import compute_reliability
 from fastvit.serve.attention import pixels_of, with_attention
 from fastvit.serve.predictor import Predictor
 
@@ -104,7 +104,7 @@ def evaluate(argv: list[str]) -> None:
         raise InputError(f"{images.name}: no picture left in split {split_name!r}")
     probabilities = np.stack(rows)
     confusion = classification.confusion_matrix(labels[measured], probabilities.argmax(-1), len(names))
-    error = reliability(probabilities, labels[measured]).expected_calibration_error
+    error = compute_reliability(probabilities, labels[measured]).expected_calibration_error
     metrics = {**classification.classification_metrics(confusion), "calibration_error": error}
     skipped = len(split) - len(measured)
     if options.json:

@@ -26,7 +26,7 @@ NAME = "fastvit"
 # What models hand to an attention function beside what it computes with: for their other parts, for functions without
 # a mask (the mask has the window already), or for the call as a whole. Of any other option we cannot know that leaving
 # it out leaves the result right: `softcap` and `s_aux` change the softmax, `indices` say which keys may be seen.
-OTHER_OPTIONS = (
+IGNORED_OPTIONS = (
     "cache_position",
     "deterministic",
     "interpolate_pos_encoding",
@@ -70,7 +70,7 @@ def attention_forward(
     InputError for an option that is not known to leave the result as it is.
     """
     for option, given in kwargs.items():
-        if given is not None and given is not False and option not in OTHER_OPTIONS:
+        if given is not None and given is not False and option not in IGNORED_OPTIONS:
             raise InputError(
                 f"attn_implementation: 'fastvit' has no {option}, which {type(module).__name__} asks for;"
                 ' "sdpa" or "eager" may'
@@ -82,7 +82,7 @@ def attention_forward(
     if attention_mask is None and causal and query.shape[2] > 1:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     if position_bias is not None:
-        attention_mask = with_bias(attention_mask, position_bias)
+        attention_mask = add_bias_to_mask(attention_mask, position_bias)
 
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     context = ops.attention(query, key, value, scale=scaling, dropout_p=dropout, mask=attention_mask)
@@ -92,7 +92,7 @@ def attention_forward(
     return context.unflatten(-1, (query.shape[2], -1)), probabilities
 
 
-def with_bias(mask: Tensor | None, bias: Tensor) -> Tensor:
+def add_bias_to_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
     """A mask and a position bias, [.., Nq, Nk], as one that is added to the scores."""
     if mask is None:
         return bias

@@ -19,15 +19,15 @@ def register() -> None:
 
     Models that exist already stay what they are. `fastvit.unregister()` ends it; either may be called twice.
     """
-    _load_from(heads)
+    _register_classes(heads)
 
 
 def unregister() -> None:
     """Undo `fastvit.register()`: the Auto classes load transformers' own ViT again."""
-    _load_from(transformers)
+    _register_classes(transformers)
 
 
-def _load_from(source: object) -> None:
+def _register_classes(source: object) -> None:
     for name, model_class in AUTO_CLASSES.items():
         auto_class, model = getattr(transformers, name), getattr(source, model_class)
         auto_class.register(transformers.ViTConfig, model, exist_ok=True)

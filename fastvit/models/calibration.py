@@ -20,7 +20,7 @@ BINS = 15  # as in the paper
 TEMPERATURES = (0.01, 100.0)  # where a fit ends that finds no minimum, as when every answer is right
 
 
-def temperature_of(config: Any) -> float:
+def get_temperature(config: Any) -> float:
     """What the logits of a model with this config are divided by; 1 where it was not calibrated."""
     return getattr(config, "calibration_temperature", None) or 1.0
 
@@ -62,16 +62,16 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return torch.as_tensor(logits, dtype=torch.float64).div(temperature).softmax(-1).numpy()
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
+def compute_reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
     """probabilities: [N, classes]; labels: integers [N]."""
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == np.asarray(labels)
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(index, minlength=bins)
-    of_bin = np.maximum(counts, 1)
+    divisors = np.maximum(counts, 1)
     return Reliability(
         counts,
-        np.bincount(index, confidence, minlength=bins) / of_bin,
-        np.bincount(index, right, minlength=bins) / of_bin,
+        np.bincount(index, confidence, minlength=bins) / divisors,
+        np.bincount(index, right, minlength=bins) / divisors,
     )
 
 
@@ -84,7 +84,7 @@ _PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (170, 170, 170)
 _BAR, _GAP_COLOUR = (70, 110, 170), (226, 140, 90)
 
 
-def reliability_plot(diagrams: dict[str, Reliability]) -> Image.Image:
+def plot_reliability(diagrams: dict[str, Reliability]) -> Image.Image:
     """Accuracy over confidence, one diagram beside the other: a bar as high as the accuracy in its bin, and in orange
     what lies between it and the confidence. Bars of a calibrated model end on the diagonal. The darker the strip under
     a bar, the more pictures are in the bin.

@@ -32,20 +32,20 @@ class Features:
     @property
     def patch_tokens(self) -> Tensor | list[Tensor]:
         """[B, P, D]; of a list, a list of [P, D]."""
-        return self._patches_by(lambda patches, grid: patches)
+        return self._map_patches(lambda patches, grid: patches)
 
     @property
     def patch_map(self) -> Tensor | list[Tensor]:
         """The patch tokens as a picture, [B, D, rows, columns]; of a list, a list of [D, rows, columns]."""
-        return self._patches_by(lambda patches, grid: patches.transpose(-1, -2).unflatten(-1, grid))
+        return self._map_patches(lambda patches, grid: patches.transpose(-1, -2).unflatten(-1, grid))
 
     @property
     def mean(self) -> Tensor:
         """The mean of the patch tokens, [B, D], of a list too."""
-        means = self._patches_by(lambda patches, grid: patches.mean(-2))
+        means = self._map_patches(lambda patches, grid: patches.mean(-2))
         return means if isinstance(means, Tensor) else torch.stack(means)
 
-    def _patches_by(self, function: Callable[[Tensor, Any], Tensor]) -> Tensor | list[Tensor]:
+    def _map_patches(self, function: Callable[[Tensor, Any], Tensor]) -> Tensor | list[Tensor]:
         """`function` of the patch tokens [.., P, D] and their grid, for the batch or for each picture of a list."""
         if not isinstance(self.tokens, Tensor):
             return [function(tokens[1:], grid) for tokens, grid in zip(self.tokens, self.grid, strict=True)]
@@ -54,7 +54,7 @@ class Features:
         return function(self.tokens[:, 1:], self.grid)
 
 
-def blocks_to_take(n: int | Sequence[int], count: int) -> list[int]:
+def resolve_block_indices(n: int | Sequence[int], count: int) -> list[int]:
     """The indices of the `n` last of `count` blocks, or of those that n lists; negative ones count from the end."""
     if isinstance(n, int):
         if not 1 <= n <= count:

@@ -33,7 +33,7 @@ from fastvit.ops.block import (
 from fastvit.ops.varlen import Mask
 
 
-def parts_of(layer: Any) -> Block:
+def read_block(layer: Any) -> Block:
     """Where a `ViTLayer` keeps its parts."""
     attention, output = layer.attention.attention, layer.attention.output
     own: list[tuple[nn.Module, type]] = [
@@ -64,13 +64,13 @@ def parts_of(layer: Any) -> Block:
     )
 
 
-def inputs_of(
+def read_inputs(
     layer: Any, hidden_states: Tensor, attention_mask: Mask = None, output_attentions: bool = False
 ) -> Inputs:
     return Inputs(hidden_states, attention_mask, output_attentions=output_attentions)
 
 
-ADAPTERS = [Adapter("fastvit's ViT", "fastvit.models.vit.ViTLayer", parts_of, inputs_of)]
+ADAPTERS = [Adapter("fastvit's ViT", "fastvit.models.vit.ViTLayer", read_block, read_inputs)]
 
 
 def embed(
@@ -80,7 +80,7 @@ def embed(
     patches = self.patch_embeddings
     if type(patches) is not vit.ViTPatchEmbeddings or is_hooked(patches) or not is_plain(patches.projection, nn.Conv2d):
         return vit.ViTEmbeddings.forward(self, pixel_values, bool_masked_pos, interpolate_pos_encoding)
-    position_embeddings = self.positions_for(pixel_values, interpolate_pos_encoding)
+    position_embeddings = self.get_position_embeddings(pixel_values, interpolate_pos_encoding)
     tokens = ops.patch_embed(
         pixel_values,
         patches.projection.weight,
@@ -88,8 +88,8 @@ def embed(
         self.cls_token,
         position_embeddings,
         patch_size=patches.patch_size,
-        mean=vit.image_mean_of(self.config),
-        std=vit.image_std_of(self.config),
+        mean=vit.get_image_mean(self.config),
+        std=vit.get_image_std(self.config),
         mask_token=self.mask_token,
         mask=self.check_mask(bool_masked_pos),
     )
@@ -107,34 +107,34 @@ def encode(
 ) -> BaseModelOutput:
     """`ViTEncoder.forward`: the residual add at a block's end joins the LayerNorm of the next one, and where nothing
     else is asked for the last block is computed for the class token alone: the same logits and gradients."""
-    layers = self.first_blocks(num_blocks)
-    asked = vit.indices_asked_for(output_hidden_states, len(layers) + 1)
-    all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
-    stream, is_short = Stream(hidden_states), False
+    layers = self.get_first_blocks(num_blocks)
+    requested = vit.resolve_hidden_state_indices(output_hidden_states, len(layers) + 1)
+    all_hidden_states, all_attentions = [hidden_states if 0 in requested else None], []
+    stream, is_class_token_only = Stream(hidden_states), False
     for index, layer in enumerate(layers, start=1):
-        block = block_to_join(layer)
+        block = find_fusible_block(layer)
         if block is None:
             output = layer(sum_stream(stream), attention_mask, output_attentions)
             stream, attentions = (Stream(output[0]), output[1]) if output_attentions else (Stream(output), None)
         else:
-            is_short = class_token_only and index == len(layers) and not (output_attentions or asked)
+            is_class_token_only = class_token_only and index == len(layers) and not (output_attentions or requested)
             inputs = Inputs(hidden_states, attention_mask, output_attentions=output_attentions)
-            stream, attentions = compute_block(block, stream, inputs, is_short)
-        if index in asked:
+            stream, attentions = compute_block(block, stream, inputs, is_class_token_only)
+        if index in requested:
             stream = Stream(sum_stream(stream))
-        all_hidden_states.append(stream.branch if index in asked else None)
+        all_hidden_states.append(stream.branch if index in requested else None)
         all_attentions.append(attentions)
     last = sum_stream(stream)
     return BaseModelOutput(
         last_hidden_state=varlen.select_class_tokens(last, attention_mask)
-        if class_token_only and not is_short
+        if class_token_only and not is_class_token_only
         else last,
         hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),
         attentions=tuple(all_attentions) if output_attentions else None,
     )
 
 
-def block_to_join(layer: Any) -> Block | None:
+def find_fusible_block(layer: Any) -> Block | None:
     """The parts of a block that need not be called as a module: it is ours, and not hooked, checkpointed or compiled.
 
     With gradient checkpointing a block's inputs are saved for backward: one tensor is less than two.
@@ -153,13 +153,13 @@ FORWARDS: dict[Any, Any] = {
 
 
 @functools.cache
-def class_for(original: Any) -> Any:
+def get_fused_class(original: Any) -> Any:
     return fused.make_fused_class(original, FORWARDS[original], rebuild)
 
 
 def rebuild(original: Any) -> nn.Module:
     """An empty module of the fused class, for copies and pickles."""
-    kind = class_for(original)
+    kind = get_fused_class(original)
     return kind.__new__(kind)
 
 
@@ -168,4 +168,4 @@ def attach(model: nn.Module) -> None:
     for module in model.modules():
         kind: Any = type(module)
         if kind in FORWARDS:
-            module.__class__ = class_for(kind)
+            module.__class__ = get_fused_class(kind)

@@ -28,7 +28,7 @@ from fastvit.models.vit import (
     ViTEncoder,
     ViTPatchEmbeddings,
     ViTPooler,
-    as_float_channels_first,
+    to_float_channels_first,
 )
 from fastvit.ops import varlen
 from fastvit.ops.varlen import Mask, Packing
@@ -106,7 +106,7 @@ class ViTModel(ViTPreTrainedModel):
                 raise InputError(f"pixel_values: expected a tensor or a list of tensors, got {given}")
             if not pixel_values:
                 raise InputError("pixel_values: expected images, got an empty list")
-            pixel_values, mask = varlen.stack_or_pack(pixel_values, self.embeddings.grid_of(pixel_values))
+            pixel_values, mask = varlen.stack_or_pack(pixel_values, self.embeddings.get_grid(pixel_values))
         elif attention_mask is not None:
             mask = attention_mask[:, None, None, :] if attention_mask.dim() == 2 else attention_mask
             mask = mask if mask.is_floating_point() else mask.bool()
@@ -127,23 +127,23 @@ class ViTModel(ViTPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
-        return outputs_of_list(outputs, mask, class_token_only) if is_list else outputs
+        return split_outputs(outputs, mask, class_token_only) if is_list else outputs
 
 
-def outputs_of_list(
+def split_outputs(
     outputs: BaseModelOutputWithPooling, mask: Mask, class_token_only: bool
 ) -> BaseModelOutputWithPooling:
     """What a list of images, stacked or packed, gave: a list of [N, D] or [heads, N, N] in place of each tensor."""
 
-    def listed(states: Any) -> Any:
+    def split(states: Any) -> Any:
         return varlen.split_images(states, mask) if isinstance(states, Tensor) else states
 
     if not class_token_only:
-        outputs.last_hidden_state = listed(outputs.last_hidden_state)
+        outputs.last_hidden_state = split(outputs.last_hidden_state)
     if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(listed(states) for states in outputs.hidden_states)
+        outputs.hidden_states = tuple(split(states) for states in outputs.hidden_states)
     if outputs.attentions is not None:
-        outputs.attentions = tuple(listed(maps) for maps in outputs.attentions)
+        outputs.attentions = tuple(split(maps) for maps in outputs.attentions)
     return outputs
 
 
@@ -263,14 +263,14 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        rows, columns = self.vit.embeddings.grid_of(pixel_values)
+        rows, columns = self.vit.embeddings.get_grid(pixel_values)
         patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
         reconstruction = self.decoder(patches)  # [B, C, H, W], without the pixels left over beside whole patches
         loss = None
         if bool_masked_pos is not None:
             mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)
             mask = mask.repeat_interleave(patch_size[0], 2).repeat_interleave(patch_size[1], 3)  # [B, 1, H, W]
-            target = as_float_channels_first(pixel_values, self.config, reconstruction.dtype)
+            target = to_float_channels_first(pixel_values, self.config, reconstruction.dtype)
             target = target[:, :, : mask.shape[2], : mask.shape[3]]
             error = F.l1_loss(target, reconstruction, reduction="none") * mask
             loss = error.sum() / (mask.sum() + 1e-5) / self.config.num_channels

@@ -15,7 +15,7 @@ from fastvit.checkpoints.configuration import as_pair, shown
 from fastvit.checkpoints.inspection import check_checkpoint, read_config
 from fastvit.errors import InputError
 from fastvit.models.attention_interface import register_attention
-from fastvit.models.features import Features, blocks_to_take
+from fastvit.models.features import Features, resolve_block_indices
 from fastvit.models.vit import ViTAttention, ViTEmbeddings, ViTLayer, resample_position_embeddings
 
 register_attention()  # transformers checks the names that `attn_implementation` may have
@@ -33,7 +33,7 @@ TRANSFORMERS_NAMES = {
 }
 
 # What belongs to a head and not to the backbone: a checkpoint of one head may be loaded into a model with another.
-HEADS = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
+HEAD_PREFIXES = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
 
 
 class ViTPreTrainedModel(PreTrainedModel):
@@ -104,7 +104,7 @@ class ViTPreTrainedModel(PreTrainedModel):
             if not TRANSFORMERS_NAMES.keys() & set(conversion.source_patterns)
         ]
         for kind in ("missing_keys", "unexpected_keys"):
-            backbone = sorted(key for key in info[kind] if not key.removeprefix("vit.").startswith(HEADS))
+            backbone = sorted(key for key in info[kind] if not key.removeprefix("vit.").startswith(HEAD_PREFIXES))
             if backbone:
                 names = ", ".join(backbone[:8])
                 raise InputError(f"{pretrained_model_name_or_path}: {len(backbone)} {kind.replace('_', ' ')}: {names}")
@@ -134,7 +134,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         outputs = self.base_model(
             pixel_values, interpolate_pos_encoding=True, class_token_only=class_token_only, return_dict=True, **kwargs
         )
-        return Features(outputs.last_hidden_state, self.base_model.embeddings.grid_of(pixel_values))
+        return Features(outputs.last_hidden_state, self.base_model.embeddings.get_grid(pixel_values))
 
     def get_intermediate_layers(
         self,
@@ -152,7 +152,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         [D, rows, columns], and class tokens [B, D].
         """
         model = self.base_model
-        blocks = blocks_to_take(n, len(model.encoder.layer))
+        blocks = resolve_block_indices(n, len(model.encoder.layer))
         depths = [index + 1 for index in blocks]
         outputs = model(
             pixel_values,
@@ -161,7 +161,7 @@ class ViTPreTrainedModel(PreTrainedModel):
             num_blocks=depths[-1],
             return_dict=True,
         )
-        grid = model.embeddings.grid_of(pixel_values)
+        grid = model.embeddings.get_grid(pixel_values)
         layers = []
         for depth in depths:
             tokens = outputs.hidden_states[depth]

@@ -55,7 +55,7 @@ class ViTPatchEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
 
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    def compute_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of patches in an image of `image_size` (height, width)."""
         return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
 
@@ -71,7 +71,7 @@ class ViTEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embeddings = ViTPatchEmbeddings(config)
-        rows, columns = self.patch_embeddings.grid(as_pair(config.image_size))
+        rows, columns = self.patch_embeddings.compute_grid(as_pair(config.image_size))
         if rows * columns == 0:
             raise InputError(
                 f"config.image_size: expected room for one patch of {config.patch_size}, got {config.image_size}"
@@ -85,20 +85,20 @@ class ViTEmbeddings(nn.Module):
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> Tensor:
         """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]. bool_masked_pos: [B, P] (SimMIM)."""
-        position_embeddings = self.positions_for(pixel_values, interpolate_pos_encoding)
+        position_embeddings = self.get_position_embeddings(pixel_values, interpolate_pos_encoding)
         mask, mask_token = self.check_mask(bool_masked_pos), self.mask_token
         dtype = self.patch_embeddings.projection.weight.dtype
-        patches = self.patch_embeddings(as_float_channels_first(pixel_values, self.config, dtype))
+        patches = self.patch_embeddings(to_float_channels_first(pixel_values, self.config, dtype))
         if mask is not None and mask_token is not None:
             patches = torch.where(mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return self.dropout(tokens + position_embeddings)
 
-    def positions_for(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
+    def get_position_embeddings(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
         """The position embeddings [1, N, D] of images of this size."""
-        image_size, own_size = self.image_size_of(pixel_values), as_pair(self.config.image_size)
+        image_size, own_size = self.read_image_size(pixel_values), as_pair(self.config.image_size)
         if interpolate:
-            grid = self.patch_embeddings.grid
+            grid = self.patch_embeddings.compute_grid
             return resample_position_embeddings(self.position_embeddings, grid(own_size), grid(image_size))
         if image_size != own_size:
             raise InputError(
@@ -115,15 +115,16 @@ class ViTEmbeddings(nn.Module):
             raise InputError("bool_masked_pos: this model has no mask token (build it with use_mask_token=True)")
         return bool_masked_pos.flatten(1).bool()
 
-    def grid_of(self, pixel_values: Tensor | Sequence[Tensor]) -> Any:
+    def get_grid(self, pixel_values: Tensor | Sequence[Tensor]) -> Any:
         """(rows, columns) of patches in the images of a batch; of a list, a list of them."""
         if isinstance(pixel_values, Tensor):
-            return self.patch_embeddings.grid(self.image_size_of(pixel_values))
+            return self.patch_embeddings.compute_grid(self.read_image_size(pixel_values))
         return [
-            self.patch_embeddings.grid(self.image_size_of(image, index)) for index, image in enumerate(pixel_values)
+            self.patch_embeddings.compute_grid(self.read_image_size(image, index))
+            for index, image in enumerate(pixel_values)
         ]
 
-    def image_size_of(self, pixel_values: Tensor, index: int | None = None) -> tuple[int, int]:
+    def read_image_size(self, pixel_values: Tensor, index: int | None = None) -> tuple[int, int]:
         """(height, width) of the images in a batch, or of image `index` in a list, after checking what they are."""
         name, batch, rank = ("pixel_values", "batch, ", 4) if index is None else (f"pixel_values[{index}]", "", 3)
         channels, patch_size = self.patch_embeddings.num_channels, self.patch_embeddings.patch_size
@@ -144,22 +145,22 @@ class ViTEmbeddings(nn.Module):
         return image_size
 
 
-def image_mean_of(config: ViTConfig) -> tuple[float, ...]:
+def get_image_mean(config: ViTConfig) -> tuple[float, ...]:
     """The mean that normalises uint8 pixels; 0.5, as in Google's ViT checkpoints, where the config has none."""
     return tuple(getattr(config, "image_mean", None) or [0.5] * config.num_channels)
 
 
-def image_std_of(config: ViTConfig) -> tuple[float, ...]:
-    """As `image_mean_of`, the standard deviation."""
+def get_image_std(config: ViTConfig) -> tuple[float, ...]:
+    """As `get_image_mean`, the standard deviation."""
     return tuple(getattr(config, "image_std", None) or [0.5] * config.num_channels)
 
 
-def as_float_channels_first(pixel_values: Tensor, config: ViTConfig, dtype: torch.dtype) -> Tensor:
+def to_float_channels_first(pixel_values: Tensor, config: ViTConfig, dtype: torch.dtype) -> Tensor:
     """Pixels in any form that the model accepts, as a normalised [B, C, H, W] of `dtype`."""
     if pixel_values.shape[1] != config.num_channels:
         pixel_values = pixel_values.permute(0, 3, 1, 2)
     if pixel_values.dtype == torch.uint8:
-        return ops.normalize_pixels(pixel_values, image_mean_of(config), image_std_of(config), dtype)
+        return ops.normalize_pixels(pixel_values, get_image_mean(config), get_image_std(config), dtype)
     return pixel_values.to(dtype)
 
 
@@ -252,7 +253,7 @@ class ViTAttention(nn.Module):
         return self.output(context), probabilities
 
 
-def activation_name(config: ViTConfig, option: str) -> str:
+def read_activation_name(config: ViTConfig, option: str) -> str:
     name = getattr(config, option)
     if name not in ops.ACTIVATIONS:
         raise InputError(f"config.{option}: expected one of {', '.join(sorted(ops.ACTIVATIONS))}, got {shown(name)}")
@@ -265,7 +266,7 @@ class ViTIntermediate(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = activation_name(config, "hidden_act")
+        self.activation = read_activation_name(config, "hidden_act")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return ops.ACTIVATIONS[self.activation](self.dense(hidden_states))
@@ -307,7 +308,7 @@ class DropPath(nn.Module):
         return branch * mask / (1 - self.rate)  # the quotient alone, rounded to bfloat16, would be wrong for all
 
 
-def drop_path_rates(config: ViTConfig) -> list[float]:
+def compute_drop_path_rates(config: ViTConfig) -> list[float]:
     """The drop path rate of each block, from 0 in the first to config.drop_path_rate (0 if it has none) in the last."""
     last, count = getattr(config, "drop_path_rate", None) or 0.0, config.num_hidden_layers
     if not 0 <= last < 1:
@@ -342,7 +343,7 @@ class ViTEncoder(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.layer = nn.ModuleList([ViTLayer(config, rate) for rate in drop_path_rates(config)])
+        self.layer = nn.ModuleList([ViTLayer(config, rate) for rate in compute_drop_path_rates(config)])
         self.gradient_checkpointing = False
 
     def forward(
@@ -355,15 +356,15 @@ class ViTEncoder(nn.Module):
         num_blocks: int | None = None,
     ) -> BaseModelOutput:
         """[B, N, D] -> [B, N, D], or [B, 1, D] with class_token_only; see `ViTModel.forward` for the options."""
-        layers = self.first_blocks(num_blocks)
-        asked = indices_asked_for(output_hidden_states, len(layers) + 1)
-        all_hidden_states, all_attentions = [hidden_states if 0 in asked else None], []
+        layers = self.get_first_blocks(num_blocks)
+        requested = resolve_hidden_state_indices(output_hidden_states, len(layers) + 1)
+        all_hidden_states, all_attentions = [hidden_states if 0 in requested else None], []
         for index, layer in enumerate(layers, start=1):
             hidden_states = layer(hidden_states, attention_mask, output_attentions)
             if output_attentions:
                 hidden_states, attentions = hidden_states
                 all_attentions.append(attentions)
-            all_hidden_states.append(hidden_states if index in asked else None)
+            all_hidden_states.append(hidden_states if index in requested else None)
         return BaseModelOutput(
             last_hidden_state=varlen.select_class_tokens(hidden_states, attention_mask)
             if class_token_only
@@ -372,18 +373,18 @@ class ViTEncoder(nn.Module):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def first_blocks(self, num_blocks: int | None) -> list[nn.Module]:
+    def get_first_blocks(self, num_blocks: int | None) -> list[nn.Module]:
         if num_blocks is not None and not 0 <= num_blocks <= len(self.layer):
             raise InputError(f"num_blocks: expected 0 to {len(self.layer)}, got {num_blocks}")
         return list(self.layer)[:num_blocks]
 
 
-def indices_asked_for(output_hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
+def resolve_hidden_state_indices(output_hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
     """Which of `count` hidden states are asked for: all, none, or those named; negative ones count from the end."""
     if isinstance(output_hidden_states, bool):
         return set(range(count)) if output_hidden_states else set()
-    asked = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
-    return {index % count for index in asked if -count <= index < count}
+    requested = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
+    return {index % count for index in requested if -count <= index < count}
 
 
 class ViTPooler(nn.Module):
@@ -392,7 +393,7 @@ class ViTPooler(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.pooler_output_size)
-        self.activation = activation_name(config, "pooler_act")
+        self.activation = read_activation_name(config, "pooler_act")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[B, N, D] -> [B, pooler_output_size]"""

@@ -226,8 +226,9 @@ def _make_dispatcher(
 ) -> Callable[P, R]:
     """`definition`, a function of `fastvit.ops.reference`, or its kernel of the same name and signature.
 
-    Which is decided at each call by the device and dtype of the tensor that is argument number `tensor_index`,
-    by `find_unsupported`, which says what of these arguments the kernel does not have, and by the record that holds for them.
+    Which is decided at each call by the device and dtype of the tensor that is argument number `tensor_index`, by
+    `find_unsupported`, which says what of these arguments the kernel does not have, and by the record that holds for
+    them.
     """
     operation = definition.__name__
     plain = _pytorch_operations[operation] = getattr(eager, operation, definition)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvit.models.calibration import temperature_of
+from fastvit.models.calibration import get_temperature
 from fastvit.serve.predictor import Predictor
 
 
@@ -26,9 +26,9 @@ def with_attention(model: Any, pixels: torch.Tensor) -> Attended:
     """pixels: one picture, uint8 [1, height, width, 3]."""
     output = model(pixels.to(model.device), output_attentions=True)
     return Attended(
-        (output.logits[0].float() / temperature_of(model.config)).softmax(dim=-1).cpu().numpy(),
+        (output.logits[0].float() / get_temperature(model.config)).softmax(dim=-1).cpu().numpy(),
         torch.cat(output.attentions).float().cpu().numpy(),
-        model.vit.embeddings.grid_of(pixels),
+        model.vit.embeddings.get_grid(pixels),
     )
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.errors import InputError, is_out_of_memory
-from fastvit.models.calibration import temperature_of
+from fastvit.models.calibration import get_temperature
 from fastvit.models.pretrained import ViTPreTrainedModel
-from fastvit.models.vit import image_mean_of, image_std_of
+from fastvit.models.vit import get_image_mean, get_image_std
 from fastvit.ops import eager
 from fastvit.serve.preprocessing import Preprocessor
 
@@ -52,14 +52,14 @@ class Runner:
         self.model, self.device, self.dtype = model, device, dtype
         self.top_k, self.limit, self.flip = top_k, max_batch, flip
         config: Any = model.config
-        self.temperature = temperature_of(config)
+        self.temperature = get_temperature(config)
         self.is_multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         # Our own model normalises in its patch embedding; for any other, or another mean, it is a step of its own.
         self.takes_uint8 = isinstance(model, ViTPreTrainedModel) and all(
             np.allclose(ours, theirs)
             for ours, theirs in (
-                (image_mean_of(config), preprocessor.mean),
-                (image_std_of(config), preprocessor.std),
+                (get_image_mean(config), preprocessor.mean),
+                (get_image_std(config), preprocessor.std),
             )
         )
         mean, std = (

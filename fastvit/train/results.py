@@ -110,11 +110,11 @@ def measure_calibration(
 ) -> tuple[float, float]:
     """The expected calibration error without and with the temperature; both reliability diagrams go to `plot`."""
     diagrams = {
-        title: calibration.reliability(calibration.softmax(output.predictions, divisor), output.label_ids)
+        title: calibration.compute_reliability(calibration.softmax(output.predictions, divisor), output.label_ids)
         for title, divisor in (("before", 1.0), ("after", temperature))
     }
     if trainer.is_world_process_zero():
-        figures.save_image(calibration.reliability_plot(diagrams), plot)
+        figures.save_image(calibration.plot_reliability(diagrams), plot)
     return diagrams["before"].expected_calibration_error, diagrams["after"].expected_calibration_error
 
 
