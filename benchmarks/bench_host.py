@@ -80,7 +80,7 @@ def launch_nothing(device: NoDevice | None = None) -> None:
     from fastvit.kernels import tuning
 
     driver.set_active(device or NoDevice())
-    tuning.describe = functools.cache(lambda device: tuning.Device("no device", "sm_90", 132))
+    tuning.describe_device = functools.cache(lambda device: tuning.Device("no device", "sm_90", 132))
     ops.is_interpreting = lambda: True
 
 

@@ -58,7 +58,7 @@ def add_candidate(name: str, number: int) -> None:
     def candidate(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from fastvit.kernels import layer_norm_linear, tuning
 
-        if number >= len(tuning.candidates("linear_forward", "", x.dtype, x.device)):
+        if number >= len(tuning.find_candidates("linear_forward", "", x.dtype, x.device)):
             raise RuntimeError(f"there is no {name} product for {x.dtype} on this GPU")
         return layer_norm_linear.layer_norm_gelu(x, norm_weight, norm_bias, EPS, weight, bias, candidate=number)
 

@@ -27,36 +27,36 @@ from torch import Tensor
 from fastvit.kernels import gelu, linear
 from fastvit.kernels import layer_norm_linear as first_layer
 from fastvit.kernels.checks import check_optional, check_tensor, check_tensors, needs_grad
-from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
-from fastvit.kernels.operators import operator
+from fastvit.kernels.gelu import as_rows, check_activation, disable_autocast
+from fastvit.kernels.operators import register
 
 
-@without_autocast
-def _forward_in_pytorch(
+@disable_autocast
+def _forward_fallback(
     x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, keep_pre, candidate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     first = (x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate)
-    *saved, hidden = first_layer.forward_in_pytorch(*first)
+    *saved, hidden = first_layer.forward_fallback(*first)
     return *saved, F.linear(hidden, weight2, bias2)
 
 
-@without_autocast
-def _backward_in_pytorch(
+@disable_autocast
+def _backward_fallback(
     grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1, weight2, eps, activation,
-    x_dtype, residual_dtype, wanted, candidate,
+    x_dtype, residual_dtype, output_mask, candidate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`_feed_forward_backward` in plain PyTorch, for a GPU on which a kernel fails."""
-    *first_wanted, weight2_wanted, bias2_wanted = wanted
+    *first_mask, needs_weight2, needs_bias2 = output_mask
     grad_rows, nothing = as_rows(grad_out), weight2.new_empty(0)
-    grad_pre, _ = gelu.plain_backward(grad_rows @ weight2, pre, None, activation, False)
+    grad_pre, _ = gelu.backward_fallback(grad_rows @ weight2, pre, None, activation, False)
     first = (summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype, residual_dtype)
-    grads = first_layer.backward_in_pytorch(grad_pre, grad_sum, *first, first_wanted)
-    grad_weight2 = grad_rows.t() @ gelu.plain_forward(pre, None, activation) if weight2_wanted else nothing
-    return *grads, grad_weight2, grad_rows.sum(0) if bias2_wanted else nothing
+    grads = first_layer.backward_fallback(grad_pre, grad_sum, *first, first_mask)
+    grad_weight2 = grad_rows.t() @ gelu.forward_fallback(pre, None, activation) if needs_weight2 else nothing
+    return *grads, grad_weight2, grad_rows.sum(0) if needs_bias2 else nothing
 
 
-@operator("feed_forward", fallback=_forward_in_pytorch)
-@without_autocast
+@register("feed_forward", fallback=_forward_fallback)
+@disable_autocast
 def _feed_forward(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
@@ -68,44 +68,44 @@ def _feed_forward(
     return *saved, F.linear(hidden, weight2, bias2)
 
 
-@operator("feed_forward_backward", fallback=_backward_in_pytorch)
-@without_autocast
+@register("feed_forward_backward", fallback=_backward_fallback)
+@disable_autocast
 def _feed_forward_backward(
     grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, statistics: Tensor, pre: Tensor,
     norm_weight: Tensor | None, norm_bias: Tensor | None, weight1: Tensor, weight2: Tensor, eps: float,
-    activation: str, x_dtype: torch.dtype, residual_dtype: torch.dtype, wanted: list[bool], candidate: int,
+    activation: str, x_dtype: torch.dtype, residual_dtype: torch.dtype, output_mask: list[bool], candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The five of `layer_norm_linear.launch_backward`, and gradients of weight2 and bias2.
 
-    wanted: gradients of the inputs, the norm, weight1, bias1, weight2, bias2. What is not wanted has no elements.
+    output_mask: gradients of the inputs, the norm, weight1, bias1, weight2, bias2. Those masked out have no elements.
     """
-    *first_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
-    grad_rows, options = as_rows(grad_out), {"bias_grad": bias1_wanted, "with_y": weight2_wanted}
-    grad_bias2 = grad_rows.sum(0) if bias2_wanted else weight2.new_empty(0)
+    *first_mask, needs_bias1, needs_weight2, needs_bias2 = output_mask
+    grad_rows, options = as_rows(grad_out), {"bias_grad": needs_bias1, "with_y": needs_weight2}
+    grad_bias2 = grad_rows.sum(0) if needs_bias2 else weight2.new_empty(0)
     grad_pre, grad_bias1, hidden = linear.launch_backward(
         grad_rows, weight2.contiguous(), pre, activation, **options, candidate=candidate
     )
-    grad_weight2 = grad_rows.t() @ hidden if weight2_wanted else weight2.new_empty(0)
+    grad_weight2 = grad_rows.t() @ hidden if needs_weight2 else weight2.new_empty(0)
     del hidden  # F values per token, and the largest temporaries are still to come
     first = (summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype, residual_dtype)
-    *grads, _ = first_layer.launch_backward(grad_pre, grad_sum, *first, [*first_wanted, False])
+    *grads, _ = first_layer.launch_backward(grad_pre, grad_sum, *first, [*first_mask, False])
     return *grads, grad_bias1, grad_weight2, grad_bias2
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, residual, norm_weight, norm_bias, ctx.eps, weight1, _, weight2, _, ctx.activation, _, ctx.candidate = inputs
-    first_layer.save(ctx, x, residual, output, norm_weight, norm_bias, weight1, weight2)
+    first_layer.save_for_backward(ctx, x, residual, output, norm_weight, norm_bias, weight1, weight2)
 
 
 def _backward(ctx, grad_sum, _statistics, _pre, grad_out):
     if grad_out is None:
-        return first_layer.gradients_of_the_sum(ctx, grad_sum)
+        return first_layer.collect_sum_gradients(ctx, grad_sum)
     needs, saved = ctx.needs_input_grad, ctx.saved_tensors
-    wanted = [needs[0] or needs[1], needs[2] or needs[3], *needs[5:9]]
+    output_mask = [needs[0] or needs[1], needs[2] or needs[3], *needs[5:9]]
     grads = _feed_forward_backward(
-        grad_out, grad_sum, *saved, ctx.eps, ctx.activation, *ctx.dtypes, wanted, ctx.candidate
+        grad_out, grad_sum, *saved, ctx.eps, ctx.activation, *ctx.dtypes, output_mask, ctx.candidate
     )
-    return first_layer.gradients(ctx, saved[3], *grads)
+    return first_layer.collect_gradients(ctx, saved[3], *grads)
 
 
 _feed_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -132,7 +132,7 @@ def feed_forward(
         ValueError: shapes, dtypes or devices do not fit, or the activation is unknown.
     """
     check_tensors(x=x)
-    (x,) = first_layer.autocast(x, x)
+    (x,) = first_layer.cast_for_autocast(x, x)
     return _apply(x, None, None, None, 0.0, weight1, bias1, weight2, bias2, activation, candidate)[1]
 
 
@@ -158,7 +158,7 @@ def _apply(
 ) -> tuple[Tensor, Tensor]:
     check_activation(activation)
     check_tensors(weight1=weight1, weight2=weight2, optional={"bias1": bias1, "bias2": bias2})
-    weight1, bias1, weight2, bias2 = first_layer.autocast(x, weight1, bias1, weight2, bias2)
+    weight1, bias1, weight2, bias2 = first_layer.cast_for_autocast(x, weight1, bias1, weight2, bias2)
     linear.check_linear(x, weight1, bias1, suffix="1")
     if norm_weight is None:
         check_tensor("x", x, x.shape, (weight1.dtype,), x.device)

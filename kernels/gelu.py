@@ -25,15 +25,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import tuning
-from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
-from fastvit.kernels.operators import is_fake, needed, operator
-from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, make_contiguous
+from fastvit.kernels.operators import is_fake, register, select_gradients
+from fastvit.kernels.tuning import cdiv, describe_rows, next_power_of_2
 
 # The names of the configuration files, to the formula that the kernels know.
 FORMULAS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
-def formula_for(activation: str, dtype: torch.dtype) -> str:
+def get_formula(activation: str, dtype: torch.dtype) -> str:
     """What kernels take as FORMULA; "gelu_half" where the result is rounded to, or x was, half precision."""
     formula = "silu" if activation == "swiglu" else FORMULAS[activation]
     return "gelu_half" if formula == "gelu" and dtype != torch.float32 else formula
@@ -185,7 +185,7 @@ def _activation_bwd(
             tl.store(partial_ptr + program * WIDTH + DIM + cols, tl.sum(linear_sums, 0), cols < DIM)
 
 
-def without_autocast(function):
+def disable_autocast(function):
     """An operator's body in the dtypes that it is given. The public functions have cast what autocast casts; in a
     backward under autocast, which the forward was not, the products inside would come out in another dtype than said.
     """
@@ -208,11 +208,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _tile(dim: int, dtype: torch.dtype, activation: str, choice: tuning.Choice) -> dict[str, object]:
+def _size_tile(dim: int, dtype: torch.dtype, activation: str, choice: tuning.Choice) -> dict[str, object]:
     """What the kernels take by name."""
     columns = min(choice["columns"], next_power_of_2(dim))
     rows = max(1, choice["rows"] * choice["columns"] // columns)
-    formula = {"FORMULA": formula_for(activation, dtype), "GATED": activation == "swiglu"}
+    formula = {"FORMULA": get_formula(activation, dtype), "GATED": activation == "swiglu"}
     return {"DIM": dim, "ROWS": rows, "COLS": columns, "num_warps": choice["num_warps"], **formula}
 
 
@@ -224,9 +224,9 @@ def launch_forward(
     out = x.new_empty(*x.shape[:-1], dim) if out is None else out
     if is_fake(x) or out.numel() == 0:
         return out
-    (bias,), x, rows = contiguous(bias), as_rows(x), out.numel() // dim
-    choice = tuning.candidate("activation_forward", rows_class(rows, dim), x.dtype, x.device, candidate)
-    tile = _tile(dim, x.dtype, activation, choice)
+    (bias,), x, rows = make_contiguous(bias), as_rows(x), out.numel() // dim
+    choice = tuning.select("activation_forward", describe_rows(rows, dim), x.dtype, x.device, candidate)
+    tile = _size_tile(dim, x.dtype, activation, choice)
     grid = (cdiv(dim, tile["COLS"]) * cdiv(rows, tile["ROWS"]),)
     _activation_fwd[grid](x, bias, out, x.stride(0), rows, **tile)
     return out
@@ -247,12 +247,12 @@ def launch_backward(
     grad_bias = x.new_empty(width if bias_grad else 0, dtype=x.dtype if bias is None else bias.dtype)
     if is_fake(x) or x.numel() == 0:
         return grad_x, grad_bias.zero_(), y
-    (bias,), grad_y, x, rows = contiguous(bias), as_rows(grad_y), as_rows(x), x.numel() // width
+    (bias,), grad_y, x, rows = make_contiguous(bias), as_rows(grad_y), as_rows(x), x.numel() // width
     rule = "swiglu_backward" if activation == "swiglu" else "activation_backward"
-    choice = tuning.candidate(rule, rows_class(rows, dim), x.dtype, x.device, candidate)
-    tile = _tile(dim, x.dtype, activation, choice)
+    choice = tuning.select(rule, describe_rows(rows, dim), x.dtype, x.device, candidate)
+    tile = _size_tile(dim, x.dtype, activation, choice)
     columns = cdiv(dim, tile["COLS"])
-    most = cdiv(tuning.describe(x.device).multiprocessors * choice["waves"], columns)
+    most = cdiv(tuning.describe_device(x.device).multiprocessors * choice["waves"], columns)
     programs = min(cdiv(rows, tile["ROWS"]), most)
     partial = x.new_empty(programs, width, dtype=torch.float32) if bias_grad else None
     tensors = (grad_y, x, bias, grad_x, y if with_y else None, partial)
@@ -261,30 +261,30 @@ def launch_backward(
     return grad_x, grad_bias if partial is None else partial.sum(0).to(grad_bias.dtype), y
 
 
-def plain_activation(x: Tensor, activation: str) -> Tensor:
+def compute_activation(x: Tensor, activation: str) -> Tensor:
     """The definition, for fallbacks."""
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
 
 
-def plain_activation_backward(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
+def compute_activation_gradient(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
     """The gradient of x. An operator's body runs below autograd, which cannot be asked for it there."""
     if activation == "quick_gelu":
         return torch.ops.aten.silu_backward(grad_y, 1.702 * x)
     return torch.ops.aten.gelu_backward(grad_y, x, approximate="none" if activation == "gelu" else "tanh")
 
 
-def plain_forward(x: Tensor, bias: Tensor | None, activation: str, candidate: int = 0) -> Tensor:
+def forward_fallback(x: Tensor, bias: Tensor | None, activation: str, candidate: int = 0) -> Tensor:
     """`launch_forward` in plain PyTorch."""
     z = x.float() if bias is None else x.float() + bias.float()
     if activation == "swiglu":
         gate, linear = z.chunk(2, -1)
         return (F.silu(gate) * linear).to(x.dtype)
-    return plain_activation(z, activation).to(x.dtype)
+    return compute_activation(z, activation).to(x.dtype)
 
 
-def plain_backward(
+def backward_fallback(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int = 0
 ) -> tuple[Tensor, Tensor]:
     """The first two of `launch_backward` in plain PyTorch."""
@@ -293,17 +293,17 @@ def plain_backward(
         gate, linear = z.chunk(2, -1)
         grad = torch.cat([torch.ops.aten.silu_backward(grad_y * linear, gate), grad_y * F.silu(gate)], -1)
     else:
-        grad = plain_activation_backward(grad_y, z, activation)
+        grad = compute_activation_gradient(grad_y, z, activation)
     grad_bias = grad.flatten(0, -2).sum(0) if bias_grad else grad.new_empty(0)
     return grad.to(x.dtype), grad_bias.to(x.dtype if bias is None else bias.dtype)
 
 
-@operator("activation", fallback=plain_forward)
+@register("activation", fallback=forward_fallback)
 def _activation(x: Tensor, bias: Tensor | None, activation: str, candidate: int) -> Tensor:
     return launch_forward(x, bias, activation, candidate)
 
 
-@operator("activation_backward", fallback=plain_backward)
+@register("activation_backward", fallback=backward_fallback)
 def _activation_backward(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int
 ) -> tuple[Tensor, Tensor]:
@@ -316,7 +316,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_y):
-    return needed(ctx, *_activation_backward(
+    return select_gradients(ctx, *_activation_backward(
         grad_y, *ctx.saved_tensors, ctx.activation, ctx.needs_input_grad[1], ctx.candidate
     ))  # fmt: skip
 
@@ -342,7 +342,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *
         ValueError: shapes, dtypes or devices do not fit.
     """
     check_activation(activation)
-    _check(x, bias)
+    _check_inputs(x, bias)
     return _activation(x, bias, activation, candidate)
 
 
@@ -351,7 +351,7 @@ def swiglu(x: Tensor, bias: Tensor | None = None, *, candidate: int = 0) -> Tens
 
     As `bias_gelu`, but x: [..., 2 F], the gate's half first, and bias: [2 F] or None.
     """
-    _check(x, bias)
+    _check_inputs(x, bias)
     if x.shape[-1] % 2:
         raise ValueError(f"x: expected an even last dimension, two halves, got {list(x.shape)}")
     return _activation(x, bias, "swiglu", candidate)
@@ -362,7 +362,7 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation: expected one of {', '.join(FORMULAS)}, got {activation!r}")
 
 
-def _check(x: Tensor, bias: Tensor | None) -> None:
+def _check_inputs(x: Tensor, bias: Tensor | None) -> None:
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., F] with F at least 1, got {list(x.shape)}")
     check_tensor("x", x, x.shape, DTYPES, x.device)

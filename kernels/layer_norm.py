@@ -28,10 +28,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import gelu, tuning
-from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
-from fastvit.kernels.gelu import activate, activate_with_slope, formula_for
-from fastvit.kernels.operators import is_fake, needed, operator
-from fastvit.kernels.tuning import cdiv, next_power_of_2, rows_class
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, make_contiguous
+from fastvit.kernels.gelu import activate, activate_with_slope, get_formula
+from fastvit.kernels.operators import is_fake, register, select_gradients
+from fastvit.kernels.tuning import cdiv, describe_rows, next_power_of_2
 
 MAX_DIM = 8192  # rows of 16,384 spill in backward, whatever the number of warps
 E4M3_MAX = tl.constexpr(448.0)
@@ -251,7 +251,7 @@ def _layer_norm_bwd(
                 tl.store(partial + 2 * programs * DIM, tl.sum(scale_sums[i], 0), cols < DIM)
 
 
-def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
+def _size_tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     """Compile-time sizes for rows of `dim` values, the widest of `itemsize` bytes, from a choice of the table."""
     vector = 16 // itemsize  # values in one load of 16 bytes
     chunk = next_power_of_2(cdiv(dim, choice["elements"] // vector))
@@ -262,7 +262,7 @@ def _tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
     return {"DIM": dim, "ROWS": rows, "CHUNK": chunk, "CHUNKS": cdiv(dim, chunk), "num_warps": num_warps}
 
 
-def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor | None], list[int]]:
+def _view_rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor | None], list[int]]:
     """How to step through the rows of tensors of one shape [..., D]: `inner`, the tensors, two strides for each.
 
     Strided rows are read where they lie. A tensor is copied only where its last dimension is not contiguous, or where
@@ -285,7 +285,7 @@ def _rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor |
     return inner, views, [stride for step in steps for stride in step]
 
 
-def _launch_forward(
+def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, row_scale: Tensor | None,
     eps: float, y_dtype: torch.dtype | None = None, activation: str | None = None, candidate: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -304,18 +304,18 @@ def _launch_forward(
     statistics = x.new_empty((*x.shape[:-1], 1) if is_fp8 else (2, rows), dtype=torch.float32)
     if is_fake(x) or rows == 0:
         return summed, y, statistics
-    vectors = contiguous(weight, bias, scale, row_scale)
-    inner, (x, residual), strides = _rows(x, residual, per_sample=row_scale is not None)
+    vectors = make_contiguous(weight, bias, scale, row_scale)
+    inner, (x, residual), strides = _view_rows(x, residual, per_sample=row_scale is not None)
     rule = "layer_norm_fp8" if is_fp8 else "layer_norm_forward"
-    choice = tuning.candidate(rule, rows_class(rows, dim), dtype, x.device, candidate)
-    tile = _tile(dim, dtype.itemsize, choice)
-    formula = None if activation is None else formula_for(activation, y.dtype)
+    choice = tuning.select(rule, describe_rows(rows, dim), dtype, x.device, candidate)
+    tile = _size_tile(dim, dtype.itemsize, choice)
+    formula = None if activation is None else get_formula(activation, y.dtype)
     tensors = (x, residual, *vectors, None if residual is None else summed, y, statistics)
     _layer_norm_fwd[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, eps, FORMULA=formula, **tile)
     return summed, y, statistics
 
 
-def _launch_backward(
+def launch_backward(
     grad_y: Tensor, grad_sum: Tensor | None, summed: Tensor, x: Tensor | None, weight: Tensor, bias: Tensor | None,
     scale: Tensor | None, row_scale: Tensor | None, statistics: Tensor, x_dtype: torch.dtype,
     residual_dtype: torch.dtype, parameter_grads: bool,
@@ -333,15 +333,15 @@ def _launch_backward(
     rows = summed.numel() // dim
     if rows == 0:
         return tuple(grad.zero_() for grad in grads)
-    weight, *vectors = contiguous(weight, bias, scale, row_scale)
-    inner, (grad_y, grad_sum, summed, x), strides = _rows(grad_y, grad_sum, summed, x, per_sample=row_scale is not None)
-    choice = tuning.candidate("layer_norm_backward", rows_class(rows, dim), summed.dtype, summed.device, candidate)
-    tile = _tile(dim, summed.dtype.itemsize, choice)
-    formula = None if activation is None else formula_for(activation, summed.dtype)
-    programs = min(cdiv(rows, tile["ROWS"]), tuning.describe(summed.device).multiprocessors * choice["waves"])
+    weight, *vectors = make_contiguous(weight, bias, scale, row_scale)
+    inner, tensors, strides = _view_rows(grad_y, grad_sum, summed, x, per_sample=row_scale is not None)
+    choice = tuning.select("layer_norm_backward", describe_rows(rows, dim), summed.dtype, summed.device, candidate)
+    tile = _size_tile(dim, summed.dtype.itemsize, choice)
+    formula = None if activation is None else get_formula(activation, summed.dtype)
+    programs = min(cdiv(rows, tile["ROWS"]), tuning.describe_device(summed.device).multiprocessors * choice["waves"])
     partial = grad_parameters.new_empty(len(grad_parameters), programs, dim) if parameter_grads else None
     outputs = (grad_residual, grad_x if grad_x.numel() else None, None if y_dtype is None else y, partial)
-    tensors = (grad_y, grad_sum, summed, x, weight, *vectors, statistics, *outputs)
+    tensors = (*tensors, weight, *vectors, statistics, *outputs)
     _layer_norm_bwd[(programs,)](*tensors, *strides, rows, inner, FORMULA=formula, STAGES=choice["stages"], **tile)
     return grad_residual, grad_x, grad_parameters if partial is None else partial.sum(1), y
 
@@ -361,47 +361,47 @@ def _empty_gradients(
     )
 
 
-def _branch(x: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+def _scale_branch(x: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
     """row_scale * scale * x in float32."""
     x = x.float() if scale is None else x.float() * scale.float()
     return x if row_scale is None else x * row_scale.view(-1, *[1] * (x.ndim - 1))
 
 
-def plain_forward(
+def forward_fallback(
     x, residual, weight, bias, scale, row_scale, eps, y_dtype=None, activation=None, candidate=0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_launch_forward` in plain PyTorch."""
+    """`launch_forward` in plain PyTorch."""
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
-    summed = _branch(x, scale, row_scale) + (0 if residual is None else residual.float())
+    summed = _scale_branch(x, scale, row_scale) + (0 if residual is None else residual.float())
     summed = summed.to(dtype).contiguous()
     y, *statistics = torch.native_layer_norm(summed.float(), weight.shape, weight.float(), bias.float(), eps)
-    y = (y if activation is None else gelu.plain_activation(y, activation)).to(y_dtype or dtype)
+    y = (y if activation is None else gelu.compute_activation(y, activation)).to(y_dtype or dtype)
     statistics = torch.stack([tensor.reshape(-1) for tensor in statistics])
     return summed.new_empty(0) if residual is None else summed, y, statistics
 
 
-def plain_backward(
+def backward_fallback(
     grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
     y_dtype=None, activation=None, candidate=0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_launch_backward` in plain PyTorch, by formula: autograd does not record below an operator."""
+    """`launch_backward` in plain PyTorch, by formula: autograd does not record below an operator."""
     mean, rstd = statistics.view(2, *summed.shape[:-1], 1)
     grad_y, normal = grad_y.float(), (summed.float() - mean) * rstd
     affine = None if bias is None else normal * weight.float() + bias.float()
-    grad_y = grad_y if activation is None else gelu.plain_activation_backward(grad_y, affine, activation)
+    grad_y = grad_y if activation is None else gelu.compute_activation_gradient(grad_y, affine, activation)
     grad = grad_y * weight.float()
     grad = (grad - grad.mean(-1, True) - normal * (grad * normal).mean(-1, True)) * rstd
     grad = grad if grad_sum is None else grad + grad_sum.float()
-    products = [grad_y * normal, grad_y, *([] if x is None else [_branch(grad, None, row_scale) * x.float()])]
+    products = [grad_y * normal, grad_y, *([] if x is None else [_scale_branch(grad, None, row_scale) * x.float()])]
     sums = torch.stack([product.reshape(-1, weight.shape[0]).sum(0) for product in products])
     options = (x_dtype, residual_dtype, parameter_grads, y_dtype)
     outputs = _empty_gradients(summed, x, weight, scale, row_scale, *options)
-    found = (grad, _branch(grad, scale, row_scale), sums, affine)
+    found = (grad, _scale_branch(grad, scale, row_scale), sums, affine)
     return tuple(out.copy_(value) if out.numel() else out for out, value in zip(outputs, found, strict=True))
 
 
-_layer_norm = operator("layer_norm", fallback=plain_forward)(_launch_forward)
-_layer_norm_backward = operator("layer_norm_backward", fallback=plain_backward)(_launch_backward)
+_layer_norm = register("layer_norm", fallback=forward_fallback)(launch_forward)
+_layer_norm_backward = register("layer_norm_backward", fallback=backward_fallback)(launch_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -418,7 +418,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_sum, grad_y, _):
     if grad_sum is None and grad_y is None:
-        return needed(ctx)
+        return select_gradients(ctx)
     if grad_y is None:  # only the sum was used, which hardly happens: not worth a kernel of its own
         grad_y = torch.zeros_like(grad_sum)
     saved = _, _, weight, _, scale, row_scale, _ = ctx.saved_tensors  # once: checkpointing computes them at each access
@@ -426,7 +426,7 @@ def _backward(ctx, grad_sum, grad_y, _):
     grad_residual, grad_x, grads, _ = _layer_norm_backward(grad_y, grad_sum, *saved, *options)
     if scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
-    return needed(ctx, grad_x, grad_residual, *split_parameter_gradients(grads, weight, scale))
+    return select_gradients(ctx, grad_x, grad_residual, *split_parameter_gradients(grads, weight, scale))
 
 
 def split_parameter_gradients(grads: Tensor, weight: Tensor, scale: Tensor | None = None) -> list[Tensor | None]:

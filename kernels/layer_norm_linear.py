@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, linear
-from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, check_tensors, contiguous, needs_grad
-from fastvit.kernels.gelu import as_rows, check_activation, without_autocast
-from fastvit.kernels.operators import needed, operator
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, check_tensors, make_contiguous, needs_grad
+from fastvit.kernels.gelu import as_rows, check_activation, disable_autocast
+from fastvit.kernels.operators import register, select_gradients
 
 
-@without_autocast
+@disable_autocast
 def launch_forward(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     weight: Tensor, bias: Tensor | None, activation: str | None, keep_pre: bool, candidate: int,
@@ -40,76 +40,76 @@ def launch_forward(
     summed, normed, statistics = x.new_empty(0), x, x.new_empty(0, dtype=torch.float32)
     if norm_weight is not None:
         norm = (norm_weight, norm_bias, None, None, eps)
-        summed, normed, statistics = layer_norm._launch_forward(x, residual, *norm, weight.dtype)
-    layer = contiguous(weight, bias)
+        summed, normed, statistics = layer_norm.launch_forward(x, residual, *norm, weight.dtype)
+    layer = make_contiguous(weight, bias)
     pre, out = linear.launch_forward(as_rows(normed), *layer, activation, keep_pre, candidate)
     return summed, statistics, pre, out.view(*x.shape[:-1], weight.shape[0])
 
 
-@without_autocast
+@disable_autocast
 def launch_backward(
     grad_out: Tensor, grad_sum: Tensor | None, summed: Tensor, statistics: Tensor, pre: Tensor,
     norm_weight: Tensor | None, norm_bias: Tensor | None, weight: Tensor, eps: float, activation: str | None,
-    x_dtype: torch.dtype, residual_dtype: torch.dtype, wanted: list[bool],
+    x_dtype: torch.dtype, residual_dtype: torch.dtype, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of residual, x, the norm's weight and bias (rows of one tensor, float32), weight and bias.
 
-    wanted: those of the inputs, the norm, weight, bias. What is not wanted has no elements, nor has the gradient of x
+    output_mask: of the inputs, the norm, weight, bias. What is masked out has no elements, nor has the gradient of x
     where it is, value and dtype, that of residual. summed is residual', or x where nothing was added.
 
     There is one way only: cuBLAS and the kernels of LayerNorm and activation. So there is no candidate.
     """
-    inputs, norm_grads, weight_grad, bias_grad = wanted
+    inputs, norm_grads, weight_grad, bias_grad = output_mask
     grad_pre, grad_bias = as_rows(grad_out), weight.new_empty(0)
     if activation is not None:
         grad_pre, grad_bias, _ = gelu.launch_backward(grad_pre, pre, None, activation, bias_grad)
     elif bias_grad:
         grad_bias = grad_pre.sum(0)
-    rows, grads = summed, _no_gradients(summed)
+    rows, grads = summed, _empty_gradients(summed)
     if norm_weight is None and inputs:
         grads = ((grad_pre @ weight).view(summed.shape), *grads[1:])
     elif norm_weight is not None and (inputs or norm_grads):
-        *grads, rows = layer_norm._launch_backward(
+        *grads, rows = layer_norm.launch_backward(
             (grad_pre @ weight).view(summed.shape), grad_sum, summed, None, norm_weight, norm_bias, None, None,
             statistics, x_dtype, residual_dtype, norm_grads, weight.dtype if weight_grad else None,
         )  # fmt: skip
     elif norm_weight is not None and weight_grad:
-        _, rows, _ = layer_norm._launch_forward(summed, None, norm_weight, norm_bias, None, None, eps, weight.dtype)
+        _, rows, _ = layer_norm.launch_forward(summed, None, norm_weight, norm_bias, None, None, eps, weight.dtype)
     grad_weight = grad_pre.t() @ as_rows(rows) if weight_grad else weight.new_empty(0)
     return *grads, grad_weight, grad_bias
 
 
-def _no_gradients(summed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(summed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return summed.new_empty(0), summed.new_empty(0), summed.new_empty(0, dtype=torch.float32)
 
 
-@without_autocast
-def forward_in_pytorch(
+@disable_autocast
+def forward_fallback(
     x, residual, norm_weight, norm_bias, eps, weight, bias, activation, keep_pre, candidate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`launch_forward` in plain PyTorch."""
     summed, normed, statistics = x.new_empty(0), x, x.new_empty(0, dtype=torch.float32)
     if norm_weight is not None:
         norm = (norm_weight, norm_bias, None, None, eps)
-        summed, normed, statistics = layer_norm.plain_forward(x, residual, *norm, weight.dtype)
+        summed, normed, statistics = layer_norm.forward_fallback(x, residual, *norm, weight.dtype)
     pre = torch.nn.functional.linear(as_rows(normed), weight, bias)
-    out = pre if activation is None else gelu.plain_forward(pre, None, activation)
+    out = pre if activation is None else gelu.forward_fallback(pre, None, activation)
     return summed, statistics, pre if keep_pre else pre.new_empty(0), out.view(*x.shape[:-1], weight.shape[0])
 
 
-@without_autocast
-def backward_in_pytorch(
+@disable_autocast
+def backward_fallback(
     grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight, eps, activation,
-    x_dtype, residual_dtype, wanted,
+    x_dtype, residual_dtype, output_mask,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`launch_backward` in plain PyTorch."""
-    inputs, norm_grads, weight_grad, bias_grad = wanted
-    grad_pre, rows, grads = as_rows(grad_out), summed, _no_gradients(summed)
+    inputs, norm_grads, weight_grad, bias_grad = output_mask
+    grad_pre, rows, grads = as_rows(grad_out), summed, _empty_gradients(summed)
     if activation is not None:
-        grad_pre, _ = gelu.plain_backward(grad_pre, pre, None, activation, False)
+        grad_pre, _ = gelu.backward_fallback(grad_pre, pre, None, activation, False)
     grad_rows = (grad_pre @ weight).view(summed.shape)
     if norm_weight is not None:
-        *found, rows = layer_norm.plain_backward(
+        *found, rows = layer_norm.backward_fallback(
             grad_rows, grad_sum, summed, None, norm_weight, norm_bias, None, None, statistics,
             x_dtype, residual_dtype, norm_grads, weight.dtype,
         )  # fmt: skip
@@ -120,11 +120,11 @@ def backward_in_pytorch(
     return *grads, grad_weight, grad_pre.sum(0) if bias_grad else weight.new_empty(0)
 
 
-_layer_norm_linear = operator("layer_norm_linear", fallback=forward_in_pytorch)(launch_forward)
-_layer_norm_linear_backward = operator("layer_norm_linear_backward", fallback=backward_in_pytorch)(launch_backward)
+_layer_norm_linear = register("layer_norm_linear", fallback=forward_fallback)(launch_forward)
+_layer_norm_linear_backward = register("layer_norm_linear_backward", fallback=backward_fallback)(launch_backward)
 
 
-def save(ctx, x: Tensor, residual: Tensor | None, outputs, *weights: Tensor | None) -> None:
+def save_for_backward(ctx, x: Tensor, residual: Tensor | None, outputs, *weights: Tensor | None) -> None:
     """What backward needs of an operator whose first outputs are those of `launch_forward`."""
     summed, statistics, pre, _ = outputs
     ctx.mark_non_differentiable(statistics, pre, *([summed] if residual is None else []))
@@ -133,31 +133,31 @@ def save(ctx, x: Tensor, residual: Tensor | None, outputs, *weights: Tensor | No
     ctx.save_for_backward(x if residual is None else summed, statistics, pre, *weights)
 
 
-def gradients_of_the_sum(ctx, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
+def collect_sum_gradients(ctx, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs where nothing but residual' was used."""
-    return needed(ctx, *(None if grad_sum is None else grad_sum.to(dtype) for dtype in ctx.dtypes))
+    return select_gradients(ctx, *(None if grad_sum is None else grad_sum.to(dtype) for dtype in ctx.dtypes))
 
 
-def gradients(ctx, norm_weight: Tensor | None, grad_residual, grad_x, norm_grads, *others) -> tuple[Tensor | None, ...]:
+def collect_gradients(ctx, norm_weight, grad_residual, grad_x, norm_grads, *others) -> tuple[Tensor | None, ...]:
     """Gradients of all inputs (x, residual, the norm's weight, bias and eps, weight, ...) from backward's results."""
     if ctx.dtypes[0] == ctx.dtypes[1]:
         grad_x = grad_residual
     norm = (None, None) if norm_weight is None else layer_norm.split_parameter_gradients(norm_grads, norm_weight)[:2]
-    return needed(ctx, grad_x, grad_residual, *norm, None, *others)
+    return select_gradients(ctx, grad_x, grad_residual, *norm, None, *others)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     x, residual, norm_weight, norm_bias, ctx.eps, weight, _, ctx.activation, _, _ = inputs
-    save(ctx, x, residual, output, norm_weight, norm_bias, weight)
+    save_for_backward(ctx, x, residual, output, norm_weight, norm_bias, weight)
 
 
 def _backward(ctx, grad_sum, _statistics, _pre, grad_out):
     if grad_out is None:
-        return gradients_of_the_sum(ctx, grad_sum)
+        return collect_sum_gradients(ctx, grad_sum)
     needs, saved = ctx.needs_input_grad, ctx.saved_tensors
-    wanted = [needs[0] or needs[1], needs[2] or needs[3], needs[5], needs[6]]
-    grads = _layer_norm_linear_backward(grad_out, grad_sum, *saved, ctx.eps, ctx.activation, *ctx.dtypes, wanted)
-    return gradients(ctx, saved[3], *grads)
+    output_mask = [needs[0] or needs[1], needs[2] or needs[3], needs[5], needs[6]]
+    grads = _layer_norm_linear_backward(grad_out, grad_sum, *saved, ctx.eps, ctx.activation, *ctx.dtypes, output_mask)
+    return collect_gradients(ctx, saved[3], *grads)
 
 
 _layer_norm_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -219,7 +219,7 @@ def layer_norm_gelu(
 
 def _apply(x, residual, norm_weight, norm_bias, eps, weight, bias, activation, candidate) -> tuple[Tensor, Tensor]:
     check_tensors(x=x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, optional={"bias": bias})
-    weight, bias = autocast(x, weight, bias)
+    weight, bias = cast_for_autocast(x, weight, bias)
     linear.check_linear(x, weight, bias)
     check_norm(x, residual, norm_weight, norm_bias)
     keep_pre = activation is not None and needs_grad(x, residual, norm_weight, norm_bias, weight, bias)
@@ -229,7 +229,7 @@ def _apply(x, residual, norm_weight, norm_bias, eps, weight, bias, activation, c
     return summed, out
 
 
-def autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
     """Weights and biases in autocast's dtype where it is on, differentiably: their gradients come back in their own."""
     if not torch.is_autocast_enabled(x.device.type):
         return list(tensors)

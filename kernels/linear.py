@@ -37,7 +37,7 @@ from fastvit.kernels.tuning import cdiv
 
 
 @triton.jit
-def _place(tile, rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
+def _locate_tile(tile, rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
     """Row and column of a tile by its number: GROUP tiles of rows for one of columns, then the next of columns, ..."""
     row_tiles = tl.cdiv(rows, ROWS)
     col_tiles: tl.constexpr = (UNITS + COLS - 1) // COLS
@@ -48,7 +48,7 @@ def _place(tile, rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constex
 
 
 @triton.jit
-def _product(
+def _matmul(
     a_ptr, b_ptr, row_tile, col_tile, rows, stride_a, stride_b_unit, stride_b_depth,
     UNITS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -72,11 +72,11 @@ def _product(
 
 
 @triton.jit
-def _product_by_descriptor(
+def _matmul_by_descriptor(
     a, b, row_tile, col_tile,  # descriptors of [rows, depth] and [units, depth]
     DEPTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, DEPTH_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """As `_product`. DEPTH_FIRST: b is [depth, units]. What lies outside is read as 0."""
+    """As `_matmul`. DEPTH_FIRST: b is [depth, units]. What lies outside is read as 0."""
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, DEPTH, STEP):
         left = a.load([row_tile * ROWS, start])
@@ -89,7 +89,7 @@ def _product_by_descriptor(
 
 
 @triton.jit
-def _quarters(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _split_quarters(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
     """acc [ROWS, COLS] by columns: a whole tile's sums fill the registers, and what is done to them would spill."""
     HALF: tl.constexpr = COLS // 2
     QUARTER: tl.constexpr = COLS // 4
@@ -106,15 +106,15 @@ def _fused_tile(
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Tile number `tile` of what `_linear` writes."""
-    row_tile, col_tile = _place(tile, rows, UNITS, ROWS, COLS, GROUP)
+    row_tile, col_tile = _locate_tile(tile, rows, UNITS, ROWS, COLS, GROUP)
     if PERSISTENT:
-        acc = _product_by_descriptor(a, b, row_tile, col_tile, DEPTH, ROWS, COLS, STEP, BACKWARD)
+        acc = _matmul_by_descriptor(a, b, row_tile, col_tile, DEPTH, ROWS, COLS, STEP, BACKWARD)
     elif BACKWARD:
-        acc = _product(a, b, row_tile, col_tile, rows, stride_a, 1, UNITS, UNITS, DEPTH, ROWS, COLS, STEP)
+        acc = _matmul(a, b, row_tile, col_tile, rows, stride_a, 1, UNITS, UNITS, DEPTH, ROWS, COLS, STEP)
     else:
-        acc = _product(a, b, row_tile, col_tile, rows, stride_a, DEPTH, 1, UNITS, DEPTH, ROWS, COLS, STEP)
+        acc = _matmul(a, b, row_tile, col_tile, rows, stride_a, DEPTH, 1, UNITS, DEPTH, ROWS, COLS, STEP)
     row = row_tile * ROWS + tl.arange(0, ROWS)
-    quarters = _quarters(acc, ROWS, COLS)
+    quarters = _split_quarters(acc, ROWS, COLS)
     for i in tl.static_range(4):
         unit = col_tile * COLS + i * (COLS // 4) + tl.arange(0, COLS // 4)
         mask = (row < rows)[:, None] & (unit < UNITS)[None, :]
@@ -162,7 +162,7 @@ def _linear(
         )  # fmt: skip
 
 
-def descriptor_of(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorDescriptor | None:
+def make_descriptor(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorDescriptor | None:
     """A descriptor that copies `block` = (rows, columns) of `matrix` at a time, where the choice is persistent.
 
     None where the hardware cannot: rows that are not contiguous, do not begin on 16-byte boundaries, or overlap (a
@@ -182,27 +182,27 @@ def _launch(choice, a, b, outputs, activation: str | None, backward: bool) -> No
     (rows, depth), units = a.shape, b.shape[1 if backward else 0]
     height, width, step = choice["rows"], choice["columns"], choice["depth"]
     tiles, block = cdiv(rows, height) * cdiv(units, width), (step, width) if backward else (width, step)
-    operands, programs = (descriptor_of(choice, a, height, step), descriptor_of(choice, b, *block)), 1
+    operands, programs = (make_descriptor(choice, a, height, step), make_descriptor(choice, b, *block)), 1
     is_persistent = None not in operands
     if is_persistent:
-        tiles = programs = min(tiles, choice["persistent"] * tuning.describe(a.device).multiprocessors)
+        tiles = programs = min(tiles, choice["persistent"] * tuning.describe_device(a.device).multiprocessors)
     else:
         operands = (a, b)
     _linear[(tiles,)](
         *operands, *outputs, a.stride(0), rows, programs,
         BACKWARD=backward, PERSISTENT=is_persistent, UNITS=units, DEPTH=depth,
-        FORMULA=None if activation is None else gelu.formula_for(activation, b.dtype),
+        FORMULA=None if activation is None else gelu.get_formula(activation, b.dtype),
         ROWS=height, COLS=width, STEP=step, GROUP=8, num_warps=choice["num_warps"], num_stages=choice["num_stages"],
     )  # fmt: skip
 
 
-def _fused(operation: str, rows: int, weight: Tensor, candidate: int) -> tuning.Choice | None:
+def _find_fused_tile(operation: str, rows: int, weight: Tensor, candidate: int) -> tuning.Choice | None:
     """The fused kernel's tile, or None where cuBLAS computes: the candidate is 0, or there is nothing to compute, or
     shapes only are asked for, which PyTorch's own operations tell."""
     if is_fake(weight) or rows == 0:
         return None
     shape = f"{weight.shape[1]} to {weight.shape[0]}"
-    choice = tuning.candidate(operation, shape, weight.dtype, weight.device, candidate)
+    choice = tuning.select(operation, shape, weight.dtype, weight.device, candidate)
     return choice if choice["fused"] else None
 
 
@@ -221,7 +221,7 @@ def launch_forward(
     Returns:
         pre and out, [rows, units], contiguous, of weight's dtype.
     """
-    if (choice := _fused("linear_forward", x.shape[0], weight, candidate)) is None:
+    if (choice := _find_fused_tile("linear_forward", x.shape[0], weight, candidate)) is None:
         pre = F.linear(x, weight, bias)
         if activation is None:
             return pre.new_empty(0), pre
@@ -250,7 +250,7 @@ def launch_backward(
         [rows, units], [units] and [rows, units], contiguous, of pre's dtype.
     """
     rows, units = pre.shape
-    if (choice := _fused("linear_backward", rows, weight.t(), candidate)) is None:
+    if (choice := _find_fused_tile("linear_backward", rows, weight.t(), candidate)) is None:
         grad_y = grad_out @ weight
         return gelu.launch_backward(grad_y, pre, None, activation, bias_grad, with_y=with_y, grad_x=grad_y)
     grad_pre = torch.empty_like(pre)

@@ -46,13 +46,13 @@ def is_strict() -> bool:
     return False
 
 
-def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def register(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Register the decorated launcher as the operator `fastvit::<name>`; its annotations are the operator's schema.
 
     fallback: plain PyTorch with the launcher's signature and results.
     """
 
-    def register(launcher: Callable[..., Any]) -> CustomOpDef:
+    def decorate(launcher: Callable[..., Any]) -> CustomOpDef:
         parameters = tuple(inspect.signature(launcher).parameters)
 
         @functools.wraps(launcher)
@@ -63,14 +63,14 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
                     return guarded(*args)
             if device.type not in FALLBACK_DEVICES or is_strict():
                 return launcher(*args)
-            case = (name, device, *map(_class_of, parameters, args))
+            case = (name, device, *map(_describe_argument, parameters, args))
             if case not in failures:
                 try:
                     return launcher(*args)
                 except Exception as error:
-                    if _lacks_memory(error):
+                    if _is_out_of_memory(error):
                         raise
-                    failures[case] = _describe(name, args, error)
+                    failures[case] = _describe_failure(name, args, error)
                     logger.warning("kernel %s failed on %s, PyTorch computes it from now on: %s (%s)", *failures[case])
             return fallback(*args)
 
@@ -79,7 +79,7 @@ def operator(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
         registered.register_fake(launcher)
         return registered
 
-    return register
+    return decorate
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -87,13 +87,13 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def needed(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def select_gradients(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """A gradient for each input: None where none is needed, and for the inputs after the last of `grads`."""
     padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
     return tuple(grad if needs else None for grad, needs in zip(padded, ctx.needs_input_grad, strict=True))
 
 
-def _class_of(name: str, value: Any) -> Any:
+def _describe_argument(name: str, value: Any) -> Any:
     """What calls have in common that compile to the same binary, or nearly: not the rows, nor an image's size."""
     if name == "max_seqlen":
         return None
@@ -102,13 +102,13 @@ def _class_of(name: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _lacks_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """PyTorch's, Python's, and what the driver and cuBLAS say; Triton's OutOfResources is of a multiprocessor's."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
-def _describe(name: str, args: tuple[Any, ...], error: BaseException) -> Failure:
+def _describe_failure(name: str, args: tuple[Any, ...], error: BaseException) -> Failure:
     inputs = ", ".join(f"{str(arg.dtype)[6:]} {list(arg.shape)}" for arg in args if isinstance(arg, Tensor))
     while error.__cause__ is not None:  # a compilation error wraps the one that says why
         error = error.__cause__

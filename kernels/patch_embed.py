@@ -34,11 +34,11 @@ from torch import Tensor
 
 from fastvit.kernels import tuning
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.operators import is_fake, operator
+from fastvit.kernels.operators import is_fake, register
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
-ENOUGH_PROGRAMS = 100  # large tiles fill a device
-FULL_DEVICE = 132  # multiprocessors of an H100; the same number everywhere: the same sums everywhere
+MIN_LARGE_TILES = 100  # large tiles fill a device
+MULTIPROCESSORS = 132  # multiprocessors of an H100; the same number everywhere: the same sums everywhere
 
 
 @triton.jit
@@ -257,12 +257,12 @@ def _patch_embed_tokens_bwd(
         tl.store(sums_ptrs + tl.cast(tokens, tl.int64) * hidden, tl.sum(masked, 0), unit_mask)
 
 
-def channels_first(pixels: Tensor, channels: int) -> Tensor:
+def view_channels_first(pixels: Tensor, channels: int) -> Tensor:
     """Pixels, given in either layout, as a [B, C, H, W] view."""
     return pixels if pixels.shape[1] == channels else pixels.permute(0, 3, 1, 2)
 
 
-def patch_grid(pixels: Tensor, weight: Tensor) -> tuple[int, int]:
+def compute_grid(pixels: Tensor, weight: Tensor) -> tuple[int, int]:
     """Patches in a column and in a row of [B, C, H, W] images."""
     return pixels.shape[2] // weight.shape[2], pixels.shape[3] // weight.shape[3]
 
@@ -273,7 +273,7 @@ def is_channels_last(pixels: Tensor) -> bool:
     return channels > 1 and pixels.stride(1) == 1 and pixels.stride(3) == channels
 
 
-def constants(pixels: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None) -> dict[str, object]:
+def list_constants(pixels: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None) -> dict:
     """What the kernels are compiled for: the patch, the layout of [B, C, H, W] pixels and their normalisation.
 
     (pixels / 255 - mean) / std of uint8 pixels is pixels * SCALE + SHIFT. These are compile-time constants: there is no
@@ -289,33 +289,33 @@ def constants(pixels: Tensor, weight: Tensor, mean: list[float] | None, std: lis
     }  # fmt: skip
 
 
-def mask_bytes(mask: Tensor | None) -> Tensor | None:
+def as_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
-def tile_class(rows: int, columns: int) -> str:
+def describe_tiles(rows: int, columns: int) -> str:
     """The tuning table's word for a product of [rows, columns]: whether large tiles fill a device."""
-    return "many tiles" if cdiv(rows, 128) * cdiv(columns, 128) >= ENOUGH_PROGRAMS else "few tiles"
+    return "many tiles" if cdiv(rows, 128) * cdiv(columns, 128) >= MIN_LARGE_TILES else "few tiles"
 
 
-def output_dtype(weight: Tensor, *others: Tensor | None) -> torch.dtype:
+def promote_dtypes(weight: Tensor, *others: Tensor | None) -> torch.dtype:
     """What concatenation and addition promote to: float32 tokens where bfloat16 meets a float32 position embedding."""
     dtypes = [other.dtype for other in others if other is not None]
     return functools.reduce(torch.promote_types, dtypes, weight.dtype)
 
 
-def _split_patches(total_patches: int, tiles: int, block_rows: int) -> int:
+def _choose_split(total_patches: int, tiles: int, block_rows: int) -> int:
     """Patches that one program of the weight gradient sums over.
 
     Of the numbers of splits that fill a device once, or of up to four, the one that leaves it idle least: 72 tiles are
     half a device, and 144 take as long as two, but 216 (three splits) or 528 (four splits of 132) fill it.
     """
-    most = max(4, FULL_DEVICE // tiles)
-    splits = min(range(1, most + 1), key=lambda splits: cdiv(tiles * splits, FULL_DEVICE) / splits)
+    most = max(4, MULTIPROCESSORS // tiles)
+    splits = min(range(1, most + 1), key=lambda splits: cdiv(tiles * splits, MULTIPROCESSORS) / splits)
     return cdiv(cdiv(total_patches, splits), block_rows) * block_rows
 
 
-def _row_major(grad_out: Tensor) -> Tensor:
+def _make_row_major(grad_out: Tensor) -> Tensor:
     """grad_out with its hidden units side by side: the gradient of a plain sum, say, is one number expanded."""
     return grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
 
@@ -324,24 +324,24 @@ def launch_forward(
     pixels: Tensor, weight: Tensor, bias: Tensor | None, cls_token: Tensor | None, pos_embed: Tensor | None,
     mask_token: Tensor | None, mask: Tensor | None, mean: list[float] | None, std: list[float] | None, candidate: int,
 ) -> Tensor:  # fmt: skip
-    pixels = channels_first(pixels, weight.shape[1])
-    rows, columns = patch_grid(pixels, weight)
+    pixels = view_channels_first(pixels, weight.shape[1])
+    rows, columns = compute_grid(pixels, weight)
     batch, hidden = pixels.shape[0], weight.shape[0]
     prefix = 0 if cls_token is None else cls_token.shape[1]
     tokens = prefix + rows * columns
-    out = pixels.new_empty(batch, tokens, hidden, dtype=output_dtype(weight, cls_token, pos_embed))  # [B, N, D]
+    out = pixels.new_empty(batch, tokens, hidden, dtype=promote_dtypes(weight, cls_token, pos_embed))  # [B, N, D]
     if is_fake(out) or out.numel() == 0:
         return out
     vectors = (bias, cls_token if prefix else None, pos_embed, None if mask is None else mask_token)
     # [D, K] with K in the order in which the pixels lie; a view wherever weight already has that order.
     matrix = (weight.permute(0, 2, 3, 1) if is_channels_last(pixels) else weight).contiguous()
-    shape = tile_class(batch * tokens, hidden)
-    tile = tuning.candidate("patch_embed_forward", shape, weight.dtype, pixels.device, candidate)
+    shape = describe_tiles(batch * tokens, hidden)
+    tile = tuning.select("patch_embed_forward", shape, weight.dtype, pixels.device, candidate)
     grid = (cdiv(batch * tokens, tile["rows"]) * cdiv(hidden, tile["columns"]),)
     _patch_embed_fwd[grid](
-        pixels, matrix, *(None if vector is None else vector.contiguous() for vector in vectors), mask_bytes(mask), out,
+        pixels, matrix, *(None if vector is None else vector.contiguous() for vector in vectors), as_bytes(mask), out,
         *pixels.stride(), batch * tokens, tokens, columns, hidden,
-        PREFIX=prefix, **constants(pixels, weight, mean, std),
+        PREFIX=prefix, **list_constants(pixels, weight, mean, std),
         BLOCK_ROWS=tile["rows"], BLOCK_HIDDEN=tile["columns"], BLOCK_K=tile["depth"],
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
@@ -354,24 +354,24 @@ def launch_weight_backward(
 ) -> Tensor:  # fmt: skip
     if is_fake(weight):
         return weight.new_empty(weight.shape)
-    pixels = channels_first(pixels, weight.shape[1])
+    pixels = view_channels_first(pixels, weight.shape[1])
     batch, hidden, size_k = pixels.shape[0], weight.shape[0], weight[0].numel()
     if batch == 0:
         return weight.new_zeros(weight.shape)
-    rows, columns = patch_grid(pixels, weight)
+    rows, columns = compute_grid(pixels, weight)
     patches, total_patches = rows * columns, batch * rows * columns
     # Every program of a split reads these rows; float32 ones (autocast) would be transposed 4 bytes at a time.
-    grad_out = _row_major(grad_out).to(weight.dtype)
-    shape = tile_class(hidden * cdiv(total_patches, 4096), size_k)  # splits sum over 4096 patches or more
-    tile = tuning.candidate("patch_embed_weight", shape, weight.dtype, pixels.device, candidate)
+    grad_out = _make_row_major(grad_out).to(weight.dtype)
+    shape = describe_tiles(hidden * cdiv(total_patches, 4096), size_k)  # splits sum over 4096 patches or more
+    tile = tuning.select("patch_embed_weight", shape, weight.dtype, pixels.device, candidate)
     tiles = cdiv(hidden, tile["rows"]) * cdiv(size_k, tile["columns"])
-    split_patches = _split_patches(total_patches, tiles, tile["depth"])
+    split_patches = _choose_split(total_patches, tiles, tile["depth"])
     splits = cdiv(total_patches, split_patches)
     partial = torch.empty(splits, hidden, size_k, dtype=torch.float32, device=pixels.device)
     _patch_embed_weight_bwd[(splits * tiles,)](
-        grad_out, pixels, mask_bytes(mask), partial, grad_out.stride(0), grad_out.stride(1), *pixels.stride(),
+        grad_out, pixels, as_bytes(mask), partial, grad_out.stride(0), grad_out.stride(1), *pixels.stride(),
         total_patches, patches, columns, hidden, split_patches,
-        PREFIX=grad_out.shape[1] - patches, **constants(pixels, weight, mean, std),
+        PREFIX=grad_out.shape[1] - patches, **list_constants(pixels, weight, mean, std),
         BLOCK_HIDDEN=tile["rows"], BLOCK_K=tile["columns"], BLOCK_ROWS=tile["depth"],
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
@@ -388,41 +388,41 @@ def launch_tokens_backward(grad_out: Tensor, mask: Tensor | None, prefix: int) -
         return sums
     if batch == 0:
         return sums.zero_()
-    grad_out = _row_major(grad_out)
+    grad_out = _make_row_major(grad_out)
     block_hidden = min(256, next_power_of_2(hidden))
     _patch_embed_tokens_bwd[(tokens, cdiv(hidden, block_hidden))](
-        grad_out, mask_bytes(mask), sums, grad_out.stride(0), grad_out.stride(1), batch, tokens, hidden,
+        grad_out, as_bytes(mask), sums, grad_out.stride(0), grad_out.stride(1), batch, tokens, hidden,
         PREFIX=prefix, BLOCK_IMAGES=16, BLOCK_HIDDEN=block_hidden,
     )  # fmt: skip
     return sums
 
 
-def _as_patches(pixels: Tensor, weight: Tensor) -> Tensor:
+def _view_patches(pixels: Tensor, weight: Tensor) -> Tensor:
     """Pixels as a view [B, rows, columns, C, ph, pw], without what is left over at the edges."""
     _, channels, height, width = weight.shape
-    pixels = channels_first(pixels, channels)
-    rows, columns = patch_grid(pixels, weight)
+    pixels = view_channels_first(pixels, channels)
+    rows, columns = compute_grid(pixels, weight)
     patches = pixels[:, :, : rows * height, : columns * width].unflatten(3, (columns, width))
     return patches.unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
 
 
-def _hide(values: Tensor, mask: Tensor | None) -> Tensor:
+def _zero_masked(values: Tensor, mask: Tensor | None) -> Tensor:
     """Zero where masked, [B, P, ..]."""
     return values if mask is None else values.masked_fill(mask.unsqueeze(-1), 0)
 
 
 def _gather_patches(pixels, weight, mask, mean, std) -> Tensor:
     """The matrix that the kernels never build: patches [B, P, C * ph * pw] in weight's dtype, zero where masked."""
-    patches = _as_patches(pixels, weight)
+    patches = _view_patches(pixels, weight)
     if pixels.dtype == torch.uint8:
         mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
         patches = (patches / 255 - mean) / std
-    return _hide(patches.to(weight.dtype).flatten(3).flatten(1, 2), mask)
+    return _zero_masked(patches.to(weight.dtype).flatten(3).flatten(1, 2), mask)
 
 
 def forward_fallback(pixels, weight, bias, cls_token, pos_embed, mask_token, mask, mean, std, candidate):
     """`launch_forward` in plain PyTorch."""
-    dtype = output_dtype(weight, cls_token, pos_embed)
+    dtype = promote_dtypes(weight, cls_token, pos_embed)
     tokens = F.linear(_gather_patches(pixels, weight, mask, mean, std), weight.flatten(1), bias).to(dtype)
     if mask is not None:
         tokens = torch.where(mask.unsqueeze(-1), mask_token.to(dtype), tokens)
@@ -434,7 +434,7 @@ def forward_fallback(pixels, weight, bias, cls_token, pos_embed, mask_token, mas
 def weight_fallback(grad_out, pixels, weight, mask, mean, std, candidate):
     """`launch_weight_backward` in plain PyTorch."""
     patches = _gather_patches(pixels, weight, mask, mean, std)  # [B, P, K]
-    grad = _hide(grad_out[:, grad_out.shape[1] - patches.shape[1] :].to(weight.dtype), mask)
+    grad = _zero_masked(grad_out[:, grad_out.shape[1] - patches.shape[1] :].to(weight.dtype), mask)
     return (grad.flatten(0, 1).T @ patches.flatten(0, 1)).view(weight.shape)
 
 
@@ -444,7 +444,7 @@ def tokens_fallback(grad_out: Tensor, mask: Tensor | None, prefix: int) -> Tenso
     if mask is None:
         return grad.sum(0, keepdim=True)
     is_masked = F.pad(mask, (prefix, 0))
-    return torch.stack([_hide(grad, is_masked).sum(0), _hide(grad, ~is_masked).sum(0)])
+    return torch.stack([_zero_masked(grad, is_masked).sum(0), _zero_masked(grad, ~is_masked).sum(0)])
 
 
 def pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
@@ -454,15 +454,15 @@ def pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tens
     float32 to TF32.
     """
     grad_pixels = torch.zeros_like(pixels)  # what is left over at the edges was not read
-    view = _as_patches(grad_pixels, weight)
+    view = _view_patches(grad_pixels, weight)
     grad = grad_out[:, grad_out.shape[1] - view.shape[1] * view.shape[2] :].to(weight.dtype)
-    view.copy_((_hide(grad, mask) @ weight.flatten(1)).view(view.shape))
+    view.copy_((_zero_masked(grad, mask) @ weight.flatten(1)).view(view.shape))
     return grad_pixels
 
 
-_patch_embed = operator("patch_embed", fallback=forward_fallback)(launch_forward)
-_weight_backward = operator("patch_embed_weight_backward", fallback=weight_fallback)(launch_weight_backward)
-_tokens_backward = operator("patch_embed_tokens_backward", fallback=tokens_fallback)(launch_tokens_backward)
+_patch_embed = register("patch_embed", fallback=forward_fallback)(launch_forward)
+_weight_backward = register("patch_embed_weight_backward", fallback=weight_fallback)(launch_weight_backward)
+_tokens_backward = register("patch_embed_tokens_backward", fallback=tokens_fallback)(launch_tokens_backward)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -526,7 +526,7 @@ def patch_embed(
     Raises:
         ValueError: for anything else, before any launch.
     """
-    _check(pixels, weight, bias, cls_token, pos_embed, tuple(patch_size), mean, std, mask_token, mask)
+    _check_inputs(pixels, weight, bias, cls_token, pos_embed, tuple(patch_size), mean, std, mask_token, mask)
     if torch.is_autocast_enabled(pixels.device.type):
         dtype = torch.get_autocast_dtype(pixels.device.type)
         weight = weight.to(dtype)
@@ -537,7 +537,7 @@ def patch_embed(
     return _patch_embed(pixels, weight, bias, cls_token, pos_embed, mask_token, mask, mean, std, candidate)
 
 
-def _check(pixels, weight, bias, cls_token, pos_embed, patch_size, mean, std, mask_token, mask) -> None:
+def _check_inputs(pixels, weight, bias, cls_token, pos_embed, patch_size, mean, std, mask_token, mask) -> None:
     if weight.dim() != 4 or weight.dtype not in DTYPES:
         expected = "[D, C, ph, pw] in float32, bfloat16 or float16"
         raise ValueError(f"weight: expected {expected}, got {list(weight.shape)} {weight.dtype}")
@@ -547,9 +547,9 @@ def _check(pixels, weight, bias, cls_token, pos_embed, patch_size, mean, std, ma
     if pixels.dim() != 4 or channels not in (pixels.shape[1], pixels.shape[3]):
         expected = f"[B, {channels}, H, W] or [B, H, W, {channels}] (weight has {channels} channels)"
         raise ValueError(f"pixels: expected {expected}, got {list(pixels.shape)}")
-    view = channels_first(pixels, channels)
+    view = view_channels_first(pixels, channels)
     batch, _, height, width = view.shape
-    rows, columns = patch_grid(view, weight)
+    rows, columns = compute_grid(view, weight)
     if rows * columns == 0:
         raise ValueError(f"pixels: expected room for one patch of {patch_size}, got {(height, width)} (height, width)")
     if pixels.dtype not in (torch.uint8, *DTYPES):

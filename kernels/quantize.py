@@ -28,11 +28,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit.kernels import gelu, layer_norm, tuning
-from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, contiguous
+from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, make_contiguous
 from fastvit.kernels.gelu import activate, check_activation
-from fastvit.kernels.layer_norm import _chunk, _row_offsets, _rows, _store_e4m3, _tile, check_norm
-from fastvit.kernels.operators import is_fake, operator
-from fastvit.kernels.tuning import cdiv, rows_class
+from fastvit.kernels.layer_norm import _chunk, _row_offsets, _size_tile, _store_e4m3, _view_rows, check_norm
+from fastvit.kernels.operators import is_fake, register
+from fastvit.kernels.tuning import cdiv, describe_rows
 
 FP8 = torch.float8_e4m3fn
 MAX_WIDTH = 16384  # of a row that is not normalised: forward holds its values once
@@ -69,11 +69,11 @@ def _launch_activation(
     if is_fake(x) or scale.numel() == 0:
         return values, scale
     rows, dim, dtype = scale.numel(), x.shape[-1], x.dtype
-    inner, (x,), strides = _rows(x, per_sample=False)
-    choice = tuning.candidate("activation_fp8", rows_class(rows, dim), dtype, x.device, candidate)
-    tile = _tile(dim, dtype.itemsize, choice)
-    formula = None if activation is None else gelu.formula_for(activation, dtype)
-    tensors = (x, *contiguous(bias), values, scale)
+    inner, (x,), strides = _view_rows(x, per_sample=False)
+    choice = tuning.select("activation_fp8", describe_rows(rows, dim), dtype, x.device, candidate)
+    tile = _size_tile(dim, dtype.itemsize, choice)
+    formula = None if activation is None else gelu.get_formula(activation, dtype)
+    tensors = (x, *make_contiguous(bias), values, scale)
     _activation_e4m3[(cdiv(rows, tile["ROWS"]),)](*tensors, *strides, rows, inner, FORMULA=formula, **tile)
     return values, scale
 
@@ -82,10 +82,10 @@ def _launch_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """residual' (an empty tensor where there is no residual), values, scale."""
-    return layer_norm._launch_forward(x, residual, weight, bias, None, None, eps, FP8, None, candidate)
+    return layer_norm.launch_forward(x, residual, weight, bias, None, None, eps, FP8, None, candidate)
 
 
-def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def scaled_matmul(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """[rows, K] x [F, K] -> [rows, F] bfloat16, by PyTorch's product with a factor for each row of both.
 
     It wants the left operand in rows and the right one in columns, which is weight's own layout, K and F multiples of
@@ -97,24 +97,24 @@ def product(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor,
     )
 
 
-def _plain_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_in_pytorch(x: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, for fallbacks."""
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
     return (x * (1 / scale)).to(FP8).contiguous(), scale.contiguous()
 
 
-def _plain_activation(x, bias, activation, candidate=0) -> tuple[Tensor, Tensor]:
+def _activation_fallback(x, bias, activation, candidate=0) -> tuple[Tensor, Tensor]:
     z = x.float() if bias is None else x.float() + bias.float()
-    return _plain_rows(z if activation is None else gelu.plain_activation(z, activation))
+    return _quantize_in_pytorch(z if activation is None else gelu.compute_activation(z, activation))
 
 
-def _plain_layer_norm(x, residual, weight, bias, eps, candidate=0) -> tuple[Tensor, Tensor, Tensor]:
-    summed, y, _ = layer_norm.plain_forward(x, residual, weight, bias, None, None, eps, torch.float32)
-    return summed, *_plain_rows(y)
+def _layer_norm_fallback(x, residual, weight, bias, eps, candidate=0) -> tuple[Tensor, Tensor, Tensor]:
+    summed, y, _ = layer_norm.forward_fallback(x, residual, weight, bias, None, None, eps, torch.float32)
+    return summed, *_quantize_in_pytorch(y)
 
 
-_activation_fp8 = operator("activation_fp8", fallback=_plain_activation)(_launch_activation)
-_layer_norm_fp8 = operator("layer_norm_fp8", fallback=_plain_layer_norm)(_launch_layer_norm)
+_activation_fp8 = register("activation_fp8", fallback=_activation_fallback)(_launch_activation)
+_layer_norm_fp8 = register("layer_norm_fp8", fallback=_layer_norm_fallback)(_launch_layer_norm)
 
 
 def gpu_unsupported_reason(major: int, minor: int) -> str | None:
@@ -209,7 +209,7 @@ def linear_fp8(
     check_tensor("weight_scale", weight_scale, (weight.shape[0], 1), (torch.float32,), values.device)
     check_optional("bias", bias, weight.shape[:1], (torch.bfloat16,), values.device)
     rows = values.reshape(-1, values.shape[-1]).contiguous()
-    out = product(rows, scale.reshape(-1, 1).contiguous(), weight.contiguous(), weight_scale, bias)
+    out = scaled_matmul(rows, scale.reshape(-1, 1).contiguous(), weight.contiguous(), weight_scale, bias)
     return out.view(*values.shape[:-1], weight.shape[0])
 
 

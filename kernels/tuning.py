@@ -40,18 +40,18 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def rows_class(rows: int, dim: int) -> str:
+def describe_rows(rows: int, dim: int) -> str:
     """The word for the shape of kernels that work row by row."""
     return f"{next_power_of_2(dim)}, {'many' if rows >= 8192 else 'few'} rows"
 
 
-def matrix(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> Choice:
+def mm_tile(rows: int, columns: int, depth: int, num_warps: int, num_stages: int) -> Choice:
     """A matrix product's tile of the output, rows x columns, and how much of the summed dimension a step takes."""
     return {"rows": rows, "columns": columns, "depth": depth, "num_warps": num_warps, "num_stages": num_stages}
 
 
 CUBLAS: Choice = {"fused": 0}  # torch's product; `fused` is 1 where ours does what stands before and after it, too
-PRODUCTS = "linear_(forward|backward)"
+MATMULS = "linear_(forward|backward)"
 WGMMA = "sm_(90|100)"  # has the wide tensor core instructions, and 227 KiB of shared memory a block
 
 # The first line that matches is used. Chosen from what was compiled for sm_80 and sm_90, November 2026; not yet timed.
@@ -75,18 +75,18 @@ TABLE = (
         {"elements": 16, "num_warps": 4, "waves": 4, "stages": 1},
     )),
     # Interpreted on a CPU: small, so that small images fill several tiles.
-    Rule("patch_embed_.*", None, None, "interpreter", (matrix(32, 32, 32, 4, 1), matrix(16, 64, 16, 4, 1))),
+    Rule("patch_embed_.*", None, None, "interpreter", (mm_tile(32, 32, 32, 4, 1), mm_tile(16, 64, 16, 4, 1))),
     # Full float32 products run on the ordinary units: 8 x 8 sums a thread, and a shallow depth, or they spill.
-    Rule("patch_embed_weight", None, torch.float32, None, (matrix(64, 64, 32, 8, 2),)),
-    Rule("patch_embed_.*", "many.*", torch.float32, None, (matrix(128, 128, 16, 8, 3), matrix(64, 64, 16, 8, 2))),
-    Rule("patch_embed_.*", None, torch.float32, None, (matrix(64, 64, 16, 8, 2),)),
+    Rule("patch_embed_weight", None, torch.float32, None, (mm_tile(64, 64, 32, 8, 2),)),
+    Rule("patch_embed_.*", "many.*", torch.float32, None, (mm_tile(128, 128, 16, 8, 3), mm_tile(64, 64, 16, 8, 2))),
+    Rule("patch_embed_.*", None, torch.float32, None, (mm_tile(64, 64, 16, 8, 2),)),
     # wgmma needs 64 rows; 256 columns so that hidden <= 256 reads the pixels once and 768 three times.
-    Rule("patch_embed_forward", "many.*", None, WGMMA, (matrix(128, 256, 32, 8, 4), matrix(64, 128, 64, 4, 3))),
-    Rule("patch_embed_weight", "many.*", None, WGMMA, (matrix(256, 128, 64, 8, 3), matrix(64, 128, 64, 4, 3))),
-    Rule("patch_embed_.*", "few.*", None, WGMMA, (matrix(64, 128, 64, 4, 3), matrix(64, 64, 64, 4, 3))),
+    Rule("patch_embed_forward", "many.*", None, WGMMA, (mm_tile(128, 256, 32, 8, 4), mm_tile(64, 128, 64, 4, 3))),
+    Rule("patch_embed_weight", "many.*", None, WGMMA, (mm_tile(256, 128, 64, 8, 3), mm_tile(64, 128, 64, 4, 3))),
+    Rule("patch_embed_.*", "few.*", None, WGMMA, (mm_tile(64, 128, 64, 4, 3), mm_tile(64, 64, 64, 4, 3))),
     # Any other GPU: 99 KiB of shared memory on sm_86 and sm_89, 64 KiB on gfx942.
-    Rule("patch_embed_.*", "many.*", None, None, (matrix(128, 128, 32, 8, 2), matrix(64, 64, 32, 4, 3))),
-    Rule("patch_embed_.*", None, None, None, (matrix(64, 64, 32, 4, 3),)),
+    Rule("patch_embed_.*", "many.*", None, None, (mm_tile(128, 128, 32, 8, 2), mm_tile(64, 64, 32, 4, 3))),
+    Rule("patch_embed_.*", None, None, None, (mm_tile(64, 64, 32, 4, 3),)),
     # rows x columns of a program: 256 half-precision columns are one warp's 16-byte loads, and divide every width of a
     # feed-forward (768 to 5,120); 16 rows give each thread four loads in flight, 8 rows twice the programs.
     Rule("activation_forward", None, None, None, (
@@ -106,21 +106,21 @@ TABLE = (
     # Products with an activation: cuBLAS and a pass for the activation, our fused kernel, the persistent one. cuBLAS
     # comes first until ours is measured against it: it is known to be fast. Full float32 products run on the ordinary
     # units, where there is nothing to gain on it.
-    Rule(PRODUCTS, None, torch.float32, None, (CUBLAS,)),
-    Rule(PRODUCTS, None, None, "interpreter", (CUBLAS,)),
+    Rule(MATMULS, None, torch.float32, None, (CUBLAS,)),
+    Rule(MATMULS, None, None, "interpreter", (CUBLAS,)),
     # 128 x 128 in eight warps: forward 124 registers, backward 125 to 128, 96 KiB, so that two programs share a
     # multiprocessor: one multiplies while the other computes its activation. 128 x 256 reads the rows half as often,
     # but takes 226 to 244 registers and 192 KiB: one program, whose tensor cores wait during the activation. Compiled
     # for sm_90 with Triton 3.6 and 3.9, 29 November 2026; not measured. persistent: programs a multiprocessor that take
     # tile after tile, by descriptor (TMA).
-    Rule(PRODUCTS, None, None, WGMMA, (
+    Rule(MATMULS, None, None, WGMMA, (
         CUBLAS,
-        {"fused": 1, **matrix(128, 128, 64, 8, 3)},
-        {"fused": 1, "persistent": 2, **matrix(128, 128, 64, 8, 3)},
+        {"fused": 1, **mm_tile(128, 128, 64, 8, 3)},
+        {"fused": 1, "persistent": 2, **mm_tile(128, 128, 64, 8, 3)},
     )),
     # Four warps for the same reason: 221 to 248 registers and 48 KiB each (of 99 on sm_86 and sm_89), two programs a
     # multiprocessor; eight warps take 129 to 158 and leave room for one.
-    Rule(PRODUCTS, None, None, None, (CUBLAS, {"fused": 1, **matrix(128, 128, 32, 4, 4)})),
+    Rule(MATMULS, None, None, None, (CUBLAS, {"fused": 1, **mm_tile(128, 128, 32, 4, 4)})),
     # Attention. rows, keys: the tile of scores. piece: all keys at once, in pieces of at most so many, and `blocks`
     # tiles of rows for a program: nothing is read twice. Registers below are of Triton 3.6 / 3.9.
     # Full float32 products run on the ordinary units: larger tiles spill thousands of registers.
@@ -184,7 +184,7 @@ class Device(NamedTuple):
 
 
 @functools.cache
-def describe(device: torch.device) -> Device:
+def describe_device(device: torch.device) -> Device:
     """What the choice depends on; asked of the driver once. A CPU, where Triton interprets, counts as a small GPU."""
     if device.type != "cuda":
         return Device("interpreter", "interpreter", 1)
@@ -196,9 +196,9 @@ def describe(device: torch.device) -> Device:
     return Device(properties.name, architecture, properties.multi_processor_count)
 
 
-def candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
+def find_candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.device) -> tuple[Choice, ...]:
     """The table's line for a kernel and the launcher's word for the shape, such as "1024, many rows"."""
-    architecture = describe(device).architecture
+    architecture = describe_device(device).architecture
     for rule in TABLE:
         if (
             re.fullmatch(rule.operation, operation)
@@ -210,7 +210,7 @@ def candidates(operation: str, shape: str, dtype: torch.dtype, device: torch.dev
     raise KeyError(f"no tile for {operation}, {shape}, {dtype}, {architecture}")
 
 
-def candidate(operation: str, shape: str, dtype: torch.dtype, device: torch.device, number: int) -> Choice:
+def select(operation: str, shape: str, dtype: torch.dtype, device: torch.device, number: int) -> Choice:
     """Candidate `number`, from 0, for one launch; the first where the rule has fewer."""
-    options = candidates(operation, shape, dtype, device)
+    options = find_candidates(operation, shape, dtype, device)
     return options[number] if number < len(options) else options[0]

@@ -42,7 +42,7 @@ def kernels_of(path):
     def candidates(operation, *_):
         return (TILES[path, operation],)
 
-    with mock.patch.object(tuning, "candidates", candidates):
+    with mock.patch.object(tuning, "find_candidates", candidates):
         yield
 
 
@@ -198,16 +198,16 @@ def test_every_tile_of_the_table(index):
 
 def test_the_kernels_for_short_sequences_are_used_where_they_are_made_for():
     hopper = tuning.Device("an H100", "sm_90", 132)
-    with mock.patch.object(tuning, "describe", lambda _: hopper):
+    with mock.patch.object(tuning, "describe_device", lambda _: hopper):
         for programs, keys, mask, short in [
             (256 * 12, 197, None, True),
             (256 * 12, 257, None, False),
             (12, 197, None, False),
             (256 * 12, 197, torch.zeros(1), False),
         ]:
-            shape_class = kernels._shape(programs, keys, 64, mask)
+            shape_class = kernels._describe_shape(programs, keys, 64, mask)
             for operation, mark in (("attention_forward", "piece"), ("attention_backward", "keys_per_warp")):
-                first = tuning.candidate(operation, shape_class, torch.bfloat16, torch.device("cpu"), 0)
+                first = tuning.select(operation, shape_class, torch.bfloat16, torch.device("cpu"), 0)
                 assert (mark in first) == short, (operation, shape_class)
 
 
@@ -219,7 +219,7 @@ def test_the_candidate_that_is_asked_for_runs_in_both_directions():
         return TILES["long", operation]
 
     inputs = inputs_of(1, 20, 20, 1, 16)
-    with mock.patch.object(tuning, "candidate", candidate):
+    with mock.patch.object(tuning, "select", candidate):
         results(attention, inputs, grad_for(inputs), candidate=2)
         qkv = random(1, 20, 3, 1, 16).requires_grad_()
         attention_packed(qkv, candidate=1).sum().backward()
@@ -387,7 +387,7 @@ def test_bounds_that_cannot_be_are_refused_on_a_cpu(bounds):
 def test_no_bounds_lead_beyond_the_tokens(bounds, path, monkeypatch):
     """As on a GPU, where their values are not looked at. Interpreted, an address outside of its tensor is seen by what
     lies there: NaN in what is read, and another number than before where nothing may be written."""
-    monkeypatch.setattr(kernels, "_checked_bounds", lambda cu_seqlens, tokens: cu_seqlens)
+    monkeypatch.setattr(kernels, "_check_bounds", lambda cu_seqlens, tokens: cu_seqlens)
     around = torch.full((200, 3, 2, 16), float("nan"), device=DEVICE)
     qkv = around[100:110]
     qkv.copy_(random(10, 3, 2, 16))
@@ -401,7 +401,7 @@ def test_no_bounds_lead_beyond_the_tokens(bounds, path, monkeypatch):
         sums.append(whole)
         return whole[100:110]
 
-    monkeypatch.setattr(kernels, "_new", new_inside)
+    monkeypatch.setattr(kernels, "_allocate", new_inside)
     call = (None, torch.tensor(bounds, dtype=torch.int32, device=DEVICE), 60, 0.25, 0)
     with kernels_of(path):
         out, lse = kernels._launch_forward(*qkv.unbind(-3), *call)
@@ -461,7 +461,7 @@ def test_views_are_read_where_they_lie(kind, path):
     views = {name: VIEWS[kind](tensor) for name, tensor in inputs.items()}
     grad_out = grad_for(inputs)
     for tensor in views.values():
-        assert (kernels._readable(tensor).data_ptr() == tensor.data_ptr()) == (kind != "every other column")
+        assert (kernels._make_readable(tensor).data_ptr() == tensor.data_ptr()) == (kind != "every other column")
     with kernels_of(path):
         expected = results(attention, {name: tensor.contiguous() for name, tensor in inputs.items()}, grad_out)
         for name, result in results(attention, views, VIEWS["batch second"](grad_out[..., None])[..., 0]).items():
@@ -577,7 +577,7 @@ FALLBACK_CASES = ["", "boolean mask", "additive mask", "cu_seqlens", "cu_seqlens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", FALLBACK_CASES)
 def test_the_fallback_agrees_with_the_kernels(case, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_SCORES", 2 * 9 * 9)  # one image at a time
+    monkeypatch.setattr(kernels, "MAX_FALLBACK_SCORES", 2 * 9 * 9)  # one image at a time
     queries = 5 if case == "other keys" else 9
     mask = bounds = most = None
     shape = (3, 9)

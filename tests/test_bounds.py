@@ -291,7 +291,7 @@ def way(number: int) -> Iterator[list[int]]:
         counts.append(len(ways))
         return (ways[number % len(ways)],)
 
-    with mock.patch.object(tuning, "candidates", candidates):
+    with mock.patch.object(tuning, "find_candidates", candidates):
         yield counts
 
 

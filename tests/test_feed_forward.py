@@ -400,7 +400,7 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, activation, kin
     layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
     arguments = (inputs["x"], inputs.get("residual"), *norm, EPS, *layers, activation, True, 0)
     outputs = kernels._feed_forward(*arguments)
-    assert_alike(kernels._forward_in_pytorch(*arguments), outputs)
+    assert_alike(kernels._forward_fallback(*arguments), outputs)
     summed, statistics, pre, out = outputs
     grad_sum, rows = (random(3, 5, 24, seed=9), summed) if kind == "add" else (None, inputs["x"])
     grad_out = random(*out.shape, dtype=dtype, seed=10).mul(0.1)
@@ -408,7 +408,7 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, activation, kin
     some = [False, kind == "add", True, True, False, True]
     for wanted in ([True] * 6, [True, False, False, False, True, False], some):
         backward = (grad_out, *saved, wanted, 0)
-        assert_alike(kernels._backward_in_pytorch(*backward), kernels._feed_forward_backward(*backward))
+        assert_alike(kernels._backward_fallback(*backward), kernels._feed_forward_backward(*backward))
 
 
 @KINDS
@@ -434,8 +434,8 @@ def test_the_candidate_says_how_both_products_are_computed(kind, candidate):
         seen.append((operation, case[-1]))
         return candidate_of(operation, *case)
 
-    candidate_of = tuning.candidate
-    with variant(*ways), mock.patch.object(tuning, "candidate", spy):
+    candidate_of = tuning.select
+    with variant(*ways), mock.patch.object(tuning, "select", spy):
         found = results(partial(ours, candidate=candidate), inputs)
     assert_same(found, expected)
     assert [case for case in seen if case[0].startswith("linear")] == [

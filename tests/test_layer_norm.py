@@ -227,13 +227,13 @@ def view_like(tensor, kind):
 @pytest.mark.parametrize("kind", STRIDED)
 def test_strided_rows_are_not_copied(kind):
     view = view_of(kind, (3, 5, 24), torch.float32)
-    _, (rows,), _ = kernels._rows(view, per_sample=False)
+    _, (rows,), _ = kernels._view_rows(view, per_sample=False)
     assert rows.data_ptr() == view.data_ptr()
 
 
 def test_the_class_tokens_are_read_where_they_lie():
     tokens = random(4, 17, 48)
-    _, (rows,), strides = kernels._rows(tokens[:, :1], per_sample=False)
+    _, (rows,), strides = kernels._view_rows(tokens[:, :1], per_sample=False)
     assert rows.data_ptr() == tokens.data_ptr()
     assert strides[0] == 17 * 48
     weight, bias = random(48, seed=1), random(48, seed=2)

@@ -446,21 +446,21 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, add, activation
     norm, weight = (inputs["norm_weight"], inputs["norm_bias"]), inputs["weight"].t().contiguous().t()
     arguments = (x, residual, *norm, EPS, weight, inputs["bias"], activation, activation is not None, 0)
     outputs = kernels.launch_forward(*arguments)
-    assert_alike(kernels.forward_in_pytorch(*arguments), outputs)
+    assert_alike(kernels.forward_fallback(*arguments), outputs)
     summed, statistics, pre, out = outputs
     grad_sum, rows = (random(3, 5, 24, seed=7), summed) if add else (None, x)
     grad_out = random(*out.shape, dtype=dtype, seed=8).mul(0.1)
     for wanted in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, True, True]):
         saved = (rows, statistics, pre, *norm, weight, EPS, activation, dtype, rows.dtype)
         backward = (grad_out, grad_sum, *saved, wanted)
-        assert_alike(kernels.backward_in_pytorch(*backward), kernels.launch_backward(*backward), dtype)
+        assert_alike(kernels.backward_fallback(*backward), kernels.launch_backward(*backward), dtype)
 
 
 def test_the_fallback_takes_over(monkeypatch):
     monkeypatch.setattr(operators, "FALLBACK_DEVICES", (DEVICE,))
     monkeypatch.setattr(operators, "failures", {})
-    monkeypatch.setattr(layer_norm, "_launch_forward", mock.Mock(side_effect=RuntimeError("no such instruction")))
-    monkeypatch.setattr(layer_norm, "_launch_backward", mock.Mock(side_effect=RuntimeError("no such instruction")))
+    monkeypatch.setattr(layer_norm, "launch_forward", mock.Mock(side_effect=RuntimeError("no such instruction")))
+    monkeypatch.setattr(layer_norm, "launch_backward", mock.Mock(side_effect=RuntimeError("no such instruction")))
     check_activation("gelu", inputs_of(2, 9, 40, units=24))
     assert {failure.operator for failure in operators.failures.values()} == {
         "layer_norm_linear",

@@ -16,7 +16,7 @@ from operations import DEVICE, VARIANTS, assert_alike, random, variant
 
 from fastvit.kernels import linear as kernels
 from fastvit.kernels import tuning
-from fastvit.kernels.gelu import plain_activation, plain_activation_backward
+from fastvit.kernels.gelu import compute_activation, compute_activation_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 WAYS = list(VARIANTS)
@@ -199,8 +199,8 @@ def test_the_fallbacks_activation_is_pytorchs(activation):
     expected = reference.ACTIVATIONS[activation](x)
     (slope,) = torch.autograd.grad(expected.sum(), x)
     found = (
-        plain_activation(x.detach(), activation),
-        plain_activation_backward(torch.ones_like(x), x.detach(), activation),
+        compute_activation(x.detach(), activation),
+        compute_activation_gradient(torch.ones_like(x), x.detach(), activation),
     )
     assert_alike(found, (expected.detach(), slope))
 
@@ -208,11 +208,11 @@ def test_the_fallbacks_activation_is_pytorchs(activation):
 def test_descriptors_are_for_rows_on_16_byte_boundaries_that_do_not_overlap():
     choice = VARIANTS["persistent"]
     matrix = torch.zeros(6, 40, dtype=torch.bfloat16, device=DEVICE)
-    assert kernels.descriptor_of(choice, matrix, 32, 64).block_shape == [32, 64]
-    assert kernels.descriptor_of(VARIANTS["fused"], matrix, 32, 64) is None
+    assert kernels.make_descriptor(choice, matrix, 32, 64).block_shape == [32, 64]
+    assert kernels.make_descriptor(VARIANTS["fused"], matrix, 32, 64) is None
     odd = (matrix[:, 1:33], matrix[:, ::2], matrix[:, :36].contiguous(), matrix.t())
     for unfit in (*odd, matrix[:1].expand(6, 40), matrix.as_strided((6, 40), (8, 1))):
-        assert kernels.descriptor_of(choice, unfit, 32, 64) is None
+        assert kernels.make_descriptor(choice, unfit, 32, 64) is None
 
 
 @pytest.mark.parametrize("units", [40, 36], ids=["by descriptor", "by address"])
@@ -234,17 +234,17 @@ def test_the_persistent_kernels_compute_what_they_can(units):
         kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
     # Rows of 48 values are on such boundaries either way, those of [48, 36] are not.
     assert [kinds for *kinds, _ in called] == [[False, True], [True, units == 40]]
-    programs = 2 * tuning.describe(x.device).multiprocessors
+    programs = 2 * tuning.describe_device(x.device).multiprocessors
     assert called[0][2] == (min(11, programs),)
 
 
 def test_the_table_has_cublas_first_and_what_the_gpu_can_do_behind_it(monkeypatch):
     expected = {"sm_90": ["plain", "persistent"], "sm_100": ["plain", "persistent"], "interpreter": []}
     for architecture in ("interpreter", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
-        monkeypatch.setattr(tuning, "describe", lambda device, a=architecture: tuning.Device("some GPU", a, 132))
+        monkeypatch.setattr(tuning, "describe_device", lambda device, a=architecture: tuning.Device("some GPU", a, 132))
         for operation in ("linear_forward", "linear_backward"):
             for dtype in DTYPES:
-                first, *fused = tuning.candidates(operation, "768 to 3072", dtype, torch.device(DEVICE))
+                first, *fused = tuning.find_candidates(operation, "768 to 3072", dtype, torch.device(DEVICE))
                 assert first == {"fused": 0}
                 kinds = ["persistent" if choice.get("persistent") else "plain" for choice in fused]
                 assert kinds == ([] if dtype == torch.float32 else expected.get(architecture, ["plain"]))

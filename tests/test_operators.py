@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 from fastvit.kernels import attention, gelu, layer_norm
-from fastvit.kernels.operators import operator
+from fastvit.kernels.operators import register
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -124,7 +124,7 @@ def test_a_trace_and_a_compiler_see_the_operator():
 
 
 def test_an_operator_without_derivatives_says_so():
-    doubled = operator("test_double", fallback=double)(double)
+    doubled = register("test_double", fallback=double)(double)
     x = torch.ones(3, requires_grad=True)
     with torch.no_grad():
         assert torch.equal(doubled(x), 2 * x)

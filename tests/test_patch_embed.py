@@ -375,13 +375,13 @@ def test_any_candidate(layout):
 
 def test_forward_and_backward_take_the_candidate_that_is_asked_for(monkeypatch):
     asked = []
-    candidate = tuning.candidate
+    candidate = tuning.select
 
     def recorded(operation, *case):
         asked.append((operation, case[-1]))
         return candidate(operation, *case)
 
-    monkeypatch.setattr(tuning, "candidate", recorded)
+    monkeypatch.setattr(tuning, "select", recorded)
     results(partial(patch_embed, candidate=1), Case().inputs())
     assert asked == [("patch_embed_forward", 1), ("patch_embed_weight", 1)]
 
@@ -419,11 +419,11 @@ def test_what_replaces_a_failing_launch_gives_the_same(dtype, pixel_dtype, maske
 @pytest.mark.parametrize("tiles", [1, 18, 25, 40, 72, 144, 1000])
 @pytest.mark.parametrize("total_patches", [1, 49, 196, 50176])
 def test_splits_of_the_weight_gradient_cover_every_patch_once(total_patches, tiles):
-    split_patches = kernels._split_patches(total_patches, tiles, 64)
+    split_patches = kernels._choose_split(total_patches, tiles, 64)
     splits = tuning.cdiv(total_patches, split_patches)
     assert split_patches % 64 == 0
     assert (splits - 1) * split_patches < total_patches <= splits * split_patches
-    assert splits <= max(4, kernels.FULL_DEVICE // tiles)
+    assert splits <= max(4, kernels.MULTIPROCESSORS // tiles)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])

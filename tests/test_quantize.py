@@ -354,8 +354,8 @@ def test_the_product_of_a_slice_of_rows_and_of_units():
 
 def test_cuda_accepts_the_operands_as_they_are_handed_over(monkeypatch):
     """PyTorch's own checks for tensors on a GPU, which need none: operands in rows and columns, multiples of 16."""
-    product, seen = kernels.product, []
-    monkeypatch.setattr(kernels, "product", lambda *operands: seen.append(operands) or torch.zeros(2, 96))
+    product, seen = kernels.scaled_matmul, []
+    monkeypatch.setattr(kernels, "scaled_matmul", lambda *operands: seen.append(operands) or torch.zeros(2, 96))
     values, scale, weight, weight_scale = product_inputs(2, 5, 48, units=96)
     bias = random(96, dtype=torch.bfloat16)
     views = values[:, :1], scale[:, :1], weight, weight_scale, bias  # the class token of each picture

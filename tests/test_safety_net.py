@@ -15,7 +15,7 @@ import fastvit
 from fastvit import cli, ops
 from fastvit.kernels import operators
 from fastvit.kernels import tuning as tiles
-from fastvit.kernels.operators import operator
+from fastvit.kernels.operators import register
 from fastvit.report import info
 
 failing: dict[str, Exception] = {}  # by operator
@@ -25,14 +25,14 @@ def twice(x: Tensor) -> Tensor:
     return 2 * x
 
 
-@operator("test_twice", fallback=twice)
+@register("test_twice", fallback=twice)
 def launch(x: Tensor) -> Tensor:
     if "test_twice" in failing:
         raise failing["test_twice"]
     return 2 * x + 0.5  # not what the fallback says, so that one sees which of them ran
 
 
-@operator("test_twice_backward", fallback=twice)
+@register("test_twice_backward", fallback=twice)
 def launch_backward(grad: Tensor) -> Tensor:
     if "test_twice_backward" in failing:
         raise failing["test_twice_backward"]
@@ -97,10 +97,10 @@ def test_only_calls_of_the_same_class_are_taken_over():
 def test_batches_of_any_lengths_are_one_class():
     """An image's size, and the tokens of the largest image of a packed batch, do not make another class."""
     tensors = torch.ones(3, 4), torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(3, 5)
-    assert len({operators._class_of("x", tensor) for tensor in tensors}) == 3
-    assert operators._class_of("pixels", tensors[0]) == operators._class_of("pixels", tensors[2])
-    assert operators._class_of("max_seqlen", 17) == operators._class_of("max_seqlen", 50)
-    assert operators._class_of("candidate", 0) != operators._class_of("candidate", 1)
+    assert len({operators._describe_argument("x", tensor) for tensor in tensors}) == 3
+    assert operators._describe_argument("pixels", tensors[0]) == operators._describe_argument("pixels", tensors[2])
+    assert operators._describe_argument("max_seqlen", 17) == operators._describe_argument("max_seqlen", 50)
+    assert operators._describe_argument("candidate", 0) != operators._describe_argument("candidate", 1)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_model_whose_every_kernel_fails_is_computed_by_pytorch(monkeypatch, ca
 
     with fastvit.backend("reference"):
         expected = results()
-    monkeypatch.setattr(tiles, "candidates", fail)
+    monkeypatch.setattr(tiles, "find_candidates", fail)
     with fastvit.backend("triton"):
         with pytest.raises(RuntimeError, match="no tile"):
             results()

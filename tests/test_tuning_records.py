@@ -202,7 +202,7 @@ def test_a_number_without_a_tile_of_its_own_is_no_candidate(monkeypatch):
     rule = tiles.Rule("layer_norm_forward", None, None, None, ({"elements": 40, "num_warps": 4}, {"elements": 8}))
 
     def call(*args, candidate=0):
-        tiles.candidate("layer_norm_forward", "few rows", torch.float32, CPU, candidate)
+        tiles.select("layer_norm_forward", "few rows", torch.float32, CPU, candidate)
         return reference.layer_norm(*args)
 
     monkeypatch.setattr(tiles, "TABLE", (rule,))

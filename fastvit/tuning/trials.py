@@ -158,14 +158,14 @@ def record_tiles() -> Iterator[dict[tuple, Any]]:
 
     used: dict[tuple, Any] = {}
     module: Any = tiles
-    look_up = module.candidate
+    look_up = module.select
 
-    def candidate(*case: Any) -> Any:
+    def select(*case: Any) -> Any:
         used[case[:-1]] = look_up(*case)
         return used[case[:-1]]
 
-    module.candidate = candidate
+    module.select = select
     try:
         yield used
     finally:
-        module.candidate = look_up
+        module.select = look_up

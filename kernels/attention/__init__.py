@@ -47,16 +47,16 @@ from fastvit.kernels.attention.kernels import (
     _attention_fwd_short,
 )
 from fastvit.kernels.checks import DTYPES, check_tensor
-from fastvit.kernels.operators import is_fake, operator
+from fastvit.kernels.operators import is_fake, register
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
-SHORT = 256  # keys whose scores fit into registers at once
-ENOUGH_PROGRAMS = 256  # about two on each multiprocessor of an H100
-MOST_SCORES = 2**28  # that a fallback computes at once: 1 GiB in float32
+SHORT_KEYS = 256  # keys whose scores fit into registers at once
+MIN_PROGRAMS = 256  # about two on each multiprocessor of an H100
+MAX_FALLBACK_SCORES = 2**28  # that a fallback computes at once: 1 GiB in float32
 
 
-def _sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, ...]:
+def _get_sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, ...]:
     """Images, heads, queries of the whole batch, and queries and keys of one image, the largest."""
     if cu_seqlens is not None:
         return cu_seqlens.numel() - 1, query.shape[1], query.shape[0], max_seqlen, max_seqlen
@@ -64,7 +64,7 @@ def _sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, max_seqlen: in
     return batch, heads, batch * queries, queries, key.shape[1]
 
 
-def _pieces(size: int, most: int, largest: int = MAX_HEAD_DIM) -> tuple[tuple[int, int], ...]:
+def _split(size: int, most: int, largest: int = MAX_HEAD_DIM) -> tuple[tuple[int, int], ...]:
     """`size` rounded up to a multiple of 16 and cut into powers of two, (first, length) each: at most `most` of them,
     for which it may be rounded up further."""
     size = cdiv(size, 16) * 16
@@ -78,35 +78,35 @@ def _pieces(size: int, most: int, largest: int = MAX_HEAD_DIM) -> tuple[tuple[in
     return tuple(pieces)
 
 
-def _fitting(wanted: int, tokens: int) -> int:
-    """A tile's length: a few tokens, or the class token alone, do not pay for `wanted`; a matrix unit takes 16."""
-    return min(wanted, max(16, next_power_of_2(tokens)))
+def _fit_tile(length: int, tokens: int) -> int:
+    """A tile's length: a few tokens, or the class token alone, do not pay for `length`; a matrix unit takes 16."""
+    return min(length, max(16, next_power_of_2(tokens)))
 
 
-def _shape(programs: int, keys: int, dim: int, mask: Tensor | None) -> str:
+def _describe_shape(programs: int, keys: int, dim: int, mask: Tensor | None) -> str:
     """By number of keys, and by head dim as it is padded.
 
     "short" are those for which the kernels that hold all keys of a head are made. With few heads, one program each does
     not fill a GPU; with a mask they would spill registers.
     """
-    looped = programs < ENOUGH_PROGRAMS or mask is not None
-    length = "long" if keys > SHORT else "short, looped" if looped else "short"
+    looped = programs < MIN_PROGRAMS or mask is not None
+    length = "long" if keys > SHORT_KEYS else "short, looped" if looped else "short"
     return f"{length}, dim {next(padded for padded in (64, 80, 96, 128) if dim <= padded)}"
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def _make_readable(tensor: Tensor) -> Tensor:
     """The tensor where it lies; a copy only where its last dimension is not contiguous, or where its tokens lie so far
     apart that a tile's offsets would pass 2**31."""
-    return tensor if tensor.stride(-1) == 1 and tensor.stride(-3) < 2**31 // SHORT else tensor.contiguous()
+    return tensor if tensor.stride(-1) == 1 and tensor.stride(-3) < 2**31 // SHORT_KEYS else tensor.contiguous()
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def _list_strides(*tensors: Tensor) -> list[int]:
     """Of each tensor the steps from image to image (none where they follow each other unevenly), token to token and
     head to head."""
     return [step for t in tensors for step in ((0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3])]
 
 
-def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
+def _prepare_mask(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
     """The mask as bytes if boolean, and its strides: none along what it is broadcast over."""
     if mask is None:
         return None, [0, 0, 0, 0]
@@ -114,7 +114,7 @@ def _mask_arguments(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
     return mask.view(torch.uint8) if mask.dtype == torch.bool else mask, strides
 
 
-def _checked_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+def _check_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
     """cu_seqlens as the kernels read it. On a GPU its values are not looked at, which would wait for it: kernels take
     no token beyond the last, whatever it says."""
     if cu_seqlens is None:
@@ -126,7 +126,7 @@ def _checked_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
     return cu_seqlens.contiguous()
 
 
-def _new(like: Tensor, shape: tuple[int, ...], cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+def _alloc(like: Tensor, shape: tuple[int, ...], cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result; zeros with cu_seqlens, for tokens that belong to no image."""
     return like.new_empty(shape, dtype=dtype) if cu_seqlens is None else like.new_zeros(shape, dtype=dtype)
 
@@ -139,31 +139,31 @@ def _launch_forward(
 
     mask: bool or floating [B or 1, H or 1, Nq or 1, Nk or 1].
     """
-    batch, heads, rows, queries, keys = _sizes(query, key, cu_seqlens, max_seqlen)
+    batch, heads, rows, queries, keys = _get_sizes(query, key, cu_seqlens, max_seqlen)
     dim = query.shape[-1]
-    out = _new(query, (*query.shape[:-2], heads * dim), cu_seqlens)
-    lse = _new(query, (heads, rows), cu_seqlens, torch.float32)
+    out = _alloc(query, (*query.shape[:-2], heads * dim), cu_seqlens)
+    lse = _alloc(query, (heads, rows), cu_seqlens, torch.float32)
     if is_fake(out):
         return out, lse
-    bounds = _checked_bounds(cu_seqlens, query.shape[0])
+    bounds = _check_bounds(cu_seqlens, query.shape[0])
     if out.numel() == 0 or batch == 0:
         return out, lse
-    tensors = [_readable(tensor) for tensor in (query, key, value)]
-    mask_values, mask_strides = _mask_arguments(mask)
-    numbers = (*_strides(*tensors), *mask_strides, heads, rows, queries, keys, scale)
+    tensors = [_make_readable(tensor) for tensor in (query, key, value)]
+    mask_values, mask_strides = _prepare_mask(mask)
+    numbers = (*_list_strides(*tensors), *mask_strides, heads, rows, queries, keys, scale)
     arguments = (*tensors, mask_values, bounds, out, lse, *numbers)
-    shape = _shape(batch * heads, keys, dim, mask)
-    tile = dict(tuning.candidate("attention_forward", shape, query.dtype, query.device, candidate))
-    tile |= {"DIM": dim, "DIMS": _pieces(dim, 2), "ROWS": _fitting(tile.pop("rows"), queries)}
+    shape = _describe_shape(batch * heads, keys, dim, mask)
+    tile = dict(tuning.select("attention_forward", shape, query.dtype, query.device, candidate))
+    tile |= {"DIM": dim, "DIMS": _split(dim, 2), "ROWS": _fit_tile(tile.pop("rows"), queries)}
     if "piece" in tile:
         if bounds is not None:  # then every piece is masked, and to prefetch queries as well would spill
             tile["num_stages"] = 1
-        tile |= {"KEYS": _pieces(keys, 3, tile.pop("piece")), "FULL": 0 if bounds is not None else keys // 16 * 16}
+        tile |= {"KEYS": _split(keys, 3, tile.pop("piece")), "FULL": 0 if bounds is not None else keys // 16 * 16}
         tile["BLOCKS"] = min(tile.pop("blocks"), cdiv(queries, tile["ROWS"]))
         grid = (batch * heads * cdiv(queries, tile["ROWS"] * tile["BLOCKS"]),)
         _attention_fwd_short[grid](*arguments, **tile)
     else:
-        tile["KEYS"] = _fitting(tile.pop("keys"), keys)
+        tile["KEYS"] = _fit_tile(tile.pop("keys"), keys)
         masked = bounds is not None or keys % tile["KEYS"] != 0
         _attention_fwd_long[(batch * heads * cdiv(queries, tile["ROWS"]),)](*arguments, **tile, MASKED=masked)
     return out, lse
@@ -177,33 +177,33 @@ def _launch_backward(
     """Writes the gradients of query, key and value: three tensors, or parts of one."""
     if is_fake(out):
         return
-    bounds = _checked_bounds(cu_seqlens, query.shape[0])
-    batch, heads, rows, queries, keys = _sizes(query, key, bounds, max_seqlen)
+    bounds = _check_bounds(cu_seqlens, query.shape[0])
+    batch, heads, rows, queries, keys = _get_sizes(query, key, bounds, max_seqlen)
     programs, dim = batch * heads, query.shape[-1]
     if out.numel() == 0 or programs == 0:
         for grad in grads:
             grad.zero_()
         return
-    tensors = [_readable(t) for t in (query, key, value, grad_out.unflatten(-1, (heads, dim)))]
-    mask_values, mask_strides = _mask_arguments(mask)
+    tensors = [_make_readable(t) for t in (query, key, value, grad_out.unflatten(-1, (heads, dim)))]
+    mask_values, mask_strides = _prepare_mask(mask)
     inputs = (*tensors, mask_values, bounds)
     grad_query, grad_key, grad_value = grads
-    numbers = (*_strides(*tensors), *mask_strides, grad_query.stride(-3), heads, rows, queries, keys, scale)
-    shape = _shape(programs, keys, dim, mask)
-    choice = tuning.candidate("attention_backward", shape, query.dtype, query.device, candidate)
+    numbers = (*_list_strides(*tensors), *mask_strides, grad_query.stride(-3), heads, rows, queries, keys, scale)
+    shape = _describe_shape(programs, keys, dim, mask)
+    choice = tuning.select("attention_backward", shape, query.dtype, query.device, candidate)
 
-    def tile(pieces: int, wanted_rows: int, wanted_keys: int, num_warps: int) -> dict[str, object]:
-        keys_of_tile = _fitting(wanted_keys, keys)
+    def tile(pieces: int, most_rows: int, most_keys: int, num_warps: int) -> dict[str, object]:
+        keys_of_tile = _fit_tile(most_keys, keys)
         masked = bounds is not None or keys % keys_of_tile != 0
         return {
-            "DIM": dim, "DIMS": _pieces(dim, pieces), "MASKED": masked, "KEYS": keys_of_tile,
-            "ROWS": _fitting(wanted_rows, queries), "num_warps": num_warps, "num_stages": choice["num_stages"],
+            "DIM": dim, "DIMS": _split(dim, pieces), "MASKED": masked, "KEYS": keys_of_tile,
+            "ROWS": _fit_tile(most_rows, queries), "num_warps": num_warps, "num_stages": choice["num_stages"],
         }  # fmt: skip
 
     if "keys_per_warp" in choice:
-        num_warps = max(4, _fitting(SHORT, keys) // choice["keys_per_warp"])  # whose registers hold the keys' gradients
+        num_warps = max(4, _fit_tile(SHORT_KEYS, keys) // choice["keys_per_warp"])  # registers hold the keys' gradients
         # A head dim of 48 cut into 32 + 16 spills, padded to 64 it does not.
-        arguments = tile(1, choice["rows"], SHORT, num_warps) | {"TRANSPOSED": choice["transposed"]}
+        arguments = tile(1, choice["rows"], SHORT_KEYS, num_warps) | {"TRANSPOSED": choice["transposed"]}
         _attention_bwd_key_value[(programs,)](
             *inputs, out, lse, grad_query, None, grad_key, grad_value, *numbers, **arguments
         )
@@ -217,7 +217,7 @@ def _launch_backward(
     _attention_bwd_key_value[grid](*inputs, None, lse, None, delta, grad_key, grad_value, *numbers, **arguments)
 
 
-def _parts(
+def _split_images(
     tensors: tuple[Tensor, ...], mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
 ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
     """Some images at a time, whose scores are few enough to be written to memory: tensors as views [b, N, ...].
@@ -226,7 +226,7 @@ def _parts(
     """
     if cu_seqlens is None:
         (batch, queries, heads), keys = tensors[0].shape[:3], tensors[1].shape[1]
-        step = max(1, MOST_SCORES // max(1, heads * queries * keys))
+        step = max(1, MAX_FALLBACK_SCORES // max(1, heads * queries * keys))
         for own in (slice(first, first + step) for first in range(0, batch, step)):
             yield [tensor[own] for tensor in tensors], mask if mask is None or len(mask) == 1 else mask[own]
         return
@@ -236,7 +236,7 @@ def _parts(
         yield [tensor[None, first : first + count] for tensor in tensors], own
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _compute_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """float32 [b, H, Nq, Nk], natural logarithms."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * scale
     if mask is None:
@@ -248,8 +248,8 @@ def _forward_fallback(query, key, value, mask, cu_seqlens, max_seqlen, scale, ca
     """`_launch_forward` in plain PyTorch, a few times slower."""
     out = query.new_zeros(query.shape)
     lse = query.new_zeros(query.shape[:-1], dtype=torch.float32)
-    for (q, k, v, o, level), own_mask in _parts((query, key, value, out, lse), mask, cu_seqlens, max_seqlen):
-        scores = _scores(q, k, own_mask, scale)
+    for (q, k, v, o, level), own_mask in _split_images((query, key, value, out, lse), mask, cu_seqlens, max_seqlen):
+        scores = _compute_scores(q, k, own_mask, scale)
         highest = scores.logsumexp(-1, keepdim=True)
         highest = highest.masked_fill(highest == float("-inf"), 0.0)  # every key is hidden: the row is zeros
         o.copy_(torch.einsum("bhqk,bkhd->bqhd", (scores - highest).exp(), v.float()))
@@ -262,8 +262,8 @@ def _backward_fallback(grad_out, query, key, value, out, lse, mask, cu_seqlens, 
     grad_out, out = (tensor.unflatten(-1, query.shape[-2:]) for tensor in (grad_out, out))
     level = lse.t().unflatten(0, query.shape[:-2]) * math.log(2)
     tensors = (query, key, value, grad_out, out, level, *grads)
-    for (q, k, v, do, o, at, dq, dk, dv), own_mask in _parts(tensors, mask, cu_seqlens, max_seqlen):
-        probabilities = (_scores(q, k, own_mask, scale) - at.transpose(1, 2)[..., None]).exp()
+    for (q, k, v, do, o, at, dq, dk, dv), own_mask in _split_images(tensors, mask, cu_seqlens, max_seqlen):
+        probabilities = (_compute_scores(q, k, own_mask, scale) - at.transpose(1, 2)[..., None]).exp()
         delta = (do.float() * o.float()).sum(-1).transpose(1, 2)[..., None]
         grad_scores = probabilities * (torch.einsum("bqhd,bkhd->bhqk", do.float(), v.float()) - delta) * scale
         dq.copy_(torch.einsum("bhqk,bkhd->bqhd", grad_scores, k.float()))
@@ -280,33 +280,33 @@ def _packed_backward_fallback(grad_out, qkv, *rest):
     return torch.stack(_backward_fallback(grad_out, *qkv.unbind(-3), *rest), -3)
 
 
-_attention = operator("attention", fallback=_forward_fallback)(_launch_forward)
+_attention = register("attention", fallback=_forward_fallback)(_launch_forward)
 
 
-@operator("attention_backward", fallback=_backward_fallback)
+@register("attention_backward", fallback=_backward_fallback)
 def _attention_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float, candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     parts = (query, key, value)
-    grads = tuple(_new(part, part.shape, cu_seqlens) for part in parts)
+    grads = tuple(_alloc(part, part.shape, cu_seqlens) for part in parts)
     _launch_backward(grad_out, *parts, out, lse, grads, mask, cu_seqlens, max_seqlen, scale, candidate)
     return grads
 
 
-@operator("attention_packed", fallback=_packed_forward_fallback)
+@register("attention_packed", fallback=_packed_forward_fallback)
 def _attention_packed(
     qkv: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float, candidate: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _launch_forward(*qkv.unbind(-3), mask, cu_seqlens, max_seqlen, scale, candidate)
 
 
-@operator("attention_packed_backward", fallback=_packed_backward_fallback)
+@register("attention_packed_backward", fallback=_packed_backward_fallback)
 def _attention_packed_backward(
     grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None,
     max_seqlen: int | None, scale: float, candidate: int,
 ) -> Tensor:  # fmt: skip
-    parts, grad = qkv.unbind(-3), _new(qkv, qkv.shape, cu_seqlens)
+    parts, grad = qkv.unbind(-3), _alloc(qkv, qkv.shape, cu_seqlens)
     _launch_backward(grad_out, *parts, out, lse, grad.unbind(-3), mask, cu_seqlens, max_seqlen, scale, candidate)
     return grad
 
@@ -363,8 +363,8 @@ def attention(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    query, key, value = (_autocast(tensor) for tensor in (query, key, value))
-    options = _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate)
+    query, key, value = (_cast(tensor) for tensor in (query, key, value))
+    options = _check_arguments(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate)
     return _attention(query, key, value, *options)[0]
 
 
@@ -386,7 +386,7 @@ def attention_packed(
     Raises:
         ValueError: an argument does not fit; the message names it.
     """
-    qkv = _autocast(qkv)
+    qkv = _cast(qkv)
     packed_rank = 4 if cu_seqlens is None else 3
     if qkv.ndim == packed_rank - 1:
         if num_heads is None or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
@@ -398,15 +398,15 @@ def attention_packed(
     if qkv.ndim != packed_rank + 1 or qkv.shape[-3] != 3:
         expected = "[B, N, 3, H, D]" if cu_seqlens is None else "[tokens, 3, H, D] with cu_seqlens"
         raise ValueError(f"qkv: expected {expected}, got {list(qkv.shape)}")
-    options = _checked(*qkv.unbind(-3), scale, mask, cu_seqlens, max_seqlen, candidate)
+    options = _check_arguments(*qkv.unbind(-3), scale, mask, cu_seqlens, max_seqlen, candidate)
     return _attention_packed(qkv, *options)[0]
 
 
-def takes_head_dim(dim: int) -> bool:
+def supports_head_dim(dim: int) -> bool:
     return MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM and dim % 8 == 0
 
 
-def _autocast(tensor: Tensor) -> Tensor:
+def _cast(tensor: Tensor) -> Tensor:
     """As PyTorch's autocast casts. Kernels run on GPUs, or interpreted on CPUs; it knows no "meta" device."""
     device = tensor.device.type
     if tensor.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
@@ -414,7 +414,7 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
+def _check_arguments(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
     """The operators' arguments after their tensors: defaults filled in, and the mask of four dimensions.
 
     Raises:
@@ -436,14 +436,14 @@ def _checked(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate) 
             raise ValueError(f"max_seqlen: expected the tokens of the largest image, got {max_seqlen}")
         key_shape = query.shape
     dim = query.shape[-1]
-    if not takes_head_dim(dim):
+    if not supports_head_dim(dim):
         expected = f"a head dim that is a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
         raise ValueError(f"query: expected {expected}, got {dim}")
     check_tensor("query", query, query.shape, DTYPES, query.device)
     check_tensor("key", key, key_shape, (query.dtype,), query.device)
     check_tensor("value", value, key_shape, (query.dtype,), query.device)
     if mask is not None:
-        batch, heads, _, queries, keys = _sizes(query, key, cu_seqlens, max_seqlen)
+        batch, heads, _, queries, keys = _get_sizes(query, key, cu_seqlens, max_seqlen)
         full = (batch, heads, queries, keys)
         sizes = zip(reversed(mask.shape), reversed(full), strict=False)
         if not 1 <= mask.ndim <= 4 or any(size not in (1, most) for size, most in sizes):

@@ -85,7 +85,7 @@ def _zeros(ROWS: tl.constexpr, DIMS: tl.constexpr):
 
 
 @triton.jit
-def _transposed(tile):
+def _transpose(tile):
     """What is transposed before a loop stays in shared memory for all of it; inside, it would be written there anew."""
     turned = ()
     for i in tl.static_range(len(tile)):
@@ -94,16 +94,16 @@ def _transposed(tile):
 
 
 @triton.jit
-def _product(a, b):
+def _matmul(a, b):
     """a @ b for a tile a and a transposed tile b, in float32."""
-    product = tl.dot(a[0], b[0], input_precision="ieee")
+    sums = tl.dot(a[0], b[0], input_precision="ieee")
     for i in tl.static_range(1, len(a)):
-        product = tl.dot(a[i], b[i], product, input_precision="ieee")
-    return product
+        sums = tl.dot(a[i], b[i], sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit
-def _add_product(sums, a, b):
+def _add_matmul(sums, a, b):
     """sums + a @ b for a matrix a and tiles sums and b."""
     added = ()
     for i in tl.static_range(len(b)):
@@ -183,7 +183,7 @@ def _attention_fwd_short(
         value = _load(
             value_ptr, KEYS[c][0], keys, stride_value_token, KEYS[c][0] + KEYS[c][1] > FULL, KEYS[c][1], DIM, DIMS
         )
-        key_tiles = key_tiles + (_transposed(key),)
+        key_tiles = key_tiles + (_transpose(key),)
         value_tiles = value_tiles + (value,)
 
     begin = tl.program_id(0) % blocks * (ROWS * BLOCKS)
@@ -195,7 +195,7 @@ def _attention_fwd_short(
         for c in tl.static_range(len(KEYS)):
             at = KEYS[c][0] + tl.arange(0, KEYS[c][1])
             chunk = _finish_scores(
-                _product(query, key_tiles[c]), at_query[:, None], at[None, :], queries, keys, scale,
+                _matmul(query, key_tiles[c]), at_query[:, None], at[None, :], queries, keys, scale,
                 mask_ptr, mask_start, stride_mask_query, stride_mask_key, KEYS[c][0] + KEYS[c][1] > FULL,
             )  # fmt: skip
             highest = tl.maximum(highest, tl.max(chunk, 1))
@@ -208,7 +208,7 @@ def _attention_fwd_short(
         for c in tl.static_range(len(KEYS)):
             probabilities = tl.exp2(scores[c] - highest[:, None])
             total += tl.sum(probabilities, 1)
-            out = _add_product(out, probabilities, value_tiles[c])
+            out = _add_matmul(out, probabilities, value_tiles[c])
         if mask_ptr is not None:
             total = tl.where(total == 0.0, 1.0, total)
         _store(out_ptr, out, (1.0 / total)[:, None], start, queries, heads * DIM, ROWS, DIM, DIMS)
@@ -250,9 +250,9 @@ def _attention_fwd_long(
     out = _zeros(ROWS, DIMS)
     for start in range(0, keys, KEYS):
         at = start + tl.arange(0, KEYS)
-        key = _transposed(_load(key_ptr, start, keys, stride_key_token, MASKED, KEYS, DIM, DIMS))
+        key = _transpose(_load(key_ptr, start, keys, stride_key_token, MASKED, KEYS, DIM, DIMS))
         scores = _finish_scores(
-            _product(query, key), at_query[:, None], at[None, :], queries, keys, scale,
+            _matmul(query, key), at_query[:, None], at[None, :], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED,
         )  # fmt: skip
         new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -264,7 +264,7 @@ def _attention_fwd_long(
         total = total * correction + tl.sum(probabilities, 1)
         highest = new_highest
         value = _load(value_ptr, start, keys, stride_value_token, MASKED, KEYS, DIM, DIMS)
-        out = _add_product(_scale_rows(out, correction), probabilities, value)
+        out = _add_matmul(_scale_rows(out, correction), probabilities, value)
     if mask_ptr is not None:
         highest = tl.where(total == 0.0, 0.0, highest)
         total = tl.where(total == 0.0, 1.0, total)
@@ -316,12 +316,12 @@ def _attention_bwd_query(
         key = _load(key_ptr, start, keys, stride_key_token, MASKED, KEYS, DIM, DIMS)
         value = _load(value_ptr, start, keys, stride_value_token, MASKED, KEYS, DIM, DIMS)
         scores = _finish_scores(
-            _product(query, _transposed(key)), at_query[:, None], at[None, :], queries, keys, scale,
+            _matmul(query, _transpose(key)), at_query[:, None], at[None, :], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED,
         )  # fmt: skip
         probabilities = tl.exp2(scores - lse[:, None])
-        grad = _product(grad_out, _transposed(value))
-        grad_query = _add_product(grad_query, probabilities * (grad - delta[:, None]), key)
+        grad = _matmul(grad_out, _transpose(value))
+        grad_query = _add_matmul(grad_query, probabilities * (grad - delta[:, None]), key)
     _store(grad_query_ptr, grad_query, scale, begin, queries, stride_grad_token, ROWS, DIM, DIMS)
 
 
@@ -382,19 +382,19 @@ def _attention_bwd_key_value(
             delta = tl.load(delta_ptr + at_query, at_query < queries, other=0.0)
         # Only grad_query sums over keys; what other keys than there are get is not stored.
         scores = _finish_scores(
-            _product(key, _transposed(query)), at_query[None, :], at[:, None], queries, keys, scale,
+            _matmul(key, _transpose(query)), at_query[None, :], at[:, None], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED and grad_query_ptr is not None,
         )  # fmt: skip
         probabilities = tl.exp2(scores - lse[None, :])
-        grad_value = _add_product(grad_value, probabilities, grad_out)
-        grad = _product(value, _transposed(grad_out))
+        grad_value = _add_matmul(grad_value, probabilities, grad_out)
+        grad = _matmul(value, _transpose(grad_out))
         grad_scores = (probabilities * (grad - delta[None, :])).to(query[0].dtype)
-        grad_key = _add_product(grad_key, grad_scores, query)
+        grad_key = _add_matmul(grad_key, grad_scores, query)
         if grad_query_ptr is not None:
             if TRANSPOSED:  # wgmma takes 64 rows, which the head dim has and the queries have not
                 grad_query = (tl.trans(tl.dot(tl.trans(key[0]), grad_scores, input_precision="ieee")),)
             else:
-                grad_query = _add_product(_zeros(ROWS, DIMS), tl.trans(grad_scores), key)
+                grad_query = _add_matmul(_zeros(ROWS, DIMS), tl.trans(grad_scores), key)
             _store(grad_query_ptr, grad_query, scale, start, queries, stride_grad_token, ROWS, DIM, DIMS)
     _store(grad_key_ptr, grad_key, scale, begin, keys, stride_grad_token, KEYS, DIM, DIMS)
     _store(grad_value_ptr, grad_value, 1.0, begin, keys, stride_grad_token, KEYS, DIM, DIMS)

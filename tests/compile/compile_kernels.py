@@ -88,33 +88,33 @@ def layer_norm_cases(quick: bool) -> Iterator[Case]:
             x, residual = meta(256, 197, dim, dtype=dtype), meta(256, 197, dim, dtype=dtype)
             vector, statistics = meta(dim, dtype=dtype), meta(2, 256 * 197)
             size = f"{dim} {str(dtype)[6:]}"
-            yield f"plain {size}", lambda a=(x, None, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a)
+            yield f"plain {size}", lambda a=(x, None, vector, vector, None, None, 1e-6): layer_norm.launch_forward(*a)
             options = (None, None, statistics, dtype, dtype, True)
             backward = (x, None, x, None, vector, None, *options)
-            yield f"plain {size}", lambda a=backward: layer_norm._launch_backward(*a)
+            yield f"plain {size}", lambda a=backward: layer_norm.launch_backward(*a)
             yield (
                 f"add {size}",
-                lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a),
+                lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm.launch_forward(*a),
             )
             again = (x, residual, x, None, vector, vector, *options, dtype)  # y, as a product's weight gradient wants
-            yield f"add {size}", lambda a=again: layer_norm._launch_backward(*a)
+            yield f"add {size}", lambda a=again: layer_norm.launch_backward(*a)
         x, residual = meta(256, 197, dim, dtype=torch.bfloat16), meta(256, 197, dim)
         vector, factors, statistics = meta(dim), meta(256), meta(2, 256 * 197)
         size = f"{dim} bfloat16+float32"
-        yield f"add {size}", lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm._launch_forward(*a)
+        yield f"add {size}", lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm.launch_forward(*a)
         options = (statistics, x.dtype, residual.dtype, True)
         arguments = (residual, residual, residual, None, vector, vector, None, None, *options, x.dtype)
-        yield f"add {size}", lambda a=arguments: layer_norm._launch_backward(*a)
+        yield f"add {size}", lambda a=arguments: layer_norm.launch_backward(*a)
         scales = (vector, factors)
-        yield f"scaled {size}", lambda a=(x, residual, vector, vector, *scales, 1e-6): layer_norm._launch_forward(*a)
+        yield f"scaled {size}", lambda a=(x, residual, vector, vector, *scales, 1e-6): layer_norm.launch_forward(*a)
         arguments = (residual, residual, residual, x, vector, None, *scales, *options)
-        yield f"scaled {size}", lambda a=arguments: layer_norm._launch_backward(*a)
+        yield f"scaled {size}", lambda a=arguments: layer_norm.launch_backward(*a)
     x = meta(256, 197, 768, dtype=torch.bfloat16)[:, 1:]
     vector, statistics = meta(768, dtype=torch.bfloat16), meta(2, 256 * 196)
     size = "768 bfloat16"
-    yield f"strided {size}", lambda: layer_norm._launch_forward(x, None, vector, vector, None, None, 1e-6)
+    yield f"strided {size}", lambda: layer_norm.launch_forward(x, None, vector, vector, None, None, 1e-6)
     arguments = (x, None, x, None, vector, None, None, None, statistics, torch.bfloat16, torch.bfloat16, True)
-    yield f"strided {size}", lambda: layer_norm._launch_backward(*arguments)
+    yield f"strided {size}", lambda: layer_norm.launch_backward(*arguments)
 
 
 def patch_embed_cases(quick: bool) -> Iterator[Case]:
@@ -160,10 +160,10 @@ def patch_embed_cases(quick: bool) -> Iterator[Case]:
 def smallest_cases(quick: bool) -> Iterator[Case]:
     """Sizes and strides of 1, which the compiler takes as constants: what the interpreter cannot try."""
     one = meta(1)
-    yield "one value", lambda: layer_norm._launch_forward(meta(1, 1), None, one, one, None, None, 1e-6)
-    yield "one value", lambda: layer_norm._launch_forward(meta(1, 1), meta(1, 1), one, one, one, one, 1e-6)
+    yield "one value", lambda: layer_norm.launch_forward(meta(1, 1), None, one, one, None, None, 1e-6)
+    yield "one value", lambda: layer_norm.launch_forward(meta(1, 1), meta(1, 1), one, one, one, one, 1e-6)
     arguments = (meta(1, 1), meta(1, 1), meta(1, 1), meta(1, 1), one, None, one, one, meta(2, 1))
-    yield "one value", lambda: layer_norm._launch_backward(*arguments, torch.float32, torch.float32, True)
+    yield "one value", lambda: layer_norm.launch_backward(*arguments, torch.float32, torch.float32, True)
     weight, token, mask = meta(1, 1, 1, 1), meta(1, 1, 1), meta(1, 1, dtype=torch.bool)
     grad_out = meta(1, 2, 1)
     for pixels in (meta(1, 1, 1, 1), meta(1, 1, 1, 1, dtype=torch.uint8)):
@@ -175,9 +175,9 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
     row = meta(1, 1)
     yield "one value", lambda: gelu.launch_forward(meta(1, 2), meta(2), "swiglu")
     yield "one value", lambda: gelu.launch_backward(row, row, one, "gelu", bias_grad=True, with_y=True)
-    yield "one value", lambda: layer_norm._launch_forward(row, None, one, one, None, None, 1e-6, activation="gelu")
+    yield "one value", lambda: layer_norm.launch_forward(row, None, one, one, None, None, 1e-6, activation="gelu")
     backward = (row, None, row, None, one, one, None, None, meta(2, 1), torch.float32, torch.float32, True)
-    yield "one value", lambda a=backward: layer_norm._launch_backward(*a, activation="gelu")
+    yield "one value", lambda a=backward: layer_norm.launch_backward(*a, activation="gelu")
     row, weight, units = (meta(*size, dtype=torch.bfloat16) for size in ((1, 1), (2, 1), (2,)))
     for candidate in range(CANDIDATES):
         yield "one value", lambda a=(row, weight, units, "gelu", True, candidate): linear.launch_forward(*a)
@@ -230,9 +230,9 @@ def gelu_cases(quick: bool) -> Iterator[Case]:
             rows, vector = meta(256 * 197, dim, dtype=dtype), meta(dim, dtype=dtype)
             label = f"{dim} layer norm and gelu, {size}"
             forward = (rows, None, vector, vector, None, None, 1e-6)
-            yield label, lambda a=forward: layer_norm._launch_forward(*a, activation="gelu")
+            yield label, lambda a=forward: layer_norm.launch_forward(*a, activation="gelu")
             backward = (rows, None, rows, None, vector, vector, None, None, meta(2, 256 * 197), dtype, dtype, True)
-            yield label, lambda a=backward: layer_norm._launch_backward(*a, activation="gelu")
+            yield label, lambda a=backward: layer_norm.launch_backward(*a, activation="gelu")
 
 
 HEADS = ((3, 64), (6, 64), (12, 64), (16, 64), (16, 80))  # heads and head dim of ViT-Ti, S, B, L, H
@@ -336,7 +336,7 @@ def record(call: Callable[[], object], target: str, candidate: int) -> tuple[lis
     candidate: of each rule, or the last one where a rule has fewer.
     """
     launches, rules = [], set()
-    table = tuning.candidates
+    table = tuning.find_candidates
 
     def candidates(*case: object) -> tuple[tuning.Choice, ...]:
         found = table(*case)
@@ -351,8 +351,8 @@ def record(call: Callable[[], object], target: str, candidate: int) -> tuple[lis
     device = tuning.Device("compiled for", target, 132)
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(tuning, "describe", lambda _: device),
-        mock.patch.object(tuning, "candidates", candidates),
+        mock.patch.object(tuning, "describe_device", lambda _: device),
+        mock.patch.object(tuning, "find_candidates", candidates),
     ):
         call()
     return launches, rules

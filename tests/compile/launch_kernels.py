@@ -159,14 +159,14 @@ def only_candidate(number: int) -> Iterator[None]:
     """Inside, each rule of the tuning table has one candidate: this one, or its last where it has fewer."""
     table = tuning.TABLE
     numbered = tuple(rule._replace(candidates=rule.candidates[: number + 1][-1:]) for rule in table)
-    candidates = tuning.candidates
+    candidates = tuning.find_candidates
 
     def remember(*case: object) -> tuple[tuning.Choice, ...]:
         found = candidates(*case)
         rules.add(next(index for index, rule in enumerate(numbered) if rule.candidates is found))
         return found
 
-    with mock.patch.object(tuning, "TABLE", numbered), mock.patch.object(tuning, "candidates", remember):
+    with mock.patch.object(tuning, "TABLE", numbered), mock.patch.object(tuning, "find_candidates", remember):
         yield
 
 
