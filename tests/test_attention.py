@@ -401,7 +401,7 @@ def test_no_bounds_lead_beyond_the_tokens(bounds, path, monkeypatch):
         sums.append(whole)
         return whole[100:110]
 
-    monkeypatch.setattr(kernels, "_allocate", new_inside)
+    monkeypatch.setattr(kernels, "_alloc", new_inside)
     call = (None, torch.tensor(bounds, dtype=torch.int32, device=DEVICE), 60, 0.25, 0)
     with kernels_of(path):
         out, lse = kernels._launch_forward(*qkv.unbind(-3), *call)

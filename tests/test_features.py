@@ -25,7 +25,7 @@ def batch(size=(24, 40)) -> Tensor:
 
 def blocks_run(run) -> list[int]:
     """The number of tokens that each block computes while `run` runs. With a hook the last one would compute all."""
-    seen, compute = [], fused.compute
+    seen, compute = [], fused.compute_block
 
     def count(*args):
         stream, probabilities = compute(*args)
@@ -33,7 +33,7 @@ def blocks_run(run) -> list[int]:
         return stream, probabilities
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "compute", count)
+        patch.setattr(fused, "compute_block", count)
         run()
     return seen
 

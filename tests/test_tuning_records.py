@@ -457,7 +457,7 @@ SOURCE = '''
 """A kernel."""
 import triton
 from fastvit.kernels import helpers
-from fastvit.kernels.operators import operator
+from fastvit.kernels.operators import register
 
 LOG2E: tl.constexpr = 1.44
 
@@ -467,7 +467,7 @@ def _forward(x_ptr, ROWS: tl.constexpr):
     return x_ptr + ROWS  # a comment
 
 def _launch():
-    tuning.candidate("layer_norm_forward", 1)
+    tuning.select("layer_norm_forward", 1)
 '''
 
 
@@ -624,8 +624,8 @@ from fastvit.ops import records
 from fastvit.tuning import Record, startup
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
-record = Record("layer_norm", "inference", (("hidden", 16),), 64, 0, "float32", "a GPU", *records.versions(), "hash",
-                (), "pytorch")
+record = Record("layer_norm", "inference", (("hidden", 16),), 64, 0, "float32", "a GPU", *records.get_versions(),
+                "hash", (), "pytorch")
 def measure(model, **options):
     assert rank == 0
     records.adopt([record])
@@ -635,9 +635,9 @@ torch.cuda.empty_cache = torch.cuda.reset_peak_memory_stats = lambda *device: No
 records.get_gpu_name = lambda *device: "a GPU"
 class Model:
     def parameters(self): yield type("P", (), {"device": torch.device("cuda", 0)})
-line = startup.tune_at_start(Model(), [(2, True)], together=True)
+line = startup.tune_at_start(Model(), [(2, True)], is_distributed=True)
 assert (line is None) == (rank == 1), line
-assert records.table()["a GPU"][record.case, record.kernel] == record
+assert records.get_table()["a GPU"][record.case, record.kernel] == record
 dist.destroy_process_group()
 """
     environments = [{**os.environ, "FASTVIT_CACHE_DIR": str(tmp_path / f"cache {rank}")} for rank in range(2)]
