@@ -146,12 +146,12 @@ def test_what_attentions_kernel_lacks_is_computed_by_pytorch():
         ({"dropout_p": 0.1}, "the kernel has no dropout, and dropout_p is 0.1"),
         ({"mask": bias}, "the kernel has no gradient of an additive mask, and mask requires one"),
     ):
-        assert ops._attention_unsupported_reason(tensor, tensor, tensor, **options) == reason
-        assert ops._attention_packed_unsupported_reason(flat, num_heads=3, **options) == reason
+        assert ops._unsupported_attention(tensor, tensor, tensor, **options) == reason
+        assert ops._unsupported_packed_attention(flat, num_heads=3, **options) == reason
     with torch.no_grad():
-        assert ops._attention_unsupported_reason(tensor, tensor, tensor, mask=bias) is None
-    assert "head dim 48" not in (ops._attention_packed_unsupported_reason(flat, num_heads=3) or "")
-    assert "no head dim 144" in ops._attention_packed_unsupported_reason(torch.empty(2, 5, 3, 1, 144))
+        assert ops._unsupported_attention(tensor, tensor, tensor, mask=bias) is None
+    assert "head dim 48" not in (ops._unsupported_packed_attention(flat, num_heads=3) or "")
+    assert "no head dim 144" in ops._unsupported_packed_attention(torch.empty(2, 5, 3, 1, 144))
 
 
 @needs_triton

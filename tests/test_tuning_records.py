@@ -32,7 +32,7 @@ GPU = "a GPU"
 def _own_records(tmp_path, monkeypatch):
     """Empty folders for the records made here and for those of the package; few rounds."""
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(records, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.setattr(records, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(records, "_table", None)
     monkeypatch.setattr(ops, "used_records", {})
     monkeypatch.setattr(tuner, "ROUNDS", (2, 3))
@@ -402,8 +402,8 @@ def test_a_record_of_other_versions_or_other_source_is_not_used(gpu):
 
 @pytest.mark.parametrize("old", ["0" * 16, "f" * 16])
 def test_a_record_of_an_older_source_does_not_hide_the_one_that_holds(gpu, monkeypatch, old):
-    records.SHIPPED_FOLDER.mkdir()
-    records.export(records.SHIPPED_FOLDER / "a-gpu.json", [fake(winner="ours 1")])
+    records.SHIPPED.mkdir()
+    records.export(records.SHIPPED / "a-gpu.json", [fake(winner="ours 1")])
     records.add_to_cache([fake(kernel=old, winner="pytorch")])
     assert gpu(fake()) == 1
     records.add_to_cache([fake(winner="ours 2")])
@@ -412,15 +412,15 @@ def test_a_record_of_an_older_source_does_not_hide_the_one_that_holds(gpu, monke
 
 
 def test_a_corrupt_file_of_the_package_is_reported(gpu):
-    records.SHIPPED_FOLDER.mkdir()
-    (records.SHIPPED_FOLDER / "a-gpu.json").write_text("{")
+    records.SHIPPED.mkdir()
+    (records.SHIPPED / "a-gpu.json").write_text("{")
     with pytest.warns(UserWarning, match=r"a-gpu\.json does not hold tuning records .*left out"):
         assert gpu(fake()) == 0
 
 
 def test_own_records_win_over_those_of_the_package(gpu, monkeypatch):
-    records.SHIPPED_FOLDER.mkdir()
-    records.export(records.SHIPPED_FOLDER / "a-gpu.json", [fake(winner="pytorch")])
+    records.SHIPPED.mkdir()
+    records.export(records.SHIPPED / "a-gpu.json", [fake(winner="pytorch")])
     assert gpu(fake()) == "default"
     records.add_to_cache([fake(winner="ours 2")])
     forget(monkeypatch)
@@ -557,7 +557,7 @@ def test_records_that_cannot_be_kept_are_reported_and_used(tmp_path, monkeypatch
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "file" / "cache"))  # no folder can be made there
     with pytest.warns(UserWarning, match="tuning records are not kept"):
         (record,) = tune(Norm(), batch_size=2, timer=timer(ours_0=1.0), progress=False)
-    assert records.find_record(record.case, "interpreter", "layer_norm") == record
+    assert records.find(record.case, "interpreter", "layer_norm") == record
 
 
 @pytest.mark.filterwarnings("error")

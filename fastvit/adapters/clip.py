@@ -28,14 +28,10 @@ def find_refusal(layer: Any) -> str | None:
     return None if kind.endswith("_vision_model") else f"it belongs to a {kind}, which is no vision tower"
 
 
+MODELS = "transformers.models"
 ADAPTERS = [
+    Adapter("CLIP vision", f"{MODELS}.clip.modeling_clip.CLIPEncoderLayer", read_block, find_refusal=find_refusal),
     Adapter(
-        "CLIP vision", "transformers.models.clip.modeling_clip.CLIPEncoderLayer", read_block, find_refusal=find_refusal
-    ),
-    Adapter(
-        "SigLIP vision",
-        "transformers.models.siglip.modeling_siglip.SiglipEncoderLayer",
-        read_block,
-        find_refusal=find_refusal,
+        "SigLIP vision", f"{MODELS}.siglip.modeling_siglip.SiglipEncoderLayer", read_block, find_refusal=find_refusal
     ),
 ]

@@ -43,17 +43,13 @@ class Report:
     parameters: int = 0  # how many numbers the replaced blocks hold
 
     def __str__(self) -> str:
-        families = [
-            f"{format_block_count(count)} of {family}" for family, count in Counter(self.replaced.values()).items()
-        ]
+        families = [f"{format_count(count)} of {family}" for family, count in Counter(self.replaced.values()).items()]
         lines = [f"replaced: {', '.join(families) or 'nothing'} ({self.parameters:,} parameters)"]
-        lines += [
-            f"left: {format_block_count(count)}: {reason}" for reason, count in Counter(self.left.values()).items()
-        ]
+        lines += [f"left: {format_count(count)}: {reason}" for reason, count in Counter(self.left.values()).items()]
         return "\n".join(lines)
 
 
-def format_block_count(count: int) -> str:
+def format_count(count: int) -> str:
     return "1 block" if count == 1 else f"{count} blocks"
 
 

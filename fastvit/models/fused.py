@@ -110,25 +110,25 @@ def encode(
     layers = self.get_first_blocks(num_blocks)
     requested = vit.resolve_hidden_state_indices(output_hidden_states, len(layers) + 1)
     all_hidden_states, all_attentions = [hidden_states if 0 in requested else None], []
-    stream, is_class_token_only = Stream(hidden_states), False
+    stream, is_reduced = Stream(hidden_states), False
     for index, layer in enumerate(layers, start=1):
         block = find_fusible_block(layer)
         if block is None:
             output = layer(sum_stream(stream), attention_mask, output_attentions)
             stream, attentions = (Stream(output[0]), output[1]) if output_attentions else (Stream(output), None)
         else:
-            is_class_token_only = class_token_only and index == len(layers) and not (output_attentions or requested)
+            is_reduced = class_token_only and index == len(layers) and not (output_attentions or requested)
             inputs = Inputs(hidden_states, attention_mask, output_attentions=output_attentions)
-            stream, attentions = compute_block(block, stream, inputs, is_class_token_only)
+            stream, attentions = compute_block(block, stream, inputs, is_reduced)
         if index in requested:
             stream = Stream(sum_stream(stream))
         all_hidden_states.append(stream.branch if index in requested else None)
         all_attentions.append(attentions)
     last = sum_stream(stream)
+    if class_token_only and not is_reduced:
+        last = varlen.select_class_tokens(last, attention_mask)
     return BaseModelOutput(
-        last_hidden_state=varlen.select_class_tokens(last, attention_mask)
-        if class_token_only and not is_class_token_only
-        else last,
+        last_hidden_state=last,
         hidden_states=None if output_hidden_states is False else tuple(all_hidden_states),
         attentions=tuple(all_attentions) if output_attentions else None,
     )

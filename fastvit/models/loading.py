@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def load_config(model: str) -> ViTConfig:
     """The config of a hub id or folder, with errors that a person can act on."""
-    return _load_or_explain(model, lambda: checked_config(read_config(model), f"{model}: config.json"))
+    return _guard(model, lambda: checked_config(read_config(model), f"{model}: config.json"))
 
 
 def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
@@ -33,14 +33,12 @@ def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
                 raise InputError(f"{model}: {key}: expected shape {list(expected)}, found {list(found)}")
         return loaded
 
-    return _load_or_explain(model, load)
+    return _guard(model, load)
 
 
 def read_image_settings(model: str) -> tuple[Path, dict[str, Any]] | None:
     """The preprocessor_config.json of a hub id or folder, and its content; None where there is none."""
-    found = _load_or_explain(
-        model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
-    )
+    found = _guard(model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False))
     return None if found is None else (Path(found), read_json(Path(found)))
 
 
@@ -60,7 +58,7 @@ def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
     return image_settings(settings, config, path)
 
 
-def _load_or_explain(model: str, load: Callable[[], T]) -> T:
+def _guard(model: str, load: Callable[[], T]) -> T:
     """Run `load`, turning what transformers raises for a missing or broken checkpoint into one clear line."""
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"model: expected a hub id (owner/name) or a folder, found no folder {model!r}")

@@ -60,7 +60,7 @@ def check_block(layer: nn.Module, name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def quantize_to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
+def to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
     config, device = model.config, model.device
     for option in ("hidden_size", "intermediate_size"):
         if getattr(config, option) % 16:
@@ -83,7 +83,7 @@ def quantize_to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def quantize_to_int8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
+def to_int8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
     """Weights by torchao's int8 tensors; the blocks then call their linear layers as the modules that they are."""
     if importlib.util.find_spec("torchao") is None:
         raise InputError("kind: 'int8' needs the package torchao, which is not installed: pip install torchao")
@@ -93,7 +93,4 @@ def quantize_to_int8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> N
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module in blocks)
 
 
-KINDS: dict[str, Callable[[ViTPreTrainedModel, list[ViTEncoder]], None]] = {
-    "fp8": quantize_to_fp8,
-    "int8": quantize_to_int8,
-}
+KINDS: dict[str, Callable[[ViTPreTrainedModel, list[ViTEncoder]], None]] = {"fp8": to_fp8, "int8": to_int8}

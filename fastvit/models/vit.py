@@ -213,7 +213,7 @@ class ViTSelfAttention(nn.Module):
         projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
         query, key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projections)
         if self.config._attn_implementation == "eager":
-            return varlen.attend_with_probabilities(self.attend, query, key, value, attention_mask, output_attentions)
+            return varlen.attend_with_maps(self.attend, query, key, value, attention_mask, output_attentions)
         dropout_p = self.dropout_prob if self.training else 0.0
         context = varlen.attend(ops.attention, query, key, value, mask=attention_mask, dropout_p=dropout_p)
         probabilities = varlen.attention_probabilities(query, key, attention_mask) if output_attentions else None

@@ -180,7 +180,7 @@ def _has_records(device_type: str, device_index: int | None) -> bool:
 def _find_record(device_type: str, device_index: int | None, case: tuple | None) -> records.Record | None:
     if case is None:
         return None
-    return records.find_record(Case(*case), records.get_gpu_name(device_type, device_index), KERNEL_MODULES[case[0]])
+    return records.find(Case(*case), records.get_gpu_name(device_type, device_index), KERNEL_MODULES[case[0]])
 
 
 @functools.cache
@@ -222,13 +222,12 @@ def _make_dispatcher(
     definition: Callable[P, R],
     *,
     tensor_index: int = 0,
-    find_unsupported: Callable[P, str | None] = lambda *args, **kwargs: None,
+    unsupported: Callable[P, str | None] = lambda *args, **kwargs: None,
 ) -> Callable[P, R]:
     """`definition`, a function of `fastvit.ops.reference`, or its kernel of the same name and signature.
 
     Which is decided at each call by the device and dtype of the tensor that is argument number `tensor_index`, by
-    `find_unsupported`, which says what of these arguments the kernel does not have, and by the record that holds for
-    them.
+    `unsupported`, which says what of these arguments the kernel does not have, and by the record that holds for them.
     """
     operation = definition.__name__
     plain = _pytorch_operations[operation] = getattr(eager, operation, definition)
@@ -241,27 +240,22 @@ def _make_dispatcher(
         if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
             _log_cpu_choice(operation, x.dtype)
             return plain(*args, **kwargs)
-        unsupported_reason = (
-            "torch.func and forward-mode derivatives need PyTorch's"
-            if is_transform_active()
-            else find_unsupported(*args, **kwargs)
-        )
+        transforms = "torch.func and forward-mode derivatives need PyTorch's"
+        reason = transforms if is_transform_active() else unsupported(*args, **kwargs)
         case = None
-        if unsupported_reason is None and (_collector is not None or _has_records(x.device.type, x.device.index)):
+        if reason is None and (_collector is not None or _has_records(x.device.type, x.device.index)):
             case = make_case(operation, x, args, kwargs)
         if _collector is not None:
             if case is not None:
                 _collector(Case(*case), args, kwargs)
             return definition(*args, **kwargs)
-        choice = _choose_implementation(
-            operation, _backend, x.device.type, x.device.index, x.dtype, unsupported_reason, case
-        )
+        choice = _choose_implementation(operation, _backend, x.device.type, x.device.index, x.dtype, reason, case)
         return run_implementation(choice, operation, args, kwargs)
 
     return function
 
 
-# Arguments that no kernel has: `find_unsupported` has seen to it that they are at their defaults.
+# Arguments that no kernel has: `unsupported` has seen to it that they are at their defaults.
 PYTORCH_ONLY_ARGUMENTS = ("dropout_p",)
 
 
@@ -305,37 +299,35 @@ def _is_triton_available() -> bool:
 ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu")
 
 
-def _activation_unsupported_reason(*args: Any, activation: str | None = None, **kwargs: Any) -> str | None:
+def _unsupported_activation(*args: Any, activation: str | None = None, **kwargs: Any) -> str | None:
     """The last of the arguments, "gelu" where it is left out."""
     name = activation or (args[-1] if isinstance(args[-1], str) else "gelu")
     return None if name in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {name!r}"
 
 
-def _attention_options_unsupported_reason(
-    dim: int, mask: Any = None, dropout_p: float = 0.0, **kwargs: Any
-) -> str | None:
+def _unsupported_options(dim: int, mask: Any = None, dropout_p: float = 0.0, **kwargs: Any) -> str | None:
     if dropout_p != 0:
         return f"the kernel has no dropout, and dropout_p is {dropout_p}"
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         return "the kernel has no gradient of an additive mask, and mask requires one"
-    return _head_dim_unsupported_reason(dim)
+    return _unsupported_head_dim(dim)
 
 
-def _attention_unsupported_reason(query: Any, key: Any, value: Any, **kwargs: Any) -> str | None:
+def _unsupported_attention(query: Any, key: Any, value: Any, **kwargs: Any) -> str | None:
     if value.shape[-1] != query.shape[-1]:
         return f"the kernel has one head dim for queries and values, not {query.shape[-1]} and {value.shape[-1]}"
-    return _attention_options_unsupported_reason(query.shape[-1], **kwargs)
+    return _unsupported_options(query.shape[-1], **kwargs)
 
 
-def _attention_packed_unsupported_reason(
+def _unsupported_packed_attention(
     qkv: Any, *, num_heads: int | None = None, cu_seqlens: Any = None, **kwargs: Any
 ) -> str | None:
     is_flat = qkv.dim() == (3 if cu_seqlens is None else 2)
     dim = qkv.shape[-1] // (3 * num_heads) if is_flat and num_heads else qkv.shape[-1]
-    return _attention_options_unsupported_reason(dim, **kwargs)
+    return _unsupported_options(dim, **kwargs)
 
 
-def _head_dim_unsupported_reason(dim: int) -> str | None:
+def _unsupported_head_dim(dim: int) -> str | None:
     return None if 16 <= dim <= 128 and dim % 8 == 0 else f"the kernel has no head dim {dim}: 16 to 128, multiples of 8"
 
 
@@ -345,24 +337,22 @@ layer_norm = _make_dispatcher(reference.layer_norm)
 add_layer_norm = _make_dispatcher(reference.add_layer_norm)
 layer_norm_linear = _make_dispatcher(reference.layer_norm_linear)
 add_layer_norm_linear = _make_dispatcher(reference.add_layer_norm_linear)
-layer_norm_gelu = _make_dispatcher(reference.layer_norm_gelu, find_unsupported=_activation_unsupported_reason)
+layer_norm_gelu = _make_dispatcher(reference.layer_norm_gelu, unsupported=_unsupported_activation)
 add_layer_norm_feed_forward = _make_dispatcher(
-    reference.add_layer_norm_feed_forward, find_unsupported=_activation_unsupported_reason
+    reference.add_layer_norm_feed_forward, unsupported=_unsupported_activation
 )
-attention = _make_dispatcher(reference.attention, find_unsupported=_attention_unsupported_reason)
-attention_packed = _make_dispatcher(reference.attention_packed, find_unsupported=_attention_packed_unsupported_reason)
+attention = _make_dispatcher(reference.attention, unsupported=_unsupported_attention)
+attention_packed = _make_dispatcher(reference.attention_packed, unsupported=_unsupported_packed_attention)
 quantize_rows = _make_dispatcher(reference.quantize_rows)
 layer_norm_fp8 = _make_dispatcher(reference.layer_norm_fp8)
 add_layer_norm_fp8 = _make_dispatcher(reference.add_layer_norm_fp8)
-bias_gelu_fp8 = _make_dispatcher(reference.bias_gelu_fp8, find_unsupported=_activation_unsupported_reason)
-linear_fp8 = _make_dispatcher(
-    reference.linear_fp8, tensor_index=1
-)  # the scales, which are float32 as every kernel takes
+bias_gelu_fp8 = _make_dispatcher(reference.bias_gelu_fp8, unsupported=_unsupported_activation)
+linear_fp8 = _make_dispatcher(reference.linear_fp8, tensor_index=1)  # the scales: float32, as every kernel takes
 attention_probabilities = reference.attention_probabilities
-feed_forward = _make_dispatcher(reference.feed_forward, find_unsupported=_activation_unsupported_reason)
+feed_forward = _make_dispatcher(reference.feed_forward, unsupported=_unsupported_activation)
 swiglu = _make_dispatcher(reference.swiglu)
-bias_gelu = _make_dispatcher(reference.bias_gelu, find_unsupported=_activation_unsupported_reason)
-layer_norm_act = _make_dispatcher(reference.layer_norm_act, find_unsupported=_activation_unsupported_reason)
+bias_gelu = _make_dispatcher(reference.bias_gelu, unsupported=_unsupported_activation)
+layer_norm_act = _make_dispatcher(reference.layer_norm_act, unsupported=_unsupported_activation)
 join_tokens = reference.join_tokens
 linear = eager.linear
 normalize_pixels = reference.normalize_pixels

@@ -389,11 +389,8 @@ def attend(
 def feed_forward(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
     """The residual and the branch."""
     norm, part = block.norm2, block.feed_forward
-    first, second, activation = (
-        join_weights(part.first),
-        join_weights((part.second,)),
-        find_activation_name(part.activation),
-    )
+    first, second = join_weights(part.first), join_weights((part.second,))
+    activation = find_activation_name(part.activation)
     is_sum = stream.residual is not None and stream.scale is None and stream.row_scale is None
     if is_fp8(block):
         residual, rows = add_norm(stream, norm, True)

@@ -36,18 +36,16 @@ def make_case(operation: str, x: Tensor, args: Any, kwargs: Any) -> tuple | None
 
     x: the argument whose dtype the kernel computes in.
     """
-    call_sizes = SIZE_READERS[operation](*args, **kwargs) if operation in SIZE_READERS else None
-    if call_sizes is None:
+    call = SIZE_READERS[operation](*args, **kwargs) if operation in SIZE_READERS else None
+    if call is None:
         return None
     # operator.index makes a constant of what a compiler calls a symbol; int would not.
-    sizes = {
-        name: value if isinstance(value, str) else operator.index(value) for name, value in call_sizes.sizes.items()
-    }
+    sizes = {name: value if isinstance(value, str) else operator.index(value) for name, value in call.sizes.items()}
     if torch.is_autocast_enabled(x.device.type):
         sizes["autocast"] = get_dtype_name(torch.get_autocast_dtype(x.device.type))
     tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
     direction = "training" if needs_backward(*tensors) else "inference"
-    rows, tokens = row_bucket(call_sizes.rows), token_bucket(call_sizes.tokens)
+    rows, tokens = row_bucket(call.rows), token_bucket(call.tokens)
     return operation, direction, tuple(sizes.items()), rows, tokens, get_dtype_name(x.dtype)
 
 
@@ -132,23 +130,19 @@ def _attention_sizes(query, key, value, *, cu_seqlens=None, **options) -> CallSi
     if cu_seqlens is not None:
         return None
     batch, queries, heads, head_dim = query.shape
-    call_sizes = _attention_head_sizes(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=None, **options)
-    if call_sizes is not None and queries == 1:  # the class token alone, whose batch has as many heads as rows
-        call_sizes.sizes["queries"] = "one"
-    return call_sizes
+    call = _head_sizes(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=None, **options)
+    if call is not None and queries == 1:  # the class token alone, whose batch has as many heads as rows
+        call.sizes["queries"] = "one"
+    return call
 
 
 def _packed_attention_sizes(qkv, *, num_heads=None, cu_seqlens=None, **options) -> CallSizes | None:
     is_flat = qkv.dim() == 3 and num_heads is not None
     heads, head_dim = (num_heads, qkv.shape[-1] // (3 * num_heads)) if is_flat else qkv.shape[-2:]
-    return _attention_head_sizes(
-        heads, head_dim, qkv.shape[0] * qkv.shape[1], qkv.shape[1], cu_seqlens=cu_seqlens, **options
-    )
+    return _head_sizes(heads, head_dim, qkv.shape[0] * qkv.shape[1], qkv.shape[1], cu_seqlens=cu_seqlens, **options)
 
 
-def _attention_head_sizes(
-    heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p=0.0, **options
-) -> CallSizes | None:
+def _head_sizes(heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p=0.0, **options) -> CallSizes | None:
     if cu_seqlens is not None:  # by PyTorch it is one image at a time
         return None
     sizes = {"heads": heads, "head_dim": head_dim}

@@ -33,11 +33,8 @@ def is_onednn_available() -> bool:
     )
 
 
-GELU_APPROXIMATIONS = {
-    "gelu": "none",
-    "gelu_new": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-}  # of activations, in torch's words
+# The `approximate` argument of torch's GELU for each activation.
+GELU_APPROXIMATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
 MIN_WEIGHTS, MIN_MULTIPLICATIONS = 2**18, 2**24  # either is enough

@@ -35,7 +35,7 @@ MARGIN = 0.97  # ours must take less than this of PyTorch's time: a tie goes to 
 SDPA_BACKEND_NAMES = ("flash", "cudnn", "efficient", "math")  # of PyTorch's attention
 MAX_CANDIDATES = 3  # of ours, at most
 KERNELS_FOLDER = Path(__file__).resolve().parents[1] / "kernels"
-SHIPPED_FOLDER = Path(__file__).with_suffix("")  # a folder beside this file
+SHIPPED = Path(__file__).with_suffix("")  # a folder beside this file
 FILE_NAME = "records.json"
 
 
@@ -176,7 +176,7 @@ _table: dict[str, dict[tuple[Case, str], Record]] | None = (
 )
 
 
-def find_record(case: Case, gpu: str, module: str) -> Record | None:
+def find(case: Case, gpu: str, module: str) -> Record | None:
     """The record that holds for this case, made with the kernel's present source; this process's own answer."""
     return get_table().get(gpu, {}).get((case, hash_kernel(module)))
 
@@ -186,9 +186,7 @@ def get_table() -> dict[str, dict[tuple[Case, str], Record]]:
     those made here."""
     global _table
     if _table is None:
-        shipped = [
-            record for path in sorted(SHIPPED_FOLDER.glob("*.json")) for record in read_or_warn(path, "left out")
-        ]
+        shipped = [record for path in sorted(SHIPPED.glob("*.json")) for record in read_or_warn(path, "left out")]
         cached = read_cache().values()
         _table = {}
         adopt([*shipped, *cached])

@@ -72,23 +72,16 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Mask, scale: float
     return [ops.attention_probabilities(q[None], k[None], scale=scale)[0] for q, k in pairs]
 
 
-def attend_with_probabilities(
-    attention: Callable[..., tuple[Tensor, Tensor]],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask,
-    return_probabilities: bool,
+def attend_with_maps(
+    attention: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: Mask, maps: bool
 ) -> tuple[Tensor, Any]:
     """(context, probabilities) of an attention that computes both, packed images one by one; probabilities if asked."""
     if not isinstance(mask, Packing):
         context, probabilities = attention(query, key, value, mask)
-        return context, probabilities if return_probabilities else None
+        return context, probabilities if maps else None
     images = zip(*(split_images(tensor, mask) for tensor in (query, key, value)), strict=True)
-    contexts, probabilities_by_image = zip(
-        *(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True
-    )
-    return torch.cat(contexts, dim=1), [own[0] for own in probabilities_by_image] if return_probabilities else None
+    contexts, own_maps = zip(*(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True)
+    return torch.cat(contexts, dim=1), [own[0] for own in own_maps] if maps else None
 
 
 def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) -> Tensor:

@@ -61,9 +61,7 @@ def measured_on(device: torch.device) -> list[str]:
     gpu = records.get_gpu_name(device.type, device.index)
     known = {case for case, _ in records.get_table().get(gpu, {}) if case.operation in ops.KERNEL_MODULES}
     found = [
-        record
-        for case in sorted(known)
-        if (record := records.find_record(case, gpu, ops.KERNEL_MODULES[case.operation]))
+        record for case in sorted(known) if (record := records.find(case, gpu, ops.KERNEL_MODULES[case.operation]))
     ]
     if not found:
         return ["no records of measurements on this GPU: `fastvit tune` makes them"] if device.type == "cuda" else []

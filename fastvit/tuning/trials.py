@@ -30,15 +30,10 @@ class TensorSpec(NamedTuple):
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> TensorSpec:
-        keeps_values = not tensor.is_floating_point() and tensor.dtype != torch.uint8
+        is_kept = not tensor.is_floating_point() and tensor.dtype != torch.uint8
+        value = tensor.detach().cpu() if is_kept else None
         requires_grad = tensor.requires_grad and torch.is_grad_enabled()
-        return cls(
-            tuple(tensor.shape),
-            tensor.stride(),
-            tensor.dtype,
-            requires_grad,
-            tensor.detach().cpu() if keeps_values else None,
-        )
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, requires_grad, value)
 
     def make_tensor(self, generator: torch.Generator) -> Tensor:
         """Normal numbers; matrices are scaled as weights are, so that no product of them leaves float16."""
@@ -125,13 +120,11 @@ class Trial:
         if self.case.direction != "training":
             return outputs
         tensors = [x for x in (*self.inputs.args, *self.inputs.kwargs.values()) if isinstance(x, Tensor)]
-        differentiable_inputs = [x for x in tensors if x.requires_grad]
+        leaves = [x for x in tensors if x.requires_grad]
         differentiable_outputs = [x for x in outputs if x.requires_grad]
-        grads = torch.autograd.grad(differentiable_outputs, differentiable_inputs, self.inputs.grads, allow_unused=True)
+        grads = torch.autograd.grad(differentiable_outputs, leaves, self.inputs.grads, allow_unused=True)
         outputs = [x.detach() for x in outputs]
-        return outputs + [
-            torch.zeros_like(x) if grad is None else grad for x, grad in zip(differentiable_inputs, grads, strict=True)
-        ]
+        return outputs + [torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True)]
 
     def compute_outputs(self) -> list[Tensor]:
         args, kwargs, _ = self.inputs

@@ -92,7 +92,7 @@ def can_run(call: Call, device: torch.device) -> bool:
 
 def has_record(call: Call, device: torch.device) -> bool:
     name = records.get_gpu_name(device.type, device.index)
-    return records.find_record(call.case, name, ops.KERNEL_MODULES[call.case.operation]) is not None
+    return records.find(call.case, name, ops.KERNEL_MODULES[call.case.operation]) is not None
 
 
 @contextlib.contextmanager
