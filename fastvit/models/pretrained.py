@@ -116,7 +116,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         """Make the model take pictures of `image_size` from now on; its position embeddings are resampled in place."""
         embeddings = self.base_model.embeddings
         old_grid, new_grid = (
-            embeddings.patch_embeddings.grid(as_pair(size)) for size in (self.config.image_size, image_size)
+            embeddings.patch_embeddings.compute_grid(as_pair(size)) for size in (self.config.image_size, image_size)
         )
         self.config.image_size = image_size
         if old_grid != new_grid:
