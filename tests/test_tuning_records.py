@@ -731,7 +731,7 @@ def test_fine_tuning_measures_training_and_evaluation(monkeypatch, capsys):
     monkeypatch.setattr(finetune, "tune_at_start", lambda *args, **options: asked.append((args, options)) or "measured")
     sizes = types.SimpleNamespace(per_device_train_batch_size=16, per_device_eval_batch_size=32)
     finetune.tune_operations(types.SimpleNamespace(model="model", args=sizes), "bf16")
-    assert asked == [(("model", [(16, True), (32, False)], torch.bfloat16), {"together": True})]
+    assert asked == [(("model", [(16, True), (32, False)], torch.bfloat16), {"is_distributed": True})]
     assert capsys.readouterr().out == "measured (--no-tune leaves this out)\n"
     assert parse_options(["--dataset", "generated"]).tune
     assert not parse_options(["--dataset", "generated", "--no-tune"]).tune
