@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from fastvit.checkpoints.convert import convert, read_checkpoint
-from fastvit.checkpoints.timm import timm_heads
+from fastvit.checkpoints.timm import infer_timm_heads
 from fastvit.errors import InputError
 
 WIDTH, HEADS, DEPTH, MLP, PATCH, GRID, LABELS = 32, 4, 2, 48, 4, 3, 5
@@ -406,9 +406,9 @@ def test_torch_files_are_unwrapped(tmp_path, wrap):
 
 def test_heads_are_64_wide_unless_the_model_is_known(tmp_path):
     for options, width, heads in [({}, 192, 3), ({}, 1280, 16), ({}, 1408, 16), ({"architecture": "test_vit"}, 64, 2)]:
-        assert timm_heads(width, options, tmp_path) == heads
+        assert infer_timm_heads(width, options, tmp_path) == heads
     with pytest.raises(InputError, match="num_heads"):
-        timm_heads(100, {}, tmp_path)
+        infer_timm_heads(100, {}, tmp_path)
 
 
 @pytest.mark.parametrize("size", [30, {"height": 30, "width": 30}])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import ViTConfig
 
-from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.names import CLASSIFIER, POOLER, Format, Parameter, Sizes, group_by_name, list_parameters
 from fastvit.errors import InputError
 
@@ -35,7 +35,7 @@ class Checkpoint:
     source_format: Format
 
 
-def rows_of(checkpoint: Checkpoint) -> list[Parameter]:
+def list_checkpoint_parameters(checkpoint: Checkpoint) -> list[Parameter]:
     classifier = CLASSIFIER[0].hf in checkpoint.state_dict
     return list_parameters(
         checkpoint.config.num_hidden_layers,
@@ -46,10 +46,10 @@ def rows_of(checkpoint: Checkpoint) -> list[Parameter]:
     )
 
 
-def sizes_of(config: ViTConfig) -> Sizes:
+def compute_sizes(config: ViTConfig) -> Sizes:
     """The size of each symbol according to a config."""
-    patch_height, patch_width = as_pair(config.patch_size)
-    height, width = as_pair(config.image_size)
+    patch_height, patch_width = make_pair(config.patch_size)
+    height, width = make_pair(config.image_size)
     sizes: Sizes = {
         "D": config.hidden_size,
         "F": config.intermediate_size,

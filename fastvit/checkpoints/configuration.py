@@ -36,11 +36,11 @@ SIZE_LIMITS = {
     "pooler_output_size": 2**16,
     "num_labels": 2**18,
 }
-PAIRS = ("image_size", "patch_size")  # one number, or (height, width)
-OPTIONAL = ("pooler_output_size", "num_labels")  # may be null
+PAIR_KEYS = ("image_size", "patch_size")  # one number, or (height, width)
+NULLABLE_KEYS = ("pooler_output_size", "num_labels")  # may be null
 
 # Numbers, and the least and the greatest that each may be.
-NUMBERS = {
+NUMBER_RANGES = {
     "layer_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 1e3),
     "hidden_dropout_prob": (0.0, 1.0),
@@ -51,16 +51,23 @@ NUMBERS = {
 # takes kernels from the hub.
 REFUSED_KEYS = ("transformers_weights", "per_layer_config", "fusion_config", "kernel_config", "distributed_config")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-ATTENTIONS = (None, "eager", "sdpa", "fastvit")
+ATTENTION_IMPLEMENTATIONS = (None, "eager", "sdpa", "fastvit")
 QUANTIZERS = ("bitsandbytes", "torchao")
 
 # Keys of a config.json that are no fields of ViTConfig but properties, meant to be set.
-SETTABLE = ("model_type", "num_labels", "output_attentions", "name_or_path", "torch_dtype", "_attn_implementation")
+SETTABLE_PROPERTIES = (
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "name_or_path",
+    "torch_dtype",
+    "_attn_implementation",
+)
 
-JSON_BYTES = 100 * 2**20  # a name for each of the most labels takes a tenth of it
+MAX_JSON_BYTES = 100 * 2**20  # a name for each of the most labels takes a tenth of it
 
 
-def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
+def make_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """A config's size, one number or (height, width), as (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
@@ -69,8 +76,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; raises InputError for anything else, however deep or long it is."""
     try:
         size = path.stat().st_size
-        if size > JSON_BYTES:
-            raise InputError(f"{path}: expected a JSON file of at most {JSON_BYTES:,} bytes, found {size:,}")
+        if size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: expected a JSON file of at most {MAX_JSON_BYTES:,} bytes, found {size:,}")
         content = json.loads(path.read_text(encoding="utf-8"))
     except InputError:
         raise
@@ -81,7 +88,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value for an error message: its beginning, should it be long or deep."""
     try:
         return reprlib.repr(value)
@@ -89,11 +96,11 @@ def shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_real(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     """Whether it is an ordinary number; a whole one that is too large for a float is not."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
@@ -103,7 +110,7 @@ def is_real(value: Any) -> bool:
         return False
 
 
-def checked_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
+def parse_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
     """The config that `stored`, the content of a config.json, describes.
 
     where: the file, for messages. Raises InputError for a key that cannot be followed and a value that is not what it
@@ -113,20 +120,22 @@ def checked_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
     for name, limit in SIZE_LIMITS.items():
         if name in stored:
             check_size(name, stored[name], limit, where)
-    for name, (least, greatest) in NUMBERS.items():
+    for name, (least, greatest) in NUMBER_RANGES.items():
         value = stored.get(name, least)
-        if not is_real(value) or not least <= value <= greatest:
-            raise InputError(f"{where}: {name}: expected a number from {least:g} to {greatest:g}, got {shown(value)}")
+        if not is_finite_number(value) or not least <= value <= greatest:
+            raise InputError(
+                f"{where}: {name}: expected a number from {least:g} to {greatest:g}, got {format_value(value)}"
+            )
     check_labels(stored, where)
     try:
         config = ViTConfig.from_dict(dict(stored))
     except Exception as error:  # the config's own validation has no common error class
-        raise InputError(f"{where}: not a valid ViT config: {shown_error(error)}") from error
-    check_together(config, where)
+        raise InputError(f"{where}: not a valid ViT config: {format_error(error)}") from error
+    check_consistency(config, where)
     return config
 
 
-def shown_error(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """The message of an error on one line of bounded length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."
@@ -136,61 +145,66 @@ def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
     """Refuse the keys that lead away from the tensors."""
     for key in REFUSED_KEYS:
         if stored.get(key) is not None:
-            raise InputError(f"{where}: {key}: a checkpoint may not say this, got {shown(stored[key])}")
+            raise InputError(f"{where}: {key}: a checkpoint may not say this, got {format_value(stored[key])}")
     for key in ATTENTION_KEYS:
-        if stored.get(key) not in ATTENTIONS:
-            expected = ", ".join(str(name) for name in ATTENTIONS[1:])
-            raise InputError(f"{where}: {key}: expected one of {expected}, got {shown(stored[key])}")
+        if stored.get(key) not in ATTENTION_IMPLEMENTATIONS:
+            expected = ", ".join(str(name) for name in ATTENTION_IMPLEMENTATIONS[1:])
+            raise InputError(f"{where}: {key}: expected one of {expected}, got {format_value(stored[key])}")
     quantization = stored.get("quantization_config")
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if method not in QUANTIZERS:
+            expected = " or ".join(QUANTIZERS)
             raise InputError(
-                f"{where}: quantization_config: expected quant_method {' or '.join(QUANTIZERS)}, got {shown(method)}"
+                f"{where}: quantization_config: expected quant_method {expected}, got {format_value(method)}"
             )
-    allowed = {field.name for field in dataclasses.fields(ViTConfig)} | set(SETTABLE)
+    allowed = {field.name for field in dataclasses.fields(ViTConfig)} | set(SETTABLE_PROPERTIES)
     for key in stored:
         # Set on the config, it would take the place of a method or of what the class says about itself.
         if key not in allowed and (hasattr(ViTConfig, key) or key.startswith("__")):
-            raise InputError(f"{where}: {shown(key)}: not a setting but a part of the config's class")
+            raise InputError(f"{where}: {format_value(key)}: not a setting but a part of the config's class")
     for key in ("dtype", "torch_dtype"):
         dtype = stored.get(key)
         named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
         if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-            raise InputError(f"{where}: {key}: expected a floating type such as float32, got {shown(dtype)}")
+            raise InputError(f"{where}: {key}: expected a floating type such as float32, got {format_value(dtype)}")
 
 
 def check_size(name: str, value: Any, limit: int, where: str | Path) -> None:
-    if value is None and name in OPTIONAL:
+    if value is None and name in NULLABLE_KEYS:
         return
     least = 0 if name == "num_labels" else 1
-    values = value if name in PAIRS and isinstance(value, (list, tuple)) else [value]
+    values = value if name in PAIR_KEYS and isinstance(value, (list, tuple)) else [value]
     is_pair_or_one = values is not value or len(values) == 2
-    if not is_pair_or_one or not all(is_whole(side) and least <= side <= limit for side in values):
-        kind = "a whole number, or a pair of them," if name in PAIRS else "a whole number"
-        raise InputError(f"{where}: {name}: expected {kind} from {least} to {limit:,}, got {shown(value)}")
+    if not is_pair_or_one or not all(is_integer(side) and least <= side <= limit for side in values):
+        kind = "a whole number, or a pair of them," if name in PAIR_KEYS else "a whole number"
+        raise InputError(f"{where}: {name}: expected {kind} from {least} to {limit:,}, got {format_value(value)}")
 
 
 def check_labels(stored: Mapping[str, Any], where: str | Path) -> None:
     names, limit = stored.get("id2label"), SIZE_LIMITS["num_labels"]
     if names is not None:
         if not isinstance(names, Mapping) or len(names) > limit:
-            raise InputError(f"{where}: id2label: expected an object of at most {limit:,} names, got {shown(names)}")
+            raise InputError(
+                f"{where}: id2label: expected an object of at most {limit:,} names, got {format_value(names)}"
+            )
         for key, name in names.items():
             if not str(key).isdecimal() or len(str(key)) > 9 or not isinstance(name, (str, int)):
-                raise InputError(f"{where}: id2label: expected numbers and names, got {shown(key)}: {shown(name)}")
+                raise InputError(
+                    f"{where}: id2label: expected numbers and names, got {format_value(key)}: {format_value(name)}"
+                )
     if not isinstance(stored.get("label2id"), Mapping | None):
-        raise InputError(f"{where}: label2id: expected an object, got {shown(stored['label2id'])}")
+        raise InputError(f"{where}: label2id: expected an object, got {format_value(stored['label2id'])}")
 
 
-def check_together(config: ViTConfig, where: str | Path) -> None:
+def check_consistency(config: ViTConfig, where: str | Path) -> None:
     """What settings must be in view of each other."""
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{where}: hidden_size: expected a multiple of num_attention_heads ({config.num_attention_heads}),"
             f" got {config.hidden_size}"
         )
-    image_size, patch_size = as_pair(config.image_size), as_pair(config.patch_size)
+    image_size, patch_size = make_pair(config.image_size), make_pair(config.patch_size)
     if any(side < patch for side, patch in zip(image_size, patch_size, strict=True)):
         raise InputError(f"{where}: image_size: expected room for one patch of {patch_size}, got {image_size}")
     for name in ("image_mean", "image_std"):
@@ -200,8 +214,8 @@ def check_together(config: ViTConfig, where: str | Path) -> None:
 
 def check_channels(name: str, values: Any, channels: int, where: str | Path) -> tuple[float, ...]:
     """The mean or standard deviation of pixels: a number a channel; a picture is divided by the latter."""
-    if not isinstance(values, (list, tuple)) or len(values) != channels or not all(map(is_real, values)):
-        raise InputError(f"{where}: {name}: expected {channels} values, finite numbers, got {shown(values)}")
+    if not isinstance(values, (list, tuple)) or len(values) != channels or not all(map(is_finite_number, values)):
+        raise InputError(f"{where}: {name}: expected {channels} values, finite numbers, got {format_value(values)}")
     if name.endswith("std") and min(values) <= 0:
-        raise InputError(f"{where}: {name}: expected numbers above 0, got {shown(values)}")
+        raise InputError(f"{where}: {name}: expected numbers above 0, got {format_value(values)}")
     return tuple(map(float, values))

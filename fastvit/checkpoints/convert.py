@@ -82,7 +82,7 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.absolute().parent) as scratch:
         fresh = Path(scratch) / ("new" + dest.suffix)
         write(checkpoint, fresh)
-        put_in_place(fresh, dest, Path(scratch) / "old")
+        replace_destination(fresh, dest, Path(scratch) / "old")
     return dest
 
 
@@ -107,7 +107,7 @@ def check_dest(dest: Path, to: Format, overwrite: bool) -> None:
         raise InputError(f"dest: {dest} is not a folder that holds a checkpoint alone: not overwritten")
 
 
-def put_in_place(fresh: Path, dest: Path, old: Path) -> None:
+def replace_destination(fresh: Path, dest: Path, old: Path) -> None:
     """Rename `fresh` to `dest`; a folder in the way goes to `old`, and comes back should the rename fail."""
     if not dest.is_dir():
         fresh.replace(dest)

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import ViTConfig
 
-from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, sizes_of
-from fastvit.checkpoints.configuration import checked_config, read_json, shown
-from fastvit.checkpoints.images import ImageSettings, image_settings
-from fastvit.checkpoints.names import CLASSIFIER, EMBEDDINGS, POOLER, has_any, list_parameters
+from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, compute_sizes
+from fastvit.checkpoints.configuration import format_value, parse_config, read_json
+from fastvit.checkpoints.images import ImageSettings, parse_image_settings
+from fastvit.checkpoints.names import CLASSIFIER, EMBEDDINGS, POOLER, contains_any, list_parameters
 from fastvit.checkpoints.tensors import read_weights, save_tensors
 from fastvit.errors import InputError
 
@@ -21,12 +21,13 @@ def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
     model_type = config_json.get("model_type")
     if model_type != "vit":
         raise InputError(
-            f'{source / "config.json"}: expected model_type "vit" or a timm "architecture", got {shown(model_type)}'
+            f'{source / "config.json"}: expected model_type "vit" or a timm "architecture",'
+            f" got {format_value(model_type)}"
         )
-    config = checked_config(config_json, source / "config.json")
-    sizes = sizes_of(config)
+    config = parse_config(config_json, source / "config.json")
+    sizes = compute_sizes(config)
     tensors = read_weights(source)
-    classifier = has_any(tensors, CLASSIFIER, "hf")
+    classifier = contains_any(tensors, CLASSIFIER, "hf")
     prefix = "vit." if "vit." + EMBEDDINGS[0].hf in tensors or classifier else ""
     parts = {
         "qkv_bias": config.qkv_bias,
@@ -48,7 +49,7 @@ def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
 def read_image_processor(source: Path, config: ViTConfig) -> ImageSettings:
     """Mean, std, size and filter from preprocessor_config.json; the defaults of ViTImageProcessor without the file."""
     path = source / "preprocessor_config.json"
-    return image_settings(read_json(path) if path.is_file() else {}, config, path)
+    return parse_image_settings(read_json(path) if path.is_file() else {}, config, path)
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:

@@ -10,19 +10,27 @@ from typing import Any
 from PIL import Image
 from transformers import ViTConfig
 
-from fastvit.checkpoints.configuration import SIZE_LIMITS, as_pair, check_channels, check_size, is_real, is_whole, shown
+from fastvit.checkpoints.configuration import (
+    SIZE_LIMITS,
+    check_channels,
+    check_size,
+    format_value,
+    is_finite_number,
+    is_integer,
+    make_pair,
+)
 from fastvit.errors import InputError
 
 ImageSettings = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int], int]  # mean, std, size, filter
 
 
-def image_settings(settings: Mapping[str, Any], config: ViTConfig, path: Path) -> ImageSettings:
+def parse_image_settings(settings: Mapping[str, Any], config: ViTConfig, path: Path) -> ImageSettings:
     """Mean, std, size and filter from the content of a preprocessor_config.json."""
     if not settings.get("do_rescale", True):
-        raise InputError(f"{path}: do_rescale: expected true, got {shown(settings['do_rescale'])}")
+        raise InputError(f"{path}: do_rescale: expected true, got {format_value(settings['do_rescale'])}")
     factor = settings.get("rescale_factor", 1 / 255)
-    if not is_real(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
-        raise InputError(f"{path}: rescale_factor: expected 1/255, got {shown(factor)}")
+    if not is_finite_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise InputError(f"{path}: rescale_factor: expected 1/255, got {format_value(factor)}")
     if settings.get("do_normalize", True):
         half = [0.5] * config.num_channels
         mean, std = settings.get("image_mean", half), settings.get("image_std", half)
@@ -32,12 +40,12 @@ def image_settings(settings: Mapping[str, Any], config: ViTConfig, path: Path) -
     if isinstance(size, dict):  # by the shortest edge, which a ViT then crops to its image size
         size = [size["height"], size["width"]] if {"height", "width"} <= size.keys() else config.image_size
     resample = settings.get("resample", Image.Resampling.BILINEAR)
-    return checked_image_settings(mean, std, size, resample, config.num_channels, path)
+    return check_image_settings(mean, std, size, resample, config.num_channels, path)
 
 
-def checked_image_settings(mean: Any, std: Any, size: Any, resample: Any, channels: int, path: Path) -> ImageSettings:
+def check_image_settings(mean: Any, std: Any, size: Any, resample: Any, channels: int, path: Path) -> ImageSettings:
     mean, std = check_channels("image_mean", mean, channels, path), check_channels("image_std", std, channels, path)
     check_size("image_size", size, SIZE_LIMITS["image_size"], path)
-    if not is_whole(resample) or resample not in list(Image.Resampling):
-        raise InputError(f"{path}: resample: expected the number of a filter of Pillow, got {shown(resample)}")
-    return mean, std, as_pair(size), int(resample)
+    if not is_integer(resample) or resample not in list(Image.Resampling):
+        raise InputError(f"{path}: resample: expected the number of a filter of Pillow, got {format_value(resample)}")
+    return mean, std, make_pair(size), int(resample)

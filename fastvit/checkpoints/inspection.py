@@ -18,14 +18,14 @@ from safetensors import safe_open
 from transformers import ViTConfig
 from transformers.utils import cached_file
 
-from fastvit.checkpoints.checkpoint import sizes_of
-from fastvit.checkpoints.configuration import checked_config, read_json, shown_error
+from fastvit.checkpoints.checkpoint import compute_sizes
+from fastvit.checkpoints.configuration import format_error, parse_config, read_json
 from fastvit.checkpoints.names import list_parameters
-from fastvit.checkpoints.tensors import read_tensors, shard_names
+from fastvit.checkpoints.tensors import read_shard_names, read_tensors
 from fastvit.errors import InputError
 
 # A quantised checkpoint packs at most this many weights into an element of a tensor (4-bit types).
-PACKED = 2
+MAX_PACKED_WEIGHTS = 2
 
 
 class Header(NamedTuple):
@@ -48,7 +48,7 @@ def read_config(model: str | Path, **hub: Any) -> dict[str, Any]:
     try:
         stored, _ = ViTConfig.get_config_dict(model, **hub)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{model}: config.json cannot be read: {shown_error(error)}") from error
+        raise InputError(f"{model}: config.json cannot be read: {format_error(error)}") from error
     return stored
 
 
@@ -67,16 +67,16 @@ def check_checkpoint(
     by. The other arguments are those of `from_pretrained`. Raises InputError, naming the file. Whether there are
     weights at all is left to transformers to say.
     """
-    config = checked_config(stored, f"{model}: config.json")
+    config = parse_config(stored, f"{model}: config.json")
     headers: dict[str, Header] = {}
-    for path in weight_files(model, use_safetensors, variant, hub):
+    for path in find_weight_files(model, use_safetensors, variant, hub):
         headers.update(read_headers(path, plain=stored.get("quantization_config") is None))
     if headers:
         is_quantized = stored.get("quantization_config") is not None
         check_headers(headers, config, key_mapping, str(model), is_quantized)
 
 
-def weight_files(
+def find_weight_files(
     model: str | Path, use_safetensors: bool | None, variant: str | None, hub: Mapping[str, Any]
 ) -> list[Path]:
     """The files that transformers takes a checkpoint's weights from, all of its shards; none where there are none."""
@@ -87,17 +87,17 @@ def weight_files(
         names += ["pytorch_model.bin", "pytorch_model.bin.index.json"]
     for name in names:
         stem, suffix = name.split(".", 1)
-        path = find_file(model, name if variant is None else f"{stem}.{variant_in(suffix, variant)}", hub)
+        path = find_file(model, name if variant is None else f"{stem}.{insert_variant(suffix, variant)}", hub)
         if path is None:
             continue
         if path.suffix != ".json":
             return [path]
-        shards = [find_file(model, shard, hub) for shard in shard_names(path)]
+        shards = [find_file(model, shard, hub) for shard in read_shard_names(path)]
         return [shard for shard in shards if shard is not None]
     return []
 
 
-def variant_in(suffix: str, variant: str) -> str:
+def insert_variant(suffix: str, variant: str) -> str:
     """The ending of a file of a variant: "fp16.safetensors", "safetensors.index.fp16.json"."""
     before, dot, last = suffix.rpartition(".")
     return f"{before}{dot}{variant}.{last}"
@@ -132,7 +132,7 @@ def read_headers(path: Path, *, plain: bool = True) -> dict[str, Header]:
                 for name, part in slices.items()
             }
     except Exception as error:  # safetensors' own error, the system's, those of memory mapping
-        raise InputError(f"{path}: not a readable file of tensors: {shown_error(error)}") from error
+        raise InputError(f"{path}: not a readable file of tensors: {format_error(error)}") from error
 
 
 def check_headers(
@@ -146,14 +146,14 @@ def check_headers(
 
     Heads may differ from the config. Names that are not ours are left for the loading itself to report.
     """
-    tensors = {our_name(name, key_mapping): header for name, header in headers.items()}
+    tensors = {translate_name(name, key_mapping): header for name, header in headers.items()}
     layers = {match[1] for name in tensors if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
     if layers and len(layers) < config.num_hidden_layers:
         raise InputError(
             f"{where}: config.json: num_hidden_layers: expected {len(layers)}, as its weights have,"
             f" got {config.num_hidden_layers}"
         )
-    sizes = {"1": 1, **sizes_of(config)}
+    sizes = {"1": 1, **compute_sizes(config)}
     described = 0
     for row in list_parameters(
         config.num_hidden_layers, qkv_bias=config.qkv_bias, pooler=False, classifier=False, prefix=""
@@ -172,11 +172,11 @@ def check_headers(
             raise InputError(f"{where}: {row.hf}: expected floating point weights, found {header.dtype}")
     # Whatever the names are: a model is not made that is larger than its weights.
     held = sum(math.prod(header.shape) for header in headers.values())
-    if described > PACKED * held:
+    if described > MAX_PACKED_WEIGHTS * held:
         raise InputError(f"{where}: config.json describes a model of {described:,} weights, its files hold {held:,}")
 
 
-def our_name(name: str, key_mapping: Mapping[str, str]) -> str:
+def translate_name(name: str, key_mapping: Mapping[str, str]) -> str:
     for pattern, replacement in key_mapping.items():
         name = re.sub(pattern, replacement, name)
     return name.removeprefix("vit.")
@@ -227,4 +227,4 @@ def check_shard_metadata(folder: Path) -> None:
             with path.open("rb") as file:
                 ShardUnpickler(file).load()
         except Exception as error:  # a damaged pickle raises anything
-            raise InputError(f"{path}: expected parts of a sharded checkpoint alone: {shown_error(error)}") from error
+            raise InputError(f"{path}: expected parts of a sharded checkpoint alone: {format_error(error)}") from error

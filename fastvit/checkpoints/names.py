@@ -95,7 +95,7 @@ def list_parameters(depth: int, *, qkv_bias: bool, pooler: bool, classifier: boo
     return rows + list(CLASSIFIER) if classifier else rows
 
 
-def has_any(names: Mapping[str, Any], rows: Sequence[Parameter], fmt: Format) -> bool:
+def contains_any(names: Mapping[str, Any], rows: Sequence[Parameter], fmt: Format) -> bool:
     return any(getattr(row, fmt).format(0) in names for row in rows)
 
 

@@ -8,15 +8,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, rows_of, sizes_of
-from fastvit.checkpoints.configuration import as_pair
-from fastvit.checkpoints.foreign import check_writable_config, config_of, foreign_parts, refuse_foreign_parts
+from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, compute_sizes, list_checkpoint_parameters
+from fastvit.checkpoints.config_inference import (
+    check_writable_config,
+    detect_optional_parts,
+    infer_config,
+    reject_unsupported_parts,
+)
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.names import JAX_ORDER, count_layers, list_parameters
 from fastvit.checkpoints.tensors import read_arrays
 from fastvit.errors import InputError
 
 # What this model cannot express, by a part of the array's name.
-REFUSED = {
+UNSUPPORTED = {
     r"^(conv_root|gn_root|block\d)/": "a convolutional stem",
     r"^MAPHead_0/": "attention pooling",
     r"^pos_embedding$|/MultiHeadDotProductAttention_0/": "big_vision's later layout",
@@ -25,8 +30,8 @@ REFUSED = {
 
 def read_npz(source: Path) -> Checkpoint:
     tensors = read_arrays(source)
-    refuse_foreign_parts(tensors, "npz", REFUSED, source)
-    parts, tensors = foreign_parts(tensors, "npz", source)
+    reject_unsupported_parts(tensors, "npz", UNSUPPORTED, source)
+    parts, tensors = detect_optional_parts(tensors, "npz", source)
     depth = count_layers(tensors, "npz")
     rows = list_parameters(depth, **parts, prefix="vit." if parts["classifier"] else "")
     sizes = check_tensors(tensors, rows, "npz", {}, source)
@@ -41,18 +46,18 @@ def read_npz(source: Path) -> Checkpoint:
         order = JAX_ORDER[len(symbols)]
         jax_order_shape = [sizes[symbols[dim]] for dim in order]
         state_dict[row.hf] = tensors[row.npz].reshape(jax_order_shape).permute(*np.argsort(order).tolist())
-    config = config_of(sizes, "npz", depth, parts["qkv_bias"], None, source)
+    config = infer_config(sizes, "npz", depth, parts["qkv_bias"], None, source)
     # The authors' input pipeline: bilinear, pixels in -1..1.
     half = (0.5,) * config.num_channels
-    size = as_pair(config.image_size)
+    size = make_pair(config.image_size)
     return Checkpoint(config, state_dict, half, half, size, int(Image.Resampling.BILINEAR), source_format="npz")
 
 
 def write_npz(checkpoint: Checkpoint, path: Path) -> None:
     check_writable_config(checkpoint.config, "npz")
-    sizes = {"1": 1, **sizes_of(checkpoint.config)}
+    sizes = {"1": 1, **compute_sizes(checkpoint.config)}
     arrays = {}
-    for row in rows_of(checkpoint):
+    for row in list_checkpoint_parameters(checkpoint):
         tensor = checkpoint.state_dict[row.hf]
         if tensor.dtype == torch.bfloat16:
             tensor = tensor.float()

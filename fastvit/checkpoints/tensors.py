@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastvit.checkpoints.configuration import read_json, shown, shown_error
+from fastvit.checkpoints.configuration import format_error, format_value, read_json
 from fastvit.errors import InputError, printable
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -27,19 +27,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     if path.suffix != ".json":
         return read_tensors(path)
     tensors: dict[str, Tensor] = {}
-    for shard in shard_names(path):
+    for shard in read_shard_names(path):
         tensors.update(read_tensors(folder / shard))
     return tensors
 
 
-def shard_names(index: Path) -> list[str]:
+def read_shard_names(index: Path) -> list[str]:
     """The files that an index of shards names; they stand beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise InputError(f"{index}: expected a weight_map of tensors to files, got {shown(weight_map)}")
+        raise InputError(f"{index}: expected a weight_map of tensors to files, got {format_value(weight_map)}")
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise InputError(f"{index}: expected the names of files beside it, got {shown(shard)}")
+            raise InputError(f"{index}: expected the names of files beside it, got {format_value(shard)}")
     return sorted(set(weight_map.values()))
 
 
@@ -57,7 +57,7 @@ def read_tensors(path: Path, *, plain: bool = True) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:  # its advice is to run the code
         raise InputError(f"{path}: expected tensors alone: damaged, or with objects that could run code") from error
     except Exception as error:  # no common class: a missing shard, a cut-off file, ...
-        raise InputError(f"{path}: not a readable file of tensors alone: {shown_error(error)}") from error
+        raise InputError(f"{path}: not a readable file of tensors alone: {format_error(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]
@@ -82,8 +82,8 @@ def is_plain_tensor(tensor: Tensor) -> bool:
 
 
 # An .npz file may be compressed. Weights are noise, of which little can be saved: what grows more would fill memory.
-MOST_EXPANSION = 50
-EXPANSION_FREE = 2**26  # bytes: small files of equal numbers do no harm
+MAX_EXPANSION = 50
+UNCHECKED_EXPANSION = 2**26  # bytes: small files of equal numbers do no harm
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             expanded = sum(entry.file_size for entry in archive.infolist())
-        if expanded > max(EXPANSION_FREE, MOST_EXPANSION * path.stat().st_size):
+        if expanded > max(UNCHECKED_EXPANSION, MAX_EXPANSION * path.stat().st_size):
             raise InputError(f"{path}: expected weights, found {path.stat().st_size:,} bytes that grow to {expanded:,}")
         with np.load(path, allow_pickle=False) as archive:
             prefixes = ("params/", "opt/target/")
@@ -100,7 +100,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     except InputError:
         raise
     except Exception as error:  # numpy and zipfile raise each their own
-        raise InputError(f"{path}: not a readable .npz file of plain arrays: {shown_error(error)}") from error
+        raise InputError(f"{path}: not a readable .npz file of plain arrays: {format_error(error)}") from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
             found = getattr(array, "dtype", type(array).__name__)

@@ -12,20 +12,25 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig
 
-from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, rows_of
-from fastvit.checkpoints.configuration import is_whole, shown
-from fastvit.checkpoints.foreign import check_writable_config, config_of, foreign_parts, refuse_foreign_parts
-from fastvit.checkpoints.images import ImageSettings, checked_image_settings
+from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, list_checkpoint_parameters
+from fastvit.checkpoints.config_inference import (
+    check_writable_config,
+    detect_optional_parts,
+    infer_config,
+    reject_unsupported_parts,
+)
+from fastvit.checkpoints.configuration import format_value, is_integer
+from fastvit.checkpoints.images import ImageSettings, check_image_settings
 from fastvit.checkpoints.names import EMBEDDINGS, count_layers, group_by_name, list_parameters
 from fastvit.checkpoints.tensors import save_tensors
 from fastvit.errors import InputError
 
 # Heads of timm models whose heads are not 64 wide: by architecture, else by hidden size (huge, giant, gigantic).
-TIMM_HEADS_OF_ARCHITECTURE = {"test_vit": 2}
-TIMM_HEADS_OF_WIDTH = {1280: 16, 1408: 16, 1664: 16}
+TIMM_HEADS_BY_ARCHITECTURE = {"test_vit": 2}
+TIMM_HEADS_BY_HIDDEN_SIZE = {1280: 16, 1408: 16, 1664: 16}
 
 # What this model cannot express, by a part of the tensor's name.
-REFUSED = {
+UNSUPPORTED = {
     r"\bls[12]\.gamma|\bgamma_[12]$": "LayerScale",
     r"\b[qk]_norm\.": "query and key normalisation",
     r"^fc_norm\.": "global pooling (fc_norm)",
@@ -46,27 +51,27 @@ TIMM_DEFAULTS = {
 def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_heads: int | None) -> Checkpoint:
     if any(name.removeprefix("vit.") == EMBEDDINGS[0].hf for name in tensors):
         raise InputError(f"{source}: these are Hugging Face names: give the folder that holds its config.json")
-    refuse_foreign_parts(tensors, "timm", REFUSED, source)
-    options = timm_options(config_json, source)
-    parts, tensors = foreign_parts(tensors, "timm", source)
-    refuse_gated_mlp(tensors, source)
+    reject_unsupported_parts(tensors, "timm", UNSUPPORTED, source)
+    options = merge_timm_options(config_json, source)
+    parts, tensors = detect_optional_parts(tensors, "timm", source)
+    reject_gated_mlp(tensors, source)
     depth = count_layers(tensors, "timm")
     rows = list_parameters(depth, **parts, prefix="vit." if parts["classifier"] else "")
     known = {"L": options["num_classes"]} if parts["classifier"] and options.get("num_classes") else {}
     sizes = check_tensors(tensors, rows, "timm", known, source)
-    sizes["H"] = num_heads or timm_heads(sizes["D"], options, source)
+    sizes["H"] = num_heads or infer_timm_heads(sizes["D"], options, source)
     if sizes["H"] < 1 or sizes["D"] % sizes["H"]:
         raise InputError(f"num_heads: expected a divisor of the hidden size {sizes['D']}, got {sizes['H']}")
 
     state_dict: dict[str, Tensor] = {}
     for name, group in group_by_name(rows, "timm").items():
         state_dict.update(zip((row.hf for row in group), tensors[name].chunk(len(group)), strict=True))
-    labels = timm_labels(options, sizes.get("L"), source)
-    config = config_of(sizes, "timm", depth, parts["qkv_bias"], labels, source)
-    return Checkpoint(config, state_dict, *timm_image_settings(options, config, source), source_format="timm")
+    labels = read_timm_labels(options, sizes.get("L"), source)
+    config = infer_config(sizes, "timm", depth, parts["qkv_bias"], labels, source)
+    return Checkpoint(config, state_dict, *read_timm_image_settings(options, config, source), source_format="timm")
 
 
-def refuse_gated_mlp(tensors: Mapping[str, Tensor], source: Path) -> None:
+def reject_gated_mlp(tensors: Mapping[str, Tensor], source: Path) -> None:
     """A packed SwiGLU has the names of a plain feed-forward, but fc1 is twice as high as fc2 is wide."""
     first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     if first is not None and second is not None and first.shape[:1] == (2 * second.shape[-1],):
@@ -76,7 +81,7 @@ def refuse_gated_mlp(tensors: Mapping[str, Tensor], source: Path) -> None:
         )
 
 
-def timm_options(config_json: dict[str, Any], source: Path) -> dict[str, Any]:
+def merge_timm_options(config_json: dict[str, Any], source: Path) -> dict[str, Any]:
     """The three levels of a timm config.json as one; options that this model cannot follow are refused."""
     levels = [config_json, *(config_json.get(level) or {} for level in ("pretrained_cfg", "model_args"))]
     if not all(isinstance(level, dict) for level in levels):
@@ -86,18 +91,22 @@ def timm_options(config_json: dict[str, Any], source: Path) -> dict[str, Any]:
         options.update({key: config_json[key]} if key in config_json else {})
     for key, accepted in TIMM_DEFAULTS.items():
         if options.get(key) not in (None, *accepted):
-            raise InputError(f"{source / 'config.json'}: {key}: expected {accepted[-1]!r}, got {shown(options[key])}")
+            raise InputError(
+                f"{source / 'config.json'}: {key}: expected {accepted[-1]!r}, got {format_value(options[key])}"
+            )
     for key in ("num_classes", "num_heads"):
-        if options.get(key) is not None and not (is_whole(options[key]) and options[key] >= 0):
-            raise InputError(f"{source / 'config.json'}: {key}: expected a whole number, got {shown(options[key])}")
+        if options.get(key) is not None and not (is_integer(options[key]) and options[key] >= 0):
+            raise InputError(
+                f"{source / 'config.json'}: {key}: expected a whole number, got {format_value(options[key])}"
+            )
     return options
 
 
-def timm_heads(hidden_size: int, options: dict[str, Any], source: Path) -> int:
+def infer_timm_heads(hidden_size: int, options: dict[str, Any], source: Path) -> int:
     heads = (
         options.get("num_heads")
-        or TIMM_HEADS_OF_ARCHITECTURE.get(str(options.get("architecture")))
-        or TIMM_HEADS_OF_WIDTH.get(hidden_size)
+        or TIMM_HEADS_BY_ARCHITECTURE.get(str(options.get("architecture")))
+        or TIMM_HEADS_BY_HIDDEN_SIZE.get(hidden_size)
     )
     if heads is None and hidden_size % 64:
         raise InputError(
@@ -107,21 +116,21 @@ def timm_heads(hidden_size: int, options: dict[str, Any], source: Path) -> int:
     return int(heads or hidden_size // 64)
 
 
-def timm_labels(options: dict[str, Any], num_labels: int | None, source: Path) -> list[str] | None:
+def read_timm_labels(options: dict[str, Any], num_labels: int | None, source: Path) -> list[str] | None:
     names = options.get("label_names")
     if not names or num_labels is None:
         return None
     if isinstance(names, dict):
         names = [names.get(str(index)) for index in range(len(names))]
     if not isinstance(names, list):
-        raise InputError(f"{source / 'config.json'}: label_names: expected a list of names, got {shown(names)}")
+        raise InputError(f"{source / 'config.json'}: label_names: expected a list of names, got {format_value(names)}")
     if len(names) != num_labels or not all(isinstance(name, str) for name in names):
         warnings.warn(f"{source}: label_names ignored: expected {num_labels} names, got {len(names)}", stacklevel=2)
         return None
     return list(names)
 
 
-def timm_image_settings(options: dict, config: ViTConfig, source: Path) -> ImageSettings:
+def read_timm_image_settings(options: dict, config: ViTConfig, source: Path) -> ImageSettings:
     """Mean, std, size and filter; timm's crop_pct is left out, a ViTImageProcessor resizes the whole picture."""
     mean, std = options.get("mean"), options.get("std")
     if mean is None or std is None:
@@ -130,12 +139,12 @@ def timm_image_settings(options: dict, config: ViTConfig, source: Path) -> Image
     name = options.get("interpolation") or "bicubic"
     resample = Image.Resampling.__members__.get(str(name).upper())
     if resample is None:
-        raise InputError(f"{source}: interpolation: expected a filter of Pillow, got {shown(name)}")
-    return checked_image_settings(mean, std, config.image_size, resample, config.num_channels, source)
+        raise InputError(f"{source}: interpolation: expected a filter of Pillow, got {format_value(name)}")
+    return check_image_settings(mean, std, config.image_size, resample, config.num_channels, source)
 
 
 def write_timm(checkpoint: Checkpoint, path: Path) -> None:
     check_writable_config(checkpoint.config, "timm")
-    groups = group_by_name(rows_of(checkpoint), "timm")
+    groups = group_by_name(list_checkpoint_parameters(checkpoint), "timm")
     state_dict = checkpoint.state_dict
     save_tensors({name: torch.cat([state_dict[row.hf] for row in group]) for name, group in groups.items()}, path)

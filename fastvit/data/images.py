@@ -27,7 +27,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from fastvit.checkpoints.configuration import shown_error
+from fastvit.checkpoints.configuration import format_error
 from fastvit.errors import InputError, printable
 
 # Above this many bytes of pixels a split is kept in a file that the system pages in, not in memory.
@@ -89,7 +89,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"{name}: expected a picture of at most {limit:,} pixels, to fit into memory") from None
     except Exception as error:  # decoders have no common class: struct.error, EOFError, MemoryError, ...
-        raise InputError(f"{name}: cannot be decoded ({shown_error(error)})") from None
+        raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -155,7 +155,7 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         except Exception as error:  # see `decode_image`
-            raise InputError(f"{name}: cannot be decoded ({shown_error(error)})") from None
+            raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
     if isinstance(source, torch.Tensor):
         return array_to_image(source.detach().cpu().numpy(), name)
     if isinstance(source, np.ndarray):

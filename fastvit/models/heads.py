@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.errors import InputError
 from fastvit.models import fused
 from fastvit.models.pretrained import TRANSFORMERS_NAMES, ViTPreTrainedModel
@@ -248,8 +248,8 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         """
         if not isinstance(pixel_values, Tensor):
             raise InputError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
-        patch_size = as_pair(self.config.patch_size)
-        if bool_masked_pos is not None and patch_size != as_pair(self.config.encoder_stride):
+        patch_size = make_pair(self.config.patch_size)
+        if bool_masked_pos is not None and patch_size != make_pair(self.config.encoder_stride):
             raise InputError(
                 "config.encoder_stride: expected the patch size, so that the reconstruction has the image's size;"
                 f" got encoder_stride {self.config.encoder_stride} and patch_size {self.config.patch_size}"

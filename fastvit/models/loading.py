@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 from transformers import ViTConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
-from fastvit.checkpoints.configuration import checked_config, read_json, shown
-from fastvit.checkpoints.images import ImageSettings, image_settings
+from fastvit.checkpoints.configuration import format_value, parse_config, read_json
+from fastvit.checkpoints.images import ImageSettings, parse_image_settings
 from fastvit.checkpoints.inspection import read_config
 from fastvit.errors import InputError
 from fastvit.models.heads import ViTForImageClassification
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 def load_config(model: str) -> ViTConfig:
     """The config of a hub id or folder, with errors that a person can act on."""
-    return _guard(model, lambda: checked_config(read_config(model), f"{model}: config.json"))
+    return _guard(model, lambda: parse_config(read_config(model), f"{model}: config.json"))
 
 
 def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
@@ -54,8 +54,8 @@ def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
     for name, expected in (("do_resize", True), ("do_center_crop", False), ("do_pad", False)):
         value = settings.get(name)
         if value is not None and value is not expected:
-            raise InputError(f"{path}: {name}: expected {str(expected).lower()}, got {shown(value)}")
-    return image_settings(settings, config, path)
+            raise InputError(f"{path}: {name}: expected {str(expected).lower()}, got {format_value(value)}")
+    return parse_image_settings(settings, config, path)
 
 
 def _guard(model: str, load: Callable[[], T]) -> T:

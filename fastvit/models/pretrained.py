@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ViTConfig
 from transformers import initialization as init
 
-from fastvit.checkpoints.configuration import as_pair, shown
+from fastvit.checkpoints.configuration import format_value, make_pair
 from fastvit.checkpoints.inspection import check_checkpoint, read_config
 from fastvit.errors import InputError
 from fastvit.models.attention_interface import register_attention
@@ -80,7 +80,7 @@ class ViTPreTrainedModel(PreTrainedModel):
             if stored.get("model_type") != "vit":
                 raise InputError(
                     f"{pretrained_model_name_or_path}: expected a checkpoint of model type 'vit',"
-                    f" found {shown(stored.get('model_type'))}"
+                    f" found {format_value(stored.get('model_type'))}"
                 )
             if kwargs.get("weights_only", True):  # who sets it to False trusts the checkpoint
                 files = {name: kwargs[name] for name in ("use_safetensors", "variant") if name in kwargs}
@@ -116,7 +116,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         """Make the model take pictures of `image_size` from now on; its position embeddings are resampled in place."""
         embeddings = self.base_model.embeddings
         old_grid, new_grid = (
-            embeddings.patch_embeddings.compute_grid(as_pair(size)) for size in (self.config.image_size, image_size)
+            embeddings.patch_embeddings.compute_grid(make_pair(size)) for size in (self.config.image_size, image_size)
         )
         self.config.image_size = image_size
         if old_grid != new_grid:

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastvit import ops
-from fastvit.checkpoints.configuration import as_pair, shown
+from fastvit.checkpoints.configuration import format_value, make_pair
 from fastvit.errors import InputError
 from fastvit.ops import varlen
 from fastvit.ops.varlen import Mask, Packing
@@ -51,7 +51,7 @@ class ViTPatchEmbeddings(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        self.patch_size = as_pair(config.patch_size)
+        self.patch_size = make_pair(config.patch_size)
         self.num_channels = config.num_channels
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
 
@@ -71,7 +71,7 @@ class ViTEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embeddings = ViTPatchEmbeddings(config)
-        rows, columns = self.patch_embeddings.compute_grid(as_pair(config.image_size))
+        rows, columns = self.patch_embeddings.compute_grid(make_pair(config.image_size))
         if rows * columns == 0:
             raise InputError(
                 f"config.image_size: expected room for one patch of {config.patch_size}, got {config.image_size}"
@@ -96,7 +96,7 @@ class ViTEmbeddings(nn.Module):
 
     def get_position_embeddings(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
         """The position embeddings [1, N, D] of images of this size."""
-        image_size, own_size = self.read_image_size(pixel_values), as_pair(self.config.image_size)
+        image_size, own_size = self.read_image_size(pixel_values), make_pair(self.config.image_size)
         if interpolate:
             grid = self.patch_embeddings.compute_grid
             return resample_position_embeddings(self.position_embeddings, grid(own_size), grid(image_size))
@@ -137,7 +137,7 @@ class ViTEmbeddings(nn.Module):
             )
         if not (pixel_values.is_floating_point() or pixel_values.dtype == torch.uint8):
             raise InputError(f"{name}: expected floating or uint8 pixels, got {pixel_values.dtype}")
-        image_size = as_pair(
+        image_size = make_pair(
             pixel_values.shape[-2:] if pixel_values.shape[-3] == channels else pixel_values.shape[-3:-1]
         )
         if image_size[0] < patch_size[0] or image_size[1] < patch_size[1]:
@@ -256,7 +256,9 @@ class ViTAttention(nn.Module):
 def read_activation_name(config: ViTConfig, option: str) -> str:
     name = getattr(config, option)
     if name not in ops.ACTIVATIONS:
-        raise InputError(f"config.{option}: expected one of {', '.join(sorted(ops.ACTIVATIONS))}, got {shown(name)}")
+        raise InputError(
+            f"config.{option}: expected one of {', '.join(sorted(ops.ACTIVATIONS))}, got {format_value(name)}"
+        )
     return name
 
 

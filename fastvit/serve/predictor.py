@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.images import to_image
 from fastvit.errors import InputError
 from fastvit.models.loading import load_pretrained
@@ -263,9 +263,9 @@ def check_fit(model: nn.Module, preprocessor: Preprocessor) -> None:
         raise InputError("model: config.problem_type: expected a classifier, got 'regression'")
     if getattr(config, "num_channels", 3) != 3:
         raise InputError(f"model: config.num_channels: expected 3, for RGB, got {config.num_channels}")
-    if isinstance(model, ViTPreTrainedModel) and as_pair(config.image_size) != preprocessor.image_size:
+    if isinstance(model, ViTPreTrainedModel) and make_pair(config.image_size) != preprocessor.image_size:
         raise InputError(
-            f"image processor: expected pictures of {as_pair(config.image_size)} (height, width) for this model,"
+            f"image processor: expected pictures of {make_pair(config.image_size)} (height, width) for this model,"
             f" got {preprocessor.image_size}"
         )
 

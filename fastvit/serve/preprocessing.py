@@ -21,10 +21,10 @@ from fastvit.checkpoints.configuration import (
     SIZE_LIMITS,
     check_channels,
     check_size,
-    is_real,
-    is_whole,
-    shown,
-    shown_error,
+    format_error,
+    format_value,
+    is_finite_number,
+    is_integer,
 )
 from fastvit.errors import InputError
 from fastvit.models.loading import read_image_settings
@@ -65,15 +65,19 @@ class Preprocessor:
                 f" got size {resize} and crop_size {crop}"
             )
         factor = settings["rescale_factor"] if settings.get("do_rescale") else 1.0
-        if not is_real(factor) or not 0 < factor <= 1:
-            raise InputError(f"{where}: rescale_factor: expected a number above 0 and up to 1, got {shown(factor)}")
+        if not is_finite_number(factor) or not 0 < factor <= 1:
+            raise InputError(
+                f"{where}: rescale_factor: expected a number above 0 and up to 1, got {format_value(factor)}"
+            )
         normalizes = settings.get("do_normalize")
         mean = channels_of(settings, "image_mean", where) if normalizes else (0.0, 0.0, 0.0)
         std = channels_of(settings, "image_std", where) if normalizes else (1.0, 1.0, 1.0)
         resample = settings.get("resample")
         resample = Image.Resampling.BILINEAR if resample is None else resample
-        if not is_whole(resample) or resample not in list(Image.Resampling):
-            raise InputError(f"{where}: resample: expected the number of a filter of Pillow, got {shown(resample)}")
+        if not is_integer(resample) or resample not in list(Image.Resampling):
+            raise InputError(
+                f"{where}: resample: expected the number of a filter of Pillow, got {format_value(resample)}"
+            )
         rescale = 1.0 if math.isclose(255 * factor, 1.0, rel_tol=1e-5) else 255 * factor
         return cls(
             resize,
@@ -117,13 +121,13 @@ def size_of(settings: dict[str, Any], option: str, where: str) -> tuple[int, int
         return size["height"], size["width"]
     if set(size) == {"shortest_edge"}:
         return size["shortest_edge"]
-    raise InputError(f"{where}: {option}: expected height and width, or shortest_edge, got {shown(size)}")
+    raise InputError(f"{where}: {option}: expected height and width, or shortest_edge, got {format_value(size)}")
 
 
 def channels_of(settings: dict[str, Any], option: str, where: str) -> tuple[float, ...]:
     """Mean or standard deviation of the three channels, which may be one number for all."""
     values = settings[option]
-    return check_channels(option, [values] * 3 if is_real(values) else values, 3, where)
+    return check_channels(option, [values] * 3 if is_finite_number(values) else values, 3, where)
 
 
 def load_preprocessor(model: str) -> Preprocessor:
@@ -141,7 +145,7 @@ def load_preprocessor(model: str) -> Preprocessor:
     except InputError:
         raise
     except Exception as error:  # a value of a kind that transformers does not expect, or in a method's place
-        raise InputError(f"{path}: not the settings of an image processor: {shown_error(error)}") from error
+        raise InputError(f"{path}: not the settings of an image processor: {format_error(error)}") from error
 
 
 def kind_of(processor_type: Any, where: str) -> str:
@@ -149,6 +153,6 @@ def kind_of(processor_type: Any, where: str) -> str:
     kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(processor_type))
     if kind not in KNOWN:
         raise InputError(
-            f"{where}: image_processor_type: expected one for {', '.join(KNOWN)}, got {shown(processor_type)}"
+            f"{where}: image_processor_type: expected one for {', '.join(KNOWN)}, got {format_value(processor_type)}"
         )
     return kind

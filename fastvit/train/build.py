@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImageProcessorPil
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
 from fastvit.data.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.data.streaming import Stream, StreamedDataset, stream_images
@@ -173,7 +173,7 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
     config.update(labels)
     if options.image_size is not None:
         config.image_size = options.image_size
-        patch_size = as_pair(config.patch_size)
+        patch_size = make_pair(config.patch_size)
         if any(options.image_size % side for side in patch_size):
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
@@ -184,7 +184,7 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
 
 def load_image_processor(options: argparse.Namespace, model: ViTForImageClassification) -> ViTImageProcessorPil:
     """The processor that goes with the model: its own normalisation and resampling, at the size it is trained for."""
-    height, width = as_pair(model.config.image_size)
+    height, width = make_pair(model.config.image_size)
     settings: dict[str, Any] = {}
     if options.from_scratch is None:
         base = load_image_settings(options.model, model.config)

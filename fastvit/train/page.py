@@ -27,7 +27,7 @@ from transformers import TrainerState
 
 import fastvit
 from fastvit import ops
-from fastvit.checkpoints.configuration import as_pair
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.models.loading import load_pretrained
@@ -139,7 +139,7 @@ def gather_report(
     config = model.config
     architecture = (
         f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {parameters:.1f} M parameters,"
-        f" pictures of {'×'.join(map(str, as_pair(config.image_size)))}"
+        f" pictures of {'×'.join(map(str, make_pair(config.image_size)))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
     return RunReport(

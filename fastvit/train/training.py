@@ -31,7 +31,7 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from fastvit.checkpoints.configuration import is_real, is_whole, read_json, shown, shown_error
+from fastvit.checkpoints.configuration import format_error, format_value, is_finite_number, is_integer, read_json
 from fastvit.checkpoints.inspection import check_shapes, check_shard_metadata, read_headers
 from fastvit.data.images import ImageSet
 from fastvit.data.streaming import Stream, stream_loader
@@ -451,18 +451,18 @@ def unreadable_checkpoint_is_input_error(folder: str | Path | None) -> Iterator[
     except pickle.UnpicklingError as error:  # its advice is to run the code
         raise InputError(f"--resume: {folder}: a file is damaged, or holds objects that could run code") from error
     except Exception as error:
-        raise InputError(f"--resume: {folder}: cannot be loaded ({shown_error(error)})") from error
+        raise InputError(f"--resume: {folder}: cannot be loaded ({format_error(error)})") from error
 
 
 def check_trainer_state(path: Path) -> None:
     """Whether trainer_state.json holds the numbers that Trainer counts with."""
     state = read_json(path)
     for name in ("global_step", "max_steps"):
-        if not is_whole(state.get(name)) or not 0 <= state[name] < 2**53:
-            raise InputError(f"{path}: {name}: expected a whole number, got {shown(state.get(name))}")
+        if not is_integer(state.get(name)) or not 0 <= state[name] < 2**53:
+            raise InputError(f"{path}: {name}: expected a whole number, got {format_value(state.get(name))}")
     for name in ("epoch", "num_train_epochs"):
-        if not is_real(state.get(name)) or state[name] < 0:
-            raise InputError(f"{path}: {name}: expected a number, got {shown(state.get(name))}")
+        if not is_finite_number(state.get(name)) or state[name] < 0:
+            raise InputError(f"{path}: {name}: expected a number, got {format_value(state.get(name))}")
     TrainerState.load_from_json(str(path))
 
 

@@ -137,19 +137,19 @@ def collect_calls(
 
 def make_pixels(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images as a model takes them; ours takes bytes as well, and gets them of `fastvit finetune` and `Predictor`."""
-    from fastvit.checkpoints.configuration import as_pair
+    from fastvit.checkpoints.configuration import make_pair
     from fastvit.models.pretrained import ViTPreTrainedModel
 
     config = getattr(model, "config", None)
     native_size = (
         getattr(config, "image_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
     )
-    height, width = as_pair(image_size or native_size)
+    height, width = make_pair(image_size or native_size)
     channels = getattr(config, "num_channels", 3)
     first = next(model.parameters())
     options = {}
     if isinstance(model, ViTPreTrainedModel):
-        options = {"interpolate_pos_encoding": True} if (height, width) != as_pair(native_size) else {}
+        options = {"interpolate_pos_encoding": True} if (height, width) != make_pair(native_size) else {}
         yield torch.zeros(batch_size, height, width, channels, dtype=torch.uint8, device=first.device), options
     yield torch.zeros(batch_size, channels, height, width, dtype=first.dtype, device=first.device), options
 

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from transformers import ViTConfig
 
-from fastvit.checkpoints.configuration import shown
-from fastvit.checkpoints.names import CLASSIFIER, EMBEDDINGS, POOLER, QKV_BIAS, Format, Sizes, has_any
+from fastvit.checkpoints.configuration import format_value
+from fastvit.checkpoints.names import CLASSIFIER, EMBEDDINGS, POOLER, QKV_BIAS, Format, Sizes, contains_any
 from fastvit.errors import InputError
 
 # What the timm and npz formats do not write down, because the code that reads them has it built in. flax's LayerNorm
@@ -24,23 +24,27 @@ HIDDEN_ACT = {"timm": "gelu", "npz": "gelu_pytorch_tanh"}
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 
 
-def refuse_foreign_parts(names: Mapping[str, Any], fmt: Format, refused: Mapping[str, str], source: Path) -> None:
-    """Raise where a name matches a pattern of `refused` (pattern -> what it means), or there is no class token."""
-    for pattern, meaning in refused.items():
+def reject_unsupported_parts(
+    names: Mapping[str, Any], fmt: Format, unsupported: Mapping[str, str], source: Path
+) -> None:
+    """Raise where a name matches a pattern of `unsupported` (pattern -> what it means), or there is no class token."""
+    for pattern, meaning in unsupported.items():
         for name in names:
             if re.search(pattern, name):
                 raise InputError(f"{source}: {name}: {meaning}: this model cannot express it")
     cls_token = getattr(EMBEDDINGS[2], fmt)
-    if has_any(names, EMBEDDINGS[:1], fmt) and cls_token not in names:
+    if contains_any(names, EMBEDDINGS[:1], fmt) and cls_token not in names:
         raise InputError(f"{source}: no tensor {cls_token}: a model without a class token cannot be expressed")
 
 
-def foreign_parts(tensors: dict[str, Tensor], fmt: Format, source: Path) -> tuple[dict[str, bool], dict[str, Tensor]]:
+def detect_optional_parts(
+    tensors: dict[str, Tensor], fmt: Format, source: Path
+) -> tuple[dict[str, bool], dict[str, Tensor]]:
     """Which optional parts a timm or npz checkpoint has, and its tensors without a head that has no place."""
     parts = {
-        "qkv_bias": has_any(tensors, QKV_BIAS, fmt),
-        "pooler": has_any(tensors, POOLER, fmt),
-        "classifier": has_any(tensors, CLASSIFIER, fmt),
+        "qkv_bias": contains_any(tensors, QKV_BIAS, fmt),
+        "pooler": contains_any(tensors, POOLER, fmt),
+        "classifier": contains_any(tensors, CLASSIFIER, fmt),
     }
     if parts["pooler"] and parts["classifier"]:
         # The pretraining head stands on the pooler; transformers' classifier stands on the class token itself.
@@ -53,7 +57,7 @@ def foreign_parts(tensors: dict[str, Tensor], fmt: Format, source: Path) -> tupl
     return parts, tensors
 
 
-def config_of(
+def infer_config(
     sizes: Sizes, fmt: Format, depth: int, qkv_bias: bool, labels: list[str] | None, source: Path
 ) -> ViTConfig:
     """The config of a timm or npz checkpoint from the sizes of its tensors."""
@@ -90,10 +94,10 @@ def check_writable_config(config: ViTConfig, to: Format) -> None:
     """Refuse, or where the difference is within rounding of training warn of, what the format cannot record."""
     if config.hidden_act not in GELUS:
         raise InputError(
-            f"config.hidden_act: a {to} checkpoint means {HIDDEN_ACT[to]!r}, got {shown(config.hidden_act)}"
+            f"config.hidden_act: a {to} checkpoint means {HIDDEN_ACT[to]!r}, got {format_value(config.hidden_act)}"
         )
     if config.pooler_act != "tanh":
-        raise InputError(f"config.pooler_act: a {to} checkpoint means 'tanh', got {shown(config.pooler_act)}")
+        raise InputError(f"config.pooler_act: a {to} checkpoint means 'tanh', got {format_value(config.pooler_act)}")
     means = {"layer_norm_eps": LAYER_NORM_EPS, "hidden_act": HIDDEN_ACT[to]}
     # Two names of one function.
     given = {"layer_norm_eps": config.layer_norm_eps, "hidden_act": config.hidden_act.replace("_new", "_pytorch_tanh")}
