@@ -26,7 +26,7 @@ class WriteError(InputError):
 
 
 @contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
+def wrap_write_errors(path: Path) -> Iterator[None]:
     """Turns what the writers of files raise into a WriteError that names `path` and the reason."""
     try:
         yield
@@ -43,7 +43,7 @@ def write_errors(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all, making its folder where there is none; raises WriteError."""
     partial = path.with_name(f".{path.name}.partial")
-    with write_errors(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(text, encoding="utf-8", newline="")
@@ -54,13 +54,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def whole_files(folder: Path) -> Iterator[Path]:
+def write_atomically(folder: Path) -> Iterator[Path]:
     """A temporary folder, whose files are moved to `folder` (made where missing) once they have all been written.
 
     Raises WriteError; then, and after any other error, `folder` has what it had.
     """
     partial = folder / PARTIAL
-    with write_errors(folder):
+    with wrap_write_errors(folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)

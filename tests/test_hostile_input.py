@@ -309,7 +309,7 @@ def make_folder(root: Path, per_class: int = 4) -> Path:
 def listed(root: Path) -> dict[str, int]:
     """Pictures a class of the training split."""
     images = load_images(data_dir=root, validation_fraction=0)
-    return dict(zip(images.class_names, images.counts()["train"].tolist(), strict=True))
+    return dict(zip(images.class_names, images.count_labels()["train"].tolist(), strict=True))
 
 
 STRANGE = [
@@ -331,7 +331,7 @@ def test_file_names_do_not_matter(tmp_path):
     for name in [*map(os.fsencode, STRANGE), b"not \xff\xfe text.png"]:
         Path(os.fsdecode(os.fsencode(root / "healthy") + b"/" + name)).write_bytes(picture)
     images = load_images(data_dir=root, validation_fraction=0)
-    assert images.counts()["train"].tolist() == [4, 4, 4 + len(STRANGE) + 1]
+    assert images.count_labels()["train"].tolist() == [4, 4, 4 + len(STRANGE) + 1]
     for index in range(len(images.splits["train"])):
         assert images.splits["train"].load(index).size == (24, 24)
 

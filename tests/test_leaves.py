@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastvit.data.leaves import CLASSES, draw_leaf, generate
+from fastvit.data.leaves import CLASSES, draw_leaf, draw_leaves
 from fastvit.errors import InputError
 
 
@@ -92,7 +92,7 @@ def test_angular_spots_are_larger_and_fewer_than_pustules():
 
 @pytest.mark.parametrize("num_images", [0, 1, 30, 100])
 def test_generated_classes_are_balanced(num_images):
-    pictures, labels = generate(num_images, image_size=16)
+    pictures, labels = draw_leaves(num_images, image_size=16)
     assert pictures.shape == (num_images, 16, 16, 3)
     assert pictures.dtype == np.uint8
     assert labels.shape == (num_images,)
@@ -102,25 +102,25 @@ def test_generated_classes_are_balanced(num_images):
 
 
 def test_generated_labels_are_shuffled_by_the_seed():
-    labels = generate(60, image_size=16, seed=0)[1]
+    labels = draw_leaves(60, image_size=16, seed=0)[1]
     assert not np.array_equal(labels, np.arange(60) % 3)
-    assert not np.array_equal(labels, generate(60, image_size=16, seed=1)[1])
+    assert not np.array_equal(labels, draw_leaves(60, image_size=16, seed=1)[1])
 
 
 def test_generated_data_set_is_the_same_for_the_same_seed():
-    first, second = generate(12, image_size=32, seed=5), generate(12, image_size=32, seed=5)
+    first, second = draw_leaves(12, image_size=32, seed=5), draw_leaves(12, image_size=32, seed=5)
     assert np.array_equal(first[0], second[0])
     assert np.array_equal(first[1], second[1])
 
 
 def test_no_two_generated_pictures_are_equal_within_or_between_seeds():
-    pictures = np.concatenate([generate(60, image_size=16, seed=seed)[0] for seed in range(3)])
+    pictures = np.concatenate([draw_leaves(60, image_size=16, seed=seed)[0] for seed in range(3)])
     assert len({picture.tobytes() for picture in pictures}) == 180
 
 
 def test_mean_colour_does_not_give_the_class_away():
     def mean_colours(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        pictures, labels = generate(600, image_size=16, seed=seed)
+        pictures, labels = draw_leaves(600, image_size=16, seed=seed)
         means = pictures.reshape(600, -1, 3).mean(axis=1) / 255
         return np.hstack([means, means**2, np.ones((600, 1))]), labels
 
@@ -155,4 +155,4 @@ def test_bad_argument_of_draw_leaf_is_named(arguments, name):
 )
 def test_bad_argument_of_generate_is_named(arguments, name):
     with pytest.raises(InputError, match=f"^{name}: expected .*got"):
-        generate(**arguments)
+        draw_leaves(**arguments)

@@ -49,7 +49,7 @@ def take(stream, count, workers=0):
 
 
 def names(stream, count):
-    iterator = stream.rows()
+    iterator = stream.iterate_rows()
     return [next(iterator)[stream.images.image_column]["path"] for _ in range(count)]
 
 
@@ -144,7 +144,7 @@ def test_labels_may_be_words_in_a_column_of_any_name(tmp_path):
     named = stream_images(data_dir="words/*.tar", label_column="txt", class_names="names.txt", need_validation=False)
     assert named.class_names == ["healthy", "bean_rust", "angular_leaf_spot"]
     row = next(iter(named.train))
-    assert named.class_names[named.label_of(row, "")] == row["txt"]
+    assert named.class_names[named.get_label(row, "")] == row["txt"]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fastvit.data import leaves
-from fastvit.data.folders import Classes, fingerprint, has_metadata, list_pictures
+from fastvit.data.folders import Classes, compute_fingerprint, has_metadata, list_images
 from fastvit.data.images import decode_image
 from fastvit.errors import InputError, printable
 
@@ -50,24 +50,24 @@ class ImageDataset:
     class_names: list[str]
     splits: dict[str, Split]
 
-    def counts(self) -> dict[str, np.ndarray]:
+    def count_labels(self) -> dict[str, np.ndarray]:
         """Pictures per class [C] for each split."""
         return {name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()}
 
-    def examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
+    def sample_examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
         """The first training pictures of the first classes that can be decoded, at most `side` pixels high and wide:
         whole photographs of many classes would fill a memory."""
-        train, found = self.first_training_pictures(), {}
+        train, found = self.load_example_split(), {}
         for label, name in enumerate(self.class_names[:num_classes]):
-            found[name] = list(islice(_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
+            found[name] = list(islice(_make_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
         return found
 
-    def first_training_pictures(self) -> Split:
+    def load_example_split(self) -> Split:
         """What examples are taken from."""
         return self.splits[TRAIN]
 
 
-def _thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
+def _make_thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
     for index in indices:
         with contextlib.suppress(InputError):
             picture = split.load(int(index))
@@ -94,23 +94,23 @@ def load_images(
     if (dataset is None) == (data_dir is None):
         raise InputError("dataset: expected either a data set or an image folder (data_dir), got both or neither")
     if dataset == "generated":
-        images = generated_leaves(generated_images, image_size, seed)
-    elif data_dir is not None and not has_metadata(_checked_folder(data_dir)):
+        images = generate_dataset(generated_images, image_size, seed)
+    elif data_dir is not None and not has_metadata(_check_folder(data_dir)):
         images = _read_folder(Path(data_dir), image_column, label_column)
     else:
-        images = _read(ALIASES.get(dataset or "", dataset), data_dir, image_column, label_column)
+        images = _read_with_datasets(ALIASES.get(dataset or "", dataset), data_dir, image_column, label_column)
     if VALIDATION not in images.splits and validation_fraction:
         train = images.splits.pop(TRAIN)
-        kept, held_out = stratified_split(train.labels, validation_fraction, seed, images.class_names)
+        kept, held_out = split_stratified(train.labels, validation_fraction, seed, images.class_names)
         images.splits = {TRAIN: train.select(kept), VALIDATION: train.select(held_out), **images.splits}
     return images
 
 
-def generated_leaves(num_images: int, image_size: int, seed: int) -> ImageDataset:
+def generate_dataset(num_images: int, image_size: int, seed: int) -> ImageDataset:
     """The built-in set: drawn leaves, a fifth of them for validation (`fastvit.data.leaves`)."""
 
     def split(count: int, seed: int) -> Split:
-        images, labels = leaves.generate(count, image_size=image_size, seed=seed)
+        images, labels = leaves.draw_leaves(count, image_size=image_size, seed=seed)
         return Split(labels, lambda i: Image.fromarray(images[i]), f"leaves-{count}-{image_size}-{seed}")
 
     held_out = num_images // 5
@@ -121,7 +121,7 @@ def generated_leaves(num_images: int, image_size: int, seed: int) -> ImageDatase
     )
 
 
-def stratified_split(
+def split_stratified(
     labels: np.ndarray, fraction: float, seed: int, class_names: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (kept, held out): `fraction` of every class, at least one picture and never all of them, is held out."""
@@ -141,7 +141,7 @@ def stratified_split(
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _checked_folder(data_dir: str | Path) -> Path:
+def _check_folder(data_dir: str | Path) -> Path:
     if not Path(data_dir).is_dir():
         raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
     return Path(data_dir)
@@ -152,13 +152,13 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
     for kind, given in (("image", image_column), ("label", label_column)):
         if given not in (None, kind):
             raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
-    splits = list_pictures(root)
+    splits = list_images(root)
     if TRAIN not in splits:
         raise InputError(f"{root}: expected a split called 'train', found {', '.join(splits)}")
     class_names = sorted({name for classes in splits.values() for name in classes})
     _check_classes(class_names, set(splits[TRAIN]), str(root))
 
-    def as_split(classes: Classes) -> Split:
+    def build_split(classes: Classes) -> Split:
         pictures = [(path, class_names.index(name)) for name, paths in sorted(classes.items()) for path in paths]
         paths = [path for path, _ in pictures]
 
@@ -168,9 +168,9 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
                 raise InputError(f"{printable(str(path))}: expected a picture, found a broken link or no plain file")
             return decode_image(path)
 
-        return Split(np.array([label for _, label in pictures], dtype=np.int64), load, fingerprint(paths))
+        return Split(np.array([label for _, label in pictures], dtype=np.int64), load, compute_fingerprint(paths))
 
-    return ImageDataset(str(root), class_names, {name: as_split(classes) for name, classes in splits.items()})
+    return ImageDataset(str(root), class_names, {name: build_split(classes) for name, classes in splits.items()})
 
 
 def _check_classes(names: list[str], trained: set[str], source: str) -> None:
@@ -183,7 +183,7 @@ def _check_classes(names: list[str], trained: set[str], source: str) -> None:
 
 
 @contextlib.contextmanager
-def read_errors(source: str) -> Iterator[None]:
+def wrap_read_errors(source: str) -> Iterator[None]:
     """Turn what the `datasets` library raises for a missing or broken data set into one clear line."""
     import datasets
 
@@ -202,20 +202,20 @@ def read_errors(source: str) -> Iterator[None]:
         raise InputError(f"{source}: expected pictures, one folder a class ({reason})") from None
 
 
-def _read(
+def _read_with_datasets(
     hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
 ) -> ImageDataset:
     """A hub data set, or an image folder with a file of labels, through the `datasets` library."""
     import datasets
 
     source = hub_id or str(data_dir)
-    with read_errors(source):
+    with wrap_read_errors(source):
         if data_dir is not None:
             loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
         else:
             loaded = datasets.load_dataset(hub_id)
 
-    splits = {split_name(name): split for name, split in loaded.items()}
+    splits = {normalize_split_name(name): split for name, split in loaded.items()}
     if TRAIN not in splits:
         raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
     features = splits[TRAIN].features
@@ -223,15 +223,15 @@ def _read(
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
     # Test splits on the hub often come without labels: -1 everywhere.
     splits = {name: split for name, split in splits.items() if -1 not in split[label_column][:]}
-    class_names = _class_names(splits, label_column, source)
+    class_names = _list_class_names(splits, label_column, source)
     return ImageDataset(
         source,
         class_names,
-        {name: _as_split(split, image_column, label_column, class_names) for name, split in splits.items()},
+        {name: _build_split(split, image_column, label_column, class_names) for name, split in splits.items()},
     )
 
 
-def split_name(name: str) -> str:
+def normalize_split_name(name: str) -> str:
     return VALIDATION if name in ("val", "valid", "dev", "eval") else name
 
 
@@ -249,7 +249,7 @@ def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], 
     )
 
 
-def _class_names(splits, label_column: str, source: str) -> list[str]:
+def _list_class_names(splits, label_column: str, source: str) -> list[str]:
     """Names of the classes in the order of their labels; every one must have training pictures."""
     import datasets
 
@@ -264,7 +264,7 @@ def _class_names(splits, label_column: str, source: str) -> list[str]:
     return names
 
 
-def _as_split(split, image_column: str, label_column: str, class_names: list[str]) -> Split:
+def _build_split(split, image_column: str, label_column: str, class_names: list[str]) -> Split:
     import datasets
 
     labels = split[label_column][:]

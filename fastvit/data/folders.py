@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastvit.data.images import picture_suffixes
+from fastvit.data.images import list_image_suffixes
 from fastvit.errors import InputError, printable
 
 SPLIT_FOLDERS = {
@@ -28,36 +28,36 @@ SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 Classes = dict[str, list[str]]  # class -> its picture files, sorted
 
 
 def has_metadata(root: Path) -> bool:
     """Whether labels stand in a file beside the pictures, as the `datasets` library reads them."""
-    folders = [root, *(Path(entry.path) for entry in entries(root) if is_folder(entry))]
-    return any((folder / name).is_file() for folder in folders for name in METADATA)
+    folders = [root, *(Path(entry.path) for entry in list_entries(root) if is_folder(entry))]
+    return any((folder / name).is_file() for folder in folders for name in METADATA_FILES)
 
 
-def list_pictures(root: Path) -> dict[str, Classes]:
+def list_images(root: Path) -> dict[str, Classes]:
     """{split: {class: paths}} of a folder; without split folders everything is in "train".
 
     Raises InputError where there are no pictures, or where some lie outside the folders of the classes.
     """
     splits: dict[str, Classes] = {}
-    outside = [pictures_in(root, deep=False)]
-    for entry in filter(is_folder, entries(root)):
+    outside = [find_images(root, recursive=False)]
+    for entry in filter(is_folder, list_entries(root)):
         split = SPLIT_FOLDERS.get(entry.name.lower())
-        classes = classes_in(Path(entry.path)) if split is not None else {}
+        classes = find_classes(Path(entry.path)) if split is not None else {}
         if split is None or not classes:
-            outside.append(pictures_in(entry.path))
+            outside.append(find_images(entry.path))
             continue
         if split in splits:
             raise InputError(f"{root}: expected one folder for the split {split!r}, found another: {entry.name}")
         splits[split] = classes
-        outside.append(pictures_in(entry.path, deep=False))
+        outside.append(find_images(entry.path, recursive=False))
     if not splits:
-        splits, outside = {"train": classes_in(root)}, outside[:1]
+        splits, outside = {"train": find_classes(root)}, outside[:1]
     stray = next(itertools.chain(*outside), None)
     if stray is not None:
         raise InputError(f"{root}: expected every picture in the folder of a class, found {printable(stray)} outside")
@@ -66,38 +66,40 @@ def list_pictures(root: Path) -> dict[str, Classes]:
     return splits
 
 
-def classes_in(folder: Path) -> Classes:
+def find_classes(folder: Path) -> Classes:
     """The sub-folders of a folder that hold pictures."""
-    above = {identity(folder.parent), identity(folder)}
+    ancestors = {get_folder_id(folder.parent), get_folder_id(folder)}
     classes: Classes = {}
-    for entry in entries(folder):
-        if is_folder(entry) and identity(entry.path) not in above:
-            paths = sorted(pictures_in(entry.path, above=above))
+    for entry in list_entries(folder):
+        if is_folder(entry) and get_folder_id(entry.path) not in ancestors:
+            paths = sorted(find_images(entry.path, ancestors=ancestors))
             if paths and not entry.name.isprintable():
                 raise InputError(f"{folder}: expected a printable class name, found {printable(entry.name)}")
             classes |= {entry.name: paths} if paths else {}
     return classes
 
 
-def pictures_in(folder: str | Path, *, above: set[tuple[int, int]] | None = None, deep: bool = True) -> Iterator[str]:
-    """The picture files in a folder, and unless `deep` is false in those below it.
+def find_images(
+    folder: str | Path, *, ancestors: set[tuple[int, int]] | None = None, recursive: bool = True
+) -> Iterator[str]:
+    """The picture files in a folder, and unless `recursive` is false in those below it.
 
-    above: folders not to enter, should a link lead back there. What has a picture's name is listed, whatever it is: a
-    broken link is reported when it is decoded.
+    ancestors: folders not to enter, should a link lead back there. What has a picture's name is listed, whatever it is:
+    a broken link is reported when it is decoded.
     """
-    visited = (above or set()) | {identity(folder)}
+    visited = (ancestors or set()) | {get_folder_id(folder)}
     waiting = [str(folder)]
     while waiting:
-        for entry in entries(waiting.pop()):
+        for entry in list_entries(waiting.pop()):
             if is_folder(entry):
-                if deep and (place := identity(entry.path)) not in visited:
+                if recursive and (place := get_folder_id(entry.path)) not in visited:
                     visited.add(place)
                     waiting.append(entry.path)
-            elif Path(entry.name).suffix.lower() in picture_suffixes():
+            elif Path(entry.name).suffix.lower() in list_image_suffixes():
                 yield entry.path
 
 
-def entries(folder: str | Path) -> list[os.DirEntry[str]]:
+def list_entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """What lies in a folder, by name; hidden entries are left out."""
     try:
         with os.scandir(folder) as found:
@@ -113,13 +115,13 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def identity(folder: str | Path) -> tuple[int, int]:
+def get_folder_id(folder: str | Path) -> tuple[int, int]:
     """The same number for a folder under each of its names."""
     status = Path(folder).stat()
     return status.st_dev, status.st_ino
 
 
-def fingerprint(paths: list[str]) -> str:
+def compute_fingerprint(paths: list[str]) -> str:
     """Changes whenever one of the files does: a digest of their names, sizes and times of change."""
     digest = hashlib.sha256()
     for path in paths:

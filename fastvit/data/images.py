@@ -39,7 +39,7 @@ MEMORY_CACHE_BYTES = 4 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 # The EXIF orientation -> what makes the picture upright.
-UPRIGHT = {
+UPRIGHT_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -51,16 +51,16 @@ UPRIGHT = {
 
 
 @functools.cache
-def readable_formats() -> tuple[str, ...]:
+def list_readable_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow has."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
-def picture_suffixes() -> frozenset[str]:
+def list_image_suffixes() -> frozenset[str]:
     """The endings of picture files, in lower case."""
-    formats = readable_formats()
+    formats = list_readable_formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO"))
 
 
@@ -74,16 +74,16 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
     name = printable(name or (str(source) if not isinstance(source, bytes) else "image"))
     try:
         with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=readable_formats()
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=list_readable_formats()
         ) as image:
             image.load()
-            return upright_rgb(image)
+            return convert_to_upright_rgb(image)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        formats = ", ".join(readable_formats())
+        formats = ", ".join(list_readable_formats())
         raise InputError(f"{name}: expected an image, found a file that is none (of {formats})") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -92,14 +92,14 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
+def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
     """A decoded picture as its EXIF orientation says, in RGB; raises InputError for 32 bits a channel."""
-    method = UPRIGHT.get(orientation_of(image))
-    picture = to_rgb(image)
+    method = UPRIGHT_TRANSPOSES.get(read_orientation(image))
+    picture = convert_to_rgb(image)
     return picture if method is None else picture.transpose(method)
 
 
-def orientation_of(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where none can be read: broken metadata leaves the pixels whole."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -108,7 +108,7 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if isinstance(orientation, int) else 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def convert_to_rgb(image: Image.Image) -> Image.Image:
     """A decoded picture of any mode as RGB of 8 bits a channel."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # The upper byte, as Pillow reads 16-bit colour. Its own conversion of grey cuts off what is above 255.
@@ -124,12 +124,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 # Pillow decodes a file when its pixels are first asked for; two threads must not do that to one picture, nor read one
 # file object.
-_reading = threading.Lock()
+_read_lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    global _reading
-    _reading = threading.Lock()
+    global _read_lock
+    _read_lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):  # where a thread held it, the fork has no such thread to release it
@@ -149,9 +149,9 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
         return decode_image(bytes(source), name)
     if isinstance(source, Image.Image):
         try:
-            with _reading:
+            with _read_lock:
                 source.load()
-                return upright_rgb(source)
+                return convert_to_upright_rgb(source)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
         except Exception as error:  # see `decode_image`
@@ -161,7 +161,7 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
     if isinstance(source, np.ndarray):
         return array_to_image(source, name)
     if hasattr(source, "read"):
-        with _reading:
+        with _read_lock:
             content = source.read()
         if not isinstance(content, bytes):
             raise InputError(f"{name}: expected a file opened for reading bytes, read {type(content).__name__}")
@@ -193,7 +193,7 @@ def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
         array = np.moveaxis(array, 0, 2)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
-    return to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+    return convert_to_rgb(Image.fromarray(np.ascontiguousarray(array)))
 
 
 @dataclass
@@ -307,7 +307,7 @@ class Augment:
 
 
 @contextlib.contextmanager
-def random_numbers_of(seed: int) -> Iterator[None]:
+def seed_rng(seed: int) -> Iterator[None]:
     """Inside, torch's generator on the CPU draws what `seed` says; afterwards it goes on as if nothing had happened."""
     state = torch.get_rng_state()
     try:
@@ -347,22 +347,22 @@ class ImageSet(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def seed_of(self, item: int) -> int:
+    def compute_seed(self, item: int) -> int:
         return int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
         entry: dict[str, torch.Tensor | int] = {
-            "pixel_values": torch.from_numpy(self.pixels(item)),
+            "pixel_values": torch.from_numpy(self.get_pixels(item)),
             "labels": self.labels[item],
         }
         if self.with_seeds:
-            entry["seed"] = self.seed_of(item)
+            entry["seed"] = self.compute_seed(item)
         return entry
 
-    def pixels(self, item: int) -> np.ndarray:
+    def get_pixels(self, item: int) -> np.ndarray:
         """uint8 [H, W, 3], augmented if the set augments; its memory is nobody else's."""
         image = self.images[self.indices[item]]
         if self.augment is not None:
-            with random_numbers_of(self.seed_of(item)):
+            with seed_rng(self.compute_seed(item)):
                 image = self.augment(image)
         return np.array(image)

@@ -62,21 +62,21 @@ def draw_leaf(label: str, *, seed: int, size: int = 64) -> Image.Image:
     lesion_rng = default_rng([_LESION_STREAM + CLASSES.index(label), seed])
 
     leaf = _grow_leaf(scene_rng, size)
-    colour = _lamina_colour(scene_rng, leaf)  # [pixels, 3]
+    colour = _colour_lamina(scene_rng, leaf)  # [pixels, 3]
     if label == "angular_leaf_spot":
         colour = _add_angular_spots(lesion_rng, leaf, colour)
     elif label == "bean_rust":
         colour = _add_pustules(lesion_rng, leaf, colour)
-    picture = _background(scene_rng, size)  # [size, size, 3]
-    opacity = leaf.coverage * (1 - _chewed_holes(scene_rng, leaf))
+    picture = _draw_background(scene_rng, size)  # [size, size, 3]
+    opacity = leaf.coverage * (1 - _draw_chewed_holes(scene_rng, leaf))
     picture *= 1 - _cast_shadow(scene_rng, leaf, opacity)[..., None]
     opacity = opacity[:, None]
     picture[leaf.pixels] += opacity * (colour - picture[leaf.pixels])
-    picture = _light(scene_rng, picture)
+    picture = _apply_light(scene_rng, picture)
     return Image.fromarray((picture * 255 + 0.5).astype(np.uint8))
 
 
-def generate(num_images: int, *, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def draw_leaves(num_images: int, *, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Draws a data set: as many pictures of each class, give or take one, in random order.
 
     Different seeds share no picture, so one seed can serve for training and another for testing.
@@ -146,11 +146,11 @@ def _colour_from_hsv(hue_degrees: float, saturation: float, value: float) -> np.
     return (value - value * saturation * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
 
 
-def _mask_supersampling(size: int) -> int:
+def _choose_supersampling(size: int) -> int:
     return 4 if size <= 128 else 2
 
 
-def _blurred(mask: np.ndarray, radius: float) -> np.ndarray:
+def _blur(mask: np.ndarray, radius: float) -> np.ndarray:
     """`mask` [size, size] from 0 to 1, Gaussian-blurred; `radius` as a fraction of the picture's side."""
     image = Image.fromarray((mask * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius * len(mask))), dtype=np.float32) / 255
@@ -203,7 +203,7 @@ class _Shape:
         along = x * cosine + y * sine + np.float32(0.5)
         return along, y * cosine - x * sine - np.float32(4 * self.bend) * along * (1 - along)
 
-    def picture_points(self, along: np.ndarray, across: np.ndarray) -> np.ndarray:
+    def to_image_points(self, along: np.ndarray, across: np.ndarray) -> np.ndarray:
         """Points [n, 2], x and y: the inverse of `leaf_coordinates`."""
         across = across + 4 * self.bend * along * (1 - along)
         normal = np.array([-self.axis[1], self.axis[0]])
@@ -253,7 +253,7 @@ def _grow_leaf(rng: Generator, size: int) -> _Leaf:
 
     pixels = np.nonzero(coverage)
     along, across, width = along[pixels], across[pixels], width[pixels]
-    areoles, areole_distances = _areoles(rng, shape, along, across)
+    areoles, areole_distances = _find_areoles(rng, shape, along, across)
     return _Leaf(
         shape=shape,
         size=size,
@@ -263,14 +263,14 @@ def _grow_leaf(rng: Generator, size: int) -> _Leaf:
         along=along,
         across=across,
         depth=depth[pixels],
-        main_veins=np.maximum(_veins(shape, along, across, width, pixel), stalk[pixels]),
+        main_veins=np.maximum(_draw_veins(shape, along, across, width, pixel), stalk[pixels]),
         between_veins=shape.interval(along, across) % 1,
         areoles=areoles,
         areole_distances=areole_distances,
     )
 
 
-def _veins(shape: _Shape, along: np.ndarray, across: np.ndarray, width: np.ndarray, pixel: float) -> np.ndarray:
+def _draw_veins(shape: _Shape, along: np.ndarray, across: np.ndarray, width: np.ndarray, pixel: float) -> np.ndarray:
     """Midrib and side veins, 0 to 1."""
     interval = shape.interval(along, across)
     distance = np.abs(interval - np.round(interval)) * (shape.vein_spacing / math.hypot(1, shape.vein_rise))
@@ -279,13 +279,15 @@ def _veins(shape: _Shape, along: np.ndarray, across: np.ndarray, width: np.ndarr
     return np.maximum(side_veins, _line(np.abs(across), 0.006 + 0.014 * np.clip(1 - along, 0, 1), pixel))
 
 
-def _lattice_place(shape: _Shape, along: np.ndarray, across: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _locate_in_lattice(shape: _Shape, along: np.ndarray, across: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Fractional row and column in the lattice of areoles."""
     row = (shape.interval(along, across) + _INTERVALS_BELOW_BASE) * 2
     return np.clip(row, 1, _ROWS - 2), np.clip(np.abs(across) / _AREOLE_WIDTH + 1, 1, _COLUMNS - 2)
 
 
-def _areoles(rng: Generator, shape: _Shape, along: np.ndarray, across: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _find_areoles(
+    rng: Generator, shape: _Shape, along: np.ndarray, across: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """For each pixel the 6 areoles around it: their numbers and the distances to their middles, both [6, pixels].
 
     Cellular noise (Worley 1996) on a lattice that follows the veins. Only areoles between the same two side veins
@@ -294,7 +296,7 @@ def _areoles(rng: Generator, shape: _Shape, along: np.ndarray, across: np.ndarra
     row_jitter, column_jitter = rng.uniform(0.1, 0.9, (2, 2, _ROWS, _COLUMNS)).astype(np.float32)
     middle_rows = (row_jitter + np.arange(_ROWS, dtype=np.float32)[:, None]).reshape(-1)
     middle_columns = (column_jitter + np.arange(_COLUMNS, dtype=np.float32)).reshape(-1)
-    row, column = _lattice_place(shape, along, across)
+    row, column = _locate_in_lattice(shape, along, across)
     number = ((across > 0) * _ROWS + row.astype(np.intp)) * _COLUMNS + column.astype(np.intp)
     other_row = np.where(row.astype(np.intp) % 2, -_COLUMNS, _COLUMNS)
     numbers = np.stack([number + step for step in (-1, 0, 1)] + [number + other_row + step for step in (-1, 0, 1)])
@@ -302,7 +304,7 @@ def _areoles(rng: Generator, shape: _Shape, along: np.ndarray, across: np.ndarra
     return numbers, np.float32(_AREOLE_WIDTH) * distances
 
 
-def _lamina_colour(rng: Generator, leaf: _Leaf) -> np.ndarray:
+def _colour_lamina(rng: Generator, leaf: _Leaf) -> np.ndarray:
     """The colour of a leaf without lesions, [pixels, 3]: green, veins, yellowing, light and shade."""
     green = _colour_from_hsv(rng.uniform(74, 122), rng.uniform(0.45, 0.75), rng.uniform(0.36, 0.66))
     vein_colour = _mix(green, _rgb(214, 222, 150), np.array(rng.uniform(0.25, 0.55), dtype=np.float32))
@@ -327,13 +329,13 @@ def _lamina_colour(rng: Generator, leaf: _Leaf) -> np.ndarray:
     return _mix(colour * shade[:, None], vein_colour, leaf.main_veins)
 
 
-def _chewed_holes(rng: Generator, leaf: _Leaf) -> np.ndarray:
+def _draw_chewed_holes(rng: Generator, leaf: _Leaf) -> np.ndarray:
     """What insects ate, in healthy and sick leaves alike: 0 to 1 per pixel of the leaf."""
     count = int(rng.integers(1, 6)) if rng.random() < 0.35 else 0
-    return _draw_spots(rng, leaf, *_spots_on(rng, leaf.shape, count), rng.uniform(0.008, 0.028, count))
+    return _draw_spots(rng, leaf, *_place_spots(rng, leaf.shape, count), rng.uniform(0.008, 0.028, count))
 
 
-def _spots_on(rng: Generator, shape: _Shape, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _place_spots(rng: Generator, shape: _Shape, count: int) -> tuple[np.ndarray, np.ndarray]:
     """`count` random places on the leaf as `along` and `across`, away from midrib and margin."""
     along = rng.beta(1.6, 2.2, count) * 0.86 + 0.04
     side = rng.choice([-1.0, 1.0], count)
@@ -343,10 +345,10 @@ def _spots_on(rng: Generator, shape: _Shape, count: int) -> tuple[np.ndarray, np
 
 def _draw_spots(rng: Generator, leaf: _Leaf, along: np.ndarray, across: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Roundish spots of the given radii (in leaf lengths), antialiased: 0 to 1 per pixel of the leaf."""
-    scale = _mask_supersampling(leaf.size)
+    scale = _choose_supersampling(leaf.size)
     side = leaf.size * scale
     stretch = rng.uniform(0.8, 1.25, (len(radius), 2))
-    centres = leaf.shape.picture_points(along, across)
+    centres = leaf.shape.to_image_points(along, across)
     radii = (radius * leaf.shape.length)[:, None] * stretch
     mask = Image.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
@@ -369,8 +371,8 @@ def _add_angular_spots(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.nd
     grain = _noise(rng, 40, leaf.size)[leaf.pixels]
 
     infected = np.zeros((2, _ROWS, _COLUMNS), dtype=bool)
-    along, across = _spots_on(rng, leaf.shape, count)
-    row, column = (place.astype(np.intp) for place in _lattice_place(leaf.shape, along, across))
+    along, across = _place_spots(rng, leaf.shape, count)
+    row, column = (place.astype(np.intp) for place in _locate_in_lattice(leaf.shape, along, across))
     half = (across > 0).astype(np.intp)
     infected[half, row, column] = True
     for row_step, column_step in ((0, 1), (0, -1), (1, 0), (1, 1)):
@@ -383,7 +385,7 @@ def _add_angular_spots(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.nd
     to_sound = np.where(is_infected, 1, leaf.areole_distances).min(axis=0)
     inside = np.clip((to_sound - to_infected) / 2, -1, _AREOLE_WIDTH) + 0.008 * (grain - 0.5)
     patch = np.clip(inside / leaf.pixel + 0.5, 0, 1)
-    colour = _mix(colour, yellow, halo_strength * _halo(leaf, patch, 0.02))
+    colour = _mix(colour, yellow, halo_strength * _draw_halo(leaf, patch, 0.02))
     centre = _ramp(inside, 0.006, 0.024) * _ramp(grain, -0.2, 0.8)
     return _mix(colour, _mix(brown, tan, centre), 0.95 * patch)
 
@@ -395,37 +397,37 @@ def _add_pustules(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.ndarray
     orange = _colour_from_hsv(rng.uniform(14, 26), rng.uniform(0.7, 0.88), rng.uniform(0.5, 0.72))
     pale, halo_strength = _rgb(226, 220, 140), rng.uniform(0.5, 0.9)
 
-    along, across = _spots_on(rng, leaf.shape, count)
+    along, across = _place_spots(rng, leaf.shape, count)
     spots = _draw_spots(rng, leaf, along, across, radius)
     shade = 0.75 + 0.5 * _noise(rng, 64, leaf.size)[leaf.pixels]
-    colour = _mix(colour, pale, halo_strength * _halo(leaf, spots, 0.01))
+    colour = _mix(colour, pale, halo_strength * _draw_halo(leaf, spots, 0.01))
     return _mix(colour, orange * shade[:, None], 0.95 * spots)
 
 
-def _halo(leaf: _Leaf, lesions: np.ndarray, radius: float) -> np.ndarray:
+def _draw_halo(leaf: _Leaf, lesions: np.ndarray, radius: float) -> np.ndarray:
     """A soft border of about `radius` (in leaf lengths) around what `lesions` [pixels] covers."""
     mask = np.zeros((leaf.size, leaf.size), dtype=np.float32)
     mask[leaf.pixels] = lesions
-    return np.clip(3 * _blurred(mask, radius * leaf.shape.length)[leaf.pixels], 0, 1)
+    return np.clip(3 * _blur(mask, radius * leaf.shape.length)[leaf.pixels], 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Background and light
 
 
-def _background(rng: Generator, size: int) -> np.ndarray:
+def _draw_background(rng: Generator, size: int) -> np.ndarray:
     """Soil, sky or foliage out of focus, [size, size, 3]."""
-    return (_soil, _sky, _foliage, _foliage)[rng.integers(4)](rng, size)
+    return (_draw_soil, _draw_sky, _draw_foliage, _draw_foliage)[rng.integers(4)](rng, size)
 
 
-def _soil(rng: Generator, size: int) -> np.ndarray:
+def _draw_soil(rng: Generator, size: int) -> np.ndarray:
     dark = _colour_from_hsv(rng.uniform(14, 40), rng.uniform(0.25, 0.6), rng.uniform(0.15, 0.35))
     bright = _colour_from_hsv(rng.uniform(14, 45), rng.uniform(0.15, 0.5), rng.uniform(0.45, 0.75))
     clods = 0.45 * _noise(rng, 6, size) + 0.3 * _noise(rng, 20, size) + 0.25 * _noise(rng, 56, size)
     return _mix(dark, bright, _ramp(clods, 0.25, 0.75))
 
 
-def _sky(rng: Generator, size: int) -> np.ndarray:
+def _draw_sky(rng: Generator, size: int) -> np.ndarray:
     blue = _colour_from_hsv(rng.uniform(200, 218), rng.uniform(0.2, 0.55), rng.uniform(0.65, 0.9))
     white = _colour_from_hsv(rng.uniform(190, 230), rng.uniform(0, 0.1), rng.uniform(0.8, 0.95))
     horizon = np.linspace(rng.uniform(-0.3, 0.1), rng.uniform(0.2, 0.6), size, dtype=np.float32)[:, None]
@@ -433,10 +435,12 @@ def _sky(rng: Generator, size: int) -> np.ndarray:
     return _mix(blue, white, _ramp(clouds + horizon, 0.4, 0.9))
 
 
-def _foliage(rng: Generator, size: int) -> np.ndarray:
+def _draw_foliage(rng: Generator, size: int) -> np.ndarray:
     """Blurred leaves, some of them yellow or withered, drawn small and enlarged."""
     side = 48
-    image = Image.new("RGB", (side, side), _bytes(_colour_from_hsv(rng.uniform(60, 130), 0.5, rng.uniform(0.12, 0.4))))
+    image = Image.new(
+        "RGB", (side, side), _to_bytes(_colour_from_hsv(rng.uniform(60, 130), 0.5, rng.uniform(0.12, 0.4)))
+    )
     draw = ImageDraw.Draw(image)
     steps = np.linspace(0, 2 * np.pi, 12)
     for _ in range(rng.integers(8, 16)):
@@ -446,13 +450,13 @@ def _foliage(rng: Generator, size: int) -> np.ndarray:
         angle, radius, centre = rng.uniform(0, np.pi), rng.uniform(6, 14), rng.uniform(0, side, 2)
         ellipse = np.stack([radius * np.cos(steps), radius * 0.6 * np.sin(steps)], axis=1)
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-        draw.polygon((ellipse @ turn + centre).ravel().tolist(), fill=_bytes(colour))
+        draw.polygon((ellipse @ turn + centre).ravel().tolist(), fill=_to_bytes(colour))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(1.2, 3.5)))
     image = image.resize((size, size), _BICUBIC)
     return np.asarray(image, dtype=np.float32) / 255
 
 
-def _bytes(colour: np.ndarray) -> tuple[int, ...]:
+def _to_bytes(colour: np.ndarray) -> tuple[int, ...]:
     return tuple((colour * 255).astype(int).tolist())
 
 
@@ -462,12 +466,12 @@ def _cast_shadow(rng: Generator, leaf: _Leaf, opacity: np.ndarray) -> np.ndarray
     mask = np.zeros((leaf.size, leaf.size), dtype=np.float32)
     mask[leaf.pixels] = opacity
     shift_x, shift_y = (offset * leaf.size).tolist()
-    shadow = Image.fromarray(strength * _blurred(mask, 0.03))
+    shadow = Image.fromarray(strength * _blur(mask, 0.03))
     shadow = shadow.transform(shadow.size, Image.Transform.AFFINE, (1, 0, shift_x, 0, 1, shift_y), _BILINEAR)
     return np.asarray(shadow)
 
 
-def _light(rng: Generator, picture: np.ndarray) -> np.ndarray:
+def _apply_light(rng: Generator, picture: np.ndarray) -> np.ndarray:
     """Exposure, white balance, uneven light and the sensor's noise, over the whole picture; clips to 0 to 1."""
     size = len(picture)
     exposure, contrast = rng.uniform(0.7, 1.3), rng.uniform(0.85, 1.15)

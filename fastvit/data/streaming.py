@@ -35,8 +35,8 @@ from fastvit.data.datasets import (
     ImageDataset,
     Split,
     find_column,
-    read_errors,
-    split_name,
+    normalize_split_name,
+    wrap_read_errors,
 )
 from fastvit.data.images import Augment, decode_image
 from fastvit.errors import InputError, ProcessError
@@ -56,7 +56,7 @@ class StreamedDataset(ImageDataset):
     labels: dict[Any, int]
     num_train: int | None
 
-    def encoded(self, row: dict[str, Any]) -> tuple[str, bytes]:
+    def read_encoded(self, row: dict[str, Any]) -> tuple[str, bytes]:
         """Name and bytes of a row's picture."""
         from datasets.utils.file_utils import xopen  # a file here, on the hub, or in an archive there
 
@@ -72,14 +72,14 @@ class StreamedDataset(ImageDataset):
         except OSError as error:
             raise ProcessError(f"{name}: cannot be read ({error})") from None
 
-    def label_of(self, row: dict[str, Any], name: str) -> int:
+    def get_label(self, row: dict[str, Any], name: str) -> int:
         value = row[self.label_column]
         if value not in self.labels:
             raise ProcessError(f"{name}: expected one of {len(self.class_names)} classes, found {value!r}")
         return self.labels[value]
 
-    def first_training_pictures(self) -> Split:
-        split = _in_memory(self, itertools.islice(self.train, 256))
+    def load_example_split(self) -> Split:
+        split = _read_into_memory(self, itertools.islice(self.train, 256))
         if split is None:
             raise InputError(f"{self.name}: expected labels with the training pictures, found -1")
         return split
@@ -107,21 +107,10 @@ def stream_images(
     import datasets
 
     source = ALIASES.get(dataset or "", dataset) or str(data_dir)
-    shards = None if data_dir is None else _tar_shards(str(data_dir))
-    with read_errors(source):
-        if data_dir is None:
-            loaded = datasets.load_dataset(source, streaming=True)
-        elif shards is not None:
-            loaded = datasets.load_dataset("webdataset", streaming=True, **shards)
-        else:
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir), streaming=True)
-
-    splits = {split_name(name): split for name, split in loaded.items()}
-    if TRAIN not in splits:
-        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
+    splits = _open_splits(source, data_dir)
     if need_validation and VALIDATION not in splits:
         raise InputError(
-            f"{source}: expected a split called 'validation', found {', '.join(loaded)}; from a stream none can be set"
+            f"{source}: expected a split called 'validation', found {', '.join(splits)}; from a stream none can be set"
             " aside: --validation-fraction 0 trains without one"
         )
     sizes = splits[TRAIN].info.splits or {}
@@ -140,8 +129,44 @@ def stream_images(
         for name, split in splits.items()
     }
 
+    names, labels = _resolve_classes(splits[TRAIN], features[label_column], label_column, class_names, source)
+    images = StreamedDataset(source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train)
+    for name in (VALIDATION, TEST):
+        if name not in splits:
+            continue
+        rows = splits[name]
+        if max_eval_samples is not None:
+            rows = rows.shuffle(seed=seed, buffer_size=1000).take(max_eval_samples)
+        if split := _read_into_memory(images, rows):
+            images.splits[name] = split
+    return images
+
+
+def _open_splits(source: str, data_dir: str | Path | None) -> dict[str, Any]:
+    """The splits of a hub data set, or of `data_dir`, as iterable data sets by their usual names."""
+    import datasets
+
+    shards = None if data_dir is None else _find_tar_shards(str(data_dir))
+    with wrap_read_errors(source):
+        if data_dir is None:
+            loaded = datasets.load_dataset(source, streaming=True)
+        elif shards is not None:
+            loaded = datasets.load_dataset("webdataset", streaming=True, **shards)
+        else:
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir), streaming=True)
+    splits = {normalize_split_name(name): split for name, split in loaded.items()}
+    if TRAIN not in splits:
+        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
+    return splits
+
+
+def _resolve_classes(
+    train, feature, label_column: str, class_names: str | None, source: str
+) -> tuple[list[str], dict[Any, int]]:
+    """The names of the classes, and the class of each value of the label column; arguments as in `stream_images`."""
+    import datasets
+
     labels: dict[Any, int]
-    feature = features[label_column]
     if class_names is not None:
         names = _read_class_names(class_names)
         numbered = isinstance(feature, datasets.ClassLabel) or "int" in getattr(feature, "dtype", "")
@@ -150,25 +175,15 @@ def stream_images(
         names = list(feature.names)
         labels = {label: label for label in range(len(names))}
     else:
-        values = _collect_labels(splits[TRAIN], label_column, source)
+        values = _collect_labels(train, label_column, source)
         names = [str(value) for value in values]
         labels = {value: label for label, value in enumerate(values)}
     if len(names) < 2:
         raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
-
-    images = StreamedDataset(source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train)
-    for name in (VALIDATION, TEST):
-        if name not in splits:
-            continue
-        rows = splits[name]
-        if max_eval_samples is not None:
-            rows = rows.shuffle(seed=seed, buffer_size=1000).take(max_eval_samples)
-        if split := _in_memory(images, rows):
-            images.splits[name] = split
-    return images
+    return names, labels
 
 
-def _tar_shards(data_dir: str) -> dict[str, Any] | None:
+def _find_tar_shards(data_dir: str) -> dict[str, Any] | None:
     """Where tar files are, for the `datasets` library: those of a folder, split by their names, or of a pattern."""
     if Path(data_dir).is_dir():
         return {"data_dir": data_dir} if any(Path(data_dir).rglob("*.tar")) else None
@@ -197,16 +212,16 @@ def _collect_labels(train, label_column: str, source: str) -> list[Any]:
     return broadcast_object_list([values])[0]
 
 
-def _in_memory(images: StreamedDataset, rows) -> Split | None:
+def _read_into_memory(images: StreamedDataset, rows) -> Split | None:
     """A split of encoded pictures that are held in memory; None without labels, which test splits have as -1."""
     digest, encoded, labels = hashlib.sha256(), [], []
     for row in rows:
         if row[images.label_column] == -1:
             return None
-        name, data = images.encoded(row)
+        name, data = images.read_encoded(row)
         digest.update(data)
         encoded.append((name, data))
-        labels.append(images.label_of(row, name))
+        labels.append(images.get_label(row, name))
 
     def load(index: int) -> Image.Image:
         name, data = encoded[index]
@@ -242,13 +257,13 @@ class Stream(torch.utils.data.IterableDataset):
         self.shuffle_buffer = shuffle_buffer
         self.skip_bad = skip_bad
         self.rank, self.world_size = rank, world_size
-        self.done = (0, 0)
+        self.skipped = (0, 0)
 
     def resume_after(self, batches: int, batch_size: int) -> None:
         """The first `batches` will be thrown away: Trainer skips what was trained on. They need not be decoded."""
-        self.done = (batches, batch_size)
+        self.skipped = (batches, batch_size)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def iterate_rows(self) -> Iterator[dict[str, Any]]:
         """Rows of this process, and in a worker of this worker, pass after pass."""
         from datasets.distributed import split_dataset_by_node
 
@@ -268,17 +283,17 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        batches, batch_size = self.done
+        batches, batch_size = self.skipped
         unseen = len(range(worker_id, batches, num_workers)) * batch_size  # workers take turns, batch by batch
         number = 0
-        for row in self.rows():
+        for row in self.iterate_rows():
             # With skip_bad only decoding tells which rows count.
             if number < unseen and not self.skip_bad:
-                yield self.placeholder()
+                yield self.make_placeholder()
                 number += 1
                 continue
-            name, data = self.images.encoded(row)
-            label = self.images.label_of(row, name)
+            name, data = self.images.read_encoded(row)
+            label = self.images.get_label(row, name)
             try:
                 pixels = np.asarray(decode_image(data, name).resize(self.decode_size[::-1], self.resample))
             except InputError as error:
@@ -295,13 +310,13 @@ class Stream(torch.utils.data.IterableDataset):
             yield {"pixel_values": torch.from_numpy(np.array(pixels)), "labels": label}
             number += 1
 
-    def placeholder(self) -> dict[str, torch.Tensor | int]:
+    def make_placeholder(self) -> dict[str, torch.Tensor | int]:
         """In place of a picture that is thrown away. Its class does not exist: it cannot be trained on unnoticed."""
         size = self.augment.image_size if isinstance(self.augment, Augment) else self.decode_size
         return {"pixel_values": torch.zeros(*size, 3, dtype=torch.uint8), "labels": -1}
 
 
-def stream_loader(stream: Stream, batch_size: int, args: TrainingArguments, collate: Callable):
+def build_stream_loader(stream: Stream, batch_size: int, args: TrainingArguments, collate: Callable):
     """Batches of this process's part. (accelerate's own way would have every process read everything.)"""
     loader = torch.utils.data.DataLoader(
         stream,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvit.files import write_errors
+from fastvit.files import wrap_write_errors
 from fastvit.ops.cases import Case
 
 OURS, PYTORCH = "ours", "pytorch"
@@ -262,7 +262,7 @@ def write(path: Path, records: dict[str, Record]) -> None:
 
 def export(path: Path, records: Iterable[Record]) -> None:
     """Write records as the package holds those of GPUs that were measured; raises WriteError."""
-    with write_errors(path):
+    with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {_make_key(record): record for record in records})
 

@@ -59,7 +59,7 @@ def print_counts(images: ImageDataset) -> None:
     width = max(len(name) for name in [*images.class_names, "class"])
     print(f"{images.name}: {len(images.class_names)} classes")
     print(f"  {'class':<{width}}" + "".join(f"{name:>12}" for name in images.splits))
-    counts = images.counts()
+    counts = images.count_labels()
     for label, class_name in list(enumerate(images.class_names))[:50]:
         print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>12}" for count in counts.values()))
     if len(images.class_names) > 50:

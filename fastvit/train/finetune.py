@@ -25,7 +25,7 @@ from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.data.streaming import Stream, StreamedDataset
 from fastvit.errors import InputError, Stopped, report_errors
-from fastvit.files import whole_files, write_text
+from fastvit.files import write_atomically, write_text
 from fastvit.report import figures, info
 from fastvit.train.build import (
     choose_precision,
@@ -206,11 +206,11 @@ def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTI
     output_dir = Path(options.output_dir)
     if options.overwrite:
         remove_run(output_dir)
-    with whole_files(output_dir) as folder:
+    with write_atomically(output_dir) as folder:
         if launch := launch_id():
             write_text(folder / MARKER, launch)
         write_text(folder / "config.yaml", yaml.safe_dump(select_run_options(options), sort_keys=False))
-        examples = images.examples(num_classes=20, per_class=8, side=256)
+        examples = images.sample_examples(num_classes=20, per_class=8, side=256)
         figures.save_image(figures.example_grid(examples), folder / "examples.png")
         processor.save_pretrained(folder)
 

@@ -153,7 +153,7 @@ def gather_report(
             for name, split in sets.items()
             if isinstance(split, ImageSet)  # what is streamed is not counted
         },
-        examples=images.examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
+        examples=images.sample_examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
         history=state.log_history,
         best_step=state.best_global_step if state.best_model_checkpoint else None,
         seconds=seconds,
@@ -182,7 +182,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
     names = model.config.id2label
     found = []
     for index in map(int, worst):
-        pixels = pictures.pixels(index)
+        pixels = pictures.get_pixels(index)
         picture = Image.fromarray(pixels)
         _, maps, grid = with_attention(model, torch.from_numpy(pixels)[None])
         found.append(

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, default_data_collator
 
-from fastvit.data.images import random_numbers_of
+from fastvit.data.images import seed_rng
 from fastvit.errors import InputError
 from fastvit.train.training import FineTuner
 
@@ -104,7 +104,7 @@ class MixPictures:
         batch = default_data_collator([{k: v for k, v in entry.items() if k != "seed"} for entry in entries])
         if not seeds:
             return batch
-        with random_numbers_of(int(np.random.SeedSequence(seeds).generate_state(1)[0])):
+        with seed_rng(int(np.random.SeedSequence(seeds).generate_state(1)[0])):
             pixels, labels = batch["pixel_values"], batch["labels"]
             if self.cutmix and not (self.mixup and torch.rand(()) < 0.5):
                 pixels, labels = self.cut_and_paste(pixels, labels)

@@ -34,9 +34,9 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from fastvit.checkpoints.configuration import format_error, format_value, is_finite_number, is_integer, read_json
 from fastvit.checkpoints.inspection import check_shapes, check_shard_metadata, read_headers
 from fastvit.data.images import ImageSet
-from fastvit.data.streaming import Stream, stream_loader
+from fastvit.data.streaming import Stream, build_stream_loader
 from fastvit.errors import InputError
-from fastvit.files import PARTIAL, remove_folder, sync, whole_files, write_errors, write_text
+from fastvit.files import PARTIAL, remove_folder, sync, wrap_write_errors, write_atomically, write_text
 from fastvit.report import run_log
 from fastvit.train.distributed import on_any_process
 
@@ -297,7 +297,7 @@ class FineTuner(Trainer):
         home = Path(self._get_output_dir(trial))
         checkpoint = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         partial = home / PARTIAL / checkpoint.name
-        with write_errors(checkpoint):
+        with wrap_write_errors(checkpoint):
             try:
                 if self.args.should_save:
                     shutil.rmtree(home / PARTIAL, ignore_errors=True)  # of a process that was killed
@@ -341,12 +341,12 @@ class FineTuner(Trainer):
         if not self.args.should_save or self.checkpoint_home is not None:
             super()._save(output_dir, state_dict)
             return
-        with whole_files(Path(output_dir or self.args.output_dir)) as folder:
+        with write_atomically(Path(output_dir or self.args.output_dir)) as folder:
             super()._save(str(folder), state_dict)
 
     def save_state(self) -> None:
         if self.is_world_process_zero():
-            with whole_files(Path(self.args.output_dir)) as folder:
+            with write_atomically(Path(self.args.output_dir)) as folder:
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
@@ -396,7 +396,7 @@ class FineTuner(Trainer):
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, Stream):
             return with_lasting_workers(
-                stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
+                build_stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
             )
         return super().get_train_dataloader()
 
