@@ -28,7 +28,7 @@ from fastvit.benchmarks.readme import readme_section, with_section
 from fastvit.benchmarks.tables import render_table
 from fastvit.errors import InputError
 from fastvit.files import write_text
-from fastvit.report.info import device_name
+from fastvit.report.info import get_device_name
 
 KERNELS = (
     "bench_layer_norm",
@@ -168,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--providers: expected a regular expression, got {options.providers!r} ({error})") from None
     # Toy numbers stay away from those that are kept.
     parent = checkout() / ("runs/benchmark" if options.quick or ops.is_interpreting() else "benchmarks/results")
-    folder = options.out or parent / slug(device_name(device))
+    folder = options.out or parent / slug(get_device_name(device))
     settings = Settings(
         device,
         quick=options.quick,
@@ -204,7 +204,7 @@ def full_float32() -> Iterator[None]:
 
 
 def introduction(device: torch.device, folder: Path) -> str:
-    lines = [f"device: {device_name(device)}; results: {folder}"]
+    lines = [f"device: {get_device_name(device)}; results: {folder}"]
     if device.type == "cpu" and ops.current_backend() == "triton":
         lines.append("kernels are interpreted step by step: this proves that they run, their times mean nothing")
     elif device.type == "cpu":

@@ -32,10 +32,10 @@ def installed(package: str) -> str | None:
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    commit, commit_is_all = info.commit()
+    commit, commit_is_all = info.read_commit()
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": info.device_name(device),
+        "device": info.get_device_name(device),
         "device_type": device.type,
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -50,7 +50,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        driver = info.output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = info.run_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         found |= {
             "driver": driver.splitlines()[0] if driver else None,
             "cuda": torch.version.cuda or torch.version.hip,

@@ -36,7 +36,7 @@ from fastvit.benchmarks.environment import describe_environment
 from fastvit.benchmarks.harness import Settings, describe
 from fastvit.benchmarks.timing import run_once
 from fastvit.files import write_text
-from fastvit.report.info import output_of
+from fastvit.report.info import run_command
 
 if ops.is_interpreting() and "interpreter" not in sys.modules:  # mends for bfloat16, before kernels are imported
     sys.path.insert(0, str(gpu_checks.TESTS))
@@ -85,9 +85,9 @@ def look_around(run: Run) -> bool:
         found["triton key"] = gpu_cache.triton_key()  # with it a cache can be filled for this machine
         print(gpu_cache.verdict(gpu.CACHE))
     query = ("--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu", "--format=csv")
-    found["clocks before"] = output_of("nvidia-smi", *query)
+    found["clocks before"] = run_command("nvidia-smi", *query)
     found["ceilings"] = measure_ceilings(run.device, [BFLOAT16, torch.float32], run.toy)
-    found["clocks after"] = output_of("nvidia-smi", *query)
+    found["clocks after"] = run_command("nvidia-smi", *query)
     run.save("environment", found)
     return True
 

@@ -57,7 +57,7 @@ def draw_roofline(results: Sequence[dict[str, Any]], dtype: str) -> Markup:
         Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
             axes.width, axes.height, f"roofline, {dtype}"
         ),
-        axes.frame("FLOP per byte that must be moved", "TFLOP/s"),
+        axes.draw_frame("FLOP per byte that must be moved", "TFLOP/s"),
         Markup('<path class="roof" d="M{:.1f} {:.1f}L{:.1f} {:.1f}H{}"><title>{}</title></path>').format(
             axes.x(start), axes.y(start * bandwidth), axes.x(ridge), axes.y(product), axes.width - axes.right,
             f"copy {bandwidth * 1e3:,.4g} GB/s, matrix product {product:,.4g} TFLOP/s",

@@ -58,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     """Text on one line that a terminal only shows: what would move the cursor or cannot be encoded is escaped.
 
     File and class names come from anywhere: they may hold line ends, control sequences and bytes that are no text.
@@ -78,9 +78,9 @@ def report_errors(command: Callable[[], object]) -> int:
         code = command()
     except InputError as error:
         if isinstance(error, ProcessError) and "RANK" in os.environ:
-            print(f"error: process {os.environ['RANK']}: {printable(str(error))}", file=sys.stderr)
+            print(f"error: process {os.environ['RANK']}: {escape_unprintable(str(error))}", file=sys.stderr)
         elif os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {printable(str(error))}", file=sys.stderr)
+            print(f"error: {escape_unprintable(str(error))}", file=sys.stderr)
         return 2
     except Stopped as stopped:
         return 128 + stopped.signum

@@ -633,9 +633,9 @@ def test_memory_alone_is_held_against_who_needs_least():
 def test_processors_of_one_name_are_told_apart(monkeypatch):
     lines = "cpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n"
     monkeypatch.setattr(Path, "read_text", lambda self: lines.format(25, 17) + "\n" + lines.format(25, 18))
-    assert info.processor_name() == "AMD EPYC (family 25, model 17)"
+    assert info.read_processor_name() == "AMD EPYC (family 25, model 17)"
     monkeypatch.setattr(Path, "read_text", lambda self: "model name: Neoverse\n")
-    assert info.processor_name() == "Neoverse"
+    assert info.read_processor_name() == "Neoverse"
 
 
 def test_best_of_ours_is_held_against_the_best_of_the_others():

@@ -63,9 +63,9 @@ def url(model, asked_for, tmp_path_factory):
     pytest.importorskip("gradio", reason="gradio is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-        page = demo.demo_page(str(model), "cpu")
+        page = demo.build_demo_page(str(model), "cpu")
         try:
-            yield demo.serve(page)
+            yield demo.serve_page(page)
         finally:
             page.close(verbose=False)
 
@@ -88,7 +88,7 @@ def test_answers_are_those_of_predict_with_a_map_of_attention(url, model, pictur
         expected = predictor(picture).probabilities
     assert found == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-5)
     shown = np.asarray(Image.open(attention).convert("RGB")).astype(int)
-    assert shown.shape == (demo.SHOWN_SIDE, demo.SHOWN_SIDE, 3) and shown.std() > 5
+    assert shown.shape == (demo.MAP_SIDE, demo.MAP_SIDE, 3) and shown.std() > 5
 
 
 @needs_gradio

@@ -189,8 +189,8 @@ def test_resume_goes_on_where_the_run_stopped(tmp_path):
     assert state["global_step"] == 6
     assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     log = read_log(tmp_path / "out")
-    assert [step for step, _ in log.curve("loss")] == [1, 2, 3, 4, 5, 6] and log.end["outcome"] == "finished"
-    assert log.curve("eval_accuracy") == [
+    assert [step for step, _ in log.get_curve("loss")] == [1, 2, 3, 4, 5, 6] and log.end["outcome"] == "finished"
+    assert log.get_curve("eval_accuracy") == [
         (entry["step"], entry["eval_accuracy"]) for entry in state["log_history"] if "eval_accuracy" in entry
     ]
 

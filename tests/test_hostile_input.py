@@ -39,9 +39,9 @@ from fastvit.checkpoints.inspection import check_checkpoint, check_shard_metadat
 from fastvit.data import leaves
 from fastvit.data.datasets import load_images
 from fastvit.data.images import decode_image
-from fastvit.errors import InputError, printable
+from fastvit.errors import InputError, escape_unprintable
 from fastvit.models.loading import load_pretrained
-from fastvit.serve.predictor import check_fit
+from fastvit.serve.predictor import check_compatibility
 from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
 from fastvit.train.finetune import main
 
@@ -460,7 +460,7 @@ def test_evaluate_leaves_bad_pictures_out_when_asked(finished_run, capsys):
 
 
 def test_what_is_shown_stays_on_its_line():
-    assert printable("a\nb\x1b[2J\udcff글자 é") == "a\\nb\\x1b[2J\\udcff글자 é"
+    assert escape_unprintable("a\nb\x1b[2J\udcff글자 é") == "a\\nb\\x1b[2J\\udcff글자 é"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -544,7 +544,9 @@ BAD_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("change", BAD_CONFIGS, ids=lambda change: printable(str(list(change.items())[-1])[:50]))
+@pytest.mark.parametrize(
+    "change", BAD_CONFIGS, ids=lambda change: escape_unprintable(str(list(change.items())[-1])[:50])
+)
 def test_a_config_that_cannot_be_is_refused(change, model):
     change_json(model / "config.json", **change)
     with pytest.raises(InputError) as refused:
@@ -742,7 +744,7 @@ def load_fitting_preprocessor(folder: Path) -> Preprocessor:
     """As a predictor does."""
     model = load(folder)
     preprocessor = load_preprocessor(str(folder))
-    check_fit(model, preprocessor)
+    check_compatibility(model, preprocessor)
     return preprocessor
 
 
@@ -762,7 +764,9 @@ BAD_PROCESSORS = [
 ]
 
 
-@pytest.mark.parametrize("change", BAD_PROCESSORS, ids=lambda change: printable(str(next(iter(change.items())))))
+@pytest.mark.parametrize(
+    "change", BAD_PROCESSORS, ids=lambda change: escape_unprintable(str(next(iter(change.items()))))
+)
 def test_picture_settings_that_cannot_be_are_refused(change, good, model, capsys):
     change_json(model / "preprocessor_config.json", **change)
     with pytest.raises(
@@ -1059,7 +1063,7 @@ def check_loading(folder: Path) -> None:
             raise InputError(str(error)) from error
         raise
     preprocessor = load_preprocessor(str(folder))
-    check_fit(loaded, preprocessor)
+    check_compatibility(loaded, preprocessor)
     pixels = torch.from_numpy(preprocessor(Image.new("RGB", (9, 9))).copy())[None]
     assert loaded(pixels).logits.shape == (1, loaded.num_labels)
 

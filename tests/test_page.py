@@ -13,7 +13,7 @@ from browser import Browser, browser, file_url  # noqa: F401
 from PIL import Image
 
 from fastvit.data import leaves
-from fastvit.report.charts import Series, in_words, line_chart, round_ticks, thinned, thousands
+from fastvit.report.charts import Series, compute_ticks, describe_series, downsample, draw_line_chart, format_thousands
 from fastvit.train import page
 from fastvit.train.finetune import main
 from fastvit.train.page import Mistake, RunReport
@@ -91,7 +91,7 @@ def test_run_leaves_a_page_with_its_own_figures(report_of_a_run):
     text = text_of(html)
     for prefix, split in (("eval", "Validation"), ("test", "Test")):
         results = json.loads((folder / f"{prefix}_results.json").read_text())
-        assert f"{split} accuracy {page.percent(results[f'{prefix}_accuracy'])}".replace("\xa0", " ") in text
+        assert f"{split} accuracy {page.format_percent(results[f'{prefix}_accuracy'])}".replace("\xa0", " ") in text
         assert f"{split} macro F1 {results[f'{prefix}_macro_f1']:.3f}" in text
     state = json.loads((folder / "trainer_state.json").read_text())
     assert f"Best model step {state['best_global_step']} of 6" in text
@@ -196,39 +196,39 @@ def test_page_of_a_run_that_lacks_something_says_so(changes, says):
     ],
 )
 def test_ticks_are_round_and_hold_the_range(low, high, ticks):
-    assert round_ticks(low, high) == pytest.approx(ticks)
+    assert compute_ticks(low, high) == pytest.approx(ticks)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -2.5, 1e-9])
 def test_ticks_of_a_single_value_hold_it(value):
-    ticks = round_ticks(value, value)
+    ticks = compute_ticks(value, value)
     assert len(ticks) >= 2 and ticks[0] <= value <= ticks[-1]
 
 
 def test_line_goes_where_the_values_are():
-    chart = line_chart("t", [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)])], x_label="step")
+    chart = draw_line_chart("t", [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)])], x_label="step")
     (path,) = re.findall(r'class="line first" d="M([^"]+)"', chart)
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split()) for point in path.split("L"))
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and x0 < x1
     assert y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.11) and y1 < y2 < y0  # downwards is more in a drawing
-    assert line_chart("t", [Series("a", [])], x_label="step") == ""
+    assert draw_line_chart("t", [Series("a", [])], x_label="step") == ""
 
 
 def test_many_points_become_means_of_neighbours():
     points = [(float(i), float(i % 2)) for i in range(10_001)]
-    few = thinned(points)
+    few = downsample(points)
     assert len(few) == 400 and all(0.4 < y < 0.6 for _, y in few)
     assert [x for x, _ in few] == sorted(x for x, _ in few)
-    assert thinned(points[:7]) == points[:7]
+    assert downsample(points[:7]) == points[:7]
 
 
 def test_chart_is_also_said_in_words():
     series = Series("loss", [(10, 2.0), (20, 0.5), (30, 1.0)])
-    assert in_words(series, "step", "{:g}".format) == (
+    assert describe_series(series, "step", "{:g}".format) == (
         "loss: from 2 at step 10 to 1 at step 30, lowest 0.5 at 20, highest 2 at 10"
     )
-    assert 'aria-label="Loss. loss: from 2 at step 10' in line_chart("Loss", [series], x_label="step")
-    assert [thousands(value) for value in (0.5, 1500, 20_000, 1_500_000, 12_345)] == [
+    assert 'aria-label="Loss. loss: from 2 at step 10' in draw_line_chart("Loss", [series], x_label="step")
+    assert [format_thousands(value) for value in (0.5, 1500, 20_000, 1_500_000, 12_345)] == [
         "0.5", "1,500", "20k", "1.5M", "12,345",
     ]  # fmt: skip
 

@@ -29,7 +29,7 @@ from fastvit.data import images, leaves
 from fastvit.data.images import to_image
 from fastvit.serve.batching import Batcher
 from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
-from fastvit.serve.runner import WARM_UP, GraphCache, Runner, capture_graphs
+from fastvit.serve.runner import WARM_UP_CALLS, GraphCache, Runner, capture_graphs
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 LABELS = {index: f"class {index}" for index in range(7)}
@@ -147,7 +147,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_pixels_are_those_of_the_image_processor(kind):
     processor = PROCESSORS[kind]()
-    preprocessor = Preprocessor.of(processor)
+    preprocessor = Preprocessor.from_processor(processor)
     for width, height in ((48, 48), (31, 77), (150, 20), (1, 5)):
         picture = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
         pixels = preprocessor(picture)
@@ -179,7 +179,7 @@ def test_unusual_normalisation_reaches_the_model(kind, folder, files):
 def test_image_processors_that_do_something_else_are_refused(settings, message):
     processor = ViTImageProcessorPil().to_dict() | settings
     with pytest.raises(InputError, match="image processor") as caught:
-        Preprocessor.of(SimpleNamespace(to_dict=lambda: processor))
+        Preprocessor.from_processor(SimpleNamespace(to_dict=lambda: processor))
     assert message in str(caught.value)
 
 
@@ -188,9 +188,9 @@ def test_image_processor_is_read_from_its_file(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     preprocessor = load_preprocessor(str(tmp_path))
     expected = transformers.DeiTImageProcessorPil(size=40, crop_size=32)
-    assert preprocessor == Preprocessor.of(expected) and preprocessor.resize == (40, 40)
+    assert preprocessor == Preprocessor.from_processor(expected) and preprocessor.resize == (40, 40)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32, "resample": 3}))
-    assert load_preprocessor(str(tmp_path)) == Preprocessor.of(ViTImageProcessorPil(size=32, resample=3))
+    assert load_preprocessor(str(tmp_path)) == Preprocessor.from_processor(ViTImageProcessorPil(size=32, resample=3))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "LevitImageProcessor"}))
     with pytest.raises(InputError, match=r"expected one for ViT, .*, got 'LevitImageProcessor'"):
         load_preprocessor(str(tmp_path))
@@ -239,7 +239,7 @@ def test_dtype_is_that_of_the_weights(folder, files, predictor):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_a_gpu_gives_the_same_answers(graphs, folder, files, predictor):
     with Predictor(folder, "cuda", max_batch=4, cuda_graphs=graphs) as on_gpu:
-        for _ in range(WARM_UP + 2):
+        for _ in range(WARM_UP_CALLS + 2):
             for count in (1, 3, len(files)):
                 pairs = zip(on_gpu(files[:count]), predictor(files[:count]), strict=True)
                 assert all(np.abs(one.probabilities - other.probabilities).max() < 1e-3 for one, other in pairs)
@@ -345,7 +345,7 @@ def test_damaged_files_never_harm_the_others(predictor, folder, files):
 
 def test_a_picture_that_would_fill_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
-    preprocessor = Preprocessor.of(PROCESSORS["Bit"]())
+    preprocessor = Preprocessor.from_processor(PROCESSORS["Bit"]())
     with pytest.raises(InputError, match="thin: 1x900 pixels would be resized to 41x36900"):
         preprocessor(Image.new("RGB", (1, 900)), "thin")
 
@@ -514,7 +514,7 @@ def test_a_batch_waits_no_longer_than_max_wait(square):
 
 
 def test_next_batch_is_launched_before_the_last_one_is_waited_for(square):
-    batcher = Batcher(square, max_batch=1, ahead=True)
+    batcher = Batcher(square, max_batch=1, launch_ahead=True)
     square.gate.clear()
     futures = [ask(batcher, number) for number in (1, 2, 3)]
     square.wait_for(1)
@@ -532,7 +532,7 @@ def test_next_batch_is_launched_before_the_last_one_is_waited_for(square):
 @pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(("bad", "error"), [("boom", ValueError), ("late", ValueError), ("bang", SystemExit)])
 def test_errors_of_the_model_go_to_their_callers_and_the_thread_survives(bad, error, ahead, square):
-    batcher = Batcher(square, max_batch=2, ahead=ahead)
+    batcher = Batcher(square, max_batch=2, launch_ahead=ahead)
     with pytest.raises(error, match=bad):
         ask(batcher, bad).result(10)
     assert ask(batcher, 3).result(10) == [9]
@@ -628,7 +628,7 @@ def test_program_that_closes_nothing_ends():
 def test_a_fork_is_told_that_the_predictor_is_not_its_own(predictor, files):
     predictor(files)
     picture = Image.new("RGB", (3, 3))
-    with warnings.catch_warnings(), images._reading:  # somebody decodes
+    with warnings.catch_warnings(), images._read_lock:  # somebody decodes
         warnings.simplefilter("ignore")  # of Python, of threads beside a fork
         child = os.fork()
         if child == 0:
@@ -754,14 +754,14 @@ class Recorder:
 def test_batch_sizes_are_padded_to_powers_of_two_and_captured_once_seen():
     model, recorder = Sums(), Recorder()
     runner = runner_of(model, max_batch=6, capture=recorder)
-    for call in range(WARM_UP + 3):
+    for call in range(WARM_UP_CALLS + 3):
         for count in (1, 2, 3, 4, 5, 6):
             pictures = pictures_of(count + 10 * call)[:count]
             assert_sums(runner.launch(pictures)(), pictures)
     assert sorted(runner.graphs.buckets) == [1, 2, 4, 6] == sorted(set(model.sizes))
     assert recorder.captured == 4
-    calls = {1: WARM_UP + 3, 2: WARM_UP + 3, 4: 2 * (WARM_UP + 3), 6: 2 * (WARM_UP + 3)}
-    assert recorder.replays == sum(calls.values()) - 4 * WARM_UP
+    calls = {1: WARM_UP_CALLS + 3, 2: WARM_UP_CALLS + 3, 4: 2 * (WARM_UP_CALLS + 3), 6: 2 * (WARM_UP_CALLS + 3)}
+    assert recorder.replays == sum(calls.values()) - 4 * WARM_UP_CALLS
 
 
 def test_padding_is_black_whatever_was_there_before():
@@ -786,15 +786,15 @@ def test_failed_capture_is_a_warning_and_no_graphs_from_then_on():
     with pytest.warns(
         UserWarning, match="CUDA graphs are off: a batch of 4 cannot be captured .operation not permitted"
     ):
-        for _ in range(WARM_UP + 2):
+        for _ in range(WARM_UP_CALLS + 2):
             assert_sums(runner.launch(pictures_of(3))(), pictures_of(3))
-    assert model.sizes == [4] * WARM_UP + [3, 3] and not runner.graphs.buckets
+    assert model.sizes == [4] * WARM_UP_CALLS + [3, 3] and not runner.graphs.buckets
 
 
 def test_graphs_of_large_batches_are_given_up_when_memory_runs_out():
     model, recorder = Sums(), Recorder()
     runner = runner_of(model, capture=recorder)
-    for _ in range(WARM_UP + 1):
+    for _ in range(WARM_UP_CALLS + 1):
         runner.launch(pictures_of(8))
         runner.launch(pictures_of(2))
     model.room = 4

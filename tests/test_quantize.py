@@ -636,7 +636,7 @@ def test_gpus_without_fp8_are_told_so(monkeypatch):
         reason = why_not(operation, "cuda", 0, torch.float32)
         assert reason == "this GPU (sm_80) has no fp8 matrix product; sm_89 and newer do"
     assert why_not("layer_norm", "cuda", 0, torch.float32) is None
-    assert "an error (this GPU (sm_80)" in info.who_computes("linear_fp8", torch.device("cuda", 0))
+    assert "an error (this GPU (sm_80)" in info.describe_backend("linear_fp8", torch.device("cuda", 0))
     with pytest.raises(fastvit.InputError, match=r"linear_fp8: this GPU \(sm_80\) has no fp8 .*backend\('reference'\)"):
         ops._choose_implementation("linear_fp8", "auto", "cuda", 0, torch.float32, None, None)
     assert ops._choose_implementation("quantize_rows", "auto", "cuda", 0, torch.float32, None, None) == "default"

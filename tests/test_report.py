@@ -12,7 +12,13 @@ from PIL import Image
 from fastvit.errors import InputError
 from fastvit.report import figures
 from fastvit.report.classification import classification_metrics, confusion_matrix, format_metrics
-from fastvit.report.figures import attention_rollout, attention_sheet, example_grid, overlay_heatmap, save_image
+from fastvit.report.figures import (
+    attention_rollout,
+    draw_attention_sheet,
+    draw_example_grid,
+    overlay_heatmap,
+    save_image,
+)
 
 GREY = Image.new("RGB", (64, 48), (120, 120, 120))
 
@@ -147,39 +153,39 @@ def test_example_grid_shows_every_picture_of_every_class():
         "one": [Image.new("RGB", (50, 50), (200, 0, 0)), Image.new("RGB", (90, 10), (0, 200, 0))],
         "two": [Image.new("RGB", (10, 90), (0, 0, 200))],
     }
-    assert {(200, 0, 0), (0, 200, 0), (0, 0, 200)} <= colours_of(example_grid(examples))
+    assert {(200, 0, 0), (0, 200, 0), (0, 0, 200)} <= colours_of(draw_example_grid(examples))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
 def test_example_grid_takes_pictures_of_any_mode(mode):
-    assert example_grid({"x": [Image.new(mode, (20, 20))]}).mode == "RGB"
+    assert draw_example_grid({"x": [Image.new(mode, (20, 20))]}).mode == "RGB"
 
 
 def test_example_grid_shows_transparency_as_white():
     clear = Image.new("RGBA", (20, 20), (0, 0, 255, 0))
-    assert (0, 0, 255) not in colours_of(example_grid({"x": [clear]}))
+    assert (0, 0, 255) not in colours_of(draw_example_grid({"x": [clear]}))
 
 
 @pytest.mark.parametrize("name", ["", "콩잎 녹병", "ورقة", "🌿", "bad \udc80 bytes", "two\nlines\x00", "x" * 500])
 def test_example_grid_writes_any_class_name(name):
-    assert example_grid({name: [GREY]}).size == example_grid({"plain": [GREY]}).size
+    assert draw_example_grid({name: [GREY]}).size == draw_example_grid({"plain": [GREY]}).size
 
 
 def test_example_grid_stops_at_twenty_classes_and_says_how_many_more(monkeypatch):
     written = []
-    monkeypatch.setattr(figures, "_write", lambda draw, position, text, **options: written.append(text))
-    sheet = example_grid({f"class {index}": [GREY] for index in range(25)}, tile=32)
+    monkeypatch.setattr(figures, "_draw_text", lambda draw, position, text, **options: written.append(text))
+    sheet = draw_example_grid({f"class {index}": [GREY] for index in range(25)}, tile=32)
     assert written == [*(f"class {index}" for index in range(20)), "and 5 more classes"]
     assert sheet.height < 25 * (32 + 23 + 8)
 
 
 def test_example_grid_keeps_a_class_without_pictures():
-    assert example_grid({"none": [], "some": [GREY]}).height > example_grid({"some": [GREY]}).height
+    assert draw_example_grid({"none": [], "some": [GREY]}).height > draw_example_grid({"some": [GREY]}).height
 
 
 def test_example_grid_refuses_no_classes():
     with pytest.raises(ValueError, match="examples: expected at least one class"):
-        example_grid({})
+        draw_example_grid({})
 
 
 def test_heatmap_is_bright_where_heat_is_high_and_dark_where_it_is_low():
@@ -236,8 +242,8 @@ def test_rollout_refuses_a_wrong_rank():
 @pytest.mark.parametrize("layers", [1, 2, 12, 24, 32])
 def test_attention_sheet_labels_every_layer_inside_the_sheet(layers, monkeypatch):
     written = {}
-    monkeypatch.setattr(figures, "_write", lambda draw, position, text, **options: written.update({text: position}))
-    sheet = attention_sheet(GREY, random_attentions(layers, 2, 13), (3, 4))
+    monkeypatch.setattr(figures, "_draw_text", lambda draw, position, text, **options: written.update({text: position}))
+    sheet = draw_attention_sheet(GREY, random_attentions(layers, 2, 13), (3, 4))
     assert list(written) == ["picture", "rollout of all layers", *(f"layer {index + 1}" for index in range(layers))]
     assert len(set(written.values())) == layers + 2
     assert all(left + 128 <= sheet.width and top + 128 <= sheet.height for left, top in written.values())
@@ -247,7 +253,7 @@ def test_attention_sheet_labels_every_layer_inside_the_sheet(layers, monkeypatch
 def test_attention_sheet_shows_where_the_class_token_looks():
     attentions = np.full((1, 1, 5, 5), 1e-3)
     attentions[0, 0, 0, 4] = 1  # the patch at the lower right
-    sheet = np.asarray(attention_sheet(Image.new("RGB", (64, 64)), attentions, (2, 2)).convert("L")).astype(int)
+    sheet = np.asarray(draw_attention_sheet(Image.new("RGB", (64, 64)), attentions, (2, 2)).convert("L")).astype(int)
     layer = sheet[-8 - 128 : -8, 8 : 8 + 128]
     assert layer[-10, -10] > 100
     assert max(layer[10, 10], layer[-10, 10], layer[10, -10]) < 60
@@ -255,7 +261,7 @@ def test_attention_sheet_shows_where_the_class_token_looks():
 
 def test_attention_sheet_refuses_a_grid_that_does_not_fit_the_tokens():
     with pytest.raises(ValueError, match="grid: expected rows x columns = 12"):
-        attention_sheet(GREY, random_attentions(1, 1, 13), (4, 4))
+        draw_attention_sheet(GREY, random_attentions(1, 1, 13), (4, 4))
 
 
 # Files

@@ -378,7 +378,9 @@ def test_auto_goes_by_the_record_and_triton_takes_ours_anyway(gpu):
         assert gpu(record, "triton") == triton
         assert record in ops.used_records.values()
     records.adopt([fake(gpu="another GPU")])
-    assert "layer_norm, inference, float32, hidden 16, rows to 64: pytorch flash" in info.kernels()["measured"]
+    assert (
+        "layer_norm, inference, float32, hidden 16, rows to 64: pytorch flash" in info.summarize_kernels()["measured"]
+    )
 
 
 def test_without_a_record_ours_is_taken_and_it_is_said_once_how_to_tune(gpu, caplog):
@@ -712,9 +714,9 @@ def test_a_named_size_needs_no_weights():
 
 def test_info_lists_the_records_of_this_gpu(monkeypatch):
     monkeypatch.setattr(records, "get_gpu_name", lambda *device: GPU)
-    assert "no records of measurements on this GPU" in info.measured_on(torch.device("cuda", 0))[0]
+    assert "no records of measurements on this GPU" in info.list_measurements(torch.device("cuda", 0))[0]
     records.adopt([fake(), fake(gpu="another GPU")])
-    lines = info.measured_on(torch.device("cuda", 0))
+    lines = info.list_measurements(torch.device("cuda", 0))
     assert lines == ["measured on this GPU:", "  layer_norm, inference, float32, hidden 16, rows to 64: ours 1"]
 
 

@@ -18,12 +18,12 @@ from fastvit.report.run_log import LOG_FILE, RunLog
 
 
 def begin(folder, step=0, max_steps=100, **process):
-    process = run_log.this_process() | process
-    run_log.append(folder, "start", step, max_steps=max_steps, epochs=4.0, device="cpu", process=process)
+    process = run_log.identify_process() | process
+    run_log.append_record(folder, "start", step, max_steps=max_steps, epochs=4.0, device="cpu", process=process)
 
 
 def log_loss(folder, step, loss, **values):
-    run_log.append(folder, "log", step, loss=loss, learning_rate=1e-3, epoch=step / 25, **values)
+    run_log.append_record(folder, "log", step, loss=loss, learning_rate=1e-3, epoch=step / 25, **values)
 
 
 def read(folder) -> RunLog:
@@ -52,7 +52,7 @@ def test_reader_takes_only_what_is_new(tmp_path):
     assert log.read() == []
     log_loss(tmp_path, 10, 2.5)
     assert [record["loss"] for record in log.read()] == [2.5]
-    assert log.curve("loss") == [(10, 2.5)] and log.latest("learning_rate") == 1e-3
+    assert log.get_curve("loss") == [(10, 2.5)] and log.get_latest("learning_rate") == 1e-3
 
 
 def test_line_that_is_still_written_is_waited_for(tmp_path):
@@ -64,7 +64,7 @@ def test_line_that_is_still_written_is_waited_for(tmp_path):
         file.flush()
         assert log.read() == []
         file.write(line[20:])
-    assert log.curve("loss") == [] and [record["loss"] for record in log.read()] == [1.0]
+    assert log.get_curve("loss") == [] and [record["loss"] for record in log.read()] == [1.0]
 
 
 @pytest.mark.parametrize("torn", ['{"event": "log", "step": 1', "\x00\x00\x00", '{"no": "event"}\n', "[1, 2]\n"])
@@ -74,21 +74,21 @@ def test_what_a_killed_process_left_of_a_line_is_left_out(torn, tmp_path):
     with (tmp_path / LOG_FILE).open("a") as file:
         file.write(torn)
     log_loss(tmp_path, 20, 1.0)
-    assert read(tmp_path).curve("loss") == [(10, 2.0), (20, 1.0)]
+    assert read(tmp_path).get_curve("loss") == [(10, 2.0), (20, 1.0)]
 
 
 def test_resumed_run_forgets_what_lies_beyond_its_checkpoint(tmp_path):
     begin(tmp_path)
     for step in (10, 20, 30):
         log_loss(tmp_path, step, float(step))
-        run_log.append(tmp_path, "checkpoint", step, checkpoint=f"checkpoint-{step}")
-    run_log.append(tmp_path, "end", 30, outcome="interrupted", reason="")
+        run_log.append_record(tmp_path, "checkpoint", step, checkpoint=f"checkpoint-{step}")
+    run_log.append_record(tmp_path, "end", 30, outcome="interrupted", reason="")
     begin(tmp_path, step=20)
     log = read(tmp_path)
     assert log.end is None
     log_loss(tmp_path, 30, 3.5)
     log.read()
-    assert log.curve("loss") == [(10, 10.0), (20, 20.0), (30, 3.5)]
+    assert log.get_curve("loss") == [(10, 10.0), (20, 20.0), (30, 3.5)]
     assert [one["checkpoint"] for one in log.checkpoints] == ["checkpoint-10", "checkpoint-20"]
 
 
@@ -110,12 +110,12 @@ def test_numbers_that_are_not_finite_are_null_and_in_no_curve(tmp_path):
     json.loads((tmp_path / LOG_FILE).read_text().splitlines()[-1], parse_constant=pytest.fail)
     log = RunLog(tmp_path)
     assert watch.line_of(log.read()[-1]) == "step 10: loss not finite"
-    assert log.curve("loss") == [] and log.latest("grad_norm") is None
+    assert log.get_curve("loss") == [] and log.get_latest("grad_norm") is None
     assert "waiting" not in shown(log)[0]
 
 
 def test_process_is_told_from_a_later_one_with_its_number():
-    process = run_log.this_process()
+    process = run_log.identify_process()
     assert run_log.is_alive(process) is True
     assert run_log.is_alive(process | {"started": process["started"] - 100}) is False
     assert run_log.is_alive(process | {"host": "another"}) is None
@@ -139,9 +139,9 @@ def test_view_shows_everything_at_a_glance(tmp_path, width):
     begin(tmp_path)
     for step in range(1, 51):
         log_loss(tmp_path, step, 4.0 / step, images_per_second=1234.5, memory_gib=1.25, peak_memory_gib=2.5)
-    run_log.append(tmp_path, "log", 25, eval_accuracy=0.75, eval_loss=1.0)
-    run_log.append(tmp_path, "log", 50, eval_accuracy=0.5, eval_loss=1.0)
-    run_log.append(tmp_path, "checkpoint", 50, checkpoint="checkpoint-50")
+    run_log.append_record(tmp_path, "log", 25, eval_accuracy=0.75, eval_loss=1.0)
+    run_log.append_record(tmp_path, "log", 50, eval_accuracy=0.5, eval_loss=1.0)
+    run_log.append_record(tmp_path, "checkpoint", 50, checkpoint="checkpoint-50")
     text = shown(RunLog(tmp_path), width=width)[0]
     assert all(len(line) <= width for line in text.splitlines())
     said = " ".join(text.split())
@@ -162,9 +162,9 @@ def test_curve_needs_no_utf8():
 def test_elsewhere_than_on_a_terminal_there_is_a_line_for_everything(tmp_path):
     begin(tmp_path)
     log_loss(tmp_path, 10, 2.0, images_per_second=100.0, memory_gib=1.0, peak_memory_gib=1.0)
-    run_log.append(tmp_path, "log", 10, eval_accuracy=0.5)
-    run_log.append(tmp_path, "checkpoint", 10, checkpoint="checkpoint-10")
-    run_log.append(tmp_path, "end", 10, outcome="finished", reason="")
+    run_log.append_record(tmp_path, "log", 10, eval_accuracy=0.5)
+    run_log.append_record(tmp_path, "checkpoint", 10, checkpoint="checkpoint-10")
+    run_log.append_record(tmp_path, "end", 10, outcome="finished", reason="")
     assert shown(RunLog(tmp_path), once=False) == (
         "step 0 of 100: training on cpu\nstep 10: loss 2.0000, 100 images/s, 1.00 GiB\n"
         "step 10: validation accuracy 50.00%\nstep 10: checkpoint-10 written\nfinished after step 10\n",
@@ -182,7 +182,7 @@ def test_watching_goes_on_until_the_run_has_ended(tmp_path, terminal):
         log_loss(tmp_path, step, 1.0 / step)
         time.sleep(0.05)
         assert watcher.is_alive()
-    run_log.append(tmp_path, "end", 100, outcome="failed", reason="the loss is nan")
+    run_log.append_record(tmp_path, "end", 100, outcome="failed", reason="the loss is nan")
     watcher.join(timeout=10)
     ((text, code),) = found
     assert "failed after step 100: the loss is nan" in text and code == 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastvit.checkpoints.configuration import format_error, format_value, read_json
-from fastvit.errors import InputError, printable
+from fastvit.errors import InputError, escape_unprintable
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 TORCH_SUFFIXES = (".bin", ".pth", ".pt")
@@ -66,7 +66,9 @@ def read_tensors(path: Path, *, plain: bool = True) -> dict[str, Tensor]:
     named = {str(name).removeprefix("module."): tensor.detach() for name, tensor in tensors.items()}
     for name, tensor in named.items():
         if plain and not is_plain_tensor(tensor):
-            raise InputError(f"{path}: tensor {printable(name)}: expected values that the file holds, found a view")
+            raise InputError(
+                f"{path}: tensor {escape_unprintable(name)}: expected values that the file holds, found a view"
+            )
     return named
 
 
@@ -104,7 +106,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
             found = getattr(array, "dtype", type(array).__name__)
-            raise InputError(f"{path}: array {printable(name)}: expected floating point weights, found {found}")
+            raise InputError(
+                f"{path}: array {escape_unprintable(name)}: expected floating point weights, found {found}"
+            )
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

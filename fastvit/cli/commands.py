@@ -102,9 +102,9 @@ def tune(argv: list[str]) -> None:
 
 def info(argv: list[str]) -> None:
     argparse.ArgumentParser(prog="fastvit info", description=f"{COMMANDS['info'].capitalize()}.").parse_args(argv)
-    from fastvit.report.info import report
+    from fastvit.report.info import build_report
 
-    print(report())
+    print(build_report())
 
 
 def convert(argv: list[str]) -> None:

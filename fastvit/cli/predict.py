@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from fastvit.data.images import decode_image
-from fastvit.errors import InputError, printable
+from fastvit.errors import InputError, escape_unprintable
 from fastvit.models.calibration import compute_reliability
-from fastvit.serve.attention import pixels_of, with_attention
+from fastvit.serve.attention import preprocess_image, classify_with_attention
 from fastvit.serve.predictor import Predictor
 
 
@@ -47,15 +47,15 @@ def predict(argv: list[str]) -> int:
     with Predictor(options.model, options.device, **given) as predictor:
         for path, result in zip(options.images, predictor.stream(options.images), strict=True):
             if isinstance(result, InputError):
-                print(f"error: {printable(str(result))}", file=sys.stderr)
+                print(f"error: {escape_unprintable(str(result))}", file=sys.stderr)
                 code = 2
             elif options.json:
                 classes = [{"label": label, "probability": round(score, 6)} for label, score in result.top]
                 print(json.dumps({"image": path, "classes": classes}, ensure_ascii=not path.isprintable()))
             else:
-                print(printable(path))
+                print(escape_unprintable(path))
                 for label, score in result.top:
-                    print(f"  {score:7.2%}  {printable(label)}")
+                    print(f"  {score:7.2%}  {escape_unprintable(label)}")
     return code
 
 
@@ -96,7 +96,7 @@ def evaluate(argv: list[str]) -> None:
         measured, rows = [], []
         for index, result in enumerate(predictor.stream(pictures, raise_errors=not options.skip_bad_images)):
             if isinstance(result, InputError):
-                print(f"error: {printable(str(result))}", file=sys.stderr)
+                print(f"error: {escape_unprintable(str(result))}", file=sys.stderr)
             else:
                 measured.append(index)
                 rows.append(result.probabilities)
@@ -129,6 +129,6 @@ def attention(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     image = decode_image(options.image)
     with Predictor(options.model, options.device) as predictor:
-        attended = with_attention(predictor.model, pixels_of(predictor, image))
-    figures.save_image(figures.attention_sheet(image, attended.maps, attended.grid), Path(options.output))
+        attended = classify_with_attention(predictor.model, preprocess_image(predictor, image))
+    figures.save_image(figures.draw_attention_sheet(image, attended.maps, attended.grid), Path(options.output))
     print(f"written: {options.output}")

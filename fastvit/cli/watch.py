@@ -141,7 +141,7 @@ def view(log: RunLog, console: Console) -> RenderableType:
     parts: list[RenderableType] = [head]
     if log.start is not None:
         parts.append(progress(log, now))
-    if points := log.curve("loss"):
+    if points := log.get_curve("loss"):
         parts += ["", *loss_curve(points, console)]
     if rows := figures(log):
         table = Table.grid(padding=(0, 2))
@@ -168,18 +168,18 @@ def progress(log: RunLog, now: str) -> RenderableType:
 def figures(log: RunLog) -> list[tuple[str, str]]:
     """(what, value) of what has been logged so far."""
     rows = []
-    epoch, loss, rate = (log.latest(name) for name in ("epoch", "loss", "learning_rate"))
+    epoch, loss, rate = (log.get_latest(name) for name in ("epoch", "loss", "learning_rate"))
     if loss is not None:
         rows.append(("loss", f"{loss:.4f}" + (f", learning rate {rate:.2e}" if rate is not None else "")))
-    if accuracies := log.curve("eval_accuracy"):
+    if accuracies := log.get_curve("eval_accuracy"):
         step, best = max(accuracies, key=lambda point: point[1])
         rows.append(("accuracy", f"{accuracies[-1][1]:.2%} on validation; best {best:.2%} at step {step:,}"))
     if epoch is not None and log.start is not None:
         rows.append(("epoch", f"{epoch:.2f} of {log.start['epochs']:g}"))
-    if (speed := log.latest("images_per_second")) is not None:
+    if (speed := log.get_latest("images_per_second")) is not None:
         rows.append(("speed", f"{speed:,.0f} images/s"))
-    if (memory := log.latest("memory_gib")) is not None:
-        rows.append(("memory", f"{memory:.2f} GiB, peak {log.latest('peak_memory_gib'):.2f} GiB"))
+    if (memory := log.get_latest("memory_gib")) is not None:
+        rows.append(("memory", f"{memory:.2f} GiB, peak {log.get_latest('peak_memory_gib'):.2f} GiB"))
     if log.checkpoints:
         last = log.checkpoints[-1]
         rows.append(("checkpoint", f"{last['checkpoint']}, written {clock(time.time() - last['time'])} ago"))

@@ -19,7 +19,7 @@ from PIL import Image
 from fastvit.data import leaves
 from fastvit.data.folders import Classes, compute_fingerprint, has_metadata, list_images
 from fastvit.data.images import decode_image
-from fastvit.errors import InputError, printable
+from fastvit.errors import InputError, escape_unprintable
 
 # Short names of data sets on the hub.
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
@@ -165,7 +165,9 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
         def load(index: int) -> Image.Image:
             path = Path(paths[index])
             if not path.is_file():  # to open a pipe would wait for someone to fill it
-                raise InputError(f"{printable(str(path))}: expected a picture, found a broken link or no plain file")
+                raise InputError(
+                    f"{escape_unprintable(str(path))}: expected a picture, found a broken link or no plain file"
+                )
             return decode_image(path)
 
         return Split(np.array([label for _, label in pictures], dtype=np.int64), load, compute_fingerprint(paths))

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastvit.data.images import list_image_suffixes
-from fastvit.errors import InputError, printable
+from fastvit.errors import InputError, escape_unprintable
 
 SPLIT_FOLDERS = {
     "train": "train",
@@ -60,7 +60,9 @@ def list_images(root: Path) -> dict[str, Classes]:
         splits, outside = {"train": find_classes(root)}, outside[:1]
     stray = next(itertools.chain(*outside), None)
     if stray is not None:
-        raise InputError(f"{root}: expected every picture in the folder of a class, found {printable(stray)} outside")
+        raise InputError(
+            f"{root}: expected every picture in the folder of a class, found {escape_unprintable(stray)} outside"
+        )
     if not any(splits.values()):
         raise InputError(f"{root}: expected pictures, one folder a class, found none")
     return splits
@@ -74,7 +76,7 @@ def find_classes(folder: Path) -> Classes:
         if is_folder(entry) and get_folder_id(entry.path) not in ancestors:
             paths = sorted(find_images(entry.path, ancestors=ancestors))
             if paths and not entry.name.isprintable():
-                raise InputError(f"{folder}: expected a printable class name, found {printable(entry.name)}")
+                raise InputError(f"{folder}: expected a printable class name, found {escape_unprintable(entry.name)}")
             classes |= {entry.name: paths} if paths else {}
     return classes
 
@@ -105,7 +107,7 @@ def list_entries(folder: str | Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as found:
             return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
     except OSError as error:
-        raise InputError(f"{printable(str(folder))}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{escape_unprintable(str(folder))}: cannot be read ({error.strerror})") from None
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

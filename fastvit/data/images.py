@@ -28,7 +28,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from fastvit.checkpoints.configuration import format_error
-from fastvit.errors import InputError, printable
+from fastvit.errors import InputError, escape_unprintable
 
 # Above this many bytes of pixels a split is kept in a file that the system pages in, not in memory.
 MEMORY_CACHE_BYTES = 4 * 2**30
@@ -71,7 +71,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
     16 bits a channel the upper 8 are kept. A picture of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
     pixels in all, unless it was changed) is refused before memory is taken for its pixels.
     """
-    name = printable(name or (str(source) if not isinstance(source, bytes) else "image"))
+    name = escape_unprintable(name or (str(source) if not isinstance(source, bytes) else "image"))
     try:
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=list_readable_formats()

@@ -47,24 +47,26 @@ class Axes:
     ):
         self.width, self.height, self.left, self.bottom, self.right, self.top = width, height, left, bottom, 20, 20
         self.log = log
-        self.x_ticks = powers_of_ten(*x) if log else round_ticks(*x)
-        self.y_ticks = powers_of_ten(*y) if log else round_ticks(*y)
+        self.x_ticks = list_powers_of_ten(*x) if log else compute_ticks(*x)
+        self.y_ticks = list_powers_of_ten(*y) if log else compute_ticks(*y)
         self.x_range = (self.x_ticks[0], self.x_ticks[-1]) if round_x else x
         self.y_range = (self.y_ticks[0], self.y_ticks[-1])
 
-    def _share(self, value: float, bounds: tuple[float, float]) -> float:
+    def _to_fraction(self, value: float, bounds: tuple[float, float]) -> float:
         low, high = bounds
         if self.log:
             value, low, high = math.log10(value), math.log10(low), math.log10(high)
         return (value - low) / (high - low)
 
     def x(self, value: float) -> float:
-        return self.left + self._share(value, self.x_range) * (self.width - self.left - self.right)
+        return self.left + self._to_fraction(value, self.x_range) * (self.width - self.left - self.right)
 
     def y(self, value: float) -> float:
-        return self.height - self.bottom - self._share(value, self.y_range) * (self.height - self.top - self.bottom)
+        return (
+            self.height - self.bottom - self._to_fraction(value, self.y_range) * (self.height - self.top - self.bottom)
+        )
 
-    def frame(self, x_label: str, y_label: str, y_text: Callable[[float], str] = "{:g}".format) -> Markup:
+    def draw_frame(self, x_label: str, y_label: str, format_y: Callable[[float], str] = "{:g}".format) -> Markup:
         """Grid lines, the numbers beside them, and what the axes mean."""
         floor = self.height - self.bottom
         parts = []
@@ -75,7 +77,9 @@ class Axes:
             if self.log:
                 parts.append(Markup('<path class="grid" d="M{:.1f} {}V{}"/>').format(at, self.top, floor))
             parts.append(
-                Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(at, floor + 17, thousands(tick))
+                Markup('<text x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
+                    at, floor + 17, format_thousands(tick)
+                )
             )
         for tick in self.y_ticks:
             at = self.y(tick)
@@ -84,7 +88,7 @@ class Axes:
             )
             parts.append(
                 Markup('<text x="{}" y="{:.1f}" text-anchor="end">{}</text>').format(
-                    self.left - 7, at + 4, y_text(tick)
+                    self.left - 7, at + 4, format_y(tick)
                 )
             )
         parts.append(
@@ -100,19 +104,19 @@ class Axes:
         return Markup("").join(parts)
 
 
-def line_chart(
+def draw_line_chart(
     title: str,
     series: Sequence[Series],
     *,
     x_label: str,
     y_label: str = "",
     from_zero: bool = True,
-    y_text: Callable[[float], str] = "{:g}".format,
+    format_y: Callable[[float], str] = "{:g}".format,
     mark: tuple[float, str] | None = None,
 ) -> Markup:
     """Lines over one x axis; empty if no series has a point.
 
-    y_text writes a value; mark is an x that gets a vertical line and a word. What the chart shows is also said in
+    format_y writes a value; mark is an x that gets a vertical line and a word. What the chart shows is also said in
     words, for those who cannot see it.
     """
     series = [one for one in series if one.points]
@@ -122,12 +126,12 @@ def line_chart(
     ys = [y for one in series for _, y in one.points]
     lowest, highest = (min(0.0, *ys) if from_zero else min(ys)), max(ys)
     axes = Axes((min(0.0, *xs), max(xs)), (lowest, highest), width=360, height=236, round_x=False)
-    says = "; ".join(in_words(one, x_label, y_text) for one in series)
+    description = "; ".join(describe_series(one, x_label, format_y) for one in series)
     parts = [
         Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
-            axes.width, axes.height, f"{title}. {says}."
+            axes.width, axes.height, f"{title}. {description}."
         ),
-        axes.frame(x_label, y_label, y_text),
+        axes.draw_frame(x_label, y_label, format_y),
     ]
     if mark is not None:
         at = axes.x(mark[0])
@@ -138,7 +142,7 @@ def line_chart(
             ).format(at, axes.top, axes.height - axes.bottom, at + shift, axes.top - 6, anchor, mark[1])
         )
     for one in series:
-        places = [(axes.x(x), axes.y(y)) for x, y in thinned(one.points)]
+        places = [(axes.x(x), axes.y(y)) for x, y in downsample(one.points)]
         path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
         parts.append(Markup('<path class="line {}" d="{}"/>').format(one.kind, path))
         if one.dots or len(places) == 1:
@@ -149,20 +153,20 @@ def line_chart(
     return Markup("").join(parts)
 
 
-def in_words(series: Series, x_label: str, y_text: Callable[[float], str]) -> str:
+def describe_series(series: Series, x_label: str, format_y: Callable[[float], str]) -> str:
     """Where a line begins and ends, and its extremes."""
     (first_x, first), (last_x, last) = series.points[0], series.points[-1]
     if len(series.points) == 1:
-        return f"{series.name}: {y_text(first)} at {x_label} {first_x:g}"
+        return f"{series.name}: {format_y(first)} at {x_label} {first_x:g}"
     low_x, low = min(series.points, key=lambda point: point[1])
     high_x, high = max(series.points, key=lambda point: point[1])
     return (
-        f"{series.name}: from {y_text(first)} at {x_label} {first_x:g} to {y_text(last)} at {x_label} {last_x:g},"
-        f" lowest {y_text(low)} at {low_x:g}, highest {y_text(high)} at {high_x:g}"
+        f"{series.name}: from {format_y(first)} at {x_label} {first_x:g} to {format_y(last)} at {x_label} {last_x:g},"
+        f" lowest {format_y(low)} at {low_x:g}, highest {format_y(high)} at {high_x:g}"
     )
 
 
-def thinned(points: Points, count: int = MAX_POINTS) -> Points:
+def downsample(points: Points, count: int = MAX_POINTS) -> Points:
     """At most `count` points: means of neighbours, as many of them together as it takes."""
     if len(points) <= count:
         return points
@@ -171,7 +175,7 @@ def thinned(points: Points, count: int = MAX_POINTS) -> Points:
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
+def compute_ticks(low: float, high: float, count: int = 4) -> list[float]:
     """About `count` + 1 round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         high = low + (abs(low) or 1.0) * 0.1
@@ -182,11 +186,11 @@ def round_ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(index * step, 12) for index in range(first, last + 1)]
 
 
-def powers_of_ten(low: float, high: float) -> list[float]:
+def list_powers_of_ten(low: float, high: float) -> list[float]:
     return [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high * 1.01)) + 1)]
 
 
-def thousands(value: float) -> str:
+def format_thousands(value: float) -> str:
     """1500 as 1,500 and 20000 as 20k; small numbers as they are."""
     if abs(value) >= 10_000 and value % 100 == 0:
         return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"

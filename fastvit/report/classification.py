@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 MAX_MATRIX_CLASSES = 20  # a wider confusion matrix does not fit a terminal
-WORST_CONFUSIONS = 20
-NAME_COLUMNS = 32  # longest class name in a table, in terminal columns
+MAX_CONFUSIONS = 20
+MAX_NAME_WIDTH = 32  # longest class name in a table, in terminal columns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,20 +60,20 @@ def classification_metrics(confusion: np.ndarray) -> dict[str, Any]:
         `accuracy` and `macro_f1` as floats, `precision`, `recall` and `f1` as lists of C floats, `support` (pictures
         truly of the class) as a list of C integers: ready for JSON.
     """
-    confusion = _checked_confusion(confusion)
+    confusion = _check_confusion(confusion)
     hits, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    f1 = _ratio(2 * hits, support + predicted)
+    f1 = _divide(2 * hits, support + predicted)
     return {
-        "accuracy": float(_ratio(hits.sum(), confusion.sum())),
+        "accuracy": float(_divide(hits.sum(), confusion.sum())),
         "macro_f1": float(f1.mean()),
-        "precision": _ratio(hits, predicted).tolist(),
-        "recall": _ratio(hits, support).tolist(),
+        "precision": _divide(hits, predicted).tolist(),
+        "recall": _divide(hits, support).tolist(),
         "f1": f1.tolist(),
         "support": support.tolist(),
     }
 
 
-def _checked_confusion(confusion: np.ndarray) -> np.ndarray:
+def _check_confusion(confusion: np.ndarray) -> np.ndarray:
     confusion = np.asarray(confusion)
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or confusion.size == 0:
         raise ValueError(f"confusion: expected a square matrix of at least one class, got shape {confusion.shape}")
@@ -82,7 +82,7 @@ def _checked_confusion(confusion: np.ndarray) -> np.ndarray:
     return confusion
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0)
 
 
@@ -98,11 +98,11 @@ def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
     Returns:
         Lines joined by newlines, none at the end.
     """
-    confusion = _checked_confusion(confusion)
+    confusion = _check_confusion(confusion)
     if len(class_names) != len(confusion):
         raise ValueError(f"class_names: expected {len(confusion)} names, got {len(class_names)}")
     metrics = classification_metrics(confusion)
-    names = [_ellipsis(printable(name), NAME_COLUMNS) for name in class_names]
+    names = [_truncate(replace_unprintable(name), MAX_NAME_WIDTH) for name in class_names]
     summary = (
         f"accuracy {metrics['accuracy']:.4f}   macro F1 {metrics['macro_f1']:.4f}   "
         f"{confusion.sum():,} pictures, {len(names)} classes"
@@ -113,7 +113,7 @@ def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
             zip(names, *(metrics[key] for key in ("precision", "recall", "f1", "support")), strict=True)
         )
     ]
-    sections = [summary, _table(["", "class", "precision", "recall", "F1", "support"], rows)]
+    sections = [summary, _format_table(["", "class", "precision", "recall", "F1", "support"], rows)]
     if len(names) <= MAX_MATRIX_CLASSES:
         sections.append(_format_matrix(confusion, names))
     else:
@@ -124,15 +124,15 @@ def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
 def _format_matrix(confusion: np.ndarray, names: Sequence[str]) -> str:
     numbers = [str(index) for index in range(len(names))]
     rows = [[number, name, *map(str, row)] for number, name, row in zip(numbers, names, confusion, strict=True)]
-    return "Confusion matrix: one row per true class, one column per predicted class\n" + _table(
+    return "Confusion matrix: one row per true class, one column per predicted class\n" + _format_table(
         ["", "true", *numbers], rows
     )
 
 
-def worst_confusions(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
+def find_worst_confusions(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
     """(true class, predicted class, pictures, share of the true class), the most frequent 20 confusions first."""
     errors = confusion - np.diag(np.diag(confusion))
-    order = np.argsort(-errors, axis=None, kind="stable")[:WORST_CONFUSIONS]
+    order = np.argsort(-errors, axis=None, kind="stable")[:MAX_CONFUSIONS]
     return [
         (
             int(true),
@@ -148,39 +148,39 @@ def worst_confusions(confusion: np.ndarray) -> list[tuple[int, int, int, float]]
 def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str:
     rows = [
         ["", names[true], names[predicted], str(count), f"{share:.1%}"]
-        for true, predicted, count, share in worst_confusions(confusion)
+        for true, predicted, count, share in find_worst_confusions(confusion)
     ]
     if not rows:
         return "No picture was confused."
     mistakes = confusion.sum() - np.trace(confusion)
-    return f"Most frequent confusions ({mistakes:,} in all)\n" + _table(
+    return f"Most frequent confusions ({mistakes:,} in all)\n" + _format_table(
         ["", "true", "predicted as", "pictures", "share of class"], rows, name_columns=(1, 2)
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: tuple[int, ...] = (1,)) -> str:
+def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: tuple[int, ...] = (1,)) -> str:
     """Columns two spaces apart: names to the left, numbers to the right."""
     lines = [header, *rows]
-    widths = [max(_terminal_width(line[column]) for line in lines) for column in range(len(header))]
+    widths = [max(_measure_width(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
         "  ".join(
-            cell + " " * (width - _terminal_width(cell))
+            cell + " " * (width - _measure_width(cell))
             if column in name_columns
-            else " " * (width - _terminal_width(cell)) + cell
+            else " " * (width - _measure_width(cell)) + cell
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     )
 
 
-def printable(text: str) -> str:
+def replace_unprintable(text: str) -> str:
     """One line, without control characters and halves of surrogate pairs (file names may hold both)."""
     return "".join(
         " " if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character for character in text
     )
 
 
-def _terminal_width(text: str) -> int:
+def _measure_width(text: str) -> int:
     """Columns that a terminal gives to the text: East Asian characters take two, combining ones none."""
     return sum(
         0
@@ -190,13 +190,9 @@ def _terminal_width(text: str) -> int:
     )
 
 
-def _ellipsis(text: str, columns: int) -> str:
-    if _terminal_width(text) <= columns:
+def _truncate(text: str, columns: int) -> str:
+    if _measure_width(text) <= columns:
         return text
-    while _terminal_width(text) > columns - 1:
+    while _measure_width(text) > columns - 1:
         text = text[:-1]
     return text + "…"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sheets of pictures

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastvit.errors import InputError
-from fastvit.report.classification import printable
+from fastvit.report.classification import replace_unprintable
 
 MAX_GRID_CLASSES = 20
 
@@ -25,11 +25,11 @@ _LAYER_TILE, _LAYERS_PER_ROW = 128, 6
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _load_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def _write(
+def _draw_text(
     draw: ImageDraw.ImageDraw,
     position: tuple[int, int],
     text: str,
@@ -39,7 +39,7 @@ def _write(
     colour: tuple[int, int, int] = _INK,
 ) -> None:
     """One line of text, shortened to `width` pixels."""
-    text, font = printable(text), _font(size)
+    text, font = replace_unprintable(text), _load_font(size)
     if draw.textlength(text, font=font) > width:
         kept = len(text)
         while kept and draw.textlength(text[:kept] + "…", font=font) > width:
@@ -48,7 +48,7 @@ def _write(
     draw.text(position, text, font=font, fill=colour)
 
 
-def example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 96) -> Image.Image:
+def draw_example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 96) -> Image.Image:
     """Some pictures of each class: one row per class under its name.
 
     Args:
@@ -71,22 +71,22 @@ def example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 9
     draw = ImageDraw.Draw(sheet)
     for row, (name, pictures) in enumerate(shown):
         top = _GAP + row * row_height
-        _write(draw, (_GAP, top), name, width=width - 2 * _GAP)
+        _draw_text(draw, (_GAP, top), name, width=width - 2 * _GAP)
         for column, picture in enumerate(pictures):
-            sheet.paste(_fit(picture, tile), (_GAP + column * (tile + _GAP), top + heading))
+            sheet.paste(_pad_to_square(picture, tile), (_GAP + column * (tile + _GAP), top + heading))
     if num_left_out:
         position = (_GAP, _GAP + len(shown) * row_height)
         text = f"and {num_left_out:,} more {'class' if num_left_out == 1 else 'classes'}"
-        _write(draw, position, text, width=width - 2 * _GAP, colour=_FAINT_INK)
+        _draw_text(draw, position, text, width=width - 2 * _GAP, colour=_FAINT_INK)
     return sheet
 
 
-def _fit(picture: Image.Image, side: int) -> Image.Image:
+def _pad_to_square(picture: Image.Image, side: int) -> Image.Image:
     """The whole picture in a square, on light grey."""
-    return ImageOps.pad(as_rgb(picture), (side, side), color=(238, 238, 238))
+    return ImageOps.pad(flatten_to_rgb(picture), (side, side), color=(238, 238, 238))
 
 
-def as_rgb(picture: Image.Image) -> Image.Image:
+def flatten_to_rgb(picture: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white."""
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
@@ -129,7 +129,7 @@ def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     anchors = np.linspace(0, 1, len(_HEAT_COLOURS))
     colours = np.stack([np.interp(enlarged, anchors, channel) for channel in _HEAT_COLOURS.T], axis=-1)
     overlay = Image.fromarray((colours + 0.5).astype(np.uint8))
-    return Image.blend(as_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
+    return Image.blend(flatten_to_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
 
 
 def attention_rollout(attentions: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def attention_rollout(attentions: np.ndarray) -> np.ndarray:
     Returns:
         float `[tokens, tokens]`, each row sums to 1; float64 if the input is, else float32.
     """
-    attentions = _checked_attentions(attentions)
+    attentions = _check_attentions(attentions)
     identity = np.eye(attentions.shape[-1], dtype=np.float64 if attentions.dtype == np.float64 else np.float32)
     rollout = identity
     for layer in attentions:
@@ -153,20 +153,20 @@ def attention_rollout(attentions: np.ndarray) -> np.ndarray:
     return rollout
 
 
-def _checked_attentions(attentions: np.ndarray) -> np.ndarray:
+def _check_attentions(attentions: np.ndarray) -> np.ndarray:
     attentions = np.asarray(attentions)
     if attentions.ndim != 4 or attentions.shape[2] != attentions.shape[3] or attentions.size == 0:
         raise ValueError(f"attentions: expected [layers, heads, tokens, tokens], got shape {attentions.shape}")
     return attentions
 
 
-def rollout_overlay(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
-    """The picture under a map of what the class token rests on, through all layers; arguments as `attention_sheet`."""
-    return overlay_heatmap(image, attention_rollout(_checked_grid(attentions, grid))[0, 1:].reshape(grid))
+def overlay_rollout(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+    """The picture under a map of what the class token rests on, through all layers; see `draw_attention_sheet`."""
+    return overlay_heatmap(image, attention_rollout(_check_grid(attentions, grid))[0, 1:].reshape(grid))
 
 
-def _checked_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    attentions = _checked_attentions(attentions)
+def _check_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    attentions = _check_attentions(attentions)
     rows, columns = grid
     if attentions.shape[-1] != 1 + rows * columns:
         raise ValueError(
@@ -175,7 +175,7 @@ def _checked_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return attentions
 
 
-def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
     """What the class token looks at: the picture, the rollout over all layers, and each layer by itself.
 
     Args:
@@ -186,7 +186,7 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
     Returns:
         An RGB picture: picture and rollout on top, then the layers, six to a row, each the mean over its heads.
     """
-    attentions = _checked_grid(attentions, grid)
+    attentions = _check_grid(attentions, grid)
     of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, *grid)
 
     num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
@@ -197,12 +197,12 @@ def attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int,
     sheet = Image.new("RGB", (width, top_of_layers + layer_rows * (label + step)), _PAPER)
 
     def place(title: str, picture: Image.Image, left: int, top: int, side: int) -> None:
-        _write(ImageDraw.Draw(sheet), (left, top), title, width=side)
-        sheet.paste(_fit(picture, side), (left, top + label))
+        _draw_text(ImageDraw.Draw(sheet), (left, top), title, width=side)
+        sheet.paste(_pad_to_square(picture, side), (left, top + label))
 
-    picture = ImageOps.contain(as_rgb(image), (large, large))
+    picture = ImageOps.contain(flatten_to_rgb(image), (large, large))
     place("picture", picture, _GAP, _GAP, large)
-    place("rollout of all layers", rollout_overlay(picture, attentions, grid), _GAP + large + _GAP, _GAP, large)
+    place("rollout of all layers", overlay_rollout(picture, attentions, grid), _GAP + large + _GAP, _GAP, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         left, top = _GAP + column * step, top_of_layers + row * (label + step)
@@ -226,7 +226,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"path: expected an existing folder, {path.parent} is none")
     if image_format == "JPEG":
-        image = as_rgb(image)  # the format has no transparency
+        image = flatten_to_rgb(image)  # the format has no transparency
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         image.save(temporary, format=image_format)

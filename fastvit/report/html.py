@@ -20,17 +20,17 @@ from PIL import Image, ImageOps
 
 from fastvit.report import classification, figures
 
-NAME_LENGTH = 80
+MAX_NAME_LENGTH = 80
 
 
 def render_template(template: str, **values: Any) -> str:
     """A page of `templates/`, everything in `values` escaped unless it is Markup."""
-    rendered = _environment().get_template(template).render(**values)
+    rendered = _build_environment().get_template(template).render(**values)
     return rendered.encode("utf-8", "replace").decode()  # file names may hold halves of surrogate pairs
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def _build_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fastvit.report"),
         autoescape=True,
@@ -38,32 +38,37 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "thumbnail": thumbnail, "short": short, "breakable": breakable}
+    environment.filters |= {
+        "percent": format_percent,
+        "thumbnail": encode_thumbnail,
+        "shorten": shorten,
+        "insert_breaks": insert_breaks,
+    }
     script = (Path(__file__).parent / "templates" / "copy.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals |= {"copy_script": Markup(script), "copy_script_hash": f"sha256-{digest}"}
     return environment
 
 
-def short(text: object, length: int = NAME_LENGTH) -> str:
+def shorten(text: object, length: int = MAX_NAME_LENGTH) -> str:
     """One line of printable text, at most `length` characters."""
-    line = classification.printable(str(text))
+    line = classification.replace_unprintable(str(text))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def breakable(text: str) -> Markup:
+def insert_breaks(text: str) -> Markup:
     """A name that may be broken into lines after its underscores and hyphens."""
     return Markup(re.sub("([_-])", r"\1<wbr>", str(escape(text))))
 
 
-def percent(value: float) -> str:
+def format_percent(value: float) -> str:
     """0.9625 as 96.3 %, and whole per cents without a decimal."""
     return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
-def thumbnail(picture: Image.Image, side: int) -> str:
+def encode_thumbnail(picture: Image.Image, side: int) -> str:
     """The picture, no larger than `side` either way, as a data URI."""
-    picture = figures.as_rgb(picture)
+    picture = figures.flatten_to_rgb(picture)
     if max(picture.size) > side:
         picture = ImageOps.contain(picture, (side, side))
     buffer = io.BytesIO()

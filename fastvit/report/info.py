@@ -20,23 +20,23 @@ from fastvit.ops import records
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "numpy")
 
 
-def report() -> str:
+def build_report() -> str:
     """Versions, devices, and for each operation on each device who computes it and why."""
     lines = [f"fastvit {fastvit.__version__}, Python {platform.python_version()}, {platform.platform()}"]
-    lines.append(", ".join(f"{name} {installed_version(name)}" for name in PACKAGES))
+    lines.append(", ".join(f"{name} {get_installed_version(name)}" for name in PACKAGES))
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    lines += [f"device {device}: {describe(device)}" for device in devices]
+    lines += [f"device {device}: {describe_device(device)}" for device in devices]
     lines.append(f"backend asked for: {ops.current_backend()} (FASTVIT_BACKEND, or with fastvit.backend(...))")
     for device in devices[:1]:
         lines.append(f"operations on {device}:")
         for operation in ops.KERNEL_MODULES:
-            lines.append(f"  {operation:<30}{who_computes(operation, device)}")
-        lines += measured_on(device)
-    lines += [f"kernel {failure}" for failure in kernels()["failed"]]
+            lines.append(f"  {operation:<30}{describe_backend(operation, device)}")
+        lines += list_measurements(device)
+    lines += [f"kernel {failure}" for failure in summarize_kernels()["failed"]]
     return "\n".join(lines)
 
 
-def who_computes(operation: str, device: torch.device) -> str:
+def describe_backend(operation: str, device: torch.device) -> str:
     """Which backend computes an operation on this device; dtypes are told apart only where they differ."""
     asked = ops.current_backend()
     if asked == "reference":
@@ -56,7 +56,7 @@ def who_computes(operation: str, device: torch.device) -> str:
     return "; ".join(f"{str(dtype).removeprefix('torch.')}: {answer}" for dtype, answer in answers.items())
 
 
-def measured_on(device: torch.device) -> list[str]:
+def list_measurements(device: torch.device) -> list[str]:
     """The records that hold on this GPU: `auto` goes by them."""
     gpu = records.get_gpu_name(device.type, device.index)
     known = {case for case, _ in records.get_table().get(gpu, {}) if case.operation in ops.KERNEL_MODULES}
@@ -65,39 +65,39 @@ def measured_on(device: torch.device) -> list[str]:
     ]
     if not found:
         return ["no records of measurements on this GPU: `fastvit tune` makes them"] if device.type == "cuda" else []
-    return ["measured on this GPU:", *(f"  {said(record)}" for record in found)]
+    return ["measured on this GPU:", *(f"  {format_record(record)}" for record in found)]
 
 
-def said(record: records.Record) -> str:
+def format_record(record: records.Record) -> str:
     sizes = ", ".join(f"{name} {value}" for name, value in (*record.sizes, ("rows to", record.rows)))
     return f"{record.operation}, {record.direction}, {record.dtype}, {sizes}: {record.winner}"
 
 
-def kernels() -> dict[str, list[str]]:
+def summarize_kernels() -> dict[str, list[str]]:
     """Of this process: kernels that failed, so that PyTorch took over, and the records that `auto` went by."""
     operators = sys.modules.get("fastvit.kernels.operators")  # not imported: nothing can have failed
     failures = [] if operators is None else operators.failures.values()
     return {
         "failed": ["{} failed on {}, PyTorch computes it: {} ({})".format(*failure) for failure in failures],
-        "measured": [said(record) for record in ops.used_records.values()],
+        "measured": [format_record(record) for record in ops.used_records.values()],
     }
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     if device.type == "cpu":
-        return device_name(device)
+        return get_device_name(device)
     properties = torch.cuda.get_device_properties(device)
     capability = f"capability {properties.major}.{properties.minor}"
     return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {capability}"
 
 
-def device_name(device: torch.device) -> str:
+def get_device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {torch.get_num_threads()} threads"
+    return f"{read_processor_name()}, {torch.get_num_threads()} threads"
 
 
-def processor_name() -> str:
+def read_processor_name() -> str:
     """Its generation is added, since virtual machines cut it off: an "AMD EPYC" may be one twice as fast as another."""
     with contextlib.suppress(OSError):
         lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
@@ -108,7 +108,7 @@ def processor_name() -> str:
     return f"{platform.processor() or platform.machine()} CPU"
 
 
-def output_of(*command: str, cwd: Path | None = None) -> str | None:
+def run_command(*command: str, cwd: Path | None = None) -> str | None:
     """What a program printed, or None where it is missing or failed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=30)
@@ -117,20 +117,20 @@ def output_of(*command: str, cwd: Path | None = None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def commit() -> tuple[str | None, bool]:
+def read_commit() -> tuple[str | None, bool]:
     """The commit that this code is of, if that is known, and whether it is the commit without changes.
 
     FASTVIT_COMMIT tells a copy of the tree without its history what it is a copy of.
     """
     here = Path(__file__).resolve().parent
     # An installed copy may lie in a repository that is not ours.
-    tracked = output_of("git", "ls-files", "--error-unmatch", Path(__file__).name, cwd=here) is not None
-    found = os.environ.get("FASTVIT_COMMIT") or (output_of("git", "rev-parse", "HEAD", cwd=here) if tracked else None)
-    changes = output_of("git", "status", "--porcelain", "--untracked-files=no", cwd=here)
+    tracked = run_command("git", "ls-files", "--error-unmatch", Path(__file__).name, cwd=here) is not None
+    found = os.environ.get("FASTVIT_COMMIT") or (run_command("git", "rev-parse", "HEAD", cwd=here) if tracked else None)
+    changes = run_command("git", "status", "--porcelain", "--untracked-files=no", cwd=here)
     return found, found is not None and not changes
 
 
-def installed_version(name: str) -> str:
+def get_installed_version(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return "not installed"
     if name == "torch":

@@ -29,7 +29,7 @@ import psutil
 LOG_FILE = "log.jsonl"
 
 
-def append(folder: Path, event: str, step: int, **values: Any) -> None:
+def append_record(folder: Path, event: str, step: int, **values: Any) -> None:
     """Add a record to the log of the run in `folder`."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
@@ -44,7 +44,7 @@ def append(folder: Path, event: str, step: int, **values: Any) -> None:
         file.write(line)
 
 
-def this_process() -> dict[str, Any]:
+def identify_process() -> dict[str, Any]:
     """What tells this process from all others, also from a later one with its number."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
@@ -90,12 +90,12 @@ class RunLog:
             file.seek(self.offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         self.offset += len(whole) + len(newline)
-        records = [record for line in whole.splitlines() if (record := _parsed(line)) is not None]
+        records = [record for line in whole.splitlines() if (record := _parse_record(line)) is not None]
         for record in records:
-            self._take(record)
+            self._add_record(record)
         return records
 
-    def _take(self, record: dict[str, Any]) -> None:
+    def _add_record(self, record: dict[str, Any]) -> None:
         event = record["event"]
         if event == "start":
             self.start, self.end = record, None
@@ -108,16 +108,16 @@ class RunLog:
         elif event == "end":
             self.end = record
 
-    def latest(self, name: str) -> Any:
+    def get_latest(self, name: str) -> Any:
         """The value that was logged last under this name, or None."""
         return next((record[name] for record in reversed(self.logs) if record.get(name) is not None), None)
 
-    def curve(self, name: str) -> list[tuple[int, float]]:
+    def get_curve(self, name: str) -> list[tuple[int, float]]:
         """(step, value) wherever a finite value was logged under this name."""
-        return curve(self.logs, name)
+        return extract_curve(self.logs, name)
 
 
-def curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+def extract_curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of the records with a finite value of this name; history: Trainer's, or the log's."""
     return [
         (record["step"], float(record[name]))
@@ -126,7 +126,7 @@ def curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
     ]
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse_record(line: bytes) -> dict[str, Any] | None:
     """A record, or None for what a killed process left of one."""
     try:
         record = json.loads(line)

@@ -12,7 +12,7 @@ from fastvit.models.calibration import get_temperature
 from fastvit.serve.predictor import Predictor
 
 
-class Attended(NamedTuple):
+class AttentionResult(NamedTuple):
     """What a model makes of one picture: probabilities [C], attention maps [layers, heads, tokens, tokens], float32,
     and the patches down and across."""
 
@@ -22,16 +22,16 @@ class Attended(NamedTuple):
 
 
 @torch.inference_mode()
-def with_attention(model: Any, pixels: torch.Tensor) -> Attended:
+def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult:
     """pixels: one picture, uint8 [1, height, width, 3]."""
     output = model(pixels.to(model.device), output_attentions=True)
-    return Attended(
+    return AttentionResult(
         (output.logits[0].float() / get_temperature(model.config)).softmax(dim=-1).cpu().numpy(),
         torch.cat(output.attentions).float().cpu().numpy(),
         model.vit.embeddings.get_grid(pixels),
     )
 
 
-def pixels_of(predictor: Predictor, picture: Image.Image) -> torch.Tensor:
+def preprocess_image(predictor: Predictor, picture: Image.Image) -> torch.Tensor:
     """A picture as the predictor's model takes it, uint8 [1, height, width, 3]."""
     return torch.from_numpy(predictor.preprocessor(picture).copy())[None]

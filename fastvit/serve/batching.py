@@ -39,7 +39,7 @@ class Batcher:
 
     launch: takes up to `max_batch` inputs, begins to compute them and returns a function that waits for their results.
     max_wait: seconds that a batch with room may wait for calls that have been announced; a lone one never waits.
-    ahead: launch the next batch before waiting for the last one, for a device that computes while the host goes on.
+    launch_ahead: launch the next batch before waiting for the last, for a device that computes while the host goes on.
 
     What `launch` raises goes to the callers whose inputs were in that batch; the thread goes on.
     """
@@ -50,9 +50,9 @@ class Batcher:
         *,
         max_batch: int,
         max_wait: float = 0.0,
-        ahead: bool = False,
+        launch_ahead: bool = False,
     ):
-        self.launch, self.max_batch, self.max_wait, self.ahead = launch, max_batch, max_wait, ahead
+        self.launch, self.max_batch, self.max_wait, self.launch_ahead = launch, max_batch, max_wait, launch_ahead
         self._process = os.getpid()
         # Its lock is reentrant: the garbage collector may call `close` in any thread, at any time.
         self._changed = threading.Condition()
@@ -60,7 +60,7 @@ class Batcher:
         self._announced = 0
         self._closed = False
         # A daemon, so that no program hangs that forgets to close it.
-        self._thread = threading.Thread(target=self._work, name="fastvit-predictor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fastvit-predictor", daemon=True)
         self._thread.start()
 
     def check_open(self) -> None:
@@ -109,22 +109,22 @@ class Batcher:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         computing: Batch | None = None
         while True:
-            requests = self._take(block=computing is None)
+            requests = self._collect_requests(block=computing is None)
             if computing is None and not requests:
                 return
             launched = self._launch(requests) if requests else None
             if computing is not None:
-                deliver(computing)
+                deliver_results(computing)
             computing = launched
             del requests, launched  # what was delivered is not kept until the next call
-            if computing is not None and not self.ahead:
-                deliver(computing)
+            if computing is not None and not self.launch_ahead:
+                deliver_results(computing)
                 computing = None
 
-    def _take(self, block: bool) -> list[Request]:
+    def _collect_requests(self, block: bool) -> list[Request]:
         """Requests for one batch; none if there are none and `block` is false, or after `close`."""
         with self._changed:
             while block and not (self._waiting or self._closed):
@@ -145,16 +145,16 @@ class Batcher:
         try:
             return Batch(requests, self.launch([each for request in requests for each in request.inputs]))
         except BaseException as error:
-            fail(requests, error)
+            fail_requests(requests, error)
             return None
 
 
-def deliver(batch: Batch) -> None:
+def deliver_results(batch: Batch) -> None:
     """Wait for the results of a batch and give each caller its own."""
     try:
         results = batch.finish()
     except BaseException as error:
-        fail(batch.requests, error)
+        fail_requests(batch.requests, error)
         return
     start = 0
     for request in batch.requests:
@@ -162,6 +162,6 @@ def deliver(batch: Batch) -> None:
         start += len(request.inputs)
 
 
-def fail(requests: list[Request], error: BaseException) -> None:
+def fail_requests(requests: list[Request], error: BaseException) -> None:
     for request in requests:
         request.results.set_exception(error)

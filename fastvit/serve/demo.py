@@ -17,13 +17,13 @@ from PIL import Image, ImageOps
 from fastvit.data.images import decode_image
 from fastvit.errors import InputError
 from fastvit.report import figures
-from fastvit.report.html import short
-from fastvit.serve.attention import pixels_of, with_attention
+from fastvit.report.html import shorten
+from fastvit.serve.attention import classify_with_attention, preprocess_image
 from fastvit.serve.predictor import Predictor
 
-SHOWN_CLASSES = 5
-SHOWN_SIDE = 512  # pixels of the attention map
-SHOWN_HEIGHT = 380  # pixels of the page that it and the picture get
+MAX_CLASSES = 5
+MAP_SIDE = 512  # pixels of the attention map
+IMAGE_HEIGHT = 380  # pixels of the page that it and the picture get
 
 STYLE = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important }
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
         raise InputError(f"--port: expected 1 to 65535, got {options.port}")
     with tempfile.TemporaryDirectory(prefix="fastvit-demo-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # else pictures stay behind, where everybody on the machine can see them
-        page = demo_page(options.model, options.device)
-        url = serve(page, options.host, options.port)
+        page = build_demo_page(options.model, options.device)
+        url = serve_page(page, options.host, options.port)
         print(f"{options.model}: {url}  (Ctrl-C ends it)", flush=True)
         try:
             page.block_thread()
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
             page.close(verbose=False)
 
 
-def demo_page(model: str, device: str | None = None) -> Any:
+def build_demo_page(model: str, device: str | None = None) -> Any:
     """The page as Gradio's Blocks, not yet served; its one endpoint is `/predict`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and again later
     try:
@@ -64,7 +64,7 @@ def demo_page(model: str, device: str | None = None) -> Any:
         raise InputError('demo: expected Gradio to be installed: pip install "fastvit[demo]"') from None
 
     with Predictor(model, device) as predictor:  # closed: one picture at a time, with its attention, needs no threads
-        names = [short(name) for name in predictor.class_names]
+        names = [shorten(name) for name in predictor.class_names]
 
     def classify(path: str | None) -> tuple[dict[str, float] | None, Image.Image | None]:
         if path is None:  # the picture was taken away
@@ -73,11 +73,11 @@ def demo_page(model: str, device: str | None = None) -> Any:
             picture = decode_image(path, "The file")
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        shares, maps, grid = with_attention(predictor.model, pixels_of(predictor, picture))
-        shown = ImageOps.contain(picture, (SHOWN_SIDE, SHOWN_SIDE))
-        return dict(zip(names, shares.tolist(), strict=True)), figures.rollout_overlay(shown, maps, grid)
+        shares, maps, grid = classify_with_attention(predictor.model, preprocess_image(predictor, picture))
+        shown = ImageOps.contain(picture, (MAP_SIDE, MAP_SIDE))
+        return dict(zip(names, shares.tolist(), strict=True)), figures.overlay_rollout(shown, maps, grid)
 
-    def path_of(payload: Any) -> str | None:
+    def get_path(payload: Any) -> str | None:
         """Instead of Gradio's own decoding, which would come first and name what is wrong less well than ours."""
         return None if payload is None else payload.path
 
@@ -86,21 +86,21 @@ def demo_page(model: str, device: str | None = None) -> Any:
             f"# {Path(model).name or model}\n{len(names)} classes. Pictures stay on the machine that serves this."
         )
         with gradio.Row():
-            picture = gradio.Image(label="Picture", sources=["upload", "clipboard"], height=SHOWN_HEIGHT)
-            picture.preprocess = path_of  # type: ignore[method-assign]
+            picture = gradio.Image(label="Picture", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
+            picture.preprocess = get_path  # type: ignore[method-assign]
             with gradio.Column():
-                classes = gradio.Label(num_top_classes=min(SHOWN_CLASSES, len(names)), label="Classes")
+                classes = gradio.Label(num_top_classes=min(MAX_CLASSES, len(names)), label="Classes")
                 attention = gradio.Image(
                     label="Where the class token looks",
                     interactive=False,
-                    height=SHOWN_HEIGHT,
+                    height=IMAGE_HEIGHT,
                     buttons=["download", "fullscreen"],  # and not the one that uploads it to share it
                 )
         picture.change(classify, picture, [classes, attention], api_name="predict")
     return page
 
 
-def serve(page: Any, host: str = "127.0.0.1", port: int | None = None) -> str:
+def serve_page(page: Any, host: str = "127.0.0.1", port: int | None = None) -> str:
     """Begin to serve the page and return its address; the caller blocks or goes on."""
     import gradio
 

@@ -41,7 +41,7 @@ logger = logging.getLogger("fastvit")
 
 Prepared = np.ndarray | InputError  # uint8 pixels [H, W, 3], or what is wrong with the picture
 
-AHEAD = 2  # batches of one call that are decoded or computed while the one before is waited for
+PREFETCH_BATCHES = 2  # batches of one call that are decoded or computed while the one before is waited for
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,17 +99,17 @@ class Predictor:
                 raise InputError(f"{name}: expected at least 1, got {number}")
         if not max_wait_ms >= 0:
             raise InputError(f"max_wait_ms: expected 0 or more, got {max_wait_ms}")
-        dtype = dtype_of(dtype)
+        dtype = resolve_dtype(dtype)
         if device is not None or not isinstance(model, nn.Module):
-            device = device_of(device)
-        classifier, self.preprocessor = load(model, image_processor)
-        check_fit(classifier, self.preprocessor)
+            device = resolve_device(device)
+        classifier, self.preprocessor = load_classifier(model, image_processor)
+        check_compatibility(classifier, self.preprocessor)
         classifier.eval()
         if device is not None or dtype is not None:
             classifier.to(device=device, dtype=dtype)
         self.model: Any = classifier
         config: Any = self.model.config
-        self.class_names = class_names_of(config)
+        self.class_names = get_class_names(config)
         first = next(self.model.parameters())
         if tune and (line := tune_at_start(self.model, [(size, False) for size in sorted({1, max_batch})[::-1]])):
             logger.info("%s (tune=False leaves this out)", line)
@@ -123,7 +123,9 @@ class Predictor:
             flip=flip,
             capture=capture_graphs() if cuda_graphs and first.device.type == "cuda" else None,
         )
-        self._batcher = Batcher(runner.launch, max_batch=max_batch, max_wait=max_wait_ms / 1e3, ahead=runner.overlaps)
+        self._batcher = Batcher(
+            runner.launch, max_batch=max_batch, max_wait=max_wait_ms / 1e3, launch_ahead=runner.is_asynchronous
+        )
         self._pool = ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="fastvit-decoding")
         # Also when it is forgotten, and when the program ends.
         self._shut_down = weakref.finalize(self, shut_down, self._batcher, self._pool)
@@ -141,8 +143,8 @@ class Predictor:
         if isinstance(images, (list, tuple)):
             return list(self.stream(images, raise_errors=bool(raise_errors)))
         # Decoded here: a lone picture need not go to another thread and back.
-        pending = self._compute([partial(prepare, self.preprocessor, images, "image")])
-        (result,) = self._results(*pending, raise_errors=raise_errors is not False)
+        pending = self._compute([partial(preprocess, self.preprocessor, images, "image")])
+        (result,) = self._collect_results(*pending, raise_errors=raise_errors is not False)
         return result
 
     def stream(self, images: Iterable[Any], *, raise_errors: bool = False) -> Iterator[Prediction | InputError]:
@@ -152,14 +154,14 @@ class Predictor:
         numbered = enumerate(images)
         while chunk := list(itertools.islice(numbered, self._batcher.max_batch)):
             decoding.append(self._decode(chunk))
-            if len(decoding) == AHEAD:
+            if len(decoding) == PREFETCH_BATCHES:
                 computing.append(self._compute(decoding.popleft()))
-            if len(computing) == AHEAD:
-                yield from self._results(*computing.popleft(), raise_errors)
+            if len(computing) == PREFETCH_BATCHES:
+                yield from self._collect_results(*computing.popleft(), raise_errors)
         while decoding:
             computing.append(self._compute(decoding.popleft()))
         while computing:
-            yield from self._results(*computing.popleft(), raise_errors)
+            yield from self._collect_results(*computing.popleft(), raise_errors)
 
     def close(self) -> None:
         """Finish the batch that is being computed and end all threads; calls that wait get RuntimeError.
@@ -180,7 +182,7 @@ class Predictor:
     def _decode(self, chunk: list[tuple[int, Any]]) -> list[Callable[[], Prepared]]:
         """Begin to decode numbered pictures in the pool; each function waits for one."""
         self._batcher.check_open()
-        return [self._pool.submit(prepare, self.preprocessor, image, f"images[{n}]").result for n, image in chunk]
+        return [self._pool.submit(preprocess, self.preprocessor, image, f"images[{n}]").result for n, image in chunk]
 
     def _compute(self, decoded: list[Callable[[], Prepared]]) -> tuple[list[Prepared], Future[list[Any]]]:
         """Queue pictures for the model as soon as all are decoded; returns them too, for the errors among them."""
@@ -195,25 +197,25 @@ class Predictor:
             raise
         return prepared, self._batcher.submit([each for each in prepared if not isinstance(each, InputError)])
 
-    def _results(
+    def _collect_results(
         self, prepared: list[Prepared], results: Future[list[Any]], raise_errors: bool
     ) -> Iterator[Prediction | InputError]:
         """Wait for the model; predictions and errors in the order of the pictures."""
         computed = iter(results.result())
         for each in prepared:
             if not isinstance(each, InputError):
-                yield self._prediction(*next(computed))
+                yield self._build_prediction(*next(computed))
             elif raise_errors:
                 raise each
             else:
                 yield each
 
-    def _prediction(self, probabilities: np.ndarray, best: np.ndarray) -> Prediction:
+    def _build_prediction(self, probabilities: np.ndarray, best: np.ndarray) -> Prediction:
         top = tuple((self.class_names[index], float(probabilities[index])) for index in best)
         return Prediction(*top[0], top, probabilities)
 
 
-def prepare(preprocessor: Preprocessor, source: Any, name: str) -> Prepared:
+def preprocess(preprocessor: Preprocessor, source: Any, name: str) -> Prepared:
     """The pixels of a picture, or what is wrong with it; `name` is what it is called if it has no path."""
     name = str(source) if isinstance(source, (str, Path)) else name
     try:
@@ -234,29 +236,29 @@ def shut_down(batcher: Batcher, pool: ThreadPoolExecutor) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(model: str | os.PathLike[str] | nn.Module, image_processor: Any) -> tuple[nn.Module, Preprocessor]:
+def load_classifier(model: str | os.PathLike[str] | nn.Module, image_processor: Any) -> tuple[nn.Module, Preprocessor]:
     """The classifier, and what its pictures go through before it."""
     if isinstance(model, nn.Module):
         if not hasattr(getattr(model, "config", None), "id2label"):
             raise InputError(f"model: expected a classifier of fastvit or transformers, got {type(model).__name__}")
-        return model, preprocessor_of(getattr(model, "name_or_path", ""), image_processor)
+        return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor)
     classifier = load_pretrained(os.fspath(model))
-    preprocessor = preprocessor_of(os.fspath(model), image_processor)
+    preprocessor = resolve_preprocessor(os.fspath(model), image_processor)
     # It is ours alone: let it normalise as its image processor says.
     classifier.config.image_mean, classifier.config.image_std = list(preprocessor.mean), list(preprocessor.std)
     return classifier, preprocessor
 
 
-def preprocessor_of(model: Any, image_processor: Any) -> Preprocessor:
+def resolve_preprocessor(model: Any, image_processor: Any) -> Preprocessor:
     """What `image_processor` does, or the one that lies with the model, a folder or hub id."""
     if image_processor is not None:
-        return Preprocessor.of(image_processor)
+        return Preprocessor.from_processor(image_processor)
     if not model:
         raise InputError("image_processor: expected one, as the model comes neither from a folder nor from the hub")
     return load_preprocessor(model)
 
 
-def check_fit(model: nn.Module, preprocessor: Preprocessor) -> None:
+def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
     """Raises InputError where pictures would not fit the model, or its outputs are no classes."""
     config: Any = model.config
     if config.problem_type == "regression":
@@ -270,14 +272,14 @@ def check_fit(model: nn.Module, preprocessor: Preprocessor) -> None:
         )
 
 
-def class_names_of(config: Any) -> list[str]:
+def get_class_names(config: Any) -> list[str]:
     names = config.id2label
     if sorted(names) != list(range(config.num_labels)):
         raise InputError(f"model: config.id2label: expected names for 0 to {config.num_labels - 1}")
     return [str(names[index]) for index in range(config.num_labels)]
 
 
-def device_of(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or a GPU if there is one; raises InputError if it cannot be used."""
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -287,7 +289,7 @@ def device_of(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if found is not None and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise InputError(f"dtype: expected a floating torch.dtype, such as 'bfloat16', got {dtype!r}")

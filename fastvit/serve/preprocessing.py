@@ -30,7 +30,7 @@ from fastvit.errors import InputError
 from fastvit.models.loading import read_image_settings
 
 # Image processors that resize, crop, rescale and normalise, in this order, and do nothing else to a picture.
-KNOWN = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
+SUPPORTED_FAMILIES = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
 SIDES = ("height", "width")
 
 
@@ -48,17 +48,17 @@ class Preprocessor:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, processor: Any, where: str = "image processor") -> Preprocessor:
+    def from_processor(cls, processor: Any, where: str = "image processor") -> Preprocessor:
         """The same as a transformers image processor; raises InputError, naming `where`, for what this cannot do."""
         settings = processor.to_dict()
-        kind_of(settings["image_processor_type"], where)
+        get_processor_family(settings["image_processor_type"], where)
         if settings.get("do_pad"):
             raise InputError(f"{where}: do_pad: expected none, got padding")
         resize = crop = None
         if settings.get("do_resize"):
-            resize = size_of(settings, "size", where)
+            resize = read_size(settings, "size", where)
         if settings.get("do_center_crop"):
-            crop = size_of(settings, "crop_size", where)
+            crop = read_size(settings, "crop_size", where)
         if isinstance(crop, int) or (crop is None and not isinstance(resize, tuple)):
             raise InputError(
                 f"{where}: size: expected all pictures to come out with one height and width,"
@@ -70,8 +70,8 @@ class Preprocessor:
                 f"{where}: rescale_factor: expected a number above 0 and up to 1, got {format_value(factor)}"
             )
         normalizes = settings.get("do_normalize")
-        mean = channels_of(settings, "image_mean", where) if normalizes else (0.0, 0.0, 0.0)
-        std = channels_of(settings, "image_std", where) if normalizes else (1.0, 1.0, 1.0)
+        mean = read_channels(settings, "image_mean", where) if normalizes else (0.0, 0.0, 0.0)
+        std = read_channels(settings, "image_std", where) if normalizes else (1.0, 1.0, 1.0)
         resample = settings.get("resample")
         resample = Image.Resampling.BILINEAR if resample is None else resample
         if not is_integer(resample) or resample not in list(Image.Resampling):
@@ -112,7 +112,7 @@ class Preprocessor:
         return np.asarray(image)
 
 
-def size_of(settings: dict[str, Any], option: str, where: str) -> tuple[int, int] | int:
+def read_size(settings: dict[str, Any], option: str, where: str) -> tuple[int, int] | int:
     """(height, width) or the shorter side."""
     size = {name: value for name, value in dict(settings[option]).items() if value is not None}
     for value in size.values():
@@ -124,7 +124,7 @@ def size_of(settings: dict[str, Any], option: str, where: str) -> tuple[int, int
     raise InputError(f"{where}: {option}: expected height and width, or shortest_edge, got {format_value(size)}")
 
 
-def channels_of(settings: dict[str, Any], option: str, where: str) -> tuple[float, ...]:
+def read_channels(settings: dict[str, Any], option: str, where: str) -> tuple[float, ...]:
     """Mean or standard deviation of the three channels, which may be one number for all."""
     values = settings[option]
     return check_channels(option, [values] * 3 if is_finite_number(values) else values, 3, where)
@@ -138,21 +138,22 @@ def load_preprocessor(model: str) -> Preprocessor:
     path, settings = found
     # The oldest files name no type; they are ViT's. What a file leaves out is as the type has it.
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT"
-    kind = kind_of(named, str(path))
+    family = get_processor_family(named, str(path))
     try:
-        processor = getattr(transformers, f"{kind}ImageProcessorPil").from_dict(settings)
-        return Preprocessor.of(processor, str(path))
+        processor = getattr(transformers, f"{family}ImageProcessorPil").from_dict(settings)
+        return Preprocessor.from_processor(processor, str(path))
     except InputError:
         raise
     except Exception as error:  # a value of a kind that transformers does not expect, or in a method's place
         raise InputError(f"{path}: not the settings of an image processor: {format_error(error)}") from error
 
 
-def kind_of(processor_type: Any, where: str) -> str:
+def get_processor_family(processor_type: Any, where: str) -> str:
     """The family of an image processor, by the name of its class; raises InputError for one that is not known."""
-    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(processor_type))
-    if kind not in KNOWN:
+    family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(processor_type))
+    if family not in SUPPORTED_FAMILIES:
         raise InputError(
-            f"{where}: image_processor_type: expected one for {', '.join(KNOWN)}, got {format_value(processor_type)}"
+            f"{where}: image_processor_type: expected one for {', '.join(SUPPORTED_FAMILIES)},"
+            f" got {format_value(processor_type)}"
         )
-    return kind
+    return family

@@ -55,7 +55,7 @@ class Runner:
         self.temperature = get_temperature(config)
         self.is_multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         # Our own model normalises in its patch embedding; for any other, or another mean, it is a step of its own.
-        self.takes_uint8 = isinstance(model, ViTPreTrainedModel) and all(
+        self.accepts_uint8 = isinstance(model, ViTPreTrainedModel) and all(
             np.allclose(ours, theirs)
             for ours, theirs in (
                 (get_image_mean(config), preprocessor.mean),
@@ -67,24 +67,24 @@ class Runner:
         )
         self.scale, self.offset = 1 / (255 * std), -mean / std
         self.graphs = None if capture is None else GraphCache(self.forward, max_batch, capture)
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
-    def overlaps(self) -> bool:
+    def is_asynchronous(self) -> bool:
         """Whether the host goes on while the device computes."""
         return self.device.type == "cuda"
 
     def forward(self, pixels: Tensor) -> Outputs:
         """uint8 [B, H, W, 3] -> float32 [B, classes], int64 [B, top_k]."""
-        if not self.takes_uint8:
+        if not self.accepts_uint8:
             pixels = (pixels.permute(0, 3, 1, 2) * self.scale + self.offset).to(self.dtype)
-        logits = self.logits(pixels)
+        logits = self.compute_logits(pixels)
         if self.flip:
-            logits = (logits + self.logits(pixels.flip(2 if self.takes_uint8 else 3))) / 2
+            logits = (logits + self.compute_logits(pixels.flip(2 if self.accepts_uint8 else 3))) / 2
         probabilities = logits.sigmoid() if self.is_multi_label else (logits / self.temperature).softmax(-1)
         return probabilities, probabilities.topk(self.top_k).indices
 
-    def logits(self, pixels: Tensor) -> Tensor:
+    def compute_logits(self, pixels: Tensor) -> Tensor:
         """Pixels as the model takes them -> float32 [B, classes]."""
         output = self.model(pixels)
         if not hasattr(output, "logits"):
@@ -115,7 +115,7 @@ class Runner:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # a graph that is to go may be running
             if self.graphs is not None:
-                self.graphs.forget_above(self.limit)
+                self.graphs.drop_above(self.limit)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return lambda: [result for finish in pieces for result in finish()]
@@ -142,12 +142,12 @@ class Runner:
         return finish
 
     def _to_device(self, pixels: Tensor) -> Tensor:
-        if self.copies is None:
+        if self.copy_stream is None:
             return pixels.to(self.device)
-        with torch.cuda.stream(self.copies):
+        with torch.cuda.stream(self.copy_stream):
             pixels = pixels.to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream()
-        computing.wait_stream(self.copies)
+        computing.wait_stream(self.copy_stream)
         pixels.record_stream(computing)
         return pixels
 
@@ -156,7 +156,7 @@ class Runner:
 # CUDA graphs
 # ---------------------------------------------------------------------------------------------------------------------
 
-WARM_UP = 2  # calls of a size before it is captured: libraries allocate, kernels compile and are tuned
+WARM_UP_CALLS = 2  # calls of a size before it is captured: libraries allocate, kernels compile and are tuned
 
 
 @dataclass
@@ -193,7 +193,7 @@ class GraphCache:
         bucket.pixels[:count].copy_(pixels)
         bucket.pixels[count:].zero_()
         bucket.calls += 1
-        if bucket.replay is None and bucket.calls > WARM_UP:
+        if bucket.replay is None and bucket.calls > WARM_UP_CALLS:
             try:
                 bucket.replay, bucket.outputs = self.capture(partial(self.forward, bucket.pixels))
             except RuntimeError as error:
@@ -209,7 +209,7 @@ class GraphCache:
             outputs = self.forward(bucket.pixels)
         return outputs[0][:count], outputs[1][:count]
 
-    def forget_above(self, size: int) -> None:
+    def drop_above(self, size: int) -> None:
         """Free the graphs of larger batches."""
         self.max_batch = size
         self.buckets = {each: bucket for each, bucket in self.buckets.items() if each <= size}

@@ -211,7 +211,7 @@ def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTI
             write_text(folder / MARKER, launch)
         write_text(folder / "config.yaml", yaml.safe_dump(select_run_options(options), sort_keys=False))
         examples = images.sample_examples(num_classes=20, per_class=8, side=256)
-        figures.save_image(figures.example_grid(examples), folder / "examples.png")
+        figures.save_image(figures.draw_example_grid(examples), folder / "examples.png")
         processor.save_pretrained(folder)
 
 
@@ -226,7 +226,7 @@ def tune_operations(trainer: RecipeTuner, precision: str) -> None:
 
 def log_kernels(log: WriteLog) -> None:
     """What fell back to PyTorch, and what was chosen by a measurement, if anything was."""
-    found = info.kernels()
+    found = info.summarize_kernels()
     if any(found.values()):
         log.append("kernels", **found)
 

@@ -32,10 +32,10 @@ from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.models.loading import load_pretrained
 from fastvit.report import classification, figures, info
-from fastvit.report.charts import Series, line_chart, thousands
-from fastvit.report.html import percent, render_template
-from fastvit.report.run_log import curve
-from fastvit.serve.attention import with_attention
+from fastvit.report.charts import Series, draw_line_chart, format_thousands
+from fastvit.report.html import format_percent, render_template
+from fastvit.report.run_log import extract_curve
+from fastvit.serve.attention import classify_with_attention
 from fastvit.train.options import build_parser
 
 REPORT_FILE = "report.html"
@@ -184,7 +184,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
     for index in map(int, worst):
         pixels = pictures.get_pixels(index)
         picture = Image.fromarray(pixels)
-        _, maps, grid = with_attention(model, torch.from_numpy(pixels)[None])
+        _, maps, grid = classify_with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
             Mistake(
                 index + 1,
@@ -192,30 +192,30 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
                 names[int(predicted[index])],
                 float(shares[index, predicted[index]]),
                 picture,
-                figures.rollout_overlay(picture, maps, grid),
+                figures.overlay_rollout(picture, maps, grid),
             )
         )
     return found
 
 
 def environment_of(device: torch.device) -> dict[str, str]:
-    commit, whole = info.commit()
+    commit, whole = info.read_commit()
     by_answer: dict[str, list[str]] = {}
     for operation in ops.KERNEL_MODULES:
-        by_answer.setdefault(info.who_computes(operation, device), []).append(operation)
+        by_answer.setdefault(info.describe_backend(operation, device), []).append(operation)
     computed_by = "; ".join(
         answer if len(by_answer) == 1 else f"{', '.join(operations)}: {answer}"
         for answer, operations in by_answer.items()
     )
     return {
-        "device": info.describe(device),
+        "device": info.describe_device(device),
         "operations": computed_by,
-        **{f"kernels {what}": "; ".join(lines) for what, lines in info.kernels().items() if lines},
+        **{f"kernels {what}": "; ".join(lines) for what, lines in info.summarize_kernels().items() if lines},
         "fastvit": fastvit.__version__,
         "commit": "not known" if commit is None else commit[:12] + ("" if whole else ", with changes"),
         "Python": platform.python_version(),
         "system": platform.platform(),
-        **{name: info.installed_version(name) for name in info.PACKAGES},
+        **{name: info.get_installed_version(name) for name in info.PACKAGES},
     }
 
 
@@ -229,14 +229,16 @@ def tiles(run: RunReport) -> list[tuple[str, str, str]]:
     found = []
     for split, confusion in run.confusions.items():
         metrics = classification.classification_metrics(confusion)
-        found.append((f"{split.capitalize()} accuracy", percent(metrics["accuracy"]), f"{confusion.sum():,} pictures"))
+        found.append(
+            (f"{split.capitalize()} accuracy", format_percent(metrics["accuracy"]), f"{confusion.sum():,} pictures")
+        )
         found.append((f"{split.capitalize()} macro F1", f"{metrics['macro_f1']:.3f}", "mean over the classes"))
     if run.best_step is not None:
         found.append(("Best model", f"step {run.best_step:,}", f"of {max_step(run.history):,}"))
     found.append(("Training took", duration(run.seconds), ""))
-    if speeds := [value for _, value in curve(run.history, "images_per_second")]:
+    if speeds := [value for _, value in extract_curve(run.history, "images_per_second")]:
         found.append(("Speed", speed(statistics.median(speeds)), "images a second, median"))
-    if memory := [value for _, value in curve(run.history, "peak_memory_gib")]:
+    if memory := [value for _, value in extract_curve(run.history, "peak_memory_gib")]:
         found.append(("Memory", f"{max(memory):.1f} GiB", "peak"))
     return found
 
@@ -244,24 +246,25 @@ def tiles(run: RunReport) -> list[tuple[str, str, str]]:
 def learning_charts(run: RunReport) -> list[dict[str, Any]]:
     """Loss, accuracy and learning rate over the steps; only those that were logged."""
     mark = None if run.best_step is None else (run.best_step, "best")
-    loss = [Series("training", curve(run.history, "loss"))]
-    loss.append(Series("validation", curve(run.history, "eval_loss"), "second", dots=True))
-    accuracy = [Series("validation", curve(run.history, "eval_accuracy"), "second", dots=True)]
-    rate = [Series("learning rate", curve(run.history, "learning_rate"))]
+    loss = [Series("training", extract_curve(run.history, "loss"))]
+    loss.append(Series("validation", extract_curve(run.history, "eval_loss"), "second", dots=True))
+    accuracy = [Series("validation", extract_curve(run.history, "eval_accuracy"), "second", dots=True)]
+    rate = [Series("learning rate", extract_curve(run.history, "learning_rate"))]
     return charts([
-        ("Loss", loss, {"mark": mark, "y_text": "{:.3g}".format}),
-        ("Accuracy", accuracy, {"mark": mark, "y_text": percent, "from_zero": False}),
-        ("Learning rate", rate, {"y_text": power}),
+        ("Loss", loss, {"mark": mark, "format_y": "{:.3g}".format}),
+        ("Accuracy", accuracy, {"mark": mark, "format_y": format_percent, "from_zero": False}),
+        ("Learning rate", rate, {"format_y": power}),
     ])  # fmt: skip
 
 
 def machine_charts(run: RunReport) -> list[dict[str, Any]]:
     """Speed and memory over the steps."""
-    memory = [Series("in use", curve(run.history, "memory_gib"))]
-    memory.append(Series("peak so far", curve(run.history, "peak_memory_gib"), "second"))
+    memory = [Series("in use", extract_curve(run.history, "memory_gib"))]
+    memory.append(Series("peak so far", extract_curve(run.history, "peak_memory_gib"), "second"))
+    speeds = [Series("images a second", extract_curve(run.history, "images_per_second"))]
     return charts([
-        ("Images a second", [Series("images a second", curve(run.history, "images_per_second"))], {"y_text": speed}),
-        ("Memory, GiB", memory, {"y_text": "{:.3g}".format}),
+        ("Images a second", speeds, {"format_y": speed}),
+        ("Memory, GiB", memory, {"format_y": "{:.3g}".format}),
     ])  # fmt: skip
 
 
@@ -269,7 +272,7 @@ def charts(wanted: list[tuple[str, list[Series], dict[str, Any]]]) -> list[dict[
     return [
         {"title": title, "svg": svg, "series": [one for one in series if one.points]}
         for title, series, settings in wanted
-        if (svg := line_chart(title, series, x_label="step", **settings))
+        if (svg := draw_line_chart(title, series, x_label="step", **settings))
     ]
 
 
@@ -329,7 +332,7 @@ def result_of(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
         "matrix": matrix,
         "confused": [
             (class_names[true], class_names[predicted], count, share)
-            for true, predicted, count, share in classification.worst_confusions(confusion)
+            for true, predicted, count, share in classification.find_worst_confusions(confusion)
         ],
     }
 
@@ -380,7 +383,7 @@ def commands(run: RunReport) -> list[tuple[str, str]]:
 
 
 def speed(value: float) -> str:
-    return thousands(round(value)) if value >= 10 else f"{value:.2g}"
+    return format_thousands(round(value)) if value >= 10 else f"{value:.2g}"
 
 
 def power(value: float) -> str:

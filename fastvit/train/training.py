@@ -212,7 +212,7 @@ class WriteLog(TrainerCallback):
 
     def append(self, event: str, **values) -> None:
         if self.writes:
-            run_log.append(self.folder, event, self.step, **values)
+            run_log.append_record(self.folder, event, self.step, **values)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.writes, self.step = state.is_world_process_zero, state.global_step
@@ -221,7 +221,7 @@ class WriteLog(TrainerCallback):
             max_steps=state.max_steps,
             epochs=state.num_train_epochs,
             device=str(args.device),
-            process=run_log.this_process(),
+            process=run_log.identify_process(),
         )
 
     def on_step_end(self, args, state, control, **kwargs):
