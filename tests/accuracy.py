@@ -11,7 +11,7 @@ from torch import Tensor
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-def errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
+def measure_errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
     """(relative error of the whole in the Euclidean norm, the largest relative error of one element).
 
     An element's error is divided by the element or, where that is larger, by the root mean square of its row, the last
@@ -48,7 +48,7 @@ def assert_no_worse_than(
         ("whole", slack, FLOAT32_EPS if exact.numel() >= 64 else 4 * FLOAT32_EPS),
         ("worst", worst, 4 * FLOAT32_EPS),
     )
-    measures = zip(errors(ours, exact), errors(theirs, exact), errors(exact.to(ours.dtype), exact), strict=True)
+    measures = zip(*(measure_errors(tensor, exact) for tensor in (ours, theirs, exact.to(ours.dtype))), strict=True)
     for (measure, factor, smallest), (our_error, their_error, rounding) in zip(limits, measures, strict=True):
         assert our_error <= factor * max(their_error, rounding, smallest), (
             f"{name}: {measure} error {our_error:.3g}, PyTorch's {their_error:.3g}, of rounding {rounding:.3g}"
@@ -56,7 +56,7 @@ def assert_no_worse_than(
 
 
 @contextlib.contextmanager
-def poisoned() -> Iterator[None]:
+def poison_memory() -> Iterator[None]:
     """Inside, fresh memory is NaN (or the largest integer), so that an element nobody wrote is seen."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()

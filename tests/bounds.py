@@ -2,7 +2,7 @@
 
 On a GPU a load outside of every tensor is an illegal address one day, even where its value is masked away later, and
 two programs that touch the same address give other numbers now and then. Neither shows in the results of an
-interpreter. `watched` looks at each access before it is made, and raises `AccessError` where
+interpreter. `watch_accesses` looks at each access before it is made, and raises `AccessError` where
 
 - a load or store reaches a byte outside the views that the launch was given (or behind a descriptor's base);
 - a byte is stored twice in a launch, by whichever programs, or twice in one store;
@@ -47,16 +47,16 @@ class Memory:
 
     def __init__(self, storage: torch.UntypedStorage):
         self.begin, self.size = storage.data_ptr(), storage.nbytes()
-        self.given = np.zeros(self.size, bool)
+        self.accessible = np.zeros(self.size, bool)
         self.stored_by = np.full(self.size, NOBODY, np.int32)
         self.loaded_by = np.full(self.size, NOBODY, np.int32)
 
-    def add(self, tensor: Tensor) -> None:
+    def add_view(self, tensor: Tensor) -> None:
         """Mark the elements of a view, and not what lies between them."""
         size = tensor.element_size()
         shape = [1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         strides = [stride * size for stride in tensor.stride()]
-        given = torch.from_numpy(self.given)
+        given = torch.from_numpy(self.accessible)
         torch.as_strided(given, (*shape, size), (*strides, 1), tensor.storage_offset() * size).fill_(True)
 
 
@@ -86,12 +86,12 @@ class Watch:
 
     def begin_launch(self, kernel: str, arguments: Iterable[Any]) -> None:
         memories: dict[int, Memory] = {}
-        for tensor in _tensors(arguments):
+        for tensor in _iterate_tensors(arguments):
             storage = tensor.untyped_storage()
             if tensor.numel():
                 memory = memories.get(storage.data_ptr()) or Memory(storage)
                 memories[storage.data_ptr()] = memory
-                memory.add(tensor)
+                memory.add_view(tensor)
         self._kernel, self._memories = kernel, list(memories.values())
         self.launches[kernel] += 1
 
@@ -111,7 +111,7 @@ class Watch:
         memory, offsets = self._locate(pointers, mask, size, "loads")
         if memory is None:
             return
-        at = _bytes(offsets, size)
+        at = _expand_to_bytes(offsets, size)
         stored_by = memory.stored_by[at]
         if (stored_by != NOBODY).any():
             raise self._error(f"loads what program {stored_by.max()} stored")
@@ -124,7 +124,7 @@ class Watch:
             return
         if np.unique(offsets).size != offsets.size:
             raise self._error("stores an element twice in one store")
-        at = _bytes(offsets, size)
+        at = _expand_to_bytes(offsets, size)
         stored_by, loaded_by = memory.stored_by[at], memory.loaded_by[at]
         if (stored_by != NOBODY).any():
             raise self._error(f"stores again what program {stored_by.max()} stored")
@@ -142,7 +142,7 @@ class Watch:
         for memory in self._memories:
             if memory.begin <= lowest and highest + size <= memory.begin + memory.size:
                 offsets = pointers - memory.begin
-                outside = ~memory.given[_bytes(offsets, size)].reshape(-1, size).all(1)
+                outside = ~memory.accessible[_expand_to_bytes(offsets, size)].reshape(-1, size).all(1)
                 if not outside.any():
                     return memory, offsets
                 break
@@ -159,7 +159,7 @@ class Watch:
 
 
 @contextmanager
-def watched(order: str = "usual") -> Iterator[Watch]:
+def watch_accesses(order: str = "usual") -> Iterator[Watch]:
     """Inside, interpreted kernels are watched, and their programs run in one of `ORDERS`."""
     watch = Watch(order)
     call, masked_load = GridExecutor.__call__, InterpreterBuilder.create_masked_load
@@ -179,7 +179,7 @@ def watched(order: str = "usual") -> Iterator[Watch]:
     def load(self, pointers, mask, other, *rest, **named):
         if other is None and not np.all(mask.data):
             element = pointers.get_element_ty()
-            other = TensorHandle(_undefined(pointers.data.shape, element), element)
+            other = TensorHandle(_make_undefined(pointers.data.shape, element), element)
         return masked_load(self, pointers, mask, other, *rest, **named)
 
     with (
@@ -192,7 +192,7 @@ def watched(order: str = "usual") -> Iterator[Watch]:
         yield watch
 
 
-def surrounded(tensor: Tensor) -> Tensor:
+def surround_with_poison(tensor: Tensor) -> Tensor:
     """The same values, sizes and strides in memory of their own, with poison around and between the elements."""
     size = tensor.element_size()
     length = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
@@ -205,20 +205,20 @@ def surrounded(tensor: Tensor) -> Tensor:
     return view
 
 
-def _undefined(shape: tuple[int, ...], element) -> np.ndarray:
+def _make_undefined(shape: tuple[int, ...], element) -> np.ndarray:
     dtype = np.dtype(interpreter._get_np_dtype(element))
     return np.full((*shape, dtype.itemsize), POISON, np.uint8).view(dtype)[..., 0]
 
 
-def _bytes(offsets: np.ndarray, size: int) -> np.ndarray:
+def _expand_to_bytes(offsets: np.ndarray, size: int) -> np.ndarray:
     return (offsets[:, None] + np.arange(size)).ravel()
 
 
-def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+def _iterate_tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
     for argument in arguments:
         if isinstance(argument, TensorDescriptor):
             yield argument.base
         elif isinstance(argument, tuple | list):
-            yield from _tensors(argument)
+            yield from _iterate_tensors(argument)
         elif isinstance(argument, Tensor):
             yield argument

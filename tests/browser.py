@@ -20,31 +20,31 @@ ARGUMENTS = (
 
 
 class Browser:
-    """One page of Chromium. After `open`, `requests` and `console` say what it did from then on."""
+    """One page of Chromium. After `open`, `list_requests` and `read_console` say what it did from then on."""
 
     def __init__(self, driver):
         self.driver = driver
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        self.requests(), self.console()  # those of the page before
+        self.list_requests(), self.read_console()  # those of the page before
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.driver.get(url)
 
-    def requests(self) -> list[str]:
+    def list_requests(self) -> list[str]:
         """The addresses that the page has asked for, data: URIs aside."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
         # Chromium's own pages, which it may still be showing, are no request.
         return [url for one in sent if not (url := one["request"]["url"]).startswith(("data:", "chrome:"))]
 
-    def console(self) -> list[str]:
+    def read_console(self) -> list[str]:
         """What the page has complained about: errors of its scripts, refused loads, violations of its policy."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
-    def run(self, script: str, *arguments):
+    def run_script(self, script: str, *arguments):
         """What a script returns."""
         return self.driver.execute_script(script, *arguments)
 
@@ -61,7 +61,7 @@ class Browser:
 
 
 @contextlib.contextmanager
-def chromium(profile: Path) -> Iterator[Browser]:
+def start_chromium(profile: Path) -> Iterator[Browser]:
     """A Chromium that keeps what it keeps in the empty folder `profile`."""
     from selenium import webdriver
 
@@ -82,20 +82,20 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
     pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     if shutil.which("chromium") is None or shutil.which("chromedriver") is None:
         pytest.skip("Chromium and its driver are not installed")
-    with chromium(tmp_path_factory.mktemp("chromium")) as opened:
+    with start_chromium(tmp_path_factory.mktemp("chromium")) as opened:
         yield opened
 
 
-def picture_of(page: Path, out: Path, *, height: int = 1530) -> None:
+def save_screenshot(page: Path, out: Path, *, height: int = 1530) -> None:
     """The top of a page as a PNG, 1280 pixels wide."""
-    with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as opened:
-        opened.open(file_url(page), height=height)
+    with tempfile.TemporaryDirectory() as profile, start_chromium(Path(profile)) as opened:
+        opened.open(to_file_url(page), height=height)
         opened.driver.save_screenshot(str(out))
 
 
-def file_url(path: Path) -> str:
+def to_file_url(path: Path) -> str:
     return path.resolve().as_uri()
 
 
 if __name__ == "__main__":
-    picture_of(Path(sys.argv[1]), Path(sys.argv[2]))
+    save_screenshot(Path(sys.argv[1]), Path(sys.argv[2]))

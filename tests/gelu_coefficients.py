@@ -22,7 +22,7 @@ ROOT = 0.7517915246935645
 DEGREES = {"P": 9, "Q": 7}
 
 
-def targets() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
+def compute_targets() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Points, the functions to fit, and how large an error of each is half a unit in the last place."""
     points = (1 - np.cos(np.pi * (np.arange(1200) + 0.5) / 1200)) / 2 * LIMIT
     points = points[np.abs(points - ROOT) > 1e-3]  # 0 / 0
@@ -56,7 +56,7 @@ def fit(points: np.ndarray, function: np.ndarray, unit: np.ndarray, degree: int)
 
 
 if __name__ == "__main__":
-    points, functions, units = targets()
+    points, functions, units = compute_targets()
     for name, degree in DEGREES.items():
         coefficients, error = fit(points, functions[name], units[name], degree)
         print(f"{name}: largest error {error:.3f} of half a unit in the last place; from the constant on:")

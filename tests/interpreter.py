@@ -89,7 +89,7 @@ def mend_arithmetic(function):
     return mended
 
 
-def patch_once_a_launch() -> None:
+def patch_once_per_launch() -> None:
     patch_lang, call = interpreter._patch_lang, GridExecutor.__call__
     patched: set[frozenset[str]] = set()  # in the launch under way: the modules that a function knows the language by
 
@@ -114,7 +114,7 @@ def install() -> None:
     InterpreterBuilder.create_dot = mend_dot(InterpreterBuilder.create_dot)
     InterpreterBuilder.binary_op = mend_arithmetic(InterpreterBuilder.binary_op)
     InterpreterBuilder.unary_op = mend_arithmetic(InterpreterBuilder.unary_op)
-    patch_once_a_launch()
+    patch_once_per_launch()
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):

@@ -33,7 +33,7 @@ OPTIONS += ["--max-steps", "10", "--eval-steps", "2", "--batch-size", "4", "--lo
 
 
 SERVER = "FASTVIT_TEST_SERVER"  # set where this module is imported by the server
-at_the_end: list[Callable] = []  # done by a run that gets there
+exit_actions: list[Callable] = []  # done by a run that gets there
 
 
 class Run:
@@ -45,46 +45,46 @@ class Run:
         *options: str,
         only: list[str] | None = None,
         fault: Callable | None = None,
-        given: tuple = (),
+        fault_args: tuple = (),
     ):
         folder.mkdir(exist_ok=True)
         (folder / "log").touch()
         self.folder = folder
         self.options = only or [*OPTIONS, "--output-dir", "out", *options]
-        self.process = server().Process(target=train, args=(str(folder), self.options, fault, given))
+        self.process = get_server().Process(target=train, args=(str(folder), self.options, fault, fault_args))
         self.process.start()
 
-    def end(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 300) -> int:
         """Its exit code; minus the signal's number where one killed it."""
         self.process.join(timeout)
-        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.log()}"
+        assert self.process.exitcode is not None, f"still running after {timeout} s: {self.read_log()}"
         return self.process.exitcode
 
-    def log(self) -> str:
+    def read_log(self) -> str:
         return (self.folder / "log").read_text()
 
 
-def train(folder: str, options: list[str], fault: Callable | None, given: tuple) -> None:
+def train(folder: str, options: list[str], fault: Callable | None, fault_args: tuple) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of the workers that prepare batches, as in a run by itself
     os.chdir(folder)
     with open("log", "w") as log:  # noqa: PTH123
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if fault is not None:
-        fault(*given)
+        fault(*fault_args)
     code = main(options)
-    for action in at_the_end:
+    for action in exit_actions:
         action()
     sys.exit(code)
 
 
-def server() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forked from one that has imported this module, inside `prepared_server`."""
+def get_server() -> multiprocessing.context.BaseContext:
+    """The context whose processes are forked from one that has imported this module, inside `start_server`."""
     return multiprocessing.get_context("forkserver")
 
 
 @contextlib.contextmanager
-def prepared_server() -> Iterator[None]:
+def start_server() -> Iterator[None]:
     """Inside, processes are forked from one that has trained; other tests have a server of their own.
 
     One thread and no GPU: both would not survive a fork, and bits depend on the number of threads.
@@ -102,7 +102,7 @@ def prepared_server() -> Iterator[None]:
     try:
         forkserver.set_forkserver_preload([__name__, "pytest"])
         with tempfile.TemporaryDirectory() as folder:
-            Run(Path(folder), "--help").end()  # starts the server
+            Run(Path(folder), "--help").wait()  # starts the server
     finally:
         for name, value in before.items():
             os.environ.pop(name)
@@ -145,7 +145,7 @@ def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_change(number: int) -> None:
+def kill_at_change(number: int) -> None:
     """kill -9 before the `number`-th change of the file system: a file opened to write, renamed, removed, ...
 
     A run that gets to its end writes their number to `changes`; 0 counts only.
@@ -165,10 +165,10 @@ def at_change(number: int) -> None:
                 kill()
 
     sys.addaudithook(hook)
-    at_the_end.append(lambda: Path("changes").write_text(str(changes)))
+    exit_actions.append(lambda: Path("changes").write_text(str(changes)))
 
 
-def half_way_through(name: str, number: int) -> None:
+def kill_half_way_through(name: str, number: int) -> None:
     """kill -9 when half of the file `name` has been written, the `number`-th time."""
     times = 0
 
@@ -188,7 +188,7 @@ def half_way_through(name: str, number: int) -> None:
     modeling_utils.safe_save_file = half_of(modeling_utils.safe_save_file)
 
 
-def half_way_through_a_deletion() -> None:
+def kill_during_deletion() -> None:
     """kill -9 when some of the files of an old checkpoint have been deleted."""
     delete = shutil.rmtree
 
@@ -202,17 +202,17 @@ def half_way_through_a_deletion() -> None:
     shutil.rmtree = rmtree
 
 
-def after_a_checkpoint() -> None:
+def kill_after_checkpoint() -> None:
     """kill -9 as soon as a checkpoint has been written."""
-    FineTuner._save_checkpoint = followed_by(FineTuner._save_checkpoint, lambda trainer, *args: kill())
+    FineTuner._save_checkpoint = run_after(FineTuner._save_checkpoint, lambda trainer, *args: kill())
 
 
-def before_the_results() -> None:
+def kill_before_results() -> None:
     """kill -9 when training is over."""
-    FineTuner.save_state = preceded_by(FineTuner.save_state, lambda trainer: kill())
+    FineTuner.save_state = run_before(FineTuner.save_state, lambda trainer: kill())
 
 
-def preceded_by(method: Callable, action: Callable) -> Callable:
+def run_before(method: Callable, action: Callable) -> Callable:
     def both(self, *args, **kwargs):
         action(self, *args)
         return method(self, *args, **kwargs)
@@ -220,7 +220,7 @@ def preceded_by(method: Callable, action: Callable) -> Callable:
     return both
 
 
-def followed_by(method: Callable, action: Callable) -> Callable:
+def run_after(method: Callable, action: Callable) -> Callable:
     def both(self, *args, **kwargs):
         result = method(self, *args, **kwargs)
         action(self, *args)
@@ -229,7 +229,7 @@ def followed_by(method: Callable, action: Callable) -> Callable:
     return both
 
 
-def signal_at(signum: int, step: int, method: str, times: int = 1) -> None:
+def send_signal_at(signum: int, step: int, method: str, times: int = 1) -> None:
     """The process gets a signal `times` times after `step`, in FineTuner's training_step or prediction_step."""
 
     def send(trainer, *args):
@@ -237,25 +237,25 @@ def signal_at(signum: int, step: int, method: str, times: int = 1) -> None:
             for _ in range(times):
                 os.kill(os.getpid(), signum)
 
-    setattr(FineTuner, method, preceded_by(getattr(FineTuner, method), send))
+    setattr(FineTuner, method, run_before(getattr(FineTuner, method), send))
 
 
-def file_size_limit(size: int) -> None:
+def limit_file_size(size: int) -> None:
     """No file may grow beyond `size` bytes: its writer gets an error in the middle, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def memory_for(pictures: int, from_step: int = 0) -> None:
+def limit_memory(pictures: int, from_step: int = 0) -> None:
     """PyTorch's own error where a batch has more than `pictures`, from a step on."""
 
     def allocate(trainer, model, inputs, *args):
         if trainer.state.global_step >= from_step and len(inputs["labels"]) > pictures:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
 
-    FineTuner.training_step = preceded_by(FineTuner.training_step, allocate)
+    FineTuner.training_step = run_before(FineTuner.training_step, allocate)
 
 
-def signal_to_all_at(step: int) -> None:
+def send_signal_to_all_at(step: int) -> None:
     """The process and its workers get SIGTERM in the step after `step`."""
     os.setpgid(0, 0)
 
@@ -263,15 +263,15 @@ def signal_to_all_at(step: int) -> None:
         if trainer.state.global_step == step:
             os.killpg(0, signal.SIGTERM)
 
-    FineTuner.training_step = preceded_by(FineTuner.training_step, send)
+    FineTuner.training_step = run_before(FineTuner.training_step, send)
 
 
-def interrupted_with_memory_for(pictures: int, step: int) -> None:
-    memory_for(pictures)
-    signal_at(signal.SIGTERM, step, "training_step")
+def interrupt_with_limited_memory(pictures: int, step: int) -> None:
+    limit_memory(pictures)
+    send_signal_at(signal.SIGTERM, step, "training_step")
 
 
-def address_space(mebibytes: int) -> None:
+def limit_address_space(mebibytes: int) -> None:
     """While it trains the process may allocate that much more than it has when training begins.
 
     Not longer: a thread of Python that finds no memory for its first words leaves the one that starts it waiting.
@@ -289,7 +289,7 @@ def address_space(mebibytes: int) -> None:
     FineTuner.train = limited
 
 
-def nan_at(step: int, signum: int | None = None) -> None:
+def inject_nan_at(step: int, signum: int | None = None) -> None:
     """The weights become NaN in the step after `step`, in which the process may also get a signal."""
 
     def spoil(trainer, model, *args):
@@ -299,10 +299,10 @@ def nan_at(step: int, signum: int | None = None) -> None:
             if signum is not None:
                 os.kill(os.getpid(), signum)
 
-    FineTuner.training_step = preceded_by(FineTuner.training_step, spoil)
+    FineTuner.training_step = run_before(FineTuner.training_step, spoil)
 
 
-def as_nobody() -> None:
+def drop_root_rights() -> None:
     """Without the rights of root, which no folder is read-only for."""
     if os.geteuid() == 0:
         os.setuid(65534)

@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 multiprocessing.set_forkserver_preload(["fastvit.train.finetune", "datasets", "torch.distributed.checkpoint"])
 
 
-def finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> None:
+def run_finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> None:
     """One process. kill: (rank, step) of the process that ends by SIGKILL after that step, unless it was restarted."""
     import torch
 
@@ -78,7 +78,7 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
 def launch(function, *args, logs: Path, processes: int = 2, max_restarts: int = 0) -> dict:
     """What `function(*args)` returned on each process; ChildFailedError where one of them failed.
 
-    logs: a folder; `output(logs, ...)` reads what a process printed.
+    logs: a folder; `read_output(logs, ...)` reads what a process printed.
     """
     config = LaunchConfig(
         min_nodes=1,
@@ -94,6 +94,6 @@ def launch(function, *args, logs: Path, processes: int = 2, max_restarts: int = 
     return elastic_launch(config, function)(*args)
 
 
-def output(logs: Path, rank: int, stream: str = "stdout", attempt: int = 0) -> str:
+def read_output(logs: Path, rank: int, stream: str = "stdout", attempt: int = 0) -> str:
     (file,) = logs.glob(f"*/attempt_{attempt}/{rank}/{stream}.log")
     return file.read_text()

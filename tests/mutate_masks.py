@@ -37,7 +37,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
-COPIED = ("fastvit", "kernels", "benchmarks", "tests", "pyproject.toml")
+COPIED_PATHS = ("fastvit", "kernels", "benchmarks", "tests", "pyproject.toml")
 
 # Mutations that change nothing a program can see, and why. Named by file, function and the text that goes.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
@@ -63,18 +63,18 @@ class Mutation(NamedTuple):
         return str(self.path.relative_to(KERNELS)), self.function, self.text
 
 
-def mutations_of(path: Path) -> Iterator[Mutation]:
+def find_mutations(path: Path) -> Iterator[Mutation]:
     source = path.read_text()
     for function in ast.walk(ast.parse(source)):
         if isinstance(function, ast.FunctionDef) and any(
             "triton.jit" in ast.unparse(d) for d in function.decorator_list
         ):
             for node in ast.walk(function):
-                for text, replaced in _without(node):
+                for text, replaced in _remove_parts(node):
                     yield Mutation(path, node.lineno, function.name, text, _replace(source, node, replaced))
 
 
-def _without(node: ast.AST) -> Iterator[tuple[str, str]]:
+def _remove_parts(node: ast.AST) -> Iterator[tuple[str, str]]:
     """(what is left out of this expression, the expression without it)."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
         left, right = ast.unparse(node.left), ast.unparse(node.right)
@@ -107,11 +107,11 @@ def _replace(source: str, node: ast.expr, text: str) -> str:
     return (whole[:begin] + f"({text})".encode() + whole[end:]).decode()
 
 
-def all_mutations() -> list[Mutation]:
-    return [mutation for path in sorted(KERNELS.rglob("*.py")) for mutation in mutations_of(path)]
+def find_all_mutations() -> list[Mutation]:
+    return [mutation for path in sorted(KERNELS.rglob("*.py")) for mutation in find_mutations(path)]
 
 
-def sample(mutations: list[Mutation], size: int) -> list[Mutation]:
+def sample_mutations(mutations: list[Mutation], size: int) -> list[Mutation]:
     """`size` of them, as many from each file as can be; always the same ones of the same source."""
     chosen = random.Random(0)
     by_file: dict[Path, list[Mutation]] = {}
@@ -126,7 +126,7 @@ def survives(mutation: Mutation) -> tuple[bool, str]:
     """Whether the tests of memory bounds pass with it, and the line that says why not. In a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        for name in COPIED:
+        for name in COPIED_PATHS:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
             else:
@@ -146,7 +146,7 @@ def survives(mutation: Mutation) -> tuple[bool, str]:
                     "-p",
                     "no:cacheprovider",
                     "-k",
-                    cases_of(mutation.path),
+                    select_cases(mutation.path),
                     "tests/test_bounds.py",
                 ]
             )
@@ -157,7 +157,7 @@ def survives(mutation: Mutation) -> tuple[bool, str]:
     return code == pytest.ExitCode.OK, reasons[0].strip()[-160:] if reasons else ""
 
 
-def cases_of(path: Path) -> str:
+def select_cases(path: Path) -> str:
     """pytest's -k for the cases that run this file's kernels; names as in test_bounds.py."""
     first = path.relative_to(KERNELS).with_suffix("").parts[0]
     users = {"layer_norm": "layer_norm or quantize or linear", "gelu": "gelu or linear or quantize"}
@@ -171,9 +171,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--list", action="store_true", help="name the mutations, and try none")
     options = parser.parse_args()
-    mutations = [mutation for mutation in all_mutations() if options.only in str(mutation)]
+    mutations = [mutation for mutation in find_all_mutations() if options.only in str(mutation)]
     if options.sample:
-        mutations = sample(mutations, options.sample)
+        mutations = sample_mutations(mutations, options.sample)
     if options.list:
         print(*mutations, sep="\n")
         return 0

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from accuracy import assert_no_worse_than, poisoned
+from accuracy import assert_no_worse_than, poison_memory
 from torch import Tensor
 
 from fastvit.kernels import tuning
@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 @contextmanager
-def variant(*names: str) -> Iterator[None]:
+def use_variants(*names: str) -> Iterator[None]:
     """Inside, these ways are the candidates of every matrix operation, the first of them what runs by default."""
     ways = tuple(VARIANTS[name] for name in names)
     table = tuple(rule._replace(candidates=ways) if "fused" in rule.candidates[0] else rule for rule in tuning.TABLE)
@@ -34,36 +34,36 @@ def variant(*names: str) -> Iterator[None]:
         yield
 
 
-def random(*shape: int, dtype=torch.float32, seed=0, scale=1.0, shift=0.0) -> Tensor:
+def randn(*shape: int, dtype=torch.float32, seed=0, scale=1.0, shift=0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=generator) * scale + shift).to(DEVICE, dtype)
 
 
-def results(
+def compute_results(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Mapping[str, Tensor | None],
     *,
     cast: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    wanted: tuple[str, ...] | None = None,
+    grads_for: tuple[str, ...] | None = None,
     unused: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
     """Outputs and gradients by name, for random gradients of the outputs.
 
-    wanted: the inputs whose gradients are asked for, all by default; unused: outputs that nobody uses.
+    grads_for: the inputs whose gradients are asked for, all by default; unused: outputs that nobody uses.
     """
-    wanted = tuple(name for name, tensor in inputs.items() if tensor is not None) if wanted is None else wanted
+    grads_for = tuple(name for name, tensor in inputs.items() if tensor is not None) if grads_for is None else grads_for
     given = {
-        name: None if tensor is None else cast(tensor).detach().requires_grad_(name in wanted)
+        name: None if tensor is None else cast(tensor).detach().requires_grad_(name in grads_for)
         for name, tensor in inputs.items()
     }
     outputs = function(**given)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
     used = [output for index, output in enumerate(outputs) if index not in unused]
-    if wanted:
-        grads = [random(*output.shape, dtype=inputs["x"].dtype, seed=77).to(output.dtype) for output in used]
-        found = torch.autograd.grad(used, [given[name] for name in wanted], grads, allow_unused=True)
-        named |= {f"grad {name}": grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
+    if grads_for:
+        grads = [randn(*output.shape, dtype=inputs["x"].dtype, seed=77).to(output.dtype) for output in used]
+        found = torch.autograd.grad(used, [given[name] for name in grads_for], grads, allow_unused=True)
+        named |= {f"grad {name}": grad for name, grad in zip(grads_for, found, strict=True) if grad is not None}
     return named
 
 
@@ -74,12 +74,12 @@ def check(
 
     slack: as in `assert_no_worse_than`; more where results may be a handful of numbers, whose roundings are luck.
     """
-    with poisoned():
-        our_results = results(ours, inputs, **options)
+    with poison_memory():
+        our_results = compute_results(ours, inputs, **options)
     # Float32 products by MKL on a CPU, whose error is the smaller: the definitions would take oneDNN's.
     with torch.backends.mkldnn.flags(enabled=inputs["x"].dtype != torch.float32):
-        their_results = results(theirs, inputs, **options)
-    exact = results(theirs, inputs, cast=torch.Tensor.double, **options)
+        their_results = compute_results(theirs, inputs, **options)
+    exact = compute_results(theirs, inputs, cast=torch.Tensor.double, **options)
     assert our_results.keys() == their_results.keys()
     for name, result in our_results.items():
         assert_no_worse_than(result, their_results[name], exact[name], slack=slack, name=name)
@@ -99,7 +99,7 @@ def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> No
         torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], rounded: torch.dtype = torch.float32) -> None:
+def assert_equivalent(ours: Sequence[Tensor], theirs: Sequence[Tensor], rounded: torch.dtype = torch.float32) -> None:
     """Of the same shapes, dtypes and strides, and the same numbers up to a few roundings.
 
     rounded: the dtype of what lies between: its roundings show in float32 results, too.
@@ -112,7 +112,7 @@ def assert_alike(ours: Sequence[Tensor], theirs: Sequence[Tensor], rounded: torc
         torch.testing.assert_close(one, other, rtol=8 * precision, atol=8 * precision * largest)
 
 
-def view_of(kind: str, tensor: Tensor) -> Tensor:
+def make_view(kind: str, tensor: Tensor) -> Tensor:
     """A view that is not contiguous, of the same numbers as tensor [B, N, D]."""
     batch, tokens, dim = tensor.shape
     large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
@@ -130,7 +130,7 @@ def view_of(kind: str, tensor: Tensor) -> Tensor:
 VIEWS = ("tokens", "columns", "transposed", "every_other_column", "columns_first")
 
 
-def saved_bytes(function: Callable, inputs: Mapping[str, Tensor]) -> int:
+def count_saved_bytes(function: Callable, inputs: Mapping[str, Tensor]) -> int:
     """Bytes kept for backward beside the inputs themselves, each memory counted once."""
     given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
     own = {tensor.untyped_storage().data_ptr() for tensor in given.values()}

@@ -18,7 +18,7 @@ def write_shard(path: Path, samples: list[tuple[str, bytes, bytes]], extension: 
                 tar.addfile(entry, io.BytesIO(data))
 
 
-def draw(label: int, seed: int, size: int = 16) -> bytes:
+def encode_leaf(label: int, seed: int, size: int = 16) -> bytes:
     buffer = io.BytesIO()
     leaves.draw_leaf(leaves.CLASSES[label], seed=seed, size=size).save(buffer, "PNG")
     return buffer.getvalue()
@@ -28,9 +28,9 @@ def make_shards(root: Path, shards: int = 2, per_shard: int = 12, validation: in
     """train-N.tar, and validation-0.tar where `validation` is not 0; classes take turns, numbered by .cls."""
     for shard in range(shards):
         numbers = range(shard * per_shard, (shard + 1) * per_shard)
-        samples = [(f"{number:04}", draw(number % 3, number), str(number % 3).encode()) for number in numbers]
+        samples = [(f"{number:04}", encode_leaf(number % 3, number), str(number % 3).encode()) for number in numbers]
         write_shard(root / f"train-{shard}.tar", samples)
     if validation:
-        samples = [(f"v{n:04}", draw(n % 3, 1000 + n), str(n % 3).encode()) for n in range(validation)]
+        samples = [(f"v{n:04}", encode_leaf(n % 3, 1000 + n), str(n % 3).encode()) for n in range(validation)]
         write_shard(root / "validation-0.tar", samples)
     return root

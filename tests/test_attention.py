@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_no_worse_than, errors, poisoned
+from accuracy import assert_no_worse_than, measure_errors, poison_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -88,7 +88,7 @@ def grad_for(inputs, seed=7):
 def check(inputs, *, path="short", slack=1.25, worst=4, **options):
     """Output and every gradient against float64, beside PyTorch in the same dtype."""
     grad_out = grad_for(inputs)
-    with kernels_of(path), poisoned():
+    with kernels_of(path), poison_memory():
         ours = results(attention, inputs, grad_out, **options)
     theirs = results(reference.attention, inputs, grad_out, **options)
     exact = results(reference.attention, inputs, grad_out, cast=torch.Tensor.double, **options)
@@ -172,7 +172,7 @@ def test_scores_of_ten_thousand(dtype, path):
     scores = torch.einsum("bqhd,bkhd->bhqk", inputs["query"].float(), inputs["key"].float()) / 8
     assert scores.max() > 1e4
     assert scores.min() < -1e4
-    with kernels_of(path), poisoned():
+    with kernels_of(path), poison_memory():
         ours = results(attention, inputs, grad_for(inputs))
     theirs = results(reference.attention, inputs, grad_for(inputs))
     exact = results(reference.attention, inputs, grad_for(inputs), cast=torch.Tensor.double)
@@ -181,7 +181,7 @@ def test_scores_of_ten_thousand(dtype, path):
     # knows the probabilities to as much.
     unit = torch.finfo(torch.float32).eps * scores.abs().max().item()
     for name, result in ours.items():
-        (error, _), (their_error, _) = (errors(found, exact[name]) for found in (result, theirs[name]))
+        (error, _), (their_error, _) = (measure_errors(found, exact[name]) for found in (result, theirs[name]))
         assert error < 1.25 * their_error + unit, name
 
 
@@ -279,7 +279,7 @@ def test_rows_whose_every_key_is_hidden_give_zeros(kind, path):
     if kind != "boolean":
         hidden = float("-inf") if kind == "minus infinity" else torch.finfo(torch.float32).min
         mask = torch.zeros(shown.shape, device=DEVICE).masked_fill(~shown, hidden)
-    with kernels_of(path), poisoned():
+    with kernels_of(path), poison_memory():
         ours = results(attention, inputs | {"mask": mask}, grad_for(inputs))
     theirs = results(reference.attention, inputs | {"mask": shown}, grad_for(inputs))
     for name in ("out", "grad query"):
@@ -299,7 +299,7 @@ def test_rows_whose_every_key_is_hidden_give_zeros(kind, path):
 def test_packed_gives_the_bits_of_separate_and_one_gradient(dtype, path):
     qkv = random(2, 40, 3, 2, 48, dtype=dtype).requires_grad_()
     grad_out = random(2, 40, 96, dtype=dtype, seed=1)
-    with kernels_of(path), poisoned():
+    with kernels_of(path), poison_memory():
         out = attention_packed(qkv)
         (grad,) = torch.autograd.grad(out, qkv, grad_out)
         separate = attention(*qkv.unbind(2))
@@ -327,7 +327,7 @@ def test_images_of_different_sizes_give_what_each_gives_alone(path, masked):
     qkv, bounds = packed_batch(lengths, dtype=torch.bfloat16)
     grad_out = random(len(qkv), 64, dtype=torch.bfloat16, seed=1)
     mask = random(5, 2, 50, 50, dtype=torch.bfloat16, seed=2) if masked else None
-    with kernels_of(path), poisoned():
+    with kernels_of(path), poison_memory():
         out = attention_packed(qkv.requires_grad_(), mask=mask, cu_seqlens=bounds, max_seqlen=50)
         (grad,) = torch.autograd.grad(out, qkv, grad_out)
         first = 0
@@ -362,7 +362,7 @@ def test_tokens_of_no_image_give_zeros(path, lengths, most):
     owned = torch.zeros(40, dtype=torch.bool, device=DEVICE)
     for first, length in zip(bounds.tolist(), lengths, strict=False):
         owned[first : first + min(length, most)] = True
-    with kernels_of(path), poisoned():
+    with kernels_of(path), poison_memory():
         out = attention_packed(qkv.requires_grad_(), cu_seqlens=bounds, max_seqlen=most)
         (grad,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert out.isfinite().all()

@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import poisoned
+from accuracy import poison_memory
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -30,7 +30,7 @@ import itertools
 
 import triton
 import triton.language as tl
-from bounds import ORDERS, surrounded, watched
+from bounds import ORDERS, surround_with_poison, watch_accesses
 from triton.runtime.interpreter import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -332,8 +332,8 @@ def test_programs_stay_within_their_tensors_and_do_not_race(case):
     while number < ways:
         found = {}
         for order in ORDERS:
-            with way(number) as counts, poisoned(), watched(order) as watch:
-                found[order] = results(case, case.ours, surrounded)
+            with way(number) as counts, poison_memory(), watch_accesses(order) as watch:
+                found[order] = results(case, case.ours, surround_with_poison)
             launches.update(watch.launches)
         for name, tensor in found["usual"].items():
             assert_close(tensor, exact[name], name)
@@ -408,38 +408,41 @@ def _add_atomically(out_ptr):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_kernel_within_its_tensors_runs_in_any_order(order):
-    x, out = surrounded(random(37)), surrounded(torch.zeros(37))
-    with watched(order) as watch:
+    x, out = surround_with_poison(random(37)), surround_with_poison(torch.zeros(37))
+    with watch_accesses(order) as watch:
         _copy[(3,)](x, out, 37, False, False, BLOCK=16)
     assert torch.equal(x, out)
     assert watch.launches == {"_copy": 1}
 
 
 def test_loads_beyond_a_tensor_are_seen_even_if_their_values_are_not_used():
-    x, out = surrounded(random(37)), torch.zeros(37)
-    with watched(), pytest.raises(InterpreterError, match=r"_copy, program 2, test_bounds.py:\d+: loads outside"):
+    x, out = surround_with_poison(random(37)), torch.zeros(37)
+    with (
+        watch_accesses(),
+        pytest.raises(InterpreterError, match=r"_copy, program 2, test_bounds.py:\d+: loads outside"),
+    ):
         _copy[(3,)](x, out, 37, True, False, BLOCK=16)
     whole = torch.zeros(16, 4)  # a column: the elements between belong to others
-    with watched(), pytest.raises(InterpreterError, match=r"_copy, program 0, .*: loads outside"):
+    with watch_accesses(), pytest.raises(InterpreterError, match=r"_copy, program 0, .*: loads outside"):
         _copy[(1,)](whole[:, 0], out, 16, False, False, BLOCK=16)
 
 
 def test_a_store_beyond_a_tensor_is_refused_before_it_is_made():
     memory = torch.zeros(64)
-    with watched(), pytest.raises(InterpreterError, match=r"_copy, program 2, .*: stores outside"):
+    with watch_accesses(), pytest.raises(InterpreterError, match=r"_copy, program 2, .*: stores outside"):
         _copy[(3,)](random(37), memory[:37], 37, False, True, BLOCK=16)
     assert memory[:32].count_nonzero() == 32  # by the programs before
     assert memory[32:].count_nonzero() == 0
 
 
 def test_a_descriptor_gives_its_base():
-    x, out = surrounded(random(20, 20)), torch.zeros(16, 16)
-    with watched():
+    x, out = surround_with_poison(random(20, 20)), torch.zeros(16, 16)
+    with watch_accesses():
         _copy_by_descriptor[(1,)](TensorDescriptor.from_tensor(x, [16, 16]), out, BLOCK=16)
     assert torch.equal(out, x[:16, :16])
     described = TensorDescriptor.from_tensor(x[:8], [16, 16])
     described.shape = [20, 20]  # it promises more than there is
-    with watched(), pytest.raises(InterpreterError, match="loads outside"):
+    with watch_accesses(), pytest.raises(InterpreterError, match="loads outside"):
         _copy_by_descriptor[(1,)](described, out, BLOCK=16)
 
 
@@ -447,20 +450,20 @@ def test_a_descriptor_gives_its_base():
 def test_programs_that_race_are_seen(order):
     memory = torch.zeros(4)
     found = "stores what another program loaded" if order == "usual" else "loads what program"
-    with watched(order), pytest.raises(InterpreterError, match=found):
+    with watch_accesses(order), pytest.raises(InterpreterError, match=found):
         _shift[(3,)](random(3), memory, memory)
-    with watched(order):
+    with watch_accesses(order):
         _shift[(3,)](random(3), torch.zeros(3), memory)
-    with watched(order), pytest.raises(InterpreterError, match="stores again what program"):
+    with watch_accesses(order), pytest.raises(InterpreterError, match="stores again what program"):
         _store_to[(3,)](memory, 12, BLOCK=1)
-    with watched(order), pytest.raises(InterpreterError, match="twice in one store"):
+    with watch_accesses(order), pytest.raises(InterpreterError, match="twice in one store"):
         _store_to[(1,)](memory, 2, BLOCK=4)
-    with watched(order), pytest.raises(InterpreterError, match="atomics"):
+    with watch_accesses(order), pytest.raises(InterpreterError, match="atomics"):
         _add_atomically[(3,)](memory)
 
 
 def test_lanes_that_are_switched_off_are_undefined_where_a_load_names_no_other():
     out = torch.zeros(1)
-    with watched():
+    with watch_accesses():
         _sum_without_other[(1,)](random(5), out, 5, BLOCK=8)
     assert out.isnan().all()

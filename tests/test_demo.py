@@ -127,7 +127,7 @@ def test_dropped_picture_is_named_in_a_browser_without_a_network(browser: Browse
     label = browser.driver.find_element("css selector", "[data-testid=label-output-value], .output-class")
     assert label.text in NAMES
     assert browser.driver.find_element("css selector", "[data-testid=detailed-image], .image-frame img")
-    asked = browser.requests()
+    asked = browser.list_requests()
     assert asked and all(one.startswith((url, "blob:", "ws://127.0.0.1")) for one in asked)
 
 

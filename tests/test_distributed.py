@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launch import evaluate_sizes, finetune, launch, output
+from launch import evaluate_sizes, launch, read_output, run_finetune
 from safetensors.torch import load_file
 from shards import make_shards
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -55,7 +55,7 @@ def together(tmp_path_factory):
     """The run of two processes, under DDP."""
     folder = tmp_path_factory.mktemp("together")
     argv = [*RUN, "--batch-size", "4", "--output-dir", str(folder / "out")]
-    launch(finetune, argv, str(folder / "cache"), None, logs=folder / "logs")
+    launch(run_finetune, argv, str(folder / "cache"), None, logs=folder / "logs")
     return folder
 
 
@@ -64,7 +64,7 @@ def sharded(tmp_path_factory):
     """The run of two processes that share the model, under FSDP2, with two batches a step."""
     folder = tmp_path_factory.mktemp("sharded")
     argv = [*RUN, "--batch-size", "2", "--gradient-accumulation", "2", "--fsdp", "--output-dir", str(folder / "out")]
-    launch(finetune, argv, str(folder / "cache"), None, logs=folder / "logs")
+    launch(run_finetune, argv, str(folder / "cache"), None, logs=folder / "logs")
     return folder
 
 
@@ -89,10 +89,10 @@ def test_the_result_of_shards_is_one_file(sharded):
 
 
 def test_only_the_first_process_prints_and_decodes(together):
-    assert "validation: accuracy" in output(together / "logs", 0)
-    assert output(together / "logs", 1) == ""
-    assert "decoding train" in output(together / "logs", 0, "stderr")
-    assert "decoding" not in output(together / "logs", 1, "stderr")
+    assert "validation: accuracy" in read_output(together / "logs", 0)
+    assert read_output(together / "logs", 1) == ""
+    assert "decoding train" in read_output(together / "logs", 0, "stderr")
+    assert "decoding" not in read_output(together / "logs", 1, "stderr")
     assert len(list((together / "cache" / "images").iterdir())) == 2  # train and validation, for both
     assert not (together / "out" / ".launch").exists()
 
@@ -101,11 +101,11 @@ def test_a_finished_run_is_refused_however_often_torchrun_starts_it(together):
     argv = [*RUN, "--batch-size", "4", "--output-dir", str(together / "out")]
     before = (together / "out" / "config.yaml").stat().st_mtime_ns
     with pytest.raises(ChildFailedError):
-        launch(finetune, argv, str(together / "cache"), None, logs=together / "refused", max_restarts=1)
+        launch(run_finetune, argv, str(together / "cache"), None, logs=together / "refused", max_restarts=1)
     for attempt in (0, 1):
-        said = output(together / "refused", 0, "stderr", attempt)
+        said = read_output(together / "refused", 0, "stderr", attempt)
         assert "already holds a run; give --overwrite, --resume or another folder" in said
-        assert "error" not in output(together / "refused", 1, "stderr", attempt)
+        assert "error" not in read_output(together / "refused", 1, "stderr", attempt)
     assert (together / "out" / "config.yaml").stat().st_mtime_ns == before
 
 
@@ -113,29 +113,29 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(together, tmp_path):
     argv = [*RUN, "--batch-size", "4", "--output-dir", str(tmp_path / "out")]
     # The other process ends a moment later; if torchrun looks only then, it names that one.
     with pytest.raises(ChildFailedError, match=r"rank +: (1(.|\n)*Signal 9 \(SIGKILL\)|0(.|\n)*exitcode +: 2)"):
-        launch(finetune, argv, str(tmp_path / "cache"), (1, 5), logs=tmp_path / "killed")
+        launch(run_finetune, argv, str(tmp_path / "cache"), (1, 5), logs=tmp_path / "killed")
     last = tmp_path / "out" / "checkpoint-4"
-    said = output(tmp_path / "killed", 0, "stderr").strip().splitlines()[-1]
+    said = read_output(tmp_path / "killed", 0, "stderr").strip().splitlines()[-1]
     assert said.startswith("error: process 0: training: the connection to another process was lost"), said
     assert f"the last checkpoint is {last}; go on with the same command and --resume" in said
     fastvit.ViTForImageClassification.from_pretrained(last)
-    launch(finetune, [*argv, "--resume"], str(tmp_path / "cache"), None, logs=tmp_path / "resumed")
+    launch(run_finetune, [*argv, "--resume"], str(tmp_path / "cache"), None, logs=tmp_path / "resumed")
     assert losses(tmp_path / "out") == losses(together / "out")
     assert max(differences(together / "out", tmp_path / "out")) == 0
 
 
 def test_torchrun_restarts_a_run_of_shards_from_its_last_checkpoint(sharded, tmp_path):
     argv = [*RUN, "--batch-size", "2", "--gradient-accumulation", "2", "--fsdp", "--output-dir", str(tmp_path / "out")]
-    launch(finetune, argv, str(tmp_path / "cache"), (1, 7), logs=tmp_path / "logs", max_restarts=1)
-    assert "| 7/8" in output(tmp_path / "logs", 0, "stderr", attempt=1)
-    assert "| 6/8" not in output(tmp_path / "logs", 0, "stderr", attempt=1)
+    launch(run_finetune, argv, str(tmp_path / "cache"), (1, 7), logs=tmp_path / "logs", max_restarts=1)
+    assert "| 7/8" in read_output(tmp_path / "logs", 0, "stderr", attempt=1)
+    assert "| 6/8" not in read_output(tmp_path / "logs", 0, "stderr", attempt=1)
     assert losses(tmp_path / "out") == losses(sharded / "out")
     assert max(differences(sharded / "out", tmp_path / "out")) == 0
 
 
 def test_torchrun_starts_over_what_was_lost_before_its_first_checkpoint(together, tmp_path):
     argv = [*RUN, "--batch-size", "4", "--output-dir", str(tmp_path / "out")]
-    launch(finetune, argv, str(tmp_path / "cache"), (0, 1), logs=tmp_path / "logs", max_restarts=1)
+    launch(run_finetune, argv, str(tmp_path / "cache"), (0, 1), logs=tmp_path / "logs", max_restarts=1)
     assert losses(tmp_path / "out") == losses(together / "out")
 
 
@@ -144,7 +144,7 @@ def test_streamed_pictures_train_two_processes(tmp_path):
     argv = ["--data-dir", str(tmp_path / "shards"), "--streaming", "--from-scratch", "micro", "--image-size", "16"]
     argv += ["--patch-size", "8", "--cpu", "--max-steps", "6", "--eval-steps", "3", "--batch-size", "4"]
     argv += ["--output-dir", str(tmp_path / "out")]
-    launch(finetune, argv, str(tmp_path / "cache"), (0, 4), logs=tmp_path / "logs", max_restarts=1)
+    launch(run_finetune, argv, str(tmp_path / "cache"), (0, 4), logs=tmp_path / "logs", max_restarts=1)
     assert "7 pictures, 3 classes" in (tmp_path / "out" / "classification_report.txt").read_text()
     assert (tmp_path / "out" / "checkpoint-6").exists()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import errors
+from accuracy import measure_errors
 
 from fastvit.ops import eager, reference
 
@@ -41,7 +41,7 @@ def test_output_and_gradients_are_those_of_float32(any_size, rows, depth, units,
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
     for found, expected, exact in zip(ours, theirs, outcome(F.linear, wide), strict=True):
         assert found.shape == exact.shape
-        assert errors(found, exact)[0] <= max(2 * errors(expected, exact)[0], 4e-7)
+        assert measure_errors(found, exact)[0] <= max(2 * measure_errors(expected, exact)[0], 4e-7)
 
 
 @pytest.mark.parametrize("form", ["none", "tanh"])

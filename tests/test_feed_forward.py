@@ -17,15 +17,15 @@ from operations import (
     EPS,
     VARIANTS,
     VIEWS,
-    assert_alike,
     assert_close,
+    assert_equivalent,
     assert_same,
     check,
-    random,
-    results,
-    saved_bytes,
-    variant,
-    view_of,
+    compute_results,
+    count_saved_bytes,
+    make_view,
+    randn,
+    use_variants,
 )
 
 from fastvit.kernels import feed_forward as kernels
@@ -42,17 +42,17 @@ def inputs_of(*shape, units, kind="add", dtype=torch.float32, residual_dtype=Non
     """Named inputs with random affine weights; pre-activations are about as large as a trained model's."""
     dim = shape[-1]
     norm_dtype = residual_dtype or dtype
-    inputs = {"x": random(*shape, dtype=dtype, seed=1, scale=scale, shift=shift)}
+    inputs = {"x": randn(*shape, dtype=dtype, seed=1, scale=scale, shift=shift)}
     if kind == "add":
-        inputs["residual"] = random(*shape, dtype=norm_dtype, seed=2, scale=scale)
+        inputs["residual"] = randn(*shape, dtype=norm_dtype, seed=2, scale=scale)
     if kind != "alone":
-        inputs["norm_weight"] = random(dim, dtype=norm_dtype, seed=3, scale=0.5, shift=1.0)
-        inputs["norm_bias"] = random(dim, dtype=norm_dtype, seed=4)
+        inputs["norm_weight"] = randn(dim, dtype=norm_dtype, seed=3, scale=0.5, shift=1.0)
+        inputs["norm_bias"] = randn(dim, dtype=norm_dtype, seed=4)
     return inputs | {
-        "weight1": random(units, dim, dtype=dtype, seed=5, scale=dim**-0.5),
-        "bias1": random(units, dtype=dtype, seed=6) if bias else None,
-        "weight2": random(dim, units, dtype=dtype, seed=7, scale=units**-0.5),
-        "bias2": random(dim, dtype=dtype, seed=8) if bias else None,
+        "weight1": randn(units, dim, dtype=dtype, seed=5, scale=dim**-0.5),
+        "bias1": randn(units, dtype=dtype, seed=6) if bias else None,
+        "weight2": randn(dim, units, dtype=dtype, seed=7, scale=units**-0.5),
+        "bias2": randn(dim, dtype=dtype, seed=8) if bias else None,
     }
 
 
@@ -87,14 +87,14 @@ def test_the_definitions_of_the_reference_are_what_is_tested_against(kind):
 @DTYPES
 @KINDS
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, kind):
-    with variant(way):
+    with use_variants(way):
         check(ours, pytorch, inputs_of(2, 17, 48, units=192, kind=kind, dtype=dtype))
 
 
 @EVERY_WAY
 @pytest.mark.parametrize(("tokens", "dim", "units"), [(1, 72, 288), (50, 100, 101), (197, 24, 96), (257, 24, 40)])
 def test_any_number_of_tokens_and_widths(way, tokens, dim, units):
-    with variant(way):
+    with use_variants(way):
         check(ours, pytorch, inputs_of(1, tokens, dim, units=units, dtype=torch.bfloat16))
 
 
@@ -103,7 +103,7 @@ def test_any_number_of_tokens_and_widths(way, tokens, dim, units):
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_every_activation(way, activation, bias):
     inputs = inputs_of(2, 9, 40, units=72, dtype=torch.bfloat16, bias=bias)
-    with variant(way):
+    with use_variants(way):
         check(partial(ours, activation=activation), partial(pytorch, activation=activation), inputs)
 
 
@@ -120,14 +120,14 @@ def test_every_activation(way, activation, bias):
     ],
 )
 def test_shifted_huge_and_tiny_inputs(way, dtype, scale, shift):
-    with variant(way):
+    with use_variants(way):
         check(ours, pytorch, inputs_of(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
 
 
 @EVERY_WAY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_float32_residual_stream(way, dtype):
-    with variant(way):
+    with use_variants(way):
         check(ours, pytorch, inputs_of(2, 9, 48, units=40, dtype=dtype, residual_dtype=torch.float32))
 
 
@@ -136,9 +136,9 @@ def test_a_float32_residual_stream(way, dtype):
 def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
     inputs = inputs_of(3, 40, units=24)
     inputs["x"][1, 7] = bad
-    theirs = results(pytorch, inputs)
-    with variant(way):
-        for name, tensor in results(ours, inputs).items():
+    theirs = compute_results(pytorch, inputs)
+    with use_variants(way):
+        for name, tensor in compute_results(ours, inputs).items():
             assert torch.equal(tensor.isfinite(), theirs[name].isfinite()), name
 
 
@@ -146,11 +146,11 @@ def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_give_what_contiguous_tensors_give(kind, view):
     inputs = inputs_of(3, 5, 24, units=40, kind=kind)
-    with variant("fused"):
-        expected = results(ours, inputs)
-        assert_same(results(ours, inputs | {"x": view_of(view, inputs["x"])}), expected)
+    with use_variants("fused"):
+        expected = compute_results(ours, inputs)
+        assert_same(compute_results(ours, inputs | {"x": make_view(view, inputs["x"])}), expected)
         transposed = {name: inputs[name].t().contiguous().t() for name in ("weight1", "weight2")}
-        assert_close(results(ours, inputs | transposed), expected)
+        assert_close(compute_results(ours, inputs | transposed), expected)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -163,7 +163,7 @@ def test_views_give_what_contiguous_tensors_give(kind, view):
     bias=st.booleans(),
 )
 def test_any_shape_and_dtype(shape, units, dtype, way, kind, bias):
-    with variant(way):
+    with use_variants(way):
         check(ours, pytorch, inputs_of(*shape, units=units, kind=kind, dtype=dtype, bias=bias), slack=4)
 
 
@@ -171,8 +171,8 @@ def test_any_shape_and_dtype(shape, units, dtype, way, kind, bias):
 @KINDS
 def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, kind):
     inputs = inputs_of(0, 5, 24, units=40, kind=kind)
-    with variant(way):
-        found = results(ours, inputs)
+    with use_variants(way):
+        found = compute_results(ours, inputs)
     assert found["grad x"].shape == (0, 5, 24)
     for name in inputs:
         if name not in ("x", "residual"):
@@ -182,11 +182,11 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, kind)
 @EVERY_WAY
 def test_two_runs_give_the_same_bits_with_and_without_gradients(way):
     inputs = inputs_of(5, 23, 48, units=72, dtype=torch.bfloat16)
-    with variant(way):
-        first = results(ours, inputs)
-        assert_same(first, results(ours, inputs))
+    with use_variants(way):
+        first = compute_results(ours, inputs)
+        assert_same(first, compute_results(ours, inputs))
         with torch.no_grad():
-            alone = results(ours, inputs, wanted=())
+            alone = compute_results(ours, inputs, grads_for=())
     assert_same(alone, {name: first[name] for name in alone})
 
 
@@ -194,8 +194,8 @@ def test_two_runs_give_the_same_bits_with_and_without_gradients(way):
 @pytest.mark.parametrize("unused", [0, 1])
 def test_gradients_where_only_one_output_is_used(way, unused):
     inputs = inputs_of(2, 9, 48, units=40)
-    with variant(way):
-        check(ours, pytorch, inputs, unused=(unused,), wanted=tuple(inputs) if unused == 0 else ("x", "residual"))
+    with use_variants(way):
+        check(ours, pytorch, inputs, unused=(unused,), grads_for=tuple(inputs) if unused == 0 else ("x", "residual"))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_gradients_where_only_one_output_is_used(way, unused):
 )
 def test_each_gradient_alone_is_what_it_is_among_the_others(kind, wanted):
     inputs = inputs_of(2, 9, 48, units=40, kind=kind)
-    every, alone = results(ours, inputs), results(ours, inputs, wanted=(wanted,))
+    every, alone = compute_results(ours, inputs), compute_results(ours, inputs, grads_for=(wanted,))
     assert {name for name in alone if name.startswith("grad")} == {f"grad {wanted}"}
     assert_same(alone, {name: every[name] for name in alone})
 
@@ -217,12 +217,12 @@ def test_opcheck(kind):
     inputs = inputs_of(2, 3, 16, units=24, kind=kind)
     x, residual, norm_weight, norm_bias = (inputs.get(n) for n in ("x", "residual", "norm_weight", "norm_bias"))
     weight1, bias1, weight2, bias2 = (inputs[name] for name in ("weight1", "bias1", "weight2", "bias2"))
-    statistics = random(2, 6) if norm_weight is not None else random(0)
+    statistics = randn(2, 6) if norm_weight is not None else randn(0)
     for wanted in ([True] * 6, [False, False, True, False, True, True], [True, False, False, True, False, False]):
         torch.library.opcheck(
             kernels._feed_forward_backward,
             (
-                random(2, 3, 16), x if residual is not None else None, x, statistics, random(6, 24), norm_weight,
+                randn(2, 3, 16), x if residual is not None else None, x, statistics, randn(6, 24), norm_weight,
                 norm_bias, weight1, weight2, EPS, "gelu", torch.float32, torch.float32, wanted, 0,
             ),
         )  # fmt: skip
@@ -238,10 +238,10 @@ def test_opcheck(kind):
 def test_compiled_without_a_graph_break(way, kind):
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    with variant(way):
+    with use_variants(way):
         for batch in (2, 3):  # the second has a dynamic shape
             inputs = inputs_of(batch, 3, 16, units=24, kind=kind)
-            assert_close(results(compiled, inputs), results(ours, inputs))
+            assert_close(compute_results(compiled, inputs), compute_results(ours, inputs))
 
 
 def test_activation_checkpointing():
@@ -252,7 +252,7 @@ def test_activation_checkpointing():
             lambda *tensors: ours(**dict(zip(named, tensors, strict=True))), *named.values(), use_reentrant=False
         )
 
-    assert_same(results(again, inputs), results(ours, inputs))
+    assert_same(compute_results(again, inputs), compute_results(ours, inputs))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
@@ -269,10 +269,10 @@ def test_export_with_any_batch_size(grad):
             return ours(x, residual, **{name: getattr(self, name) for name in self.names})
 
     block, batch = Block(), {0: torch.export.Dim("batch", min=2, max=64)}
-    example = (random(2, 3, 16), random(2, 3, 16, seed=1))
+    example = (randn(2, 3, 16), randn(2, 3, 16, seed=1))
     with torch.set_grad_enabled(grad):
         program = torch.export.export(block, example, dynamic_shapes=(batch, batch))
-    x, residual = random(5, 3, 16, seed=8), random(5, 3, 16, seed=9)
+    x, residual = randn(5, 3, 16, seed=8), randn(5, 3, 16, seed=9)
     for found, expected in zip(program.module()(x, residual), block(x, residual), strict=True):
         assert torch.equal(found, expected)
 
@@ -293,8 +293,8 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, kind):
             named |= {name: named[name].bfloat16() for name in halves}
         return pytorch(**named)
 
-    with variant(way):
-        found = results(autocast, inputs)
+    with use_variants(way):
+        found = compute_results(autocast, inputs)
         assert found["grad weight1"].dtype == found["grad bias2"].dtype == torch.float32
         check(autocast, cast, inputs)
 
@@ -302,7 +302,7 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, kind):
 @EVERY_WAY
 def test_backward_under_autocast_computes_in_the_dtypes_of_forward(way):
     inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(2, 9, 48, units=40).items()}
-    with variant(way):
+    with use_variants(way):
         summed, out = ours(**inputs)
         outside = torch.autograd.grad(summed.sum() + out.sum(), list(inputs.values()), retain_graph=True)
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -316,12 +316,12 @@ def test_backward_under_autocast_computes_in_the_dtypes_of_forward(way):
 def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, kind):
     rows, dim, units = 2 * 9, 48, 192
     inputs = inputs_of(2, 9, dim, units=units, kind=kind, dtype=torch.bfloat16)
-    with variant(way):
-        kept = saved_bytes(ours, inputs)
+    with use_variants(way):
+        kept = count_saved_bytes(ours, inputs)
     expected = {"add": 2 * rows * dim + 8 * rows, "alone": 0}[kind] + 2 * rows * units
     assert kept == expected
     if kind == "add":  # PyTorch keeps the normalised rows and the activation too; its statistics may be smaller
-        assert saved_bytes(pytorch, inputs) - kept >= 2 * rows * dim + 2 * rows * units - 8 * rows
+        assert count_saved_bytes(pytorch, inputs) - kept >= 2 * rows * dim + 2 * rows * units - 8 * rows
 
 
 def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
@@ -329,7 +329,7 @@ def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
     batch, tokens, dim = 2, 17, 48
     parameters = inputs_of(batch, tokens, dim, units=4 * dim, dtype=torch.bfloat16)
     x, _ = parameters.pop("x"), parameters.pop("residual")
-    packed = {"weight": random(3 * dim, dim, dtype=torch.bfloat16), "bias": random(3 * dim, dtype=torch.bfloat16)}
+    packed = {"weight": randn(3 * dim, dim, dtype=torch.bfloat16), "bias": randn(3 * dim, dtype=torch.bfloat16)}
 
     def attend(qkv):
         query, key, value = qkv.unflatten(-1, (3, 3, dim // 3)).unbind(2)
@@ -347,8 +347,8 @@ def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
         return summed + out
 
     def widths(block):
-        one = saved_bytes(block, {"x": x} | packed | parameters)
-        two = saved_bytes(lambda x, **rest: block(block(x, **rest), **rest), {"x": x} | packed | parameters)
+        one = count_saved_bytes(block, {"x": x} | packed | parameters)
+        two = count_saved_bytes(lambda x, **rest: block(block(x, **rest), **rest), {"x": x} | packed | parameters)
         return (two - one) / (batch * tokens * dim * x.itemsize)
 
     small = 0.5  # a few numbers a row: the norms' mean and rstd, the softmax's sums
@@ -400,15 +400,15 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, activation, kin
     layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
     arguments = (inputs["x"], inputs.get("residual"), *norm, EPS, *layers, activation, True, 0)
     outputs = kernels._feed_forward(*arguments)
-    assert_alike(kernels._forward_fallback(*arguments), outputs)
+    assert_equivalent(kernels._forward_fallback(*arguments), outputs)
     summed, statistics, pre, out = outputs
-    grad_sum, rows = (random(3, 5, 24, seed=9), summed) if kind == "add" else (None, inputs["x"])
-    grad_out = random(*out.shape, dtype=dtype, seed=10).mul(0.1)
+    grad_sum, rows = (randn(3, 5, 24, seed=9), summed) if kind == "add" else (None, inputs["x"])
+    grad_out = randn(*out.shape, dtype=dtype, seed=10).mul(0.1)
     saved = (grad_sum, rows, statistics, pre, *norm, layers[0], layers[2], EPS, activation, dtype, rows.dtype)
     some = [False, kind == "add", True, True, False, True]
     for wanted in ([True] * 6, [True, False, False, False, True, False], some):
         backward = (grad_out, *saved, wanted, 0)
-        assert_alike(kernels._backward_fallback(*backward), kernels._feed_forward_backward(*backward))
+        assert_equivalent(kernels._backward_fallback(*backward), kernels._feed_forward_backward(*backward))
 
 
 @KINDS
@@ -426,8 +426,8 @@ def test_the_fallback_takes_over(kind, monkeypatch):
 def test_the_candidate_says_how_both_products_are_computed(kind, candidate):
     ways = tuple(VARIANTS)
     inputs = inputs_of(2, 9, 48, units=40, kind=kind, dtype=torch.bfloat16)
-    with variant(ways[candidate]):
-        expected = results(ours, inputs)
+    with use_variants(ways[candidate]):
+        expected = compute_results(ours, inputs)
     seen = []
 
     def spy(operation, *case):
@@ -435,8 +435,8 @@ def test_the_candidate_says_how_both_products_are_computed(kind, candidate):
         return candidate_of(operation, *case)
 
     candidate_of = tuning.select
-    with variant(*ways), mock.patch.object(tuning, "select", spy):
-        found = results(partial(ours, candidate=candidate), inputs)
+    with use_variants(*ways), mock.patch.object(tuning, "select", spy):
+        found = compute_results(partial(ours, candidate=candidate), inputs)
     assert_same(found, expected)
     assert [case for case in seen if case[0].startswith("linear")] == [
         ("linear_forward", candidate),

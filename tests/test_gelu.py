@@ -13,7 +13,7 @@ from fastvit.ops import reference
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from operations import DEVICE, EPS, assert_close, assert_same, check, random, results
+from operations import DEVICE, EPS, assert_close, assert_same, check, compute_results, randn
 
 from fastvit.kernels import gelu as kernels
 from fastvit.kernels import layer_norm, operators
@@ -43,15 +43,15 @@ def norm_theirs(x, weight, bias, activation="gelu"):
 
 
 def inputs_of(*shape, dtype=torch.float32, bias_dtype=None, scale=1.0, shift=0.0, bias=True):
-    inputs = {"x": random(*shape, dtype=dtype, seed=1, scale=2 * scale, shift=shift)}
+    inputs = {"x": randn(*shape, dtype=dtype, seed=1, scale=2 * scale, shift=shift)}
     if bias:
-        inputs["bias"] = random(shape[-1], dtype=bias_dtype or dtype, seed=2, scale=scale)
+        inputs["bias"] = randn(shape[-1], dtype=bias_dtype or dtype, seed=2, scale=scale)
     return inputs
 
 
 def norm_inputs_of(*shape, dtype=torch.float32, weight_dtype=None, **options):
     inputs = inputs_of(*shape, dtype=dtype, bias_dtype=weight_dtype, **options)
-    return inputs | {"weight": random(shape[-1], dtype=weight_dtype or dtype, seed=3, scale=0.5, shift=1.0)}
+    return inputs | {"weight": randn(shape[-1], dtype=weight_dtype or dtype, seed=3, scale=0.5, shift=1.0)}
 
 
 @DTYPES
@@ -117,7 +117,7 @@ def test_mixed_dtypes(dtype, bias_dtype):
 def test_huge_and_tiny_values(activation, dtype, scale):
     inputs = inputs_of(3, 40, dtype=dtype, scale=scale)
     wanted = () if activation == "swiglu" and scale == 100.0 else None  # its gradients pass float16's range
-    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs, wanted=wanted)
+    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs, grads_for=wanted)
 
 
 @pytest.mark.parametrize("activation", FORMULAS)
@@ -185,14 +185,14 @@ def test_layer_norm_of_huge_tiny_and_shifted_values(dtype, scale, shift):
 def test_nan_and_infinity_spread_as_in_pytorch(activation, bad):
     inputs = inputs_of(3, 40)
     inputs["x"][1, 7] = bad
-    expected = results(partial(theirs, activation=activation), inputs)
-    for name, tensor in results(partial(ours, activation=activation), inputs).items():
+    expected = compute_results(partial(theirs, activation=activation), inputs)
+    for name, tensor in compute_results(partial(ours, activation=activation), inputs).items():
         assert torch.equal(tensor.isfinite(), expected[name].isfinite()), name
     if activation != "swiglu":
         inputs = norm_inputs_of(3, 40)
         inputs["x"][1, 7] = bad
-        expected = results(partial(norm_theirs, activation=activation), inputs)
-        for name, tensor in results(partial(norm_ours, activation=activation), inputs).items():
+        expected = compute_results(partial(norm_theirs, activation=activation), inputs)
+        for name, tensor in compute_results(partial(norm_ours, activation=activation), inputs).items():
             assert torch.equal(tensor.isnan(), expected[name].isnan()), name
 
 
@@ -214,16 +214,16 @@ def views_of(tensor):
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_views_give_what_contiguous_tensors_give(activation):
     inputs = inputs_of(3, 5, 24)
-    expected = results(partial(ours, activation=activation), inputs)
+    expected = compute_results(partial(ours, activation=activation), inputs)
     for view in views_of(inputs["x"]):
-        assert_same(results(partial(ours, activation=activation), inputs | {"x": view}), expected)
+        assert_same(compute_results(partial(ours, activation=activation), inputs | {"x": view}), expected)
 
 
 def test_layer_norm_of_views():
     inputs = norm_inputs_of(3, 5, 24)
-    expected = results(norm_ours, inputs)
+    expected = compute_results(norm_ours, inputs)
     for view in views_of(inputs["x"]):
-        assert_same(results(norm_ours, inputs | {"x": view}), expected)
+        assert_same(compute_results(norm_ours, inputs | {"x": view}), expected)
 
 
 def test_expanded_gradients():
@@ -261,7 +261,7 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape):
         (partial(ours, activation="swiglu"), inputs_of(*shape)),
         (norm_ours, norm_inputs_of(*shape)),
     ):
-        found = results(function, inputs)
+        found = compute_results(function, inputs)
         assert found["grad x"].shape == shape
         assert found["grad bias"].count_nonzero() == 0
         if "weight" in inputs:
@@ -275,7 +275,7 @@ def test_fallbacks_give_what_the_kernels_give(dtype, activation, monkeypatch):
     calls = [(ours, inputs_of(2, 5, 24, dtype=dtype)), (ours, inputs_of(2, 5, 24, bias=False))]
     if activation != "swiglu":
         calls.append((norm_ours, norm_inputs_of(2, 5, 24, dtype=dtype)))
-    expected = [results(partial(function, activation=activation), inputs) for function, inputs in calls]
+    expected = [compute_results(partial(function, activation=activation), inputs) for function, inputs in calls]
     monkeypatch.setattr(operators, "FALLBACK_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(operators, "failures", failures := {})
     for name in ("_activation_fwd", "_activation_bwd"):
@@ -283,7 +283,7 @@ def test_fallbacks_give_what_the_kernels_give(dtype, activation, monkeypatch):
     for name in ("_layer_norm_fwd", "_layer_norm_bwd"):
         monkeypatch.setattr(layer_norm, name, None)
     for (function, inputs), kernel_results in zip(calls, expected, strict=True):
-        assert_close(results(partial(function, activation=activation), inputs), kernel_results)
+        assert_close(compute_results(partial(function, activation=activation), inputs), kernel_results)
     assert len(failures) == 2 * len(calls)
 
 
@@ -293,7 +293,7 @@ def test_two_runs_give_the_same_bits():
         (partial(ours, activation="swiglu"), inputs_of(5, 23, 300, dtype=torch.bfloat16)),
         (norm_ours, norm_inputs_of(5, 23, 300, dtype=torch.bfloat16)),
     ):
-        assert_same(results(function, inputs), results(function, inputs))
+        assert_same(compute_results(function, inputs), compute_results(function, inputs))
 
 
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
@@ -309,14 +309,14 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
 
     monkeypatch.setattr(kernels, "launch_backward", spied(kernels.launch_backward, 1))
     monkeypatch.setattr(layer_norm, "_layer_norm_backward", spied(layer_norm._layer_norm_backward, 2))
-    assert set(results(ours, inputs_of(2, 9, 48), wanted=("x",))) == {"output 0", "grad x"}
-    assert set(results(norm_ours, norm_inputs_of(2, 9, 48), wanted=("x",))) == {"output 0", "grad x"}
+    assert set(compute_results(ours, inputs_of(2, 9, 48), grads_for=("x",))) == {"output 0", "grad x"}
+    assert set(compute_results(norm_ours, norm_inputs_of(2, 9, 48), grads_for=("x",))) == {"output 0", "grad x"}
     assert [grads.numel() for grads in parameter_grads] == [0, 0]
 
 
 def test_in_place_and_apart_give_the_same_bits():
     """As the feed-forward does, which overwrites the pre-activation where nobody needs it and the gradient anyway."""
-    x, grad = random(40, 72, seed=1), random(40, 72, seed=2)
+    x, grad = randn(40, 72, seed=1), randn(40, 72, seed=2)
     apart = kernels.launch_forward(x, None, "gelu")
     grads = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True)
     over = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True, grad_x=grad)
@@ -330,26 +330,26 @@ def test_in_place_and_apart_give_the_same_bits():
 def test_rows_beyond_two_to_the_31_elements_are_found():
     storage = torch.UntypedStorage(2**32 + 2**12, device=DEVICE)  # memory that nobody touches is not really taken
     far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage).as_strided((2, 8), (2**31, 1))
-    far.copy_(random(2, 8))
+    far.copy_(randn(2, 8))
     near = far.contiguous()
-    weight, bias = random(8, seed=1), random(8, seed=2)
+    weight, bias = randn(8, seed=1), randn(8, seed=2)
     assert torch.equal(bias_gelu(far), bias_gelu(near))
     assert torch.equal(layer_norm_act(far, weight, bias, EPS), layer_norm_act(near, weight, bias, EPS))
 
 
 def test_opcheck():
-    for activation, bias in (("gelu", random(16)), ("swiglu", random(16)), ("gelu", None)):
-        x = random(2, 3, 16, seed=1)
-        grad = random(2, 3, 8 if activation == "swiglu" else 16, seed=2)
+    for activation, bias in (("gelu", randn(16)), ("swiglu", randn(16)), ("gelu", None)):
+        x = randn(2, 3, 16, seed=1)
+        grad = randn(2, 3, 8 if activation == "swiglu" else 16, seed=2)
         torch.library.opcheck(kernels._activation_backward, (grad, x, bias, activation, bias is not None, 0))
         for tensor in (x, bias):
             if tensor is not None:
                 tensor.requires_grad_()
         torch.library.opcheck(kernels._activation, (x, bias, activation, 0))
-    x, weight, bias = random(2, 3, 16), random(16, seed=1), random(16, seed=2)
+    x, weight, bias = randn(2, 3, 16), randn(16, seed=1), randn(16, seed=2)
     for parameter_grads in (False, True):
         options = (x.dtype, x.dtype, parameter_grads, None, "gelu", 0)
-        inputs = (x, None, x, None, weight, bias, None, None, random(2, 6), *options)
+        inputs = (x, None, x, None, weight, bias, None, None, randn(2, 6), *options)
         torch.library.opcheck(layer_norm._layer_norm_backward, inputs)
     for tensor in (x, weight, bias):
         tensor.requires_grad_()
@@ -364,16 +364,16 @@ def test_compiled_without_a_graph_break():
     compiled = torch.compile(neck, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):  # the second has a dynamic shape
         inputs = norm_inputs_of(batch, 3, 16)
-        expected = results(neck, inputs)
-        for name, tensor in results(compiled, inputs).items():
+        expected = compute_results(neck, inputs)
+        for name, tensor in compute_results(compiled, inputs).items():
             torch.testing.assert_close(tensor, expected[name])
 
 
 def test_activation_checkpointing():
     inputs = norm_inputs_of(2, 3, 16)
     assert_same(
-        results(lambda x, weight, bias: checkpoint(neck, x, weight, bias, use_reentrant=False), inputs),
-        results(neck, inputs),
+        compute_results(lambda x, weight, bias: checkpoint(neck, x, weight, bias, use_reentrant=False), inputs),
+        compute_results(neck, inputs),
     )
 
 
@@ -381,16 +381,16 @@ def test_export_with_any_batch_size():
     class Neck(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = torch.nn.Parameter(random(16, seed=3))
-            self.bias = torch.nn.Parameter(random(16, seed=4))
+            self.weight = torch.nn.Parameter(randn(16, seed=3))
+            self.bias = torch.nn.Parameter(randn(16, seed=4))
 
         def forward(self, x):
             return neck(x, self.weight, self.bias)
 
     module = Neck()
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
-    program = torch.export.export(module, (random(2, 3, 16),), dynamic_shapes=shapes)
-    x = random(5, 3, 16, seed=8)
+    program = torch.export.export(module, (randn(2, 3, 16),), dynamic_shapes=shapes)
+    x = randn(5, 3, 16, seed=8)
     assert torch.equal(program.module()(x), module(x))
 
 

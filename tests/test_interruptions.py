@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from interrupted_run import Run, prepared_server
+from interrupted_run import Run, start_server
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -31,11 +31,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are f
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run that nothing happened to, and the seconds that it took."""
-    with prepared_server():
+    with start_server():
         folder = tmp_path_factory.mktemp("finished")
         started = time.perf_counter()
-        run = Run(folder, fault=fault.at_change, given=(0,))
-        assert run.end() == 0, run.log()
+        run = Run(folder, fault=fault.kill_at_change, fault_args=(0,))
+        assert run.wait() == 0, run.read_log()
         run.seconds = time.perf_counter() - started
         yield run
 
@@ -75,14 +75,14 @@ def check_same(folder: Path, expected: Path) -> None:
 def resume(folder: Path, finished: Run, *options: str) -> Run:
     """Go on in `folder` to the end, which is that of `finished`."""
     run = Run(folder, *options, "--resume")
-    assert run.end() == 0, run.log()
+    assert run.wait() == 0, run.read_log()
     check_same(folder, finished.folder)
     return run
 
 
 def test_runs_with_one_seed_are_the_same_and_with_another_are_not(finished, tmp_path):
     again, other = Run(tmp_path / "again", "--workers", "2"), Run(tmp_path / "other", "--seed", "7")
-    assert again.end() == other.end() == 0, again.log() + other.log()
+    assert again.wait() == other.wait() == 0, again.read_log() + other.read_log()
     check_same(again.folder, finished.folder)
     with pytest.raises(AssertionError):
         check_same(other.folder, finished.folder)
@@ -95,7 +95,7 @@ def test_run_is_killed_at_20_random_moments(finished, tmp_path):
         run = Run(tmp_path / str(number))
         time.sleep(generator.uniform(0, seconds))
         run.process.kill()
-        if run.end() == 0:  # this machine has less else to do than when `finished` ran
+        if run.wait() == 0:  # this machine has less else to do than when `finished` ran
             survived, seconds = survived + 1, 0.8 * seconds
         check_checkpoints(run.folder / "out")
         resume(run.folder, finished)
@@ -106,8 +106,8 @@ def test_run_is_killed_before_any_change_of_a_file(finished, tmp_path):
     changes = int((finished.folder / "changes").read_text())
     assert changes > 60
     for number in range(1, changes, changes // 8):
-        run = Run(tmp_path / str(number), fault=fault.at_change, given=(number,))
-        assert run.end() == -signal.SIGKILL, run.log()
+        run = Run(tmp_path / str(number), fault=fault.kill_at_change, fault_args=(number,))
+        assert run.wait() == -signal.SIGKILL, run.read_log()
         check_checkpoints(run.folder / "out")
         resume(run.folder, finished)
 
@@ -121,24 +121,25 @@ def test_run_is_killed_before_any_change_of_a_file(finished, tmp_path):
     ],
 )
 def test_half_a_checkpoint_is_none(name, number, standing, finished, tmp_path):
-    run = Run(tmp_path, "--keep-checkpoints", "0", fault=fault.half_way_through, given=(name, number))
-    assert run.end() == -signal.SIGKILL, run.log()
+    run = Run(tmp_path, "--keep-checkpoints", "0", fault=fault.kill_half_way_through, fault_args=(name, number))
+    assert run.wait() == -signal.SIGKILL, run.read_log()
     assert check_checkpoints(tmp_path / "out") == standing
     assert list((tmp_path / "out" / PARTIAL).glob("checkpoint-*"))
     resume(tmp_path, finished)
 
 
 def test_half_a_checkpoint_that_was_to_be_deleted_is_none(finished, tmp_path):
-    run = Run(tmp_path, "--keep-checkpoints", "1", fault=fault.half_way_through_a_deletion)
-    assert run.end() == -signal.SIGKILL, run.log()
+    run = Run(tmp_path, "--keep-checkpoints", "1", fault=fault.kill_during_deletion)
+    assert run.wait() == -signal.SIGKILL, run.read_log()
     (half,) = (tmp_path / "out" / PARTIAL).glob("deleted-checkpoint-*")
     assert half.name.removeprefix("deleted-") not in check_checkpoints(tmp_path / "out")
     resume(tmp_path, finished)
 
 
 def test_half_a_model_is_none(finished, tmp_path):
-    run = Run(tmp_path, fault=fault.half_way_through, given=("model.safetensors", 6))  # after five checkpoints
-    assert run.end() == -signal.SIGKILL, run.log()
+    # After five checkpoints.
+    run = Run(tmp_path, fault=fault.kill_half_way_through, fault_args=("model.safetensors", 6))
+    assert run.wait() == -signal.SIGKILL, run.read_log()
     assert "checkpoint-10" in check_checkpoints(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     resume(tmp_path, finished)
@@ -146,7 +147,7 @@ def test_half_a_model_is_none(finished, tmp_path):
 
 def test_one_checkpoint_a_life_is_enough(finished, tmp_path):
     lives = 0
-    while (code := Run(tmp_path, "--resume", fault=fault.after_a_checkpoint).end()) == -signal.SIGKILL:
+    while (code := Run(tmp_path, "--resume", fault=fault.kill_after_checkpoint).wait()) == -signal.SIGKILL:
         lives += 1
         assert check_checkpoints(tmp_path / "out")[-1] == f"checkpoint-{2 * lives}"
     assert code == 0 and lives == 5
@@ -165,12 +166,12 @@ def test_one_checkpoint_a_life_is_enough(finished, tmp_path):
     ids=["Ctrl-C in a step", "in a step", "in a step to be evaluated", "in an evaluation", "in the last evaluation"],
 )
 def test_signal_saves_a_checkpoint_to_go_on_from(signum, step, method, checkpoint, finished, tmp_path):
-    run = Run(tmp_path, fault=fault.signal_at, given=(signum, step, method))
-    assert run.end() == 128 + signum, run.log()
-    assert f"{'interrupted' if signum == signal.SIGINT else 'SIGTERM received'}: saving a checkpoint" in run.log()
+    run = Run(tmp_path, fault=fault.send_signal_at, fault_args=(signum, step, method))
+    assert run.wait() == 128 + signum, run.read_log()
+    assert f"{'interrupted' if signum == signal.SIGINT else 'SIGTERM received'}: saving a checkpoint" in run.read_log()
     assert (
         f"stopped at step {checkpoint}; out/checkpoint-{checkpoint} is whole: the same command with --resume goes on"
-        " from it" in run.log()
+        " from it" in run.read_log()
     )
     assert f"checkpoint-{checkpoint}" in check_checkpoints(tmp_path / "out")
     state = json.loads((tmp_path / "out" / f"checkpoint-{checkpoint}" / "trainer_state.json").read_text())
@@ -181,43 +182,43 @@ def test_signal_saves_a_checkpoint_to_go_on_from(signum, step, method, checkpoin
 
 def test_sigterm_from_outside_ends_with_a_checkpoint_within_ten_seconds(finished, tmp_path):
     run = Run(tmp_path, "--max-steps", "1000000", "--eval-steps", "1000000")
-    while "loss" not in run.log():
+    while "loss" not in run.read_log():
         time.sleep(0.05)
     started = time.perf_counter()
     run.process.terminate()
-    assert run.end() == 143
+    assert run.wait() == 143
     assert time.perf_counter() - started < 10
     (checkpoint,) = check_checkpoints(tmp_path / "out")
-    assert f"out/{checkpoint} is whole" in run.log()
+    assert f"out/{checkpoint} is whole" in run.read_log()
 
 
 def test_evaluation_that_is_made_up_for_may_be_interrupted_too(finished, tmp_path):
     for _ in range(2):
-        run = Run(tmp_path, "--resume", fault=fault.signal_at, given=(signal.SIGTERM, 6, "prediction_step"))
-        assert run.end() == 143, run.log()
+        run = Run(tmp_path, "--resume", fault=fault.send_signal_at, fault_args=(signal.SIGTERM, 6, "prediction_step"))
+        assert run.wait() == 143, run.read_log()
         assert check_checkpoints(tmp_path / "out")[-1] == "checkpoint-6"
     resume(tmp_path, finished)
 
 
 def test_workers_that_get_the_signal_too_bring_the_last_step_to_its_end(finished, tmp_path):
-    run = Run(tmp_path, "--workers", "2", fault=fault.signal_to_all_at, given=(5,))
+    run = Run(tmp_path, "--workers", "2", fault=fault.send_signal_to_all_at, fault_args=(5,))
     started = time.perf_counter()
-    assert run.end() == 143, run.log()
+    assert run.wait() == 143, run.read_log()
     assert time.perf_counter() - started < 10 * finished.seconds + 10  # nobody waits for a worker's alarm
     assert check_checkpoints(tmp_path / "out")[-1] == "checkpoint-6"
     resume(tmp_path, finished)
 
 
 def test_second_interrupt_stops_at_once(finished, tmp_path):
-    run = Run(tmp_path, fault=fault.signal_at, given=(signal.SIGINT, 4, "training_step", 2))
-    assert run.end() == 130, run.log()
+    run = Run(tmp_path, fault=fault.send_signal_at, fault_args=(signal.SIGINT, 4, "training_step", 2))
+    assert run.wait() == 130, run.read_log()
     assert check_checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
     resume(tmp_path, finished)
 
 
 def test_resume_of_nothing_begins(finished, tmp_path):
     run = resume(tmp_path, finished)
-    assert "note: there is no checkpoint in out; the run starts from the beginning" in run.log()
+    assert "note: there is no checkpoint in out; the run starts from the beginning" in run.read_log()
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path):
@@ -238,20 +239,20 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path):
 def test_run_that_stopped_early_does_not_go_on(finished, tmp_path):
     options = ["--early-stopping", "1", "--max-steps", "40", "--keep-checkpoints", "0"]
     whole = Run(tmp_path / "whole", *options)
-    killed = Run(tmp_path / "killed", *options, fault=fault.before_the_results)
-    assert (whole.end(), killed.end()) == (0, -signal.SIGKILL), whole.log() + killed.log()
+    killed = Run(tmp_path / "killed", *options, fault=fault.kill_before_results)
+    assert (whole.wait(), killed.wait()) == (0, -signal.SIGKILL), whole.read_log() + killed.read_log()
     names = check_checkpoints(whole.folder / "out")
     assert "checkpoint-40" not in names and names == check_checkpoints(killed.folder / "out")
     again = Run(killed.folder, *options, "--resume")
-    assert again.end() == 0, again.log()
+    assert again.wait() == 0, again.read_log()
     assert check_checkpoints(killed.folder / "out") == names
     first, second = ((run.folder / "out" / "model.safetensors").read_bytes() for run in (whole, killed))
     assert first == second
 
 
 def test_folder_of_a_run_may_be_moved(finished, tmp_path):
-    run = Run(tmp_path, fault=fault.half_way_through, given=("model.safetensors", 6))
-    assert run.end() == -signal.SIGKILL
+    run = Run(tmp_path, fault=fault.kill_half_way_through, fault_args=("model.safetensors", 6))
+    assert run.wait() == -signal.SIGKILL
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").rename(tmp_path / "elsewhere" / "out")
     resume(tmp_path / "elsewhere", finished)
@@ -260,8 +261,8 @@ def test_folder_of_a_run_may_be_moved(finished, tmp_path):
 def test_resume_tells_what_is_not_as_it_was(finished, tmp_path):
     shutil.copytree(finished.folder / "out", tmp_path / "out")
     run = Run(tmp_path, "--resume", "--max-steps", "12", "--learning-rate", "5e-4")
-    assert run.end() == 0, run.log()
-    notes = [line for line in run.log().splitlines() if line.startswith("note:")]
+    assert run.wait() == 0, run.read_log()
+    notes = [line for line in run.read_log().splitlines() if line.startswith("note:")]
     assert notes == [
         "note: learning_rate is 0.0005; before, the run had 0.001",
         "note: max_steps is 12; before, the run had 10",
@@ -269,8 +270,8 @@ def test_resume_tells_what_is_not_as_it_was(finished, tmp_path):
 
 
 def test_train_loss_is_of_the_whole_run(finished, tmp_path):
-    run = Run(tmp_path, fault=fault.signal_at, given=(signal.SIGTERM, 6, "training_step"))
-    assert run.end() == 143
+    run = Run(tmp_path, fault=fault.send_signal_at, fault_args=(signal.SIGTERM, 6, "training_step"))
+    assert run.wait() == 143
     resume(tmp_path, finished)
     ours, expected = (
         json.loads((folder / "out" / "train_results.json").read_text()) for folder in (tmp_path, finished.folder)
@@ -301,9 +302,9 @@ def test_config_file_holds_every_option(tmp_path, monkeypatch):
 def test_config_file_repeats_the_run(finished, tmp_path):
     run = Run(tmp_path)
     run.process.kill()
-    run.end()
+    run.wait()
     again = Run(tmp_path, only=["--config", str(finished.folder / "out" / "config.yaml"), "--overwrite"])
-    assert again.end() == 0, again.log()
+    assert again.wait() == 0, again.read_log()
     check_same(tmp_path, finished.folder)
 
 
@@ -345,8 +346,8 @@ def test_full_disk_ends_the_run_and_room_lets_it_go_on(finished, small_disk):
         ballast = small_disk / "ballast"
         ballast.write_bytes(bytes(generator.randrange(5_000_000, 18_000_000)))
         run = Run(folder)
-        assert run.end() == 2, run.log()
-        last = run.log().splitlines()[-1]
+        assert run.wait() == 2, run.read_log()
+        last = run.read_log().splitlines()[-1]
         assert last.startswith("error: cannot write out/checkpoint-"), last
         assert "No space left on device" in last or "the disk may be full" in last
         standing = check_checkpoints(folder / "out")
@@ -363,10 +364,10 @@ def test_full_disk_ends_the_run_and_room_lets_it_go_on(finished, small_disk):
     ids=["of the example pictures", "of the weights", "of the optimizer"],
 )
 def test_write_that_fails_half_way_is_one_clear_line(size, file, finished, tmp_path):
-    run = Run(tmp_path, fault=fault.file_size_limit, given=(size,))
-    assert run.end() == 2, run.log()
-    last = run.log().splitlines()[-1]
-    assert last.startswith(f"error: cannot write {file}"), run.log()
+    run = Run(tmp_path, fault=fault.limit_file_size, fault_args=(size,))
+    assert run.wait() == 2, run.read_log()
+    last = run.read_log().splitlines()[-1]
+    assert last.startswith(f"error: cannot write {file}"), run.read_log()
     assert check_checkpoints(tmp_path / "out") == []
     assert not list((tmp_path / "out").rglob("*partial*"))
     resume(tmp_path, finished)
@@ -379,12 +380,12 @@ def test_folder_that_cannot_be_written_is_said_before_anything_is_read(finished,
     (tmp_path / "log").touch()
     (tmp_path / "log").chmod(0o666)
     (tmp_path / "out").chmod(0o555)
-    run = Run(tmp_path, fault=fault.as_nobody)
-    assert run.end() == 2, run.log()
-    assert run.log() == "error: --output-dir: cannot write in out\n"
-    other = Run(tmp_path, "--output-dir", "out/a/b", fault=fault.as_nobody)
-    assert other.end() == 2
-    assert other.log() == f"error: --output-dir: cannot write in {tmp_path / 'out'}\n"
+    run = Run(tmp_path, fault=fault.drop_root_rights)
+    assert run.wait() == 2, run.read_log()
+    assert run.read_log() == "error: --output-dir: cannot write in out\n"
+    other = Run(tmp_path, "--output-dir", "out/a/b", fault=fault.drop_root_rights)
+    assert other.wait() == 2
+    assert other.read_log() == f"error: --output-dir: cannot write in {tmp_path / 'out'}\n"
 
 
 def test_pictures_that_do_not_fit_the_disk_are_not_begun(tmp_path, monkeypatch):
@@ -401,10 +402,10 @@ def test_pictures_that_do_not_fit_the_disk_are_not_begun(tmp_path, monkeypatch):
 
 
 def test_batch_is_halved_until_it_fits(finished, tmp_path):
-    run = Run(tmp_path / "found", "--auto-batch", fault=fault.memory_for, given=(1,))
+    run = Run(tmp_path / "found", "--auto-batch", fault=fault.limit_memory, fault_args=(1,))
     direct = Run(tmp_path / "direct", "--auto-batch", "--batch-size", "1", "--gradient-accumulation", "4")
-    assert run.end() == direct.end() == 0, run.log() + direct.log()
-    lines = [line for line in run.log().splitlines() if line.startswith("out of memory")]
+    assert run.wait() == direct.wait() == 0, run.read_log() + direct.read_log()
+    lines = [line for line in run.read_log().splitlines() if line.startswith("out of memory")]
     assert lines == [
         "out of memory with 4 pictures a batch; going on with 2, 2 batches a step",
         "out of memory with 2 pictures a batch; going on with 1, 4 batches a step",
@@ -413,36 +414,36 @@ def test_batch_is_halved_until_it_fits(finished, tmp_path):
     stored = yaml.safe_load((run.folder / "out" / "config.yaml").read_text())
     assert (stored["batch_size"], stored["gradient_accumulation"], stored["auto_batch"]) == (1, 4, True)
     again = Run(tmp_path / "again", only=["--config", str(run.folder / "out" / "config.yaml")])
-    assert again.end() == 0 and "out of memory" not in again.log()
+    assert again.wait() == 0 and "out of memory" not in again.read_log()
     check_same(again.folder, direct.folder)
 
 
 def test_smaller_batches_take_the_same_steps(finished, tmp_path):
     whole = Run(tmp_path / "whole", "--hidden-dropout", "0", "--generated-images", "22")  # 18 pictures: 4, 4, 4, 4, 2
     parts = Run(tmp_path / "parts", "--hidden-dropout", "0", "--generated-images", "22", "--auto-batch",
-                fault=fault.memory_for, given=(3,))  # fmt: skip
-    assert whole.end() == parts.end() == 0, whole.log() + parts.log()
+                fault=fault.limit_memory, fault_args=(3,))  # fmt: skip
+    assert whole.wait() == parts.wait() == 0, whole.read_log() + parts.read_log()
     first, second = (load_file(run.folder / "out/checkpoint-10/model.safetensors") for run in (whole, parts))
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_memory_that_runs_out_later_costs_the_steps_since_the_checkpoint(finished, tmp_path):
-    run = Run(tmp_path, "--auto-batch", fault=fault.memory_for, given=(2, 5))
-    assert run.end() == 0, run.log()
-    assert "out of memory with 4 pictures a batch; going on with 2, 2 batches a step" in run.log()
+    run = Run(tmp_path, "--auto-batch", fault=fault.limit_memory, fault_args=(2, 5))
+    assert run.wait() == 0, run.read_log()
+    assert "out of memory with 4 pictures a batch; going on with 2, 2 batches a step" in run.read_log()
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 11))
 
 
 def test_batch_that_was_found_is_kept_by_resume(finished, tmp_path):
-    run = Run(tmp_path, "--auto-batch", fault=fault.interrupted_with_memory_for, given=(2, 5))
-    assert run.end() == 143, run.log()
-    again = Run(tmp_path, "--auto-batch", "--resume", fault=fault.memory_for, given=(2,))
-    assert again.end() == 0, again.log()
-    assert "out of memory" not in again.log() and "note:" not in again.log()
+    run = Run(tmp_path, "--auto-batch", fault=fault.interrupt_with_limited_memory, fault_args=(2, 5))
+    assert run.wait() == 143, run.read_log()
+    again = Run(tmp_path, "--auto-batch", "--resume", fault=fault.limit_memory, fault_args=(2,))
+    assert again.wait() == 0, again.read_log()
+    assert "out of memory" not in again.read_log() and "note:" not in again.read_log()
     direct = Run(tmp_path / "direct", "--auto-batch", "--batch-size", "2", "--gradient-accumulation", "2")
-    assert direct.end() == 0
+    assert direct.wait() == 0
     check_same(tmp_path, direct.folder)
 
 
@@ -455,9 +456,9 @@ def test_batch_that_was_found_is_kept_by_resume(finished, tmp_path):
     ids=["not asked for", "one picture is too much"],
 )
 def test_memory_that_is_too_small_is_one_clear_line(options, pictures, advice, finished, tmp_path):
-    run = Run(tmp_path, *options, fault=fault.memory_for, given=(pictures - 1, 3))
-    assert run.end() == 2, run.log()
-    last = run.log().splitlines()[-1]
+    run = Run(tmp_path, *options, fault=fault.limit_memory, fault_args=(pictures - 1, 3))
+    assert run.wait() == 2, run.read_log()
+    last = run.read_log().splitlines()[-1]
     assert last.startswith(f"error: training: out of memory with {pictures} picture(s) a batch after step")
     assert advice in last and "out/checkpoint-2 is whole: the same command with --resume goes on from it" in last
 
@@ -494,15 +495,15 @@ def test_memory_of_this_machine_that_runs_out_is_noticed(mebibytes, finished, tm
         "--batch-size",
         "64",
     ]
-    run = Run(tmp_path, *options, "--max-steps", "1", fault=fault.address_space, given=(mebibytes,))
-    assert run.end() == 0, run.log()
-    assert "out of memory with 64 pictures a batch; going on with 32, 2 batches a step" in run.log()
+    run = Run(tmp_path, *options, "--max-steps", "1", fault=fault.limit_address_space, fault_args=(mebibytes,))
+    assert run.wait() == 0, run.read_log()
+    assert "out of memory with 64 pictures a batch; going on with 32, 2 batches a step" in run.read_log()
 
 
 def test_run_goes_on_from_before_the_weights_became_nan(finished, tmp_path):
-    run = Run(tmp_path, fault=fault.nan_at, given=(4,))
-    assert run.end() == 2, run.log()
-    last = run.log().splitlines()[-1]
+    run = Run(tmp_path, fault=fault.inject_nan_at, fault_args=(4,))
+    assert run.wait() == 2, run.read_log()
+    last = run.read_log().splitlines()[-1]
     assert last.startswith("error: training: the loss is nan at step 5; the last good checkpoint is out/checkpoint-4")
     assert check_checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]
     resume(tmp_path, finished)
@@ -510,6 +511,6 @@ def test_run_goes_on_from_before_the_weights_became_nan(finished, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_signal_does_not_save_weights_that_are_nan(signum, finished, tmp_path):
-    run = Run(tmp_path, "--logging-steps", "100", fault=fault.nan_at, given=(4, signum))
-    assert run.end() == 2, run.log()
+    run = Run(tmp_path, "--logging-steps", "100", fault=fault.inject_nan_at, fault_args=(4, signum))
+    assert run.wait() == 2, run.read_log()
     assert check_checkpoints(tmp_path / "out") == ["checkpoint-2", "checkpoint-4"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than, poisoned
+from accuracy import assert_no_worse_than, poison_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -86,7 +86,7 @@ def check(inputs, only=("add", "plain")):
             continue
         dtype = inputs["x"].dtype if kind == "plain" else torch.result_type(inputs["x"], inputs["residual"])
         grads = grads_for(shape, dtype, 1 if kind == "plain" else 2)
-        with poisoned():
+        with poison_memory():
             our_results = results(ours, inputs, grads)
         their_results = results(theirs, inputs, grads)
         exact = results(theirs, inputs, grads, cast=torch.Tensor.double)
@@ -267,7 +267,7 @@ def test_any_shape_layout_and_dtype(shape, kind, dtype, residual_dtype, scales):
 @pytest.mark.parametrize("scales", [False, True], ids=["", "scales"])
 def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape, scales):
     inputs = inputs_of(*shape, scales=scales)
-    with poisoned():
+    with poison_memory():
         found = results(add_layer_norm, inputs, grads_for(shape, torch.float32, 2))
     assert found["output 0"].shape == found["output 1"].shape == found["grad x"].shape == shape
     for name in ("weight", "bias", "scale") if scales else ("weight", "bias"):

@@ -17,15 +17,15 @@ from operations import (
     EPS,
     VARIANTS,
     VIEWS,
-    assert_alike,
     assert_close,
+    assert_equivalent,
     assert_same,
     check,
-    random,
-    results,
-    saved_bytes,
-    variant,
-    view_of,
+    compute_results,
+    count_saved_bytes,
+    make_view,
+    randn,
+    use_variants,
 )
 
 from fastvit.kernels import layer_norm, linear, operators
@@ -42,12 +42,12 @@ def inputs_of(
     """Named inputs with random affine weights; pre-activations are about as large as a trained model's."""
     dim = shape[-1]
     inputs = {
-        "x": random(*shape, dtype=dtype, seed=1, scale=scale, shift=shift),
-        "residual": random(*shape, dtype=residual_dtype or dtype, seed=2, scale=scale),
-        "norm_weight": random(dim, dtype=norm_dtype or dtype, seed=3, scale=0.5, shift=1.0),
-        "norm_bias": random(dim, dtype=norm_dtype or dtype, seed=4),
-        "weight": random(units, dim, dtype=dtype, seed=5, scale=dim**-0.5),
-        "bias": random(units, dtype=dtype, seed=6) if bias else None,
+        "x": randn(*shape, dtype=dtype, seed=1, scale=scale, shift=shift),
+        "residual": randn(*shape, dtype=residual_dtype or dtype, seed=2, scale=scale),
+        "norm_weight": randn(dim, dtype=norm_dtype or dtype, seed=3, scale=0.5, shift=1.0),
+        "norm_bias": randn(dim, dtype=norm_dtype or dtype, seed=4),
+        "weight": randn(units, dim, dtype=dtype, seed=5, scale=dim**-0.5),
+        "bias": randn(units, dtype=dtype, seed=6) if bias else None,
     }
     if not add:
         del inputs["residual"]
@@ -94,7 +94,7 @@ def test_the_definitions_of_the_reference_are_what_is_tested_against():
 @DTYPES
 @pytest.mark.parametrize(("dim", "units"), [(48, 192), (72, 101), (100, 136)])
 def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, dim, units):
-    with variant(way):
+    with use_variants(way):
         check_activation("gelu", inputs_of(2, 17, dim, units=units, dtype=dtype))
 
 
@@ -102,7 +102,7 @@ def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, dim, units):
 @pytest.mark.parametrize("activation", [None, "gelu_pytorch_tanh", "quick_gelu"])
 @pytest.mark.parametrize("add", [False, True], ids=["", "add"])
 def test_every_activation_with_and_without_the_residual_add(way, activation, add):
-    with variant(way):
+    with use_variants(way):
         check_activation(activation, inputs_of(2, 9, 40, units=72, dtype=torch.bfloat16, add=add))
         check_activation(activation, inputs_of(2, 9, 40, units=72, add=add, bias=False))
 
@@ -110,13 +110,13 @@ def test_every_activation_with_and_without_the_residual_add(way, activation, add
 @EVERY_WAY
 @pytest.mark.parametrize("tokens", [1, 50, 197, 257])
 def test_any_number_of_tokens(way, tokens):
-    with variant(way):
+    with use_variants(way):
         check_activation("gelu", inputs_of(1, tokens, 24, units=40, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 2, 24)])
 def test_any_number_of_dimensions(shape):
-    with variant("fused"):
+    with use_variants("fused"):
         check_activation("gelu", inputs_of(*shape, units=40))
 
 
@@ -137,7 +137,7 @@ def test_any_number_of_dimensions(shape):
     ],
 )
 def test_shifted_huge_and_tiny_inputs(way, dtype, scale, shift):
-    with variant(way):
+    with use_variants(way):
         check_activation("gelu", inputs_of(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
 
 
@@ -148,7 +148,7 @@ def test_huge_and_tiny_pre_activations(way, activation, scale):
     inputs = inputs_of(2, 9, 32, units=40, dtype=torch.bfloat16)
     inputs["weight"] *= scale
     inputs["bias"] *= scale
-    with variant(way):
+    with use_variants(way):
         check_activation(activation, inputs)
 
 
@@ -157,9 +157,9 @@ def test_rows_of_equal_values_give_the_biases(way):
     inputs = inputs_of(4, 96, units=40, dtype=torch.bfloat16, add=False)
     equal = torch.tensor([0.0, 1.0, -3.0, 1000.0], device=DEVICE, dtype=torch.bfloat16)
     inputs["x"] = equal[:, None].expand(4, 96).contiguous()
-    with variant(way):
+    with use_variants(way):
         out = ours(**inputs)
-        check_activation("gelu", inputs, wanted=("norm_weight", "norm_bias", "weight", "bias"))
+        check_activation("gelu", inputs, grads_for=("norm_weight", "norm_bias", "weight", "bias"))
     assert torch.equal(out, out[:1].expand(4, 40))
 
 
@@ -168,16 +168,16 @@ def test_rows_of_equal_values_give_the_biases(way):
 def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
     inputs = inputs_of(3, 40, units=24)
     inputs["x"][1, 7] = bad
-    theirs = results(partial(pytorch, activation="gelu"), inputs)
-    with variant(way):
-        found = results(partial(ours, activation="gelu"), inputs)
+    theirs = compute_results(partial(pytorch, activation="gelu"), inputs)
+    with use_variants(way):
+        found = compute_results(partial(ours, activation="gelu"), inputs)
     for name, tensor in found.items():
         assert torch.equal(tensor.isfinite(), theirs[name].isfinite()), name
     inputs = inputs_of(3, 40, units=24, add=False)
     inputs["bias"][5] = bad
-    with variant(way):
-        found = results(partial(ours, activation="gelu"), inputs)
-    for name, tensor in results(partial(pytorch, activation="gelu"), inputs).items():
+    with use_variants(way):
+        found = compute_results(partial(ours, activation="gelu"), inputs)
+    for name, tensor in compute_results(partial(pytorch, activation="gelu"), inputs).items():
         assert torch.equal(tensor.isfinite(), found[name].isfinite()), name  # GELU(inf) is inf, or NaN on some CPUs
 
 
@@ -193,7 +193,7 @@ def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
 )
 def test_mixed_dtypes(way, dtype, residual_dtype, norm_dtype):
     inputs = inputs_of(2, 9, 48, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=norm_dtype)
-    with variant(way):
+    with use_variants(way):
         check_activation("gelu", inputs)
         check_activation(None, inputs)
 
@@ -203,22 +203,22 @@ def test_mixed_dtypes(way, dtype, residual_dtype, norm_dtype):
 def test_views_give_what_contiguous_tensors_give(way, kind):
     for add in (False, True):
         inputs = inputs_of(3, 5, 24, units=40, add=add)
-        with variant(way):
-            expected = results(partial(ours, activation="gelu"), inputs)
-            strided = results(partial(ours, activation="gelu"), inputs | {"x": view_of(kind, inputs["x"])})
+        with use_variants(way):
+            expected = compute_results(partial(ours, activation="gelu"), inputs)
+            strided = compute_results(partial(ours, activation="gelu"), inputs | {"x": make_view(kind, inputs["x"])})
         assert_same(strided, expected)
 
 
 def test_transposed_and_sliced_weights():
     inputs = inputs_of(3, 5, 24, units=40)
-    with variant("fused"):
-        expected = results(partial(ours, activation="gelu"), inputs)
+    with use_variants("fused"):
+        expected = compute_results(partial(ours, activation="gelu"), inputs)
         changed = inputs | {
             "weight": inputs["weight"].t().contiguous().t(),
             "bias": torch.stack((inputs["bias"], inputs["bias"]), 1)[:, 0],
             "norm_weight": torch.stack((inputs["norm_weight"], inputs["norm_bias"]), 1)[:, 0],
         }
-        assert_same(results(partial(ours, activation="gelu"), changed), expected)
+        assert_same(compute_results(partial(ours, activation="gelu"), changed), expected)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -236,8 +236,8 @@ def test_any_shape_layout_and_dtype(shape, units, dtype, way, kind, activation, 
     inputs = inputs_of(*shape, units=units, dtype=dtype, bias=bias, add=add)
     if kind != "contiguous" and not inputs["x"].new_empty(shape).transpose(0, 1).is_contiguous():
         view = {"transposed": lambda: inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)}
-        inputs["x"] = view.get(kind, lambda: view_of(kind, inputs["x"]))()
-    with variant(way):
+        inputs["x"] = view.get(kind, lambda: make_view(kind, inputs["x"]))()
+    with use_variants(way):
         check_activation(activation, inputs, slack=4)
 
 
@@ -245,8 +245,8 @@ def test_any_shape_layout_and_dtype(shape, units, dtype, way, kind, activation, 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
 def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, shape):
     inputs = inputs_of(*shape, units=40)
-    with variant(way):
-        found = results(partial(ours, activation="gelu"), inputs)
+    with use_variants(way):
+        found = compute_results(partial(ours, activation="gelu"), inputs)
     assert found["output 0"].shape == found["grad x"].shape == shape
     assert found["output 1"].shape == (*shape[:-1], 40)
     for name in ("norm_weight", "norm_bias", "weight", "bias"):
@@ -256,19 +256,19 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, shape
 @EVERY_WAY
 def test_two_runs_give_the_same_bits(way):
     inputs = inputs_of(5, 23, 48, units=72, dtype=torch.bfloat16)
-    with variant(way):
-        first, second = (results(partial(ours, activation="gelu"), inputs) for _ in range(2))
+    with use_variants(way):
+        first, second = (compute_results(partial(ours, activation="gelu"), inputs) for _ in range(2))
     assert_same(first, second)
 
 
 @EVERY_WAY
 def test_training_and_inference_give_the_same_bits(way):
     inputs = inputs_of(2, 9, 48, units=72, dtype=torch.bfloat16)
-    with variant(way):
-        training = results(partial(ours, activation="gelu"), inputs)
+    with use_variants(way):
+        training = compute_results(partial(ours, activation="gelu"), inputs)
         with torch.no_grad():
             assert_same(
-                results(partial(ours, activation="gelu"), inputs, wanted=()),
+                compute_results(partial(ours, activation="gelu"), inputs, grads_for=()),
                 {k: training[k] for k in ("output 0", "output 1")},
             )
 
@@ -278,8 +278,8 @@ def test_training_and_inference_give_the_same_bits(way):
 def test_gradients_where_only_one_output_is_used(way, unused):
     inputs = inputs_of(2, 9, 48, units=40)
     wanted = tuple(inputs) if unused == 0 else ("x", "residual")
-    with variant(way):
-        check_activation("gelu", inputs, unused=(unused,), wanted=wanted)
+    with use_variants(way):
+        check_activation("gelu", inputs, unused=(unused,), grads_for=wanted)
 
 
 @EVERY_WAY
@@ -289,15 +289,15 @@ def test_gradients_where_only_one_output_is_used(way, unused):
 )
 def test_each_gradient_alone_is_what_it_is_among_the_others(way, activation, wanted):
     inputs = inputs_of(2, 9, 48, units=40)
-    with variant(way):
-        every = results(partial(ours, activation=activation), inputs)
-        some = results(partial(ours, activation=activation), inputs, wanted=wanted)
+    with use_variants(way):
+        every = compute_results(partial(ours, activation=activation), inputs)
+        some = compute_results(partial(ours, activation=activation), inputs, grads_for=wanted)
     assert {name for name in some if name.startswith("grad")} == {f"grad {name}" for name in wanted}
     assert_same(some, {name: every[name] for name in some})
 
 
 def test_the_shared_gradient_of_the_branch_and_the_residual_is_one_tensor():
-    grads = results(partial(ours, activation="gelu"), inputs_of(2, 9, 48, units=40))
+    grads = compute_results(partial(ours, activation="gelu"), inputs_of(2, 9, 48, units=40))
     assert grads["grad x"].data_ptr() == grads["grad residual"].data_ptr()
 
 
@@ -311,12 +311,12 @@ def test_opcheck(activation, add):
     linear = (inputs["weight"], inputs["bias"])
     arguments = (inputs["x"], inputs.get("residual"), *norm, *linear, activation)
     torch.library.opcheck(kernels._layer_norm_linear, (*arguments, activation is not None, 0))
-    pre = random(6 if activation else 0, 24)
+    pre = randn(6 if activation else 0, 24)
     for wanted in ([True, True, True, True], [False, False, True, False], [True, False, False, True]):
         torch.library.opcheck(
             kernels._layer_norm_linear_backward,
             (
-                random(2, 3, 24), inputs["x"].detach() if add else None, inputs["x"].detach(), random(2, 6), pre,
+                randn(2, 3, 24), inputs["x"].detach() if add else None, inputs["x"].detach(), randn(2, 6), pre,
                 *(tensor.detach() for tensor in norm[:2]), linear[0].detach(), EPS, activation, torch.float32,
                 torch.float32, wanted,
             ),
@@ -332,18 +332,18 @@ def two_layers(x, residual, norm_weight, norm_bias, weight, bias):
 def test_compiled_without_a_graph_break(way):
     torch._dynamo.reset()
     compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager")
-    with variant(way):
+    with use_variants(way):
         for batch in (2, 3):  # the second has a dynamic shape
             inputs = inputs_of(batch, 3, 16, units=16)
-            assert_close(results(compiled, inputs), results(two_layers, inputs))
+            assert_close(compute_results(compiled, inputs), compute_results(two_layers, inputs))
             with torch.no_grad():
                 torch.testing.assert_close(compiled(**inputs), two_layers(**inputs))
 
 
 def test_activation_checkpointing():
     inputs = inputs_of(2, 3, 16, units=16)
-    again = results(lambda **named: checkpoint(two_layers, *named.values(), use_reentrant=False), inputs)
-    assert_same(again, results(two_layers, inputs))
+    again = compute_results(lambda **named: checkpoint(two_layers, *named.values(), use_reentrant=False), inputs)
+    assert_same(again, compute_results(two_layers, inputs))
 
 
 def test_export_with_any_batch_size():
@@ -357,9 +357,9 @@ def test_export_with_any_batch_size():
             return two_layers(x, residual, *self.parameters_)
 
     block, batch = Block(), {0: torch.export.Dim("batch", min=2, max=64)}
-    example = (random(2, 3, 16), random(2, 3, 16, seed=1))
+    example = (randn(2, 3, 16), randn(2, 3, 16, seed=1))
     program = torch.export.export(block, example, dynamic_shapes=(batch, batch))
-    x, residual = random(5, 3, 16, seed=8), random(5, 3, 16, seed=9)
+    x, residual = randn(5, 3, 16, seed=8), randn(5, 3, 16, seed=9)
     for found, expected in zip(program.module()(x, residual), block(x, residual), strict=True):
         assert torch.equal(found, expected)
 
@@ -381,8 +381,8 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, activation):
         half = {"weight": weight.bfloat16(), "bias": bias.bfloat16()} if x.dtype == torch.bfloat16 else {}
         return pytorch(x=x, **({"weight": weight, "bias": bias} | half), **others, activation=activation)
 
-    with variant(way):
-        found = results(autocast(ours), inputs)
+    with use_variants(way):
+        found = compute_results(autocast(ours), inputs)
         assert found["output 0"].dtype == torch.float32
         assert found["output 1"].dtype == torch.bfloat16
         assert found["grad weight"].dtype == found["grad bias"].dtype == torch.float32
@@ -394,10 +394,10 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, activation):
 def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, activation):
     rows, dim, units = 2 * 9, 48, 192
     inputs = inputs_of(2, 9, dim, units=units, dtype=torch.bfloat16)
-    with variant(way):
-        kept = saved_bytes(partial(ours, activation=activation), inputs)
+    with use_variants(way):
+        kept = count_saved_bytes(partial(ours, activation=activation), inputs)
     assert kept == 2 * rows * dim + 8 * rows + (2 * rows * units if activation else 0)
-    assert kept < saved_bytes(partial(pytorch, activation=activation), inputs)
+    assert kept < count_saved_bytes(partial(pytorch, activation=activation), inputs)
 
 
 def test_without_gradients_nothing_is_kept_and_no_pre_activation_is_returned():
@@ -442,18 +442,18 @@ def test_bad_input_is_named_before_anything_is_launched(changes, message, monkey
 def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, add, activation):
     residual_dtype = torch.float32 if add else None
     inputs = inputs_of(3, 5, 24, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=torch.float32)
-    x, residual = view_of("tokens", inputs["x"]), inputs["residual"] if add else None
+    x, residual = make_view("tokens", inputs["x"]), inputs["residual"] if add else None
     norm, weight = (inputs["norm_weight"], inputs["norm_bias"]), inputs["weight"].t().contiguous().t()
     arguments = (x, residual, *norm, EPS, weight, inputs["bias"], activation, activation is not None, 0)
     outputs = kernels.launch_forward(*arguments)
-    assert_alike(kernels.forward_fallback(*arguments), outputs)
+    assert_equivalent(kernels.forward_fallback(*arguments), outputs)
     summed, statistics, pre, out = outputs
-    grad_sum, rows = (random(3, 5, 24, seed=7), summed) if add else (None, x)
-    grad_out = random(*out.shape, dtype=dtype, seed=8).mul(0.1)
+    grad_sum, rows = (randn(3, 5, 24, seed=7), summed) if add else (None, x)
+    grad_out = randn(*out.shape, dtype=dtype, seed=8).mul(0.1)
     for wanted in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, True, True]):
         saved = (rows, statistics, pre, *norm, weight, EPS, activation, dtype, rows.dtype)
         backward = (grad_out, grad_sum, *saved, wanted)
-        assert_alike(kernels.backward_fallback(*backward), kernels.launch_backward(*backward), dtype)
+        assert_equivalent(kernels.backward_fallback(*backward), kernels.launch_backward(*backward), dtype)
 
 
 def test_the_fallback_takes_over(monkeypatch):
@@ -472,10 +472,10 @@ def test_the_fallback_takes_over(monkeypatch):
 def test_the_candidate_says_how_the_product_is_computed(candidate, monkeypatch):
     ways = ("separate", "fused", "persistent")
     inputs = inputs_of(2, 9, 48, units=40, dtype=torch.bfloat16)
-    with variant(ways[candidate]):
-        expected = results(partial(ours, activation="gelu"), inputs)
-    with variant(*ways):
-        assert_same(results(partial(ours, activation="gelu", candidate=candidate), inputs), expected)
+    with use_variants(ways[candidate]):
+        expected = compute_results(partial(ours, activation="gelu"), inputs)
+    with use_variants(*ways):
+        assert_same(compute_results(partial(ours, activation="gelu", candidate=candidate), inputs), expected)
         monkeypatch.setattr(linear, "_linear", spy := mock.MagicMock())
         ours(**inputs, activation="gelu", candidate=candidate)
     called = [call.kwargs["PERSISTENT"] for call in spy.__getitem__.return_value.call_args_list]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fastvit.ops import reference
 
 pytest.importorskip("triton")
-from accuracy import assert_no_worse_than, poisoned
-from operations import DEVICE, VARIANTS, assert_alike, random, variant
+from accuracy import assert_no_worse_than, poison_memory
+from operations import DEVICE, VARIANTS, assert_equivalent, randn, use_variants
 
 from fastvit.kernels import linear as kernels
 from fastvit.kernels import tuning
@@ -26,17 +26,17 @@ EVERY_WAY = pytest.mark.parametrize("way", WAYS)
 
 def forward_inputs(rows, depth, units, dtype, bias=True, scale=1.0):
     return [
-        random(rows, depth, dtype=dtype, seed=1, scale=scale),
-        random(units, depth, dtype=dtype, seed=2, scale=depth**-0.5),
-        random(units, dtype=dtype, seed=3, scale=scale) if bias else None,
+        randn(rows, depth, dtype=dtype, seed=1, scale=scale),
+        randn(units, depth, dtype=dtype, seed=2, scale=depth**-0.5),
+        randn(units, dtype=dtype, seed=3, scale=scale) if bias else None,
     ]
 
 
 def backward_inputs(rows, depth, units, dtype, scale=1.0):
     return [
-        random(rows, depth, dtype=dtype, seed=4, scale=scale),
-        random(depth, units, dtype=dtype, seed=5, scale=depth**-0.5),
-        random(rows, units, dtype=dtype, seed=6),
+        randn(rows, depth, dtype=dtype, seed=4, scale=scale),
+        randn(depth, units, dtype=dtype, seed=5, scale=depth**-0.5),
+        randn(rows, units, dtype=dtype, seed=6),
     ]
 
 
@@ -55,7 +55,7 @@ def backward(grad_out, weight, pre, activation):
 
 
 def check(ours, theirs, inputs, slack=1.25):
-    with poisoned():
+    with poison_memory():
         found = ours(*inputs)
     with torch.backends.mkldnn.flags(enabled=inputs[0].dtype != torch.float32):
         expected = theirs(*inputs)
@@ -69,13 +69,13 @@ def check_forward(way, inputs, activation, slack=1.25):
         pre, out = kernels.launch_forward(*tensors, activation, activation is not None, 0)
         return (out if activation is None else pre), out
 
-    with variant(way):
+    with use_variants(way):
         check(ours, partial(forward, activation=activation), inputs, slack)
 
 
 def check_backward(way, inputs, activation, slack=1.25):
     ours = partial(kernels.launch_backward, activation=activation, bias_grad=True, with_y=True, candidate=0)
-    with variant(way):
+    with use_variants(way):
         check(ours, partial(backward, activation=activation), inputs, slack)
 
 
@@ -109,13 +109,13 @@ def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
     for where in range(3):
         inputs = forward_inputs(3, 40, 24, torch.float32)
         inputs[where].view(-1)[7] = bad
-        with variant(way):
+        with use_variants(way):
             pre, out = kernels.launch_forward(*inputs, "gelu", True, 0)
         for found, expected in zip((pre, out), forward(*inputs, "gelu"), strict=True):
             assert torch.equal(found.isfinite(), expected.isfinite())
         inputs = backward_inputs(3, 40, 24, torch.float32)
         inputs[where].view(-1)[7] = bad
-        with variant(way):
+        with use_variants(way):
             grads = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
         for found, expected in zip(grads, backward(*inputs, "gelu"), strict=True):
             assert torch.equal(found.isfinite(), expected.isfinite())
@@ -131,7 +131,7 @@ def test_strided_rows_give_what_contiguous_rows_give(way):
         "not on 16 bytes": lambda t: torch.cat((t, t), 1)[:, 1 : t.shape[1] + 1].copy_(t),
         "every other row": lambda t: torch.stack((t, t), 1).flatten(0, 1)[::2],
     }
-    with variant(way):
+    with use_variants(way):
         expected = (
             *kernels.launch_forward(x, weight, bias, "gelu", True, 0),
             *kernels.launch_backward(grad_out, back, pre, **options),
@@ -149,7 +149,7 @@ def test_strided_rows_give_what_contiguous_rows_give(way):
 def test_one_row_for_all(way):
     """A stride of 0, which the copy engine does not take: the gradient of a sum over the rows, say."""
     inputs = forward_inputs(1, 24, 40, torch.bfloat16)
-    with variant(way):
+    with use_variants(way):
         one = kernels.launch_forward(*inputs, "gelu", False, 0)[1]
         all_rows = kernels.launch_forward(inputs[0].expand(37, 24), *inputs[1:], "gelu", False, 0)[1]
     torch.testing.assert_close(all_rows, one.expand(37, 40))
@@ -170,7 +170,7 @@ def test_any_shape_and_dtype(shape, dtype, way, activation, bias):
 
 @EVERY_WAY
 def test_no_rows(way):
-    with variant(way):
+    with use_variants(way):
         pre, out = kernels.launch_forward(*forward_inputs(0, 24, 40, torch.float32), "gelu", True, 0)
         inputs = backward_inputs(0, 24, 40, torch.float32)
         grad_pre, grad_bias, y = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
@@ -182,7 +182,7 @@ def test_no_rows(way):
 def test_two_runs_give_the_same_bits_and_what_is_not_wanted_is_empty(way):
     x, weight, bias = forward_inputs(115, 48, 72, torch.bfloat16)
     inputs = backward_inputs(115, 48, 72, torch.bfloat16)
-    with variant(way):
+    with use_variants(way):
         every = kernels.launch_forward(x, weight, bias, "gelu", True, 0)
         again = kernels.launch_forward(x, weight, bias, "gelu", False, 0)
         assert torch.equal(every[1], again[1]) and again[0].numel() == 0
@@ -195,14 +195,14 @@ def test_two_runs_give_the_same_bits_and_what_is_not_wanted_is_empty(way):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_fallbacks_activation_is_pytorchs(activation):
-    x = random(40, 8, scale=3.0).double().requires_grad_()
+    x = randn(40, 8, scale=3.0).double().requires_grad_()
     expected = reference.ACTIVATIONS[activation](x)
     (slope,) = torch.autograd.grad(expected.sum(), x)
     found = (
         compute_activation(x.detach(), activation),
         compute_activation_gradient(torch.ones_like(x), x.detach(), activation),
     )
-    assert_alike(found, (expected.detach(), slope))
+    assert_equivalent(found, (expected.detach(), slope))
 
 
 def test_descriptors_are_for_rows_on_16_byte_boundaries_that_do_not_overlap():
@@ -228,7 +228,7 @@ def test_the_persistent_kernels_compute_what_they_can(units):
 
             return launch
 
-    with mock.patch.object(kernels, "_linear", Spy()), variant("persistent"):
+    with mock.patch.object(kernels, "_linear", Spy()), use_variants("persistent"):
         kernels.launch_forward(x, weight, bias, "gelu", False, 0)
         inputs = backward_inputs(350, 48, units, torch.bfloat16)
         kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)

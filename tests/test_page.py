@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import Browser, browser, file_url  # noqa: F401
+from browser import Browser, browser, to_file_url  # noqa: F401
 from PIL import Image
 
 from fastvit.data import leaves
@@ -239,28 +239,28 @@ def test_chart_is_also_said_in_words():
 
 
 def test_page_loads_nothing_and_complains_about_nothing(browser: Browser, report_of_a_run):  # noqa: F811
-    browser.open(file_url(report_of_a_run))
-    assert browser.requests() == [file_url(report_of_a_run)]
-    assert browser.console() == []
-    assert browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    shown = browser.run("return [...document.querySelectorAll('.examples h4')].map(one => one.textContent)")
+    browser.open(to_file_url(report_of_a_run))
+    assert browser.list_requests() == [to_file_url(report_of_a_run)]
+    assert browser.read_console() == []
+    assert browser.run_script("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+    shown = browser.run_script("return [...document.querySelectorAll('.examples h4')].map(one => one.textContent)")
     assert sorted(shown) == sorted(HOSTILE)
     # The page's own policy refuses what a way around the escaping would try.
-    browser.run("const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image)")
-    browser.run(
+    browser.run_script("const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image)")
+    browser.run_script(
         "const script = document.createElement('script'); script.text = 'window.mine = 1'; document.body.append(script)"
     )
-    assert browser.run("return window.mine") is None
-    assert any("Content Security Policy" in line for line in browser.console())
+    assert browser.run_script("return window.mine") is None
+    assert any("Content Security Policy" in line for line in browser.read_console())
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_colours_follow_the_system_and_can_be_read(browser: Browser, report_of_a_run, dark):  # noqa: F811
-    browser.open(file_url(report_of_a_run), dark=dark)
-    paper = browser.run("return getComputedStyle(document.body).backgroundColor")
+    browser.open(to_file_url(report_of_a_run), dark=dark)
+    paper = browser.run_script("return getComputedStyle(document.body).backgroundColor")
     assert (luminance(paper) < 0.05) == dark
     for selector in ("p.lead", "td", "th", "a", "caption", "summary", ".copy button", ".cards .taken", "figcaption"):
-        ink = browser.run("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
+        ink = browser.run_script("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
         light, dim = sorted((luminance(ink), luminance(paper)), reverse=True)
         assert (light + 0.05) / (dim + 0.05) >= 4.5, selector  # WCAG AA
 
@@ -278,45 +278,45 @@ def test_page_fits_the_width_of_a_phone(browser: Browser, num_classes, tmp_path)
     long = [f"{name} {'with_a_rather_long_name' * 3}" for name in run.class_names]
     run = dataclasses.replace(run, class_names=long, folder="runs/" + "w" * 200, dataset="d" * 200)
     (tmp_path / "page.html").write_text(page.render(run), encoding="utf-8")
-    browser.open(file_url(tmp_path / "page.html"), width=360)
-    browser.run("document.querySelectorAll('details').forEach(one => one.open = true)")
-    assert browser.run("return innerWidth") == 360
-    assert browser.run("return document.scrollingElement.scrollWidth") <= 360
-    assert browser.run("return [...document.querySelectorAll('.chart')].every(one => one.clientWidth > 250)")
+    browser.open(to_file_url(tmp_path / "page.html"), width=360)
+    browser.run_script("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert browser.run_script("return innerWidth") == 360
+    assert browser.run_script("return document.scrollingElement.scrollWidth") <= 360
+    assert browser.run_script("return [...document.querySelectorAll('.chart')].every(one => one.clientWidth > 250)")
     wide = "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth)"
-    assert browser.run(f"return {wide}.every(box => box.tabIndex === 0 && box.getAttribute('aria-label'))")
+    assert browser.run_script(f"return {wide}.every(box => box.tabIndex === 0 && box.getAttribute('aria-label'))")
 
 
 def test_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, report_of_a_run):  # noqa: F811
-    browser.open(file_url(report_of_a_run))
-    expected = browser.run(
+    browser.open(to_file_url(report_of_a_run))
+    expected = browser.run_script(
         "return document.querySelectorAll('a, button, summary, [tabindex]:not(details:not([open]) *)').length"
     )
     reached = set()
     for _ in range(expected):
         browser.press("\ue004")  # Tab
-        reached.add(browser.run("return [...document.querySelectorAll('*')].indexOf(document.activeElement)"))
-        assert browser.run("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
+        reached.add(browser.run_script("return [...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+        assert browser.run_script("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     assert len(reached) == expected > 15
-    browser.run("document.querySelector('summary').focus()")
+    browser.run_script("document.querySelector('summary').focus()")
     browser.press("\ue007")  # Enter
-    assert browser.run("return document.querySelector('details').open")
+    assert browser.run_script("return document.querySelector('details').open")
 
 
 @pytest.mark.parametrize("clipboard", [True, False], ids=["clipboard", "without"])
 def test_copy_button_copies_the_line_beside_it(browser: Browser, report_of_a_run, clipboard):  # noqa: F811
-    browser.open(file_url(report_of_a_run))
+    browser.open(to_file_url(report_of_a_run))
     if not clipboard:  # as in browsers that keep it from pages in files
-        browser.run("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
-    browser.run("document.querySelectorAll('.copy button')[1].focus()")
+        browser.run_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    browser.run_script("document.querySelectorAll('.copy button')[1].focus()")
     browser.press("\ue007")
-    browser.run("const box = document.createElement('textarea'); box.id = 'box'; document.body.append(box)")
-    wait_until(lambda: browser.run("return document.getElementById('said').textContent") == "Copied.")
-    assert browser.run("return document.querySelectorAll('.copy button')[1].textContent") == "Copied"
-    browser.run("document.getElementById('box').focus()")
+    browser.run_script("const box = document.createElement('textarea'); box.id = 'box'; document.body.append(box)")
+    wait_until(lambda: browser.run_script("return document.getElementById('said').textContent") == "Copied.")
+    assert browser.run_script("return document.querySelectorAll('.copy button')[1].textContent") == "Copied"
+    browser.run_script("document.getElementById('box').focus()")
     browser.press("v", holding="\ue009")  # Control
-    pasted = browser.run("return document.getElementById('box').value")
-    assert pasted == browser.run("return document.querySelectorAll('.copy code')[1].textContent")
+    pasted = browser.run_script("return document.getElementById('box').value")
+    assert pasted == browser.run_script("return document.querySelectorAll('.copy code')[1].textContent")
     assert pasted.startswith("fastvit demo ")
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from accuracy import assert_no_worse_than, poisoned
+from accuracy import assert_no_worse_than, poison_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -344,7 +344,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 def test_every_output_is_wholly_written(layout):
     case = Case(image_size=(19, 26), layout=layout, masked=True, hidden=40)
-    with poisoned():
+    with poison_memory():
         ours = results(patch_embed, case.inputs())
     for name, tensor in ours.items():
         assert tensor.isfinite().all(), name

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from accuracy import assert_no_worse_than, poisoned
+from accuracy import assert_no_worse_than, poison_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_modeling import pixels_for, randomise, relative_error
@@ -23,7 +23,7 @@ from fastvit.ops.block import Fp8Linear
 from fastvit.report import info
 
 pytest.importorskip("triton")
-from operations import DEVICE, EPS, VIEWS, random, view_of
+from operations import DEVICE, EPS, VIEWS, make_view, randn
 
 from fastvit.kernels import layer_norm, operators
 from fastvit.kernels import quantize as kernels
@@ -65,7 +65,7 @@ def multiplied_out(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def norm_of(dim: int, dtype=torch.float32) -> tuple[Tensor, Tensor, float]:
-    return random(dim, dtype=dtype, seed=3, scale=0.5, shift=1.0), random(dim, dtype=dtype, seed=4), EPS
+    return randn(dim, dtype=dtype, seed=3, scale=0.5, shift=1.0), randn(dim, dtype=dtype, seed=4), EPS
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def norm_of(dim: int, dtype=torch.float32) -> tuple[Tensor, Tensor, float]:
 def test_values_are_the_nearest_numbers_of_e4m3_and_ties_are_even(quantize_rows):
     numbers = torch.arange(127, dtype=torch.uint8).view(E4M3).double()  # 0 to 448
     middles = (numbers[1:] + numbers[:-1]) / 2
-    x = torch.cat([numbers, middles, middles * (1 + 2**-20), middles * (1 - 2**-20), random(500).cpu().double() * 100])
+    x = torch.cat([numbers, middles, middles * (1 + 2**-20), middles * (1 - 2**-20), randn(500).cpu().double() * 100])
     x = torch.cat([x, -x]).clamp(-448, 448).float().to(DEVICE)
     values, scale = quantize_rows(x)
     assert scale.item() == 1  # the largest is 448
@@ -91,7 +91,7 @@ def test_values_are_the_nearest_numbers_of_e4m3_and_ties_are_even(quantize_rows)
 
 
 def test_multiplied_out_a_row_is_itself_up_to_half_a_step():
-    x = random(20, 300, dtype=torch.bfloat16)
+    x = randn(20, 300, dtype=torch.bfloat16)
     values, scale = reference.quantize_rows(x)
     error = (multiplied_out(values, scale) - x.double()).abs()
     assert (error <= torch.maximum(2.0**-4 * x.double().abs(), 2.0**-10 * scale.double()) * (1 + 1e-6)).all()
@@ -99,8 +99,8 @@ def test_multiplied_out_a_row_is_itself_up_to_half_a_step():
 
 
 def test_linear_fp8_is_a_linear_layer_of_what_the_rows_multiply_out_to():
-    x, weight = reference.quantize_rows(random(2, 5, 48)), reference.quantize_rows(random(32, 48, seed=1))
-    bias = random(32, dtype=torch.bfloat16, seed=2)
+    x, weight = reference.quantize_rows(randn(2, 5, 48)), reference.quantize_rows(randn(32, 48, seed=1))
+    bias = randn(32, dtype=torch.bfloat16, seed=2)
     exact = multiplied_out(*x) @ multiplied_out(*weight).t() + bias.double()
     out = reference.linear_fp8(*x, *weight, bias)
     assert out.dtype == torch.bfloat16
@@ -117,8 +117,8 @@ def test_linear_fp8_is_a_linear_layer_of_what_the_rows_multiply_out_to():
 @DTYPES
 @pytest.mark.parametrize("shape", [(1,), (48,), (3, 1), (7, 72), (2, 5, 101), (1, 2, 3, 256), (2, 3072), (1, 16384)])
 def test_rows_are_quantised_to_the_bit(dtype, shape):
-    x = random(*shape, dtype=dtype, scale=3.0)
-    with poisoned():
+    x = randn(*shape, dtype=dtype, scale=3.0)
+    with poison_memory():
         ours = kernels.quantize_rows(x)
     assert_same_bits(ours, reference.quantize_rows(x))
 
@@ -126,8 +126,8 @@ def test_rows_are_quantised_to_the_bit(dtype, shape):
 @DTYPES
 @pytest.mark.parametrize(("tokens", "dim"), [(1, 192), (17, 100), (50, 48), (197, 72), (5, 768), (3, 1280), (2, 8192)])
 def test_layer_norm_is_the_definitions(dtype, tokens, dim):
-    x, norm = random(1, tokens, dim, dtype=dtype, shift=0.3), norm_of(dim, dtype)
-    with poisoned():
+    x, norm = randn(1, tokens, dim, dtype=dtype, shift=0.3), norm_of(dim, dtype)
+    with poison_memory():
         ours = kernels.layer_norm_fp8(x, *norm)
     theirs = reference.layer_norm_fp8(x, *norm)
     assert_nearly_same(ours, theirs)
@@ -145,8 +145,8 @@ def test_layer_norm_is_the_definitions(dtype, tokens, dim):
     ],
 )
 def test_the_residual_add_before_it_is_rounded_first(dtype, residual_dtype, norm_dtype):
-    x, residual = random(2, 9, 200, dtype=dtype), random(2, 9, 200, dtype=residual_dtype, seed=2)
-    with poisoned():
+    x, residual = randn(2, 9, 200, dtype=dtype), randn(2, 9, 200, dtype=residual_dtype, seed=2)
+    with poison_memory():
         summed, *ours = kernels.add_layer_norm_fp8(x, residual, *norm_of(200, norm_dtype))
     assert torch.equal(summed, x + residual) and summed.dtype == (x + residual).dtype
     expected, *theirs = reference.add_layer_norm_fp8(x, residual, *norm_of(200, norm_dtype))
@@ -158,8 +158,8 @@ def test_the_residual_add_before_it_is_rounded_first(dtype, residual_dtype, norm
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", ""])
 def test_activation_is_the_definitions(dtype, activation, bias):
-    x, bias = random(2, 7, 300, dtype=dtype, scale=2.0), random(300, dtype=torch.bfloat16, seed=1) if bias else None
-    with poisoned():
+    x, bias = randn(2, 7, 300, dtype=dtype, scale=2.0), randn(300, dtype=torch.bfloat16, seed=1) if bias else None
+    with poison_memory():
         ours = kernels.bias_gelu_fp8(x, bias, activation)
     theirs = reference.bias_gelu_fp8(x, bias, activation)
     assert_nearly_same(ours, theirs)
@@ -169,19 +169,19 @@ def test_activation_is_the_definitions(dtype, activation, bias):
 
 @pytest.mark.parametrize("dim", [3072, 5120])
 def test_activation_of_the_widths_of_vit_base_and_huge(dim):
-    x, bias = random(3, dim, dtype=torch.bfloat16), random(dim, dtype=torch.bfloat16, seed=1)
+    x, bias = randn(3, dim, dtype=torch.bfloat16), randn(dim, dtype=torch.bfloat16, seed=1)
     assert_nearly_same(kernels.bias_gelu_fp8(x, bias), reference.bias_gelu_fp8(x, bias))
 
 
 def test_rows_of_zeros_are_zeros():
-    x = random(5, 72)
+    x = randn(5, 72)
     x[1] = 0
     x[3] = -0.0
     ours = kernels.quantize_rows(x)
     assert_same_bits(ours, reference.quantize_rows(x))
     assert ours[0][[1, 3]].float().eq(0).all() and ours[1].isfinite().all()
     zeros = torch.zeros(4, 48, device=DEVICE)
-    bias = random(48, seed=4)
+    bias = randn(48, seed=4)
     values, scale = kernels.layer_norm_fp8(zeros, torch.ones_like(bias), bias, EPS)  # rows of equal values: the bias
     assert_same_bits((values[:1], scale[:1]), reference.quantize_rows(bias[None]))
 
@@ -189,7 +189,7 @@ def test_rows_of_zeros_are_zeros():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1e38, 1e30, 1e-30, 1e-35, 1e-38, 1e-42])
 def test_huge_and_tiny_rows(dtype, scale):
-    x = random(4, 100, scale=1.0).clamp(-3, 3).double().mul(scale).to(dtype)
+    x = randn(4, 100, scale=1.0).clamp(-3, 3).double().mul(scale).to(dtype)
     ours = kernels.quantize_rows(x)
     if DEVICE == "cpu" or scale > 1e-37:  # a GPU may read subnormal numbers as zeros
         assert_same_bits(ours, reference.quantize_rows(x))
@@ -200,8 +200,8 @@ def test_huge_and_tiny_rows(dtype, scale):
 
 @pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
 def test_a_row_with_nan_or_infinity_has_such_a_scale_and_the_others_are_as_before(bad):
-    x, norm = random(4, 72), norm_of(72)
-    weight = reference.quantize_rows(random(16, 72, seed=5))
+    x, norm = randn(4, 72), norm_of(72)
+    weight = reference.quantize_rows(randn(16, 72, seed=5))
     expected = kernels.quantize_rows(x), kernels.layer_norm_fp8(x, *norm), kernels.bias_gelu_fp8(x)
     x[2, 5] = bad
     x[2, 50] = bad
@@ -224,11 +224,11 @@ def test_a_row_with_nan_or_infinity_has_such_a_scale_and_the_others_are_as_befor
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_are_read_where_they_lie(view):
-    x, norm = random(2, 5, 48, dtype=torch.bfloat16), norm_of(48)
-    strided = view_of(view, x)
+    x, norm = randn(2, 5, 48, dtype=torch.bfloat16), norm_of(48)
+    strided = make_view(view, x)
     assert_same_bits(kernels.quantize_rows(strided), kernels.quantize_rows(x))
     assert_same_bits(kernels.layer_norm_fp8(strided, *norm), kernels.layer_norm_fp8(x, *norm))
-    residual = random(2, 5, 48, seed=2)
+    residual = randn(2, 5, 48, seed=2)
     ours = kernels.add_layer_norm_fp8(strided, residual, *norm)
     for mine, other in zip(ours, kernels.add_layer_norm_fp8(x, residual, *norm), strict=True):
         assert torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
@@ -239,13 +239,13 @@ def test_views_are_read_where_they_lie(view):
     rows=st.integers(1, 20), dim=st.integers(1, 400), seed=st.integers(0, 99), scale=st.sampled_from([1e-6, 1.0, 1e6])
 )
 def test_any_shape(rows, dim, seed, scale):
-    x = random(rows, dim, seed=seed, scale=scale)
+    x = randn(rows, dim, seed=seed, scale=scale)
     assert_same_bits(kernels.quantize_rows(x), reference.quantize_rows(x))
 
 
 def test_an_empty_batch_gives_empty_rows():
-    x, norm = random(0, 5, 48), norm_of(48)
-    weight = reference.quantize_rows(random(32, 48))
+    x, norm = randn(0, 5, 48), norm_of(48)
+    weight = reference.quantize_rows(randn(32, 48))
     for result in (kernels.quantize_rows(x), kernels.layer_norm_fp8(x, *norm), kernels.bias_gelu_fp8(x)):
         assert [tuple(tensor.shape) for tensor in result] == [(0, 5, 48), (0, 5, 1)]
     summed, *_ = kernels.add_layer_norm_fp8(x, x, *norm)
@@ -255,7 +255,7 @@ def test_an_empty_batch_gives_empty_rows():
 
 @DTYPES
 def test_fallbacks_give_what_the_kernels_give(dtype, monkeypatch):
-    x, residual, norm = random(2, 5, 48, dtype=dtype), random(2, 5, 48, seed=2), norm_of(48)
+    x, residual, norm = randn(2, 5, 48, dtype=dtype), randn(2, 5, 48, seed=2), norm_of(48)
     calls = (
         lambda: kernels.quantize_rows(x),
         lambda: kernels.bias_gelu_fp8(x, norm[1], "gelu_new"),
@@ -275,13 +275,13 @@ def test_fallbacks_give_what_the_kernels_give(dtype, monkeypatch):
 
 
 def test_two_runs_give_the_same_bits():
-    x, norm = random(3, 50, 100, dtype=torch.bfloat16), norm_of(100)
+    x, norm = randn(3, 50, 100, dtype=torch.bfloat16), norm_of(100)
     for call in (lambda: kernels.layer_norm_fp8(x, *norm), lambda: kernels.bias_gelu_fp8(x)):
         assert_same_bits(call(), call())
 
 
 def test_operators_are_registered_as_pytorch_wants_them():
-    x, residual, norm = random(2, 5, 48, dtype=torch.bfloat16), random(2, 5, 48, seed=1), norm_of(48)
+    x, residual, norm = randn(2, 5, 48, dtype=torch.bfloat16), randn(2, 5, 48, seed=1), norm_of(48)
     for arguments in ((x, None, *norm, 0), (x, residual, *norm, 0)):
         torch.library.opcheck(torch.ops.fastvit.layer_norm_fp8.default, arguments)
     for arguments in ((x, None, None, 0), (x, norm[1], "gelu", 0)):
@@ -325,7 +325,7 @@ def has_product() -> bool:
 
 
 def product_inputs(*shape: int, units: int) -> tuple[Tensor, ...]:
-    x, weight = random(*shape, scale=2.0), random(units, shape[-1], seed=1, scale=0.1)
+    x, weight = randn(*shape, scale=2.0), randn(units, shape[-1], seed=1, scale=0.1)
     return *reference.quantize_rows(x), *reference.quantize_rows(weight)
 
 
@@ -337,7 +337,7 @@ needs_product = pytest.mark.skipif(not has_product(), reason="this PyTorch has n
 @pytest.mark.parametrize(("shape", "units"), [((2, 17, 48), 144), ((1, 768), 32), ((3, 1, 64), 16), ((0, 5, 48), 32)])
 def test_the_product_is_the_definitions(shape, units, bias):
     inputs = product_inputs(*shape, units=units)
-    bias = random(units, dtype=torch.bfloat16, seed=2) if bias else None
+    bias = randn(units, dtype=torch.bfloat16, seed=2) if bias else None
     ours = kernels.linear_fp8(*inputs, bias)
     exact = multiplied_out(*inputs[:2]) @ multiplied_out(*inputs[2:]).t()
     exact = exact if bias is None else exact + bias.double()
@@ -357,7 +357,7 @@ def test_cuda_accepts_the_operands_as_they_are_handed_over(monkeypatch):
     product, seen = kernels.scaled_matmul, []
     monkeypatch.setattr(kernels, "scaled_matmul", lambda *operands: seen.append(operands) or torch.zeros(2, 96))
     values, scale, weight, weight_scale = product_inputs(2, 5, 48, units=96)
-    bias = random(96, dtype=torch.bfloat16)
+    bias = randn(96, dtype=torch.bfloat16)
     views = values[:, :1], scale[:, :1], weight, weight_scale, bias  # the class token of each picture
     kernels.linear_fp8(*views)
     kernels.linear_fp8(views[0], views[1], weight.t().contiguous().t(), weight_scale, None)

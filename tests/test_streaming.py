@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from shards import draw, make_shards, write_shard
+from shards import encode_leaf, make_shards, write_shard
 
 from fastvit.data import leaves
 from fastvit.data.images import Augment
@@ -70,7 +70,7 @@ def test_every_picture_comes_once_a_pass_whatever_the_split(shards, world_size, 
 def test_resumed_stream_goes_on_with_the_same_pictures_and_crops(workers, skip_bad, tmp_path):
     root = make_shards(tmp_path / "shards", shards=2, per_shard=9)
     if skip_bad:
-        write_shard(root / "train-2.tar", [("bad", b"not a picture", b"0"), ("good", draw(1, 99), b"1")])
+        write_shard(root / "train-2.tar", [("bad", b"not a picture", b"0"), ("good", encode_leaf(1, 99), b"1")])
     images = open_shards(root)
     whole = take(stream(images, skip_bad=skip_bad), 80, workers)
     assert take(stream(images, skip_bad=skip_bad), 80, workers) == whole
@@ -136,7 +136,7 @@ def test_names_of_classes_come_from_the_labels_where_nobody_says_them(tmp_path, 
 
 
 def test_labels_may_be_words_in_a_column_of_any_name(tmp_path):
-    words = [(f"{number}", draw(number % 3, number), leaves.CLASSES[number % 3].encode()) for number in range(6)]
+    words = [(f"{number}", encode_leaf(number % 3, number), leaves.CLASSES[number % 3].encode()) for number in range(6)]
     write_shard(tmp_path / "words" / "train.tar", words, extension="txt")
     images = stream_images(data_dir=tmp_path / "words", label_column="txt", need_validation=False)
     assert images.class_names == sorted(leaves.CLASSES)
@@ -153,7 +153,7 @@ def repository(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=list(leaves.CLASSES))})
     for split, count in (("train", 20), ("validation", 5)):
         rows = {
-            "image": [{"bytes": draw(number % 3, number), "path": None} for number in range(count)],
+            "image": [{"bytes": encode_leaf(number % 3, number), "path": None} for number in range(count)],
             "labels": [number % 3 for number in range(count)],
         }
         (tmp_path / "repository" / "data").mkdir(parents=True, exist_ok=True)
@@ -182,12 +182,12 @@ def test_a_folder_of_pictures_can_be_streamed(tmp_path):
     for split in ("train", "validation"):
         for label, name in enumerate(leaves.CLASSES):
             (tmp_path / "folder" / split / name).mkdir(parents=True)
-            (tmp_path / "folder" / split / name / "0.png").write_bytes(draw(label, label))
+            (tmp_path / "folder" / split / name / "0.png").write_bytes(encode_leaf(label, label))
     images = stream_images(data_dir=tmp_path / "folder")
     assert images.class_names == list(leaves.CLASSES) and images.splits["validation"].labels.tolist() == [0, 1, 2]
     labels = Counter(label for label, _ in take(stream(images), 12))
     assert labels == {0: 4, 1: 4, 2: 4}
-    np.testing.assert_array_equal(images.splits["validation"].load(1), Image.open(io.BytesIO(draw(1, 1))))
+    np.testing.assert_array_equal(images.splits["validation"].load(1), Image.open(io.BytesIO(encode_leaf(1, 1))))
 
 
 @pytest.mark.parametrize(

@@ -32,20 +32,20 @@ def pytest_runtest_logreport(report):
         outcomes[class_name][name] = report.outcome
 
 
-def outcome_of(class_name: str, name: str) -> str:
+def get_outcome(class_name: str, name: str) -> str:
     """As pytest says it, and "listed" for what is skipped or expected to fail because DIFFERENCES says so."""
     outcome = outcomes[class_name].get(name, "missing")
     expected = class_name == OURS and name in DIFFERENCES
     return "listed" if expected and (outcome == "skipped" or skipped_subtests[OURS][name]) else outcome
 
 
-def shortfalls() -> list[str]:
+def list_shortfalls() -> list[str]:
     """What the yardstick passes, while ours skips it or a part of it, or has no such test; what is listed in vain."""
     if not outcomes[OURS]:
         return []
-    lines = [f"{name}: listed, and passes" for name in DIFFERENCES if outcome_of(OURS, name) == "passed"]
+    lines = [f"{name}: listed, and passes" for name in DIFFERENCES if get_outcome(OURS, name) == "passed"]
     for name, outcome in outcomes[YARDSTICK].items():
-        ours = outcome_of(OURS, name)
+        ours = get_outcome(OURS, name)
         skipped, allowed = skipped_subtests[OURS][name], skipped_subtests[YARDSTICK][name]
         if outcome == "passed" and ours in ("skipped", "missing"):
             lines.append(f"{name}: {ours}")
@@ -59,7 +59,7 @@ def pytest_sessionfinish(session):
     if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS") and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK  # the module says why it is skipped
     whole = not (session.config.option.keyword or any("::" in argument for argument in session.config.args))
-    if whole and session.exitstatus == 0 and shortfalls():
+    if whole and session.exitstatus == 0 and list_shortfalls():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter):
     kinds = ("passed", "listed", "failed", "skipped")
     terminalreporter.write_line(f"{'':20}" + "".join(f"{kind:>10}" for kind in kinds))
     for class_name, label in ((YARDSTICK, "transformers' ViT"), (OURS, "fastvit")):
-        counts = Counter(outcome_of(class_name, name) for name in outcomes[class_name])
+        counts = Counter(get_outcome(class_name, name) for name in outcomes[class_name])
         terminalreporter.write_line(f"{label:20}" + "".join(f"{counts[kind]:>10}" for kind in kinds))
-    for line in shortfalls():
+    for line in list_shortfalls():
         terminalreporter.write_line(f"differs from transformers' ViT: {line}", red=True)

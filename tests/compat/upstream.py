@@ -30,7 +30,7 @@ if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS"):
 FOLDER = Path(os.environ["FASTVIT_TRANSFORMERS_TESTS"])
 
 
-def module(name: str, **contents) -> None:
+def define_module(name: str, **contents) -> None:
     """Define a module of the package that its folder lacks."""
     if (FOLDER / "tests" / Path(*name.split("."))).with_suffix(".py").exists():
         return
@@ -118,12 +118,12 @@ def save_tiny_models(folder: Path) -> None:
     (folder / "reports" / "tiny_model_summary.json").write_text(json.dumps(summary))
 
 
-def shared(name: str) -> ModuleType:
+def import_shared(name: str) -> ModuleType:
     """A module of the package."""
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
-def load() -> None:
+def install_package() -> None:
     """Make the package importable; its pipeline tests find their models in a folder that goes with the process."""
     tiny_models = tempfile.TemporaryDirectory()
     atexit.register(tiny_models.cleanup)
@@ -132,12 +132,12 @@ def load() -> None:
     package = ModuleType(PACKAGE)
     package.__path__ = [str(FOLDER / "tests")]
     sys.modules[PACKAGE] = package
-    module("exporters.test_export", ExportTesterMixin=ExportTesterMixin)
-    module("generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
-    module("utils.test_configuration_utils", config_common_kwargs=CONFIG_OPTIONS)
-    pipelines = shared("test_pipeline_mixin")
+    define_module("exporters.test_export", ExportTesterMixin=ExportTesterMixin)
+    define_module("generation.test_utils", GenerationTesterMixin=GenerationTesterMixin)
+    define_module("utils.test_configuration_utils", config_common_kwargs=CONFIG_OPTIONS)
+    pipelines = import_shared("test_pipeline_mixin")
     for tests in (ImageClassificationPipelineTests, ImageFeatureExtractionPipelineTests):
         pipelines.pipeline_test_mapping[tests.task] = {"test": f"{__name__}.{tests.__name__}"}
 
 
-load()
+install_package()

@@ -12,9 +12,9 @@ from compat import upstream
 from transformers import PreTrainedModel, ViTConfig
 from transformers.testing_utils import torch_device
 
-common = upstream.shared("test_modeling_common")
-configuration = upstream.shared("test_configuration_common")
-pipelines = upstream.shared("test_pipeline_mixin")
+common = upstream.import_shared("test_modeling_common")
+configuration = upstream.import_shared("test_configuration_common")
+pipelines = upstream.import_shared("test_pipeline_mixin")
 
 
 @dataclass
@@ -65,18 +65,18 @@ class ViTModelTester:
         )
         return ViTConfig(**{name: getattr(self, name) for name in names.split()})
 
-    def pixels(self, num_channels: int) -> torch.Tensor:
+    def make_pixels(self, num_channels: int) -> torch.Tensor:
         return common.floats_tensor([self.batch_size, num_channels, self.image_size, self.image_size])
 
     def prepare_config_and_inputs(self) -> tuple[ViTConfig, torch.Tensor, torch.Tensor | None]:
         labels = common.ids_tensor([self.batch_size], self.type_sequence_label_size) if self.use_labels else None
-        return self.get_config(), self.pixels(self.num_channels), labels
+        return self.get_config(), self.make_pixels(self.num_channels), labels
 
     def prepare_config_and_inputs_for_common(self) -> tuple[ViTConfig, dict[str, Any]]:
         config, pixel_values, _ = self.prepare_config_and_inputs()
         return config, {"pixel_values": pixel_values}
 
-    def mask(self) -> torch.Tensor:
+    def make_mask(self) -> torch.Tensor:
         """`num_masks` patches of every picture, chosen at random."""
         ranks = torch.rand(self.batch_size, self.mask_length, device=torch_device).argsort(dim=1).argsort(dim=1)
         return ranks < self.num_masks
@@ -106,13 +106,13 @@ class ViTTests:
             self.assertIsInstance(model.get_input_embeddings(), torch.nn.Module)
             self.assertIsNone(model.get_output_embeddings())
 
-    def built(self, model_class: type[PreTrainedModel], config: ViTConfig) -> PreTrainedModel:
+    def build_model(self, model_class: type[PreTrainedModel], config: ViTConfig) -> PreTrainedModel:
         torch.manual_seed(0)
         return model_class(config).to(torch_device).eval()
 
     def test_model(self) -> None:
         config, pixel_values, _ = self.model_tester.prepare_config_and_inputs()
-        tokens = self.built(self.all_model_classes[0], config)(pixel_values).last_hidden_state
+        tokens = self.build_model(self.all_model_classes[0], config)(pixel_values).last_hidden_state
         tester = self.model_tester
         self.assertEqual(tokens.shape, (tester.batch_size, tester.seq_length, tester.hidden_size))
 
@@ -121,19 +121,21 @@ class ViTTests:
         for num_channels in (tester.num_channels, 1):
             config, _, labels = tester.prepare_config_and_inputs()
             config.num_channels, config.num_labels = num_channels, tester.type_sequence_label_size
-            outputs = self.built(self.all_model_classes[1], config)(tester.pixels(num_channels), labels=labels)
+            outputs = self.build_model(self.all_model_classes[1], config)(
+                tester.make_pixels(num_channels), labels=labels
+            )
             self.assertEqual(outputs.logits.shape, (tester.batch_size, tester.type_sequence_label_size))
             self.assertTrue(outputs.loss.isfinite())
 
     def test_for_masked_image_modeling(self) -> None:
         tester = self.model_tester
-        mask = tester.mask()
+        mask = tester.make_mask()
         self.assertTrue((mask.sum(dim=1) == tester.num_masks).all())
         for num_channels in (tester.num_channels, 1):
             config, _, _ = tester.prepare_config_and_inputs()
             config.num_channels = num_channels
-            pixels = tester.pixels(num_channels)
-            model = self.built(self.all_model_classes[2], config)
+            pixels = tester.make_pixels(num_channels)
+            model = self.build_model(self.all_model_classes[2], config)
             whole, masked = model(pixels), model(pixels, bool_masked_pos=mask)
             self.assertIsNone(whole.loss)
             self.assertEqual(whole.reconstruction.shape, pixels.shape)
@@ -145,7 +147,7 @@ class ViTTests:
 
     def test_interpolates_position_embeddings(self) -> None:
         config, _, _ = self.model_tester.prepare_config_and_inputs()
-        model = self.built(self.all_model_classes[0], config)
+        model = self.build_model(self.all_model_classes[0], config)
         larger = common.floats_tensor([2, 3, 24, 20])
         tokens = model(larger, interpolate_pos_encoding=True).last_hidden_state
         self.assertEqual(tokens.shape, (2, 12 * 10 + 1, self.model_tester.hidden_size))
@@ -156,7 +158,7 @@ class ViTTests:
         """torch.export with a free batch size gives a program with the same answers."""
         for model_class in self.all_model_classes:
             config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-            model = self.built(model_class, config)
+            model = self.build_model(model_class, config)
             batch = torch.export.Dim("batch")
             with torch.no_grad():
                 program = torch.export.export(

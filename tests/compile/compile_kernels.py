@@ -193,15 +193,15 @@ def feed_forward_cases(quick: bool) -> Iterator[Case]:
     """Each way of a feed-forward's first product, of query, key and value, and of its second product's backward."""
     for dim in (768,) if quick else WIDTHS:
         for kept in (True,) if quick else (True, False):
-            yield from product_cases(dim, torch.bfloat16, "gelu", kept)
-    yield from product_cases(768, torch.float32, "gelu", True)
+            yield from matmul_cases(dim, torch.bfloat16, "gelu", kept)
+    yield from matmul_cases(768, torch.float32, "gelu", True)
     if not quick:
-        yield from product_cases(768, torch.float16, "gelu", True)
+        yield from matmul_cases(768, torch.float16, "gelu", True)
         for activation in ("gelu_new", "quick_gelu"):
-            yield from product_cases(768, torch.bfloat16, activation, True)
+            yield from matmul_cases(768, torch.bfloat16, activation, True)
 
 
-def product_cases(dim: int, dtype: torch.dtype, activation: str, kept: bool) -> Iterator[Case]:
+def matmul_cases(dim: int, dtype: torch.dtype, activation: str, kept: bool) -> Iterator[Case]:
     x, hidden = (meta(256 * 197, size, dtype=dtype) for size in (dim, 4 * dim))
     weight1, weight2 = meta(4 * dim, dim, dtype=dtype), meta(dim, 4 * dim, dtype=dtype)
     units, packed, packed_bias = (meta(*size, dtype=dtype) for size in ((4 * dim,), (3 * dim, dim), (3 * dim,)))
@@ -327,10 +327,10 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "smallest": smallest_cases,  # last: quick, a rule's further candidates are compiled for the first case alone
 }
 # What a kind of GPU cannot do: sm_80 has no conversion to e4m3, and the product is written for NVIDIA's.
-WITHOUT = {"sm_80": ("quantize",), "gfx942": ("quantize",)}
+EXCLUDED_CASES = {"sm_80": ("quantize",), "gfx942": ("quantize",)}
 
 
-def record(call: Callable[[], object], target: str, candidate: int) -> tuple[list[Launch], set[int]]:
+def record_launches(call: Callable[[], object], target: str, candidate: int) -> tuple[list[Launch], set[int]]:
     """The launches that `call` would make on a GPU of this kind, and the numbers of the table's rules that it asks.
 
     candidate: of each rule, or the last one where a rule has fewer.
@@ -358,7 +358,7 @@ def record(call: Callable[[], object], target: str, candidate: int) -> tuple[lis
     return launches, rules
 
 
-def source(launch: Launch) -> ASTSource:
+def build_source(launch: Launch) -> ASTSource:
     """What Triton's just-in-time compiler makes of these arguments: ones and None are constants, pointers are aligned
     to 16 bytes as PyTorch's are, and integers that 16 divides are known to be so."""
     constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
@@ -378,9 +378,9 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
-def inspect(launch: Launch, target: Target) -> dict[str, int]:
+def inspect_code(launch: Launch, target: Target) -> dict[str, int]:
     """Compile, and read resources and instructions from the machine code."""
-    compiled = triton.compile(source(launch), target=target.gpu, options=launch.options)
+    compiled = triton.compile(build_source(launch), target=target.gpu, options=launch.options)
     warps = compiled.metadata.num_warps
     result = {"warps": warps, "shared_memory": compiled.metadata.shared}
     if target.gpu.backend == "hip":
@@ -394,18 +394,18 @@ def inspect(launch: Launch, target: Target) -> dict[str, int]:
     return result | {
         "registers": registers,
         "spill_bytes": stack,
-        "spill_instructions": count(r"\b(STL|LDL)\b", code),
-        "loads": count(r"\bLDG\.", code),
-        "loads_128": count(r"\bLDG\.\S*\.(128|256)", code),
-        "async_copies": count(r"\bLDGSTS", code),
-        "async_copies_128": count(r"\bLDGSTS\.\S*\.128", code),
-        "descriptor_copies": count(r"\bUTMALDG", code),
-        "stores": count(r"\bSTG\.", code),
-        "stores_128": count(r"\bSTG\.\S*\.(128|256)", code),
-        "wgmma": count(r"\bHGMMA", code),
-        "mma": count(r"\b(HMMA|UTC\w*MMA)", code),
-        "instructions": count(r"^\s+/\*[0-9a-f]{4,}\*/", code),
-        "blocks_per_sm": blocks_per_multiprocessor(target, warps, registers, compiled.metadata.shared),
+        "spill_instructions": count_matches(r"\b(STL|LDL)\b", code),
+        "loads": count_matches(r"\bLDG\.", code),
+        "loads_128": count_matches(r"\bLDG\.\S*\.(128|256)", code),
+        "async_copies": count_matches(r"\bLDGSTS", code),
+        "async_copies_128": count_matches(r"\bLDGSTS\.\S*\.128", code),
+        "descriptor_copies": count_matches(r"\bUTMALDG", code),
+        "stores": count_matches(r"\bSTG\.", code),
+        "stores_128": count_matches(r"\bSTG\.\S*\.(128|256)", code),
+        "wgmma": count_matches(r"\bHGMMA", code),
+        "mma": count_matches(r"\b(HMMA|UTC\w*MMA)", code),
+        "instructions": count_matches(r"^\s+/\*[0-9a-f]{4,}\*/", code),
+        "blocks_per_sm": count_blocks_per_multiprocessor(target, warps, registers, compiled.metadata.shared),
     }
 
 
@@ -417,16 +417,16 @@ def inspect_amd(code: str) -> dict[str, int]:
         "registers": field("vgpr_count"),
         "spill_bytes": field("private_segment_fixed_size"),
         "spill_instructions": field("vgpr_spill_count"),
-        "loads": count(r"\b(global|buffer)_load", code),
-        "loads_128": count(r"\b(global|buffer)_load_dwordx4", code),
-        "stores": count(r"\b(global|buffer)_store", code),
-        "stores_128": count(r"\b(global|buffer)_store_dwordx4", code),
-        "mma": count(r"\bv_mfma", code),
-        "instructions": count(r"^\t[vs]_|^\t(global|buffer|ds)_", code),
+        "loads": count_matches(r"\b(global|buffer)_load", code),
+        "loads_128": count_matches(r"\b(global|buffer)_load_dwordx4", code),
+        "stores": count_matches(r"\b(global|buffer)_store", code),
+        "stores_128": count_matches(r"\b(global|buffer)_store_dwordx4", code),
+        "mma": count_matches(r"\bv_mfma", code),
+        "instructions": count_matches(r"^\t[vs]_|^\t(global|buffer|ds)_", code),
     }
 
 
-def blocks_per_multiprocessor(target: Target, warps: int, registers: int, shared_memory: int) -> int:
+def count_blocks_per_multiprocessor(target: Target, warps: int, registers: int, shared_memory: int) -> int:
     """65,536 registers, given out by 256 to a warp; a block's shared memory costs 1 KiB more than it asks for."""
     registers_per_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -437,7 +437,7 @@ def blocks_per_multiprocessor(target: Target, warps: int, registers: int, shared
     )
 
 
-def count(pattern: str, text: str) -> int:
+def count_matches(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text, re.MULTILINE))
 
 
@@ -450,21 +450,21 @@ def compile_all(operations: list[str], target: str, quick: bool) -> tuple[list[d
     asked for. Launches that compile to the same code are not repeated. quick: a candidate that is not the first of its
     rule is compiled for one case only."""
     rows, tried, seen = [], set(), set()
-    cases = [case for name in operations if name not in WITHOUT.get(target, ()) for case in CASES[name](quick)]
+    cases = [case for name in operations if name not in EXCLUDED_CASES.get(target, ()) for case in CASES[name](quick)]
     for candidate in range(max(len(rule.candidates) for rule in tuning.TABLE)):
         for label, call in cases:
-            launches, rules = record(call, target, candidate)
+            launches, rules = record_launches(call, target, candidate)
             new = {(index, candidate) for index in rules if candidate < len(tuning.TABLE[index].candidates)} - tried
             if candidate > 0 and not (new if quick else rules):
                 continue
             tried |= new
             for launch in launches:
-                key = (source(launch).hash(), str(launch.options))
+                key = (build_source(launch).hash(), str(launch.options))
                 if key in seen:
                     continue
                 seen.add(key)
                 row = {"kernel": launch.kernel.__name__, "case": label, "candidate": candidate, "target": target}
-                row |= inspect(launch, TARGETS[target])
+                row |= inspect_code(launch, TARGETS[target])
                 if "COLS" in launch.arguments:  # elementwise: what bounds it is instructions or memory
                     elements = launch.arguments["ROWS"] * launch.arguments["COLS"]
                     threads = row["warps"] * TARGETS[target].gpu.warp_size
@@ -473,7 +473,7 @@ def compile_all(operations: list[str], target: str, quick: bool) -> tuple[list[d
     return rows, {index for index, _ in tried}
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def format_table(rows: list[dict[str, object]]) -> str:
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
@@ -496,11 +496,11 @@ def main() -> None:
         rows, rules = compile_all(options.kernels, target, options.quick)
         about = {"triton": triton.__version__, "target": target, "quick": options.quick}
         report = about | {"rules": sorted(rules), "kernels": rows}
-        for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".txt", table(rows))):
+        for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".txt", format_table(rows))):
             part = options.output / f"{target}{suffix}.part"
             part.write_text(text, encoding="utf-8")
             part.replace(options.output / f"{target}{suffix}")
-        print(table(rows))
+        print(format_table(rows))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ from fastvit.kernels import (
 )
 
 EPS = 1e-6
-MANY = 42  # images of 197 tokens: 8,274 rows, from 8,192 on the tuning table has a rule of its own
+MANY_IMAGES = 42  # images of 197 tokens: 8,274 rows, from 8,192 on the tuning table has a rule of its own
 failures: list[str] = []
 rules: set[int] = set()  # of the tuning table, by number: those that were asked for
 
 launch_nothing()
 
 
-def random(*shape: int, dtype: torch.dtype) -> Tensor:
+def make_empty(*shape: int, dtype: torch.dtype) -> Tensor:
     """Of any values: nothing is computed with them."""
     return torch.empty(*shape, dtype=dtype).requires_grad_()
 
@@ -62,13 +62,13 @@ def call_attention(dtype: torch.dtype, candidate: int = 0) -> None:
     from 256 heads of a whole batch on, so each size comes with few heads and with many."""
     for tokens, dim in ((197, 64), (197, 80), (577, 64), (50, 32), (197, 128), (256, 64)):
         for batch in (2, 256) if tokens <= 256 else (2,):
-            query = random(batch, tokens, 1, dim, dtype=dtype)
+            query = make_empty(batch, tokens, 1, dim, dtype=dtype)
             name = f"attention {batch} x {tokens} x {dim} {dtype}, candidate {candidate}"
             call(name, attention.attention, query, query, query, candidate=candidate)
     for heads in (2, 128):
-        query = random(2, 197, 3, heads, 64, dtype=dtype)
+        query = make_empty(2, 197, 3, heads, 64, dtype=dtype)
         call(f"attention_packed, {heads} heads, {dtype}", attention.attention_packed, query, candidate=candidate)
-    query = random(2, 197, 2, 64, dtype=dtype)
+    query = make_empty(2, 197, 2, 64, dtype=dtype)
     for name, mask in {
         "boolean mask": torch.ones(2, 1, 1, 197, dtype=torch.bool),
         "additive mask": torch.zeros(1, 2, 197, 197, dtype=dtype),
@@ -76,14 +76,14 @@ def call_attention(dtype: torch.dtype, candidate: int = 0) -> None:
         options = {"mask": mask, "candidate": candidate}
         call(f"attention, {name}, {dtype}", attention.attention, query, query, query, **options)
     for tokens, heads in ((200, 2), (200, 128), (700, 2)):
-        packed, bounds = random(tokens, heads, 64, dtype=dtype), torch.tensor([0, 50, tokens], dtype=torch.int32)
+        packed, bounds = make_empty(tokens, heads, 64, dtype=dtype), torch.tensor([0, 50, tokens], dtype=torch.int32)
         options = {"cu_seqlens": bounds, "max_seqlen": tokens - 50, "candidate": candidate}
         name = f"attention, {tokens} packed tokens, {heads} heads, {dtype}"
         call(name, attention.attention, packed, packed, packed, **options)
 
 
 def call_rows(dtype: torch.dtype, dim: int = 768, batch: int = 2) -> None:
-    x, vector = random(batch, 197, dim, dtype=dtype), random(dim, dtype=dtype)
+    x, vector = make_empty(batch, 197, dim, dtype=dtype), make_empty(dim, dtype=dtype)
     call(f"layer_norm {dtype}", layer_norm.layer_norm, x, vector, vector, EPS)
     call(f"add_layer_norm {dtype}", layer_norm.add_layer_norm, x, x, vector, vector, EPS)
     scales = {"scale": vector, "row_scale": torch.ones(batch)}
@@ -94,14 +94,14 @@ def call_rows(dtype: torch.dtype, dim: int = 768, batch: int = 2) -> None:
     call(f"swiglu {dtype}", gelu.swiglu, x, vector)
 
 
-def call_unlike(dtype: torch.dtype) -> None:
+def call_odd_sizes(dtype: torch.dtype) -> None:
     """Sizes and addresses that are multiples of 16, or not, or 1: another binary each."""
     for shape in ((2, 197, 100), (1, 1, 768), (16, 16, 768), (1, 16, 1)):
-        x, vector = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype)
+        x, vector = make_empty(*shape, dtype=dtype), make_empty(shape[-1], dtype=dtype)
         call(f"layer_norm {shape} {dtype}", layer_norm.layer_norm, x, vector, vector, EPS)
         call(f"bias_gelu {shape} {dtype}", gelu.bias_gelu, x, vector)
-    x, vector = random(2, 197, 769, dtype=dtype).detach()[..., 1:].requires_grad_(), random(768, dtype=dtype)
-    aligned = random(2, 197, 769, dtype=dtype).detach()[..., :768].requires_grad_()  # of the same strides
+    x, vector = make_empty(2, 197, 769, dtype=dtype).detach()[..., 1:].requires_grad_(), make_empty(768, dtype=dtype)
+    aligned = make_empty(2, 197, 769, dtype=dtype).detach()[..., :768].requires_grad_()  # of the same strides
     for name, rows in {"aligned": aligned, "one value further": x}.items():
         call(f"layer_norm, {name}, {dtype}", layer_norm.layer_norm, rows, vector, vector, EPS)
         call(f"bias_gelu, {name}, {dtype}", gelu.bias_gelu, rows, vector)
@@ -109,10 +109,10 @@ def call_unlike(dtype: torch.dtype) -> None:
         call(f"attention, {name}, {dtype}", attention.attention, heads, heads, heads)
 
 
-def call_products(dtype: torch.dtype, what: str, candidate: int, dim: int = 768) -> None:
-    x, vector = random(2, 197, dim, dtype=dtype), random(dim, dtype=dtype)
+def call_matmuls(dtype: torch.dtype, what: str, candidate: int, dim: int = 768) -> None:
+    x, vector = make_empty(2, 197, dim, dtype=dtype), make_empty(dim, dtype=dtype)
     sizes = ((4 * dim, dim), (4 * dim,), (dim, 4 * dim))
-    first, bias, second = (random(*shape, dtype=dtype) for shape in sizes)
+    first, bias, second = (make_empty(*shape, dtype=dtype) for shape in sizes)
     norm, products = (vector, vector, EPS), layer_norm_linear
     for name, function, arguments in (
         ("layer_norm_linear", products.layer_norm_linear, (x, *norm, first, bias)),
@@ -129,15 +129,15 @@ def call_products(dtype: torch.dtype, what: str, candidate: int, dim: int = 768)
 
 
 def call_patch_embed(dtype: torch.dtype, candidate: int, batch: int = 2) -> None:
-    weight, bias, token = (random(*shape, dtype=dtype) for shape in ((768, 3, 16, 16), (768,), (1, 1, 768)))
+    weight, bias, token = (make_empty(*shape, dtype=dtype) for shape in ((768, 3, 16, 16), (768,), (1, 1, 768)))
     masked = {"mask_token": token, "mask": torch.zeros(batch, 196, dtype=torch.bool)}
     for name, pixels in {
         "uint8, channels last": torch.zeros(batch, 224, 224, 3, dtype=torch.uint8),
-        "float with a gradient": random(batch, 3, 224, 224, dtype=torch.float32),
+        "float with a gradient": make_empty(batch, 3, 224, 224, dtype=torch.float32),
     }.items():
         for options in ({}, masked):
             options = {"patch_size": (16, 16), "mean": [0.5] * 3, "std": [0.5] * 3, "candidate": candidate, **options}
-            arguments = (pixels, weight, bias, token, random(1, 197, 768, dtype=dtype))
+            arguments = (pixels, weight, bias, token, make_empty(1, 197, 768, dtype=dtype))
             label = f"patch_embed, {name}, {dtype}, candidate {candidate}, batch {batch}"
             call(label, patch_embed.patch_embed, *arguments, **options)
 
@@ -155,7 +155,7 @@ def call_fp8(dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def only_candidate(number: int) -> Iterator[None]:
+def use_candidate(number: int) -> Iterator[None]:
     """Inside, each rule of the tuning table has one candidate: this one, or its last where it has fewer."""
     table = tuning.TABLE
     numbered = tuple(rule._replace(candidates=rule.candidates[: number + 1][-1:]) for rule in table)
@@ -176,12 +176,12 @@ def main() -> int:
         for dtype in (torch.bfloat16, torch.float32):
             what = f"{dtype}, candidate {number}"
             print(what, flush=True)
-            with only_candidate(number):
+            with use_candidate(number):
                 call_attention(dtype, number)
                 call_rows(dtype)
-                call_rows(dtype, dim=192, batch=MANY)
-                call_unlike(dtype)
-                call_products(dtype, what, number)
+                call_rows(dtype, dim=192, batch=MANY_IMAGES)
+                call_odd_sizes(dtype)
+                call_matmuls(dtype, what, number)
                 call_patch_embed(dtype, number)
                 call_patch_embed(dtype, number, batch=48)  # large tiles fill a GPU
                 call_fp8(dtype)

@@ -53,7 +53,7 @@ MAY_SPILL = (  # (regular expression, why nothing better is known)
 )
 
 
-def run(triton: str, script: Path, *arguments: str) -> str:
+def run_script(triton: str, script: Path, *arguments: str) -> str:
     """What a script prints. One process cannot both interpret and compile, so it is another one."""
     python = TRITONS[triton]
     if not python:
@@ -67,7 +67,7 @@ def run(triton: str, script: Path, *arguments: str) -> str:
 
 
 def compile_for(triton: str, target: str, folder: Path) -> dict:
-    run(triton, SCRIPT, "--quick", "--targets", target, "--output", str(folder / triton))
+    run_script(triton, SCRIPT, "--quick", "--targets", target, "--output", str(folder / triton))
     return json.loads((folder / triton / f"{target}.json").read_text())
 
 
@@ -146,7 +146,7 @@ def test_every_rule_of_the_tuning_table_is_compiled(reports):
 @pytest.mark.parametrize("triton", TRITONS)
 def test_kernels_go_through_tritons_launcher(triton, reports):
     """Written because Triton 3.6 launched none of attention's kernels, which the interpreter and the reports took."""
-    launched = json.loads(run(triton, SCRIPT.with_name("launch_kernels.py")).splitlines()[-1])
+    launched = json.loads(run_script(triton, SCRIPT.with_name("launch_kernels.py")).splitlines()[-1])
     compiled = reports[triton, "sm_90"].result()["rules"]
     missing = [str(tuning.TABLE[index][:4]) for index in compiled if index not in launched]
     assert not missing, "rules of the tuning table that sm_90 takes, and that no call selects"
