@@ -245,11 +245,11 @@ def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def limit_memory(pictures: int, from_step: int = 0) -> None:
+def limit_memory(images: int, from_step: int = 0) -> None:
     """PyTorch's own error where a batch has more than `pictures`, from a step on."""
 
     def allocate(trainer, model, inputs, *args):
-        if trainer.state.global_step >= from_step and len(inputs["labels"]) > pictures:
+        if trainer.state.global_step >= from_step and len(inputs["labels"]) > images:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.")
 
     FineTuner.training_step = run_before(FineTuner.training_step, allocate)
@@ -266,8 +266,8 @@ def send_signal_to_all_at(step: int) -> None:
     FineTuner.training_step = run_before(FineTuner.training_step, send)
 
 
-def interrupt_with_limited_memory(pictures: int, step: int) -> None:
-    limit_memory(pictures)
+def interrupt_with_limited_memory(images: int, step: int) -> None:
+    limit_memory(images)
     send_signal_at(signal.SIGTERM, step, "training_step")
 
 

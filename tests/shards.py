@@ -11,8 +11,8 @@ def write_shard(path: Path, samples: list[tuple[str, bytes, bytes]], extension: 
     """samples: (name, picture, label), as bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, picture, label in samples:
-            for suffix, data in (("png", picture), (extension, label)):
+        for name, image, label in samples:
+            for suffix, data in (("png", image), (extension, label)):
                 entry = tarfile.TarInfo(f"{name}.{suffix}")
                 entry.size = len(data)
                 tar.addfile(entry, io.BytesIO(data))

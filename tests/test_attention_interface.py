@@ -19,8 +19,8 @@ from fastvit.models.attention_interface import attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-PICTURES = {**SMALL, "image_size": 28, "patch_size": 14}
-VIDEOS = {**PICTURES, "num_frames": 4, "tubelet_size": 2}
+IMAGES = {**SMALL, "image_size": 28, "patch_size": 14}
+VIDEOS = {**IMAGES, "num_frames": 4, "tubelet_size": 2}
 VJEPA2 = {"crop_size": 28, "patch_size": 14, "frames_per_clip": 4, "hidden_size": 64, "num_hidden_layers": 1}
 VJEPA2 |= {"num_attention_heads": 2, "mlp_ratio": 1, "pred_hidden_size": 32, "pred_num_attention_heads": 2}
 VJEPA2 |= {"pred_num_hidden_layers": 1, "pred_num_mask_tokens": 1}
@@ -57,26 +57,26 @@ def model_of(name: str, options: dict, config: str = "", **more):
 
 # name -> (what it is given, model)
 MODELS = {
-    "ViT": ("pictures", partial(model_of, "ViTModel", PICTURES)),
-    "DeiT": ("pictures", partial(model_of, "DeiTModel", PICTURES)),
-    "ViTMAE": ("pictures", partial(model_of, "ViTMAEModel", PICTURES, mask_ratio=0.0)),
-    "ViTMSN": ("pictures", partial(model_of, "ViTMSNModel", PICTURES)),
-    "I-JEPA": ("pictures", partial(model_of, "IJepaModel", PICTURES)),
-    "BEiT": ("pictures", partial(model_of, "BeitModel", PICTURES, use_relative_position_bias=True)),
-    "DINOv2": ("pictures", partial(model_of, "Dinov2Model", PICTURES, mlp_ratio=2)),
-    "DINOv2 with registers": ("pictures", partial(model_of, "Dinov2WithRegistersModel", PICTURES, mlp_ratio=2)),
-    "DINOv3 ViT": ("pictures", partial(model_of, "DINOv3ViTModel", PICTURES)),
+    "ViT": ("images", partial(model_of, "ViTModel", IMAGES)),
+    "DeiT": ("images", partial(model_of, "DeiTModel", IMAGES)),
+    "ViTMAE": ("images", partial(model_of, "ViTMAEModel", IMAGES, mask_ratio=0.0)),
+    "ViTMSN": ("images", partial(model_of, "ViTMSNModel", IMAGES)),
+    "I-JEPA": ("images", partial(model_of, "IJepaModel", IMAGES)),
+    "BEiT": ("images", partial(model_of, "BeitModel", IMAGES, use_relative_position_bias=True)),
+    "DINOv2": ("images", partial(model_of, "Dinov2Model", IMAGES, mlp_ratio=2)),
+    "DINOv2 with registers": ("images", partial(model_of, "Dinov2WithRegistersModel", IMAGES, mlp_ratio=2)),
+    "DINOv3 ViT": ("images", partial(model_of, "DINOv3ViTModel", IMAGES)),
     "YOLOS": (
-        "pictures",
-        partial(model_of, "YolosModel", {**PICTURES, "image_size": [28, 28], "num_detection_tokens": 3}),
+        "images",
+        partial(model_of, "YolosModel", {**IMAGES, "image_size": [28, 28], "num_detection_tokens": 3}),
     ),
-    "DPT": ("pictures", partial(model_of, "DPTModel", PICTURES, backbone_out_indices=[0, 1, 1, 1])),
-    "CLIP vision": ("pictures", partial(model_of, "CLIPVisionModel", PICTURES)),
-    "SigLIP vision": ("pictures", partial(model_of, "SiglipVisionModel", PICTURES)),
+    "DPT": ("images", partial(model_of, "DPTModel", IMAGES, backbone_out_indices=[0, 1, 1, 1])),
+    "CLIP vision": ("images", partial(model_of, "CLIPVisionModel", IMAGES)),
+    "SigLIP vision": ("images", partial(model_of, "SiglipVisionModel", IMAGES)),
     "SigLIP 2 vision": ("patches", partial(model_of, "Siglip2VisionModel", SMALL, patch_size=14, num_patches=4)),
-    "AIMv2 vision": ("pictures", partial(model_of, "Aimv2VisionModel", PICTURES)),
-    "InternVL vision": ("pictures", partial(model_of, "InternVLVisionModel", {**PICTURES, "image_size": [28, 28]})),
-    "Pixtral vision": ("pictures", partial(model_of, "PixtralVisionModel", PICTURES)),
+    "AIMv2 vision": ("images", partial(model_of, "Aimv2VisionModel", IMAGES)),
+    "InternVL vision": ("images", partial(model_of, "InternVLVisionModel", {**IMAGES, "image_size": [28, 28]})),
+    "Pixtral vision": ("images", partial(model_of, "PixtralVisionModel", IMAGES)),
     "Qwen2.5-VL vision": (
         "grid",
         lambda: transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(
@@ -122,8 +122,8 @@ REFUSED = {
 }
 # Their blocks take no attention function, only a mask: they compute what they always do.
 IGNORED = {
-    "GIT": ("text", partial(model_of, "GitModel", TEXT, vision_config=PICTURES)),
-    "SAM vision": ("pictures", partial(model_of, "SamVisionModel", PICTURES, output_channels=16)),
+    "GIT": ("text", partial(model_of, "GitModel", TEXT, vision_config=IMAGES)),
+    "SAM vision": ("images", partial(model_of, "SamVisionModel", IMAGES, output_channels=16)),
 }
 # The kernel has one head dim for queries, keys and values; PyTorch's operation has not.
 NO_KERNEL = ("DeepSeek-V3",)
@@ -171,7 +171,7 @@ def inputs_for(given: str, padded: str = "") -> dict[str, torch.Tensor]:
     def noise(*shape):
         return torch.randn(shape, generator=generator).to(DEVICE)
 
-    if given == "pictures":
+    if given == "images":
         return {"pixel_values": noise(2, 3, 28, 28)}
     if given == "videos":
         return {"videos": noise(2, 4, 3, 28, 28)}
@@ -256,7 +256,7 @@ def test_models_that_need_more_are_an_error(name, backend):
 @pytest.mark.parametrize("backend", ["reference"])
 def test_a_model_that_takes_no_attention_function_refuses_the_name_or_ignores_it(backend, monkeypatch):
     model = build("SAM vision")
-    inputs = inputs_for("pictures")
+    inputs = inputs_for("images")
     expected = model(**inputs)[0]
     monkeypatch.setattr(ops, "attention", None)
     model.set_attn_implementation("fastvit")
@@ -324,7 +324,7 @@ def test_a_mask_is_not_dropped(backend):
 @BACKENDS
 def test_attention_maps_are_given_when_asked_for(backend):
     model = build("ViT")
-    inputs = inputs_for("pictures")
+    inputs = inputs_for("images")
     maps = {}
     for implementation in ("eager", "fastvit"):
         model.set_attn_implementation(implementation)
@@ -367,8 +367,8 @@ def test_what_is_not_supported_is_named(backend):
 
 @BACKENDS
 def test_our_own_model_takes_the_name(backend):
-    model = fastvit.ViTModel(transformers.ViTConfig(**PICTURES), add_pooling_layer=False).to(DEVICE).eval()
-    inputs = inputs_for("pictures")
+    model = fastvit.ViTModel(transformers.ViTConfig(**IMAGES), add_pooling_layer=False).to(DEVICE).eval()
+    inputs = inputs_for("images")
     expected = model(**inputs).last_hidden_state
     model.set_attn_implementation("fastvit")
     assert torch.equal(model(**inputs).last_hidden_state, expected)

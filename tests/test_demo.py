@@ -71,28 +71,28 @@ def url(model, asked_for, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory) -> Path:
+def image_path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("picture") / "leaf.png"
     leaves.draw_leaf("healthy", seed=3, size=48).save(path)
     return path
 
 
 @needs_gradio
-def test_answers_are_those_of_predict_with_a_map_of_attention(url, model, picture):
+def test_answers_are_those_of_predict_with_a_map_of_attention(url, model, image_path):
     from gradio_client import Client, handle_file
 
     client = Client(url, verbose=False)
-    answer, attention = client.predict(handle_file(str(picture)), api_name="/predict")
+    answer, attention = client.predict(handle_file(str(image_path)), api_name="/predict")
     found = {entry["label"]: entry["confidence"] for entry in answer["confidences"]}
     with Predictor(model, "cpu") as predictor:
-        expected = predictor(picture).probabilities
+        expected = predictor(image_path).probabilities
     assert found == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-5)
     shown = np.asarray(Image.open(attention).convert("RGB")).astype(int)
     assert shown.shape == (demo.MAP_SIDE, demo.MAP_SIDE, 3) and shown.std() > 5
 
 
 @needs_gradio
-def test_file_that_is_no_picture_is_said_to_be_none(url, tmp_path):
+def test_file_that_is_no_image_is_said_to_be_none(url, tmp_path):
     from gradio_client import Client, handle_file
 
     (tmp_path / "bad.png").write_bytes(b"no picture")
@@ -120,10 +120,10 @@ def test_page_is_served_to_this_machine_alone_and_asks_nobody(url, asked_for):
 
 
 @needs_gradio
-def test_dropped_picture_is_named_in_a_browser_without_a_network(browser: Browser, url, picture):  # noqa: F811
+def test_dropped_image_is_named_in_a_browser_without_a_network(browser: Browser, url, image_path):  # noqa: F811
     browser.open(url)
     browser.driver.implicitly_wait(20)
-    browser.driver.find_element("css selector", "input[type=file]").send_keys(str(picture))
+    browser.driver.find_element("css selector", "input[type=file]").send_keys(str(image_path))
     label = browser.driver.find_element("css selector", "[data-testid=label-output-value], .output-class")
     assert label.text in NAMES
     assert browser.driver.find_element("css selector", "[data-testid=detailed-image], .image-frame img")

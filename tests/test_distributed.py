@@ -139,7 +139,7 @@ def test_torchrun_starts_over_what_was_lost_before_its_first_checkpoint(together
     assert losses(tmp_path / "out") == losses(together / "out")
 
 
-def test_streamed_pictures_train_two_processes(tmp_path):
+def test_streamed_images_train_two_processes(tmp_path):
     make_shards(tmp_path / "shards", shards=2, per_shard=9, validation=7)
     argv = ["--data-dir", str(tmp_path / "shards"), "--streaming", "--from-scratch", "micro", "--image-size", "16"]
     argv += ["--patch-size", "8", "--cpu", "--max-steps", "6", "--eval-steps", "3", "--batch-size", "4"]
@@ -150,7 +150,7 @@ def test_streamed_pictures_train_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_evaluation_counts_every_picture_once(processes, tmp_path):
+def test_evaluation_counts_every_image_once(processes, tmp_path):
     sizes = [1, 2, 7, 8, 9, 15, 16, 17, 24, 25, 31, 47, 48, 49]  # batches of 8
     seen = launch(evaluate_sizes, sizes, str(tmp_path), logs=tmp_path / "logs", processes=processes)
     for rank in range(processes):

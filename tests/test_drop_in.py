@@ -255,15 +255,15 @@ def image_processor():
 
 
 @pytest.fixture
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
-def test_image_classification_pipeline(model, image_processor, pictures, folder):
-    answers = transformers.pipeline("image-classification", model=model, image_processor=image_processor)(pictures)
+def test_image_classification_pipeline(model, image_processor, images, folder):
+    answers = transformers.pipeline("image-classification", model=model, image_processor=image_processor)(images)
     theirs = transformers.ViTForImageClassification.from_pretrained(folder)
-    expected = transformers.pipeline("image-classification", model=theirs, image_processor=image_processor)(pictures)
+    expected = transformers.pipeline("image-classification", model=theirs, image_processor=image_processor)(images)
     assert [[one["label"] for one in answer] for answer in answers] == [
         [one["label"] for one in answer] for answer in expected
     ]
@@ -271,11 +271,11 @@ def test_image_classification_pipeline(model, image_processor, pictures, folder)
         assert [a["score"] for a in answer] == pytest.approx([b["score"] for b in one], abs=1e-5)
 
 
-def test_pipeline_of_a_folder_once_registered(registered, folder, image_processor, pictures):
+def test_pipeline_of_a_folder_once_registered(registered, folder, image_processor, images):
     image_processor.save_pretrained(folder)
     pipe = transformers.pipeline("image-classification", model=str(folder), image_processor=image_processor)
     assert type(pipe.model) is fastvit.ViTForImageClassification
-    assert len(pipe(pictures, batch_size=2)) == 3
+    assert len(pipe(images, batch_size=2)) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_pipeline_of_a_folder_once_registered(registered, folder, image_processo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Pictures(torch.utils.data.Dataset):
+class PixelDataset(torch.utils.data.Dataset):
     def __init__(self, pixels):
         self.pixels = pixels
 
@@ -300,13 +300,13 @@ def test_trainer_takes_a_step_saves_and_resumes(model, pixels, tmp_path):
         output_dir=str(tmp_path), max_steps=1, save_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True
     )
     trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Pictures(pixels), eval_dataset=Pictures(pixels)
+        model=model, args=arguments, train_dataset=PixelDataset(pixels), eval_dataset=PixelDataset(pixels)
     )
     trainer.train()
     changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
     assert len(changed) == len(before)
     assert trainer.evaluate()["eval_loss"] > 0
-    assert trainer.predict(Pictures(pixels)).predictions.shape == (4, 3)
+    assert trainer.predict(PixelDataset(pixels)).predictions.shape == (4, 3)
     torch.testing.assert_close(load(tmp_path / "checkpoint-1")(pixels).logits, model.eval()(pixels).logits)
     arguments.max_steps = 2
     assert trainer.train(resume_from_checkpoint=True).global_step == 2

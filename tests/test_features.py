@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_mixed_sizes import CONFIG, DEVICE, pictures, small
+from test_mixed_sizes import CONFIG, DEVICE, make_images, small
 from test_modeling import pair, relative_error
 from torch import Tensor
 
@@ -20,7 +20,7 @@ WIDTH, BLOCKS = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
 
 
 def batch(size=(24, 40)) -> Tensor:
-    return torch.stack(pictures([size, size]))
+    return torch.stack(make_images([size, size]))
 
 
 def blocks_run(run) -> list[int]:
@@ -56,18 +56,20 @@ def test_features_are_the_tokens_of_the_backbone(model_class):
 
 def test_features_of_a_list():
     model = small(fastvit.ViTForImageClassification).eval()
-    features = model.forward_features(pictures(SIZES))
+    features = model.forward_features(make_images(SIZES))
     assert features.grid == GRIDS
     assert features.cls_token.shape == features.mean.shape == (3, WIDTH)
-    for index, picture in enumerate(pictures(SIZES)):
-        own = model.forward_features(picture[None])
+    for index, image in enumerate(make_images(SIZES)):
+        own = model.forward_features(image[None])
         for name in ("tokens", "patch_tokens", "patch_map", "cls_token", "mean"):
             found, expected = getattr(features, name)[index], getattr(own, name)[0]
             assert found.shape == expected.shape and relative_error(found, expected) < 1e-5, name
-        assert relative_error(model.classifier(features.cls_token)[index], model(pictures(SIZES)).logits[index]) < 1e-5
+        assert (
+            relative_error(model.classifier(features.cls_token)[index], model(make_images(SIZES)).logits[index]) < 1e-5
+        )
 
 
-@pytest.mark.parametrize("given", [batch(), pictures(SIZES)], ids=["batch", "list"])
+@pytest.mark.parametrize("given", [batch(), make_images(SIZES)], ids=["batch", "list"])
 def test_the_class_token_alone_costs_no_whole_last_block(given):
     model = small(fastvit.ViTModel).eval()
     whole = model.forward_features(given)
@@ -92,7 +94,7 @@ def test_other_arguments_of_the_model_are_passed_on():
 
 def test_intermediate_layers_equal_transformers_hidden_states(tmp_path):
     ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
-    pixels = torch.stack([picture.cpu() for picture in pictures([(32, 32)] * 2)])
+    pixels = torch.stack([image.cpu() for image in make_images([(32, 32)] * 2)])
     states = theirs(pixels, output_hidden_states=True).hidden_states
     assert isinstance(theirs, transformers.ViTForImageClassification) and len(states) == 4
     for norm in (True, False):
@@ -105,7 +107,7 @@ def test_intermediate_layers_equal_transformers_hidden_states(tmp_path):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("given", [batch(), pictures(SIZES)], ids=["batch", "list"])
+@pytest.mark.parametrize("given", [batch(), make_images(SIZES)], ids=["batch", "list"])
 def test_every_form_of_intermediate_layers(given, norm):
     model = small(fastvit.ViTModel).eval()
     states = model(given, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
@@ -133,7 +135,7 @@ def test_blocks_after_the_last_asked_for_are_not_computed():
 
 def test_gradients_flow_through_features():
     model = small(fastvit.ViTForImageClassification)
-    for given in (batch(), pictures(SIZES)):
+    for given in (batch(), make_images(SIZES)):
         features = model.forward_features(given)
         (first,) = model.get_intermediate_layers(given, [0], return_class_token=True)
         (features.mean.square().sum() + features.cls_token.square().sum() + first[1].square().sum()).backward()

@@ -105,11 +105,11 @@ def test_best_checkpoint_is_the_model_that_is_saved(finished_run):
 
 
 def test_result_is_loaded_by_the_transformers_pipeline(finished_run):
-    out, picture = finished_run / "out", finished_run / "pictures" / "test" / "bean_rust" / "0.png"
+    out, image = finished_run / "out", finished_run / "pictures" / "test" / "bean_rust" / "0.png"
     pipe = transformers.pipeline("image-classification", str(out), device="cpu")
-    answer = {entry["label"]: entry["score"] for entry in pipe(str(picture))}
+    answer = {entry["label"]: entry["score"] for entry in pipe(str(image))}
     assert answer.keys() == set(leaves.CLASSES)
-    pixels = torch.from_numpy(np.array(Image.open(picture).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)))[
+    pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)))[
         None
     ]
     ours = fastvit.ViTForImageClassification.from_pretrained(out)
@@ -125,11 +125,11 @@ def test_config_file_of_a_run_repeats_it_bit_for_bit(finished_run, tmp_path):
 
 
 def test_predict_names_the_classes(finished_run, capsys):
-    pictures = [str(finished_run / "pictures" / "test" / name / "0.png") for name in leaves.CLASSES]
-    assert cli.main(["predict", str(finished_run / "out"), *pictures, "--top", "2", "--device", "cpu"]) == 0
+    images = [str(finished_run / "pictures" / "test" / name / "0.png") for name in leaves.CLASSES]
+    assert cli.main(["predict", str(finished_run / "out"), *images, "--top", "2", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == pictures[0] and len(printed) == 9
-    assert cli.main(["predict", str(finished_run / "out"), pictures[0], "--json", "--device", "cpu"]) == 0
+    assert printed[0] == images[0] and len(printed) == 9
+    assert cli.main(["predict", str(finished_run / "out"), images[0], "--json", "--device", "cpu"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert abs(sum(entry["probability"] for entry in answer["classes"]) - 1) < 1e-4
 
@@ -144,9 +144,9 @@ def test_evaluate_repeats_the_runs_own_metrics(finished_run, capsys):
 
 
 def test_attention_draws_a_sheet(finished_run, tmp_path):
-    picture = str(finished_run / "pictures" / "test" / "bean_rust" / "0.png")
+    image = str(finished_run / "pictures" / "test" / "bean_rust" / "0.png")
     sheet = tmp_path / "map.png"
-    assert cli.main(["attention", str(finished_run / "out"), picture, "-o", str(sheet), "--device", "cpu"]) == 0
+    assert cli.main(["attention", str(finished_run / "out"), image, "-o", str(sheet), "--device", "cpu"]) == 0
     assert min(Image.open(sheet).size) > 100
 
 
@@ -326,8 +326,8 @@ def broken(kind: str, root: Path) -> list[str]:
             leaves.draw_leaf("healthy", seed=seed, size=24).save(root / f"{seed}.png")
     else:
         make_folder(root)
-        picture = root / "healthy" / "0.png"
-        picture.write_bytes(b"not an image" if kind == "no image" else picture.read_bytes()[:300])
+        image = root / "healthy" / "0.png"
+        image.write_bytes(b"not an image" if kind == "no image" else image.read_bytes()[:300])
     return ["--data-dir", str(root)]
 
 
@@ -343,7 +343,7 @@ def broken(kind: str, root: Path) -> list[str]:
         ("truncated", "0.png: cannot be decoded"),
     ],
 )
-def test_wrong_pictures_are_one_clear_line_and_leave_nothing(kind, message, tmp_path, capsys):
+def test_wrong_images_are_one_clear_line_and_leave_nothing(kind, message, tmp_path, capsys):
     options = broken(kind, tmp_path / "pictures")
     assert main([*options, "--output-dir", "out", *TINY, *SHORT]) == 2
     captured = capsys.readouterr()
@@ -352,7 +352,7 @@ def test_wrong_pictures_are_one_clear_line_and_leave_nothing(kind, message, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_pictures_are_skipped_and_counted_when_asked(tmp_path, capsys):
+def test_bad_images_are_skipped_and_counted_when_asked(tmp_path, capsys):
     options = broken("no image", tmp_path / "pictures")
     assert main([*options, "--output-dir", "out", *TINY, *SHORT, "--skip-bad-images"]) == 0
     printed = capsys.readouterr().out
@@ -478,6 +478,6 @@ def test_vit_base_goes_the_whole_way_on_beans_photographs(tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(ours(pixels).logits, theirs(pixels).logits, rtol=1e-4, atol=1e-5)
     capsys.readouterr()
-    picture = next((Path(BEANS) / "validation" / "healthy").glob("*.jpg"))
-    assert cli.main(["predict", "out", str(picture), "--device", "cpu"]) == 0
+    image = next((Path(BEANS) / "validation" / "healthy").glob("*.jpg"))
+    assert cli.main(["predict", "out", str(image), "--device", "cpu"]) == 0
     assert "healthy" in capsys.readouterr().out

@@ -257,7 +257,7 @@ def test_exif_orientation_is_applied(orientation):
     assert np.array_equal(decode_image(encoded(stored, "PNG", exif=exif)), upright)
 
 
-def test_broken_exif_does_not_take_the_picture_away():
+def test_broken_exif_does_not_take_the_image_away():
     image = Image.new("RGB", (8, 4), (200, 30, 40))
     for exif in (b"Exif\0\0II*\0garbage", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0MM\0*\xff\xff\xff\xff"):
         assert decode_image(encoded(image, "JPEG", exif=exif)).size == (8, 4)
@@ -283,7 +283,7 @@ def test_a_decompression_bomb_is_refused_before_memory_is_taken(tmp_path):
     ],
     ids=["zero bytes", "text", "eps", "truncated png", "truncated jpeg", "no width", "no pixels"],
 )
-def test_what_is_no_picture_is_told_with_its_name(data, message, tmp_path):
+def test_what_is_no_image_is_told_with_its_name(data, message, tmp_path):
     (tmp_path / "a.png").write_bytes(data)
     with pytest.raises(InputError, match=rf"a\.png: {message}"):
         decode_image(tmp_path / "a.png")
@@ -327,9 +327,9 @@ STRANGE = [
 
 def test_file_names_do_not_matter(tmp_path):
     root = make_folder(tmp_path / "[pictures]::*\n1")
-    picture = (root / "healthy" / "0.png").read_bytes()
+    image = (root / "healthy" / "0.png").read_bytes()
     for name in [*map(os.fsencode, STRANGE), b"not \xff\xfe text.png"]:
-        Path(os.fsdecode(os.fsencode(root / "healthy") + b"/" + name)).write_bytes(picture)
+        Path(os.fsdecode(os.fsencode(root / "healthy") + b"/" + name)).write_bytes(image)
     images = load_images(data_dir=root, validation_fraction=0)
     assert images.count_labels()["train"].tolist() == [4, 4, 4 + len(STRANGE) + 1]
     for index in range(len(images.splits["train"])):
@@ -389,7 +389,7 @@ def test_splits_are_found_and_what_lies_beside_them_is_told(tmp_path):
         load_images(data_dir=tmp_path / "pictures")
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "broken link": lambda path: path.symlink_to("nowhere.png"),
     "circle": lambda path: path.symlink_to(path.name),
     "pipe": os.mkfifo,
@@ -400,10 +400,10 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_PICTURES)
-def test_a_bad_picture_stops_a_run_before_anything_is_written(kind, tmp_path, capsys):
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_a_bad_image_stops_a_run_before_anything_is_written(kind, tmp_path, capsys):
     root = make_folder(tmp_path / "pictures")
-    BAD_PICTURES[kind](root / "healthy" / "00\nbad.png")
+    BAD_IMAGES[kind](root / "healthy" / "00\nbad.png")
     assert main(["--data-dir", str(root), "--output-dir", "out", *TINY]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("error: ") and "00\\nbad.png: " in line
@@ -415,7 +415,7 @@ def finished_run(tmp_path_factory):
     """A run over a folder that has every kind of bad picture first in a class, with --skip-bad-images."""
     root = tmp_path_factory.mktemp("run")
     make_folder(root / "pictures", per_class=6)
-    for number, make in enumerate(BAD_PICTURES.values()):
+    for number, make in enumerate(BAD_IMAGES.values()):
         make(root / "pictures" / "healthy" / f"!{number}.png")
     # Drawn for validation or not, in training there are 6 good ones or fewer behind the bad ones.
     options = ["--data-dir", str(root / "pictures"), "--output-dir", str(root / "out"), "--skip-bad-images"]
@@ -426,14 +426,14 @@ def finished_run(tmp_path_factory):
     return root
 
 
-def test_bad_pictures_are_left_out_and_counted_when_asked(finished_run):
+def test_bad_images_are_left_out_and_counted_when_asked(finished_run):
     printed = (finished_run / "printed.txt").read_text()
     lines = [line for line in printed.splitlines() if line.startswith("  /")]
-    assert len(lines) == len(BAD_PICTURES) and "pictures skipped" in printed
+    assert len(lines) == len(BAD_IMAGES) and "pictures skipped" in printed
     assert (finished_run / "out" / "examples.png").is_file()
 
 
-def test_predict_names_the_good_pictures_and_tells_of_the_bad(finished_run, tmp_path, capsys):
+def test_predict_names_the_good_images_and_tells_of_the_bad(finished_run, tmp_path, capsys):
     leaves.draw_leaf("healthy", seed=1, size=24).save(tmp_path / "good\n1.png")
     (tmp_path / "bad.png").write_bytes(b"")
     command = ["predict", str(finished_run / "out"), "bad.png", "good\n1.png", "missing.png", "--device", "cpu"]
@@ -448,15 +448,15 @@ def test_predict_names_the_good_pictures_and_tells_of_the_bad(finished_run, tmp_
     assert json.loads(capsys.readouterr().out)["image"] == "good\n1.png"
 
 
-def test_evaluate_leaves_bad_pictures_out_when_asked(finished_run, capsys):
+def test_evaluate_leaves_bad_images_out_when_asked(finished_run, capsys):
     command = ["evaluate", str(finished_run / "out"), "--data-dir", str(finished_run / "pictures"), "--device", "cpu"]
     assert cli.main(command) == 2
     assert "!0.png: " in capsys.readouterr().err.splitlines()[-1]
     assert cli.main([*command, "--skip-bad-images"]) == 0
-    assert f"on 18 pictures, {len(BAD_PICTURES)} skipped" in capsys.readouterr().out
+    assert f"on 18 pictures, {len(BAD_IMAGES)} skipped" in capsys.readouterr().out
     assert cli.main([*command, "--skip-bad-images", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["skipped"] == len(BAD_PICTURES) and np.sum(found["confusion"]) == 18
+    assert found["skipped"] == len(BAD_IMAGES) and np.sum(found["confusion"]) == 18
 
 
 def test_what_is_shown_stays_on_its_line():
@@ -767,7 +767,7 @@ BAD_PROCESSORS = [
 @pytest.mark.parametrize(
     "change", BAD_PROCESSORS, ids=lambda change: escape_unprintable(str(next(iter(change.items()))))
 )
-def test_picture_settings_that_cannot_be_are_refused(change, good, model, capsys):
+def test_image_settings_that_cannot_be_are_refused(change, good, model, capsys):
     change_json(model / "preprocessor_config.json", **change)
     with pytest.raises(
         InputError, match=r"preprocessor_config\.json: |image processor: expected pictures of \(16, 16\)"
@@ -775,7 +775,7 @@ def test_picture_settings_that_cannot_be_are_refused(change, good, model, capsys
         load_fitting_preprocessor(model)
 
 
-def test_picture_settings_set_nothing_but_numbers(model):
+def test_image_settings_set_nothing_but_numbers(model):
     change_json(model / "preprocessor_config.json", preprocess=3, device="cuda", data_format="channels_last")
     pixels = load_fitting_preprocessor(model)(Image.new("RGB", (9, 9), "white"))
     assert pixels.shape == (16, 16, 3) and (pixels == 255).all()
@@ -794,10 +794,10 @@ def test_every_command_refuses_a_bad_checkpoint_and_writes_nothing(command, faul
     else:
         (model / "config.json").write_text("[" * 10**5)
     make_folder(tmp_path / "pictures", per_class=2)
-    picture = str(tmp_path / "pictures" / "healthy" / "0.png")
+    image = str(tmp_path / "pictures" / "healthy" / "0.png")
     commands = {
-        "predict": ["predict", str(model), picture, "--device", "cpu"],
-        "attention": ["attention", str(model), picture, "-o", "out", "--device", "cpu"],
+        "predict": ["predict", str(model), image, "--device", "cpu"],
+        "attention": ["attention", str(model), image, "-o", "out", "--device", "cpu"],
         "evaluate": ["evaluate", str(model), "--data-dir", "pictures", "--device", "cpu"],
         "convert": ["convert", str(model), "out"],
         "finetune": ["finetune", "--model", str(model), "--data-dir", "pictures", "--output-dir", "out", *SHORT],
@@ -988,7 +988,7 @@ def cases(**fields):
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[bytes]:
+def encoded_images() -> list[bytes]:
     """A valid file of each format and of the modes that are decoded in another way."""
     leaf = leaves.draw_leaf("bean_rust", seed=1, size=40)
     exif = Image.Exif()
@@ -1023,13 +1023,13 @@ def check_decoding(data: bytes) -> None:
     assert image.mode == "RGB" and min(image.size) > 0
 
 
-def test_fuzzed_pictures_are_decoded_or_refused(pictures):
+def test_fuzzed_images_are_decoded_or_refused(encoded_images):
     @fuzzing(8)
     @given(drawn=cases(which=place, changes=mutations, sums=st.booleans()))
     def check(drawn):
         changed = []
         for case in drawn:
-            data = mutated(pictures[case["which"] % len(pictures)], case["changes"])
+            data = mutated(encoded_images[case["which"] % len(encoded_images)], case["changes"])
             changed.append(with_right_sums(data) if case["sums"] and data.startswith(b"\x89PNG") else data)
         assert_civil([partial(check_decoding, data) for data in changed])
 

@@ -308,16 +308,16 @@ def test_config_file_repeats_the_run(finished, tmp_path):
     check_same(tmp_path, finished.folder)
 
 
-def test_pictures_draw_their_random_numbers_for_themselves():
-    pictures = np.random.default_rng(0).integers(0, 256, (6, 18, 18, 3), dtype=np.uint8)
-    images = ImageSet(ImageCache(pictures, {}), range(6), Augment((16, 16)), seed=3)
+def test_images_draw_their_random_numbers_for_themselves():
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 18, 18, 3), dtype=np.uint8)
+    images = ImageSet(ImageCache(pixels, {}), range(6), Augment((16, 16)), seed=3)
     first = [images[index]["pixel_values"] for index in range(6)]
     before = torch.get_rng_state()
     assert all(torch.equal(images[index]["pixel_values"], first[index]) for index in (5, 0, 3))
     assert torch.equal(torch.get_rng_state(), before)
     images.set_epoch(1)
     assert not any(torch.equal(images[index]["pixel_values"], first[index]) for index in range(6))
-    other = ImageSet(ImageCache(pictures, {}), range(6), Augment((16, 16)), seed=4)
+    other = ImageSet(ImageCache(pixels, {}), range(6), Augment((16, 16)), seed=4)
     assert not any(torch.equal(other[index]["pixel_values"], first[index]) for index in range(6))
 
 
@@ -388,7 +388,7 @@ def test_folder_that_cannot_be_written_is_said_before_anything_is_read(finished,
     assert other.read_log() == f"error: --output-dir: cannot write in {tmp_path / 'out'}\n"
 
 
-def test_pictures_that_do_not_fit_the_disk_are_not_begun(tmp_path, monkeypatch):
+def test_images_that_do_not_fit_the_disk_are_not_begun(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10_000))
     with pytest.raises(InputError, match=r"0\.0 GiB are free; FASTVIT_CACHE_DIR names another folder"):
@@ -448,18 +448,18 @@ def test_batch_that_was_found_is_kept_by_resume(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "pictures", "advice"),
+    ("options", "images", "advice"),
     [
         ([], 4, "try --auto-batch, a smaller --batch-size, --gradient-checkpointing or a smaller --image-size"),
         (["--auto-batch"], 1, "try --gradient-checkpointing or a smaller --image-size"),
     ],
     ids=["not asked for", "one picture is too much"],
 )
-def test_memory_that_is_too_small_is_one_clear_line(options, pictures, advice, finished, tmp_path):
-    run = Run(tmp_path, *options, fault=fault.limit_memory, fault_args=(pictures - 1, 3))
+def test_memory_that_is_too_small_is_one_clear_line(options, images, advice, finished, tmp_path):
+    run = Run(tmp_path, *options, fault=fault.limit_memory, fault_args=(images - 1, 3))
     assert run.wait() == 2, run.read_log()
     last = run.read_log().splitlines()[-1]
-    assert last.startswith(f"error: training: out of memory with {pictures} picture(s) a batch after step")
+    assert last.startswith(f"error: training: out of memory with {images} picture(s) a batch after step")
     assert advice in last and "out/checkpoint-2 is whole: the same command with --resume goes on from it" in last
 
 

@@ -23,25 +23,25 @@ def test_classes_are_those_of_the_beans_data_set_in_its_order():
 
 @pytest.mark.parametrize("label", CLASSES)
 @pytest.mark.parametrize("size", [16, 64, 65, 224])
-def test_picture_has_the_asked_size_and_mode(label, size):
-    picture = draw_leaf(label, seed=3, size=size)
-    assert picture.mode == "RGB"
-    assert picture.size == (size, size)
+def test_image_has_the_asked_size_and_mode(label, size):
+    image = draw_leaf(label, seed=3, size=size)
+    assert image.mode == "RGB"
+    assert image.size == (size, size)
 
 
 @pytest.mark.parametrize("label", CLASSES)
-def test_same_label_and_seed_give_the_same_picture(label):
+def test_same_label_and_seed_give_the_same_image(label):
     assert np.array_equal(pixels(label, 7), pixels(label, 7))
 
 
 @pytest.mark.parametrize("label", CLASSES)
-def test_other_seed_gives_another_picture(label):
+def test_other_seed_gives_another_image(label):
     assert np.abs(pixels(label, 7) - pixels(label, 8)).mean() > 5
 
 
 @pytest.mark.parametrize("label", CLASSES)
 @pytest.mark.parametrize("seed", range(5))
-def test_picture_is_the_same_at_any_size_up_to_resampling(label, seed):
+def test_image_is_the_same_at_any_size_up_to_resampling(label, seed):
     large = np.asarray(draw_leaf(label, seed=seed, size=256).reduce(4)).astype(np.float32)
     small = pixels(label, seed, 64)
     other_leaf = pixels(label, seed + 100, 64)
@@ -92,9 +92,9 @@ def test_angular_spots_are_larger_and_fewer_than_pustules():
 
 @pytest.mark.parametrize("num_images", [0, 1, 30, 100])
 def test_generated_classes_are_balanced(num_images):
-    pictures, labels = draw_leaves(num_images, image_size=16)
-    assert pictures.shape == (num_images, 16, 16, 3)
-    assert pictures.dtype == np.uint8
+    images, labels = draw_leaves(num_images, image_size=16)
+    assert images.shape == (num_images, 16, 16, 3)
+    assert images.dtype == np.uint8
     assert labels.shape == (num_images,)
     assert labels.dtype == np.int64
     counts = np.bincount(labels, minlength=3)
@@ -113,15 +113,15 @@ def test_generated_data_set_is_the_same_for_the_same_seed():
     assert np.array_equal(first[1], second[1])
 
 
-def test_no_two_generated_pictures_are_equal_within_or_between_seeds():
-    pictures = np.concatenate([draw_leaves(60, image_size=16, seed=seed)[0] for seed in range(3)])
-    assert len({picture.tobytes() for picture in pictures}) == 180
+def test_no_two_generated_images_are_equal_within_or_between_seeds():
+    images = np.concatenate([draw_leaves(60, image_size=16, seed=seed)[0] for seed in range(3)])
+    assert len({image.tobytes() for image in images}) == 180
 
 
 def test_mean_colour_does_not_give_the_class_away():
     def mean_colours(seed: int) -> tuple[np.ndarray, np.ndarray]:
-        pictures, labels = draw_leaves(600, image_size=16, seed=seed)
-        means = pictures.reshape(600, -1, 3).mean(axis=1) / 255
+        images, labels = draw_leaves(600, image_size=16, seed=seed)
+        means = images.reshape(600, -1, 3).mean(axis=1) / 255
         return np.hstack([means, means**2, np.ones((600, 1))]), labels
 
     features, labels = mean_colours(0)

@@ -41,7 +41,7 @@ def small(model_class, **config) -> nn.Module:
     return model
 
 
-def pictures(sizes=SIZES) -> list[Tensor]:
+def make_images(sizes=SIZES) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(3, *size, generator=generator).to(DEVICE) for size in sizes]
 
@@ -61,15 +61,15 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor],
             assert relative_error(found[name], gradient) < tolerance, name
 
 
-def alone(model: nn.Module, picture: Tensor, **options):
-    return model(picture[None], interpolate_pos_encoding=True, **options)
+def alone(model: nn.Module, image: Tensor, **options):
+    return model(image[None], interpolate_pos_encoding=True, **options)
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_classifier_and_every_gradient_equal_each_picture_alone(attn_implementation):
+def test_classifier_and_every_gradient_equal_each_image_alone(attn_implementation):
     model = small(fastvit.ViTForImageClassification, attn_implementation=attn_implementation)
-    outputs = model(pictures(), labels=LABELS)
-    logits = torch.cat([alone(model, picture).logits for picture in pictures()])
+    outputs = model(make_images(), labels=LABELS)
+    logits = torch.cat([alone(model, image).logits for image in make_images()])
     loss = F.cross_entropy(logits, LABELS)
     assert relative_error(outputs.logits, logits) < 1e-5
     assert relative_error(outputs.loss, loss) < 1e-5
@@ -77,27 +77,27 @@ def test_classifier_and_every_gradient_equal_each_picture_alone(attn_implementat
 
 
 @needs_triton
-def test_kernels_give_what_each_picture_gives_alone():
+def test_kernels_give_what_each_image_gives_alone():
     """Outputs and gradients of the packed kernels beside plain PyTorch on one picture after the other."""
-    model, given = small(fastvit.ViTForImageClassification, **TINY), pictures(TINY_SIZES)
+    model, given = small(fastvit.ViTForImageClassification, **TINY), make_images(TINY_SIZES)
     with fastvit.backend("triton"):
         found = model(given, labels=LABELS[:3])
         found_gradients = gradients_of(model, found.loss)
     with fastvit.backend("reference"):
-        logits = torch.cat([alone(model, picture).logits for picture in given])
+        logits = torch.cat([alone(model, image).logits for image in given])
     assert relative_error(found.logits, logits) < 1e-5
     assert_same_gradients(found_gradients, gradients_of(model, F.cross_entropy(logits, LABELS[:3])))
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_backbone_gives_the_tokens_of_each_picture(attn_implementation):
+def test_backbone_gives_the_tokens_of_each_image(attn_implementation):
     model = small(fastvit.ViTModel, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
-        outputs = model(pictures(), output_hidden_states=True, output_attentions=True)
-        plain = model(pictures())
-        class_tokens = model(pictures(), class_token_only=True)
-        for index, picture in enumerate(pictures()):
-            expected = alone(model, picture, output_hidden_states=True, output_attentions=True)
+        outputs = model(make_images(), output_hidden_states=True, output_attentions=True)
+        plain = model(make_images())
+        class_tokens = model(make_images(), class_token_only=True)
+        for index, image in enumerate(make_images()):
+            expected = alone(model, image, output_hidden_states=True, output_attentions=True)
             for found in (outputs, plain):
                 assert found.last_hidden_state[index].shape == expected.last_hidden_state[0].shape
                 assert relative_error(found.last_hidden_state[index], expected.last_hidden_state[0]) < 1e-5
@@ -114,8 +114,8 @@ def test_backbone_gives_the_tokens_of_each_picture(attn_implementation):
 
 def test_hidden_states_by_index_are_lists_too():
     model = small(fastvit.ViTModel).eval()
-    every = model(pictures(), output_hidden_states=True).hidden_states
-    some = model(pictures(), output_hidden_states=[1, -1]).hidden_states
+    every = model(make_images(), output_hidden_states=True).hidden_states
+    some = model(make_images(), output_hidden_states=[1, -1]).hidden_states
     assert [states is None for states in some] == [True, False, True, False]
     for found, expected in zip(some[1] + some[3], every[1] + every[3], strict=True):
         torch.testing.assert_close(found, expected)
@@ -123,11 +123,11 @@ def test_hidden_states_by_index_are_lists_too():
 
 def test_gradients_reach_every_output_of_the_backbone():
     model = small(fastvit.ViTModel)
-    outputs = model(pictures(), output_hidden_states=[2])
+    outputs = model(make_images(), output_hidden_states=[2])
     found = sum(own.square().mean() for own in (*outputs.last_hidden_state, *outputs.hidden_states[2]))
     expected = 0
-    for index, picture in enumerate(pictures()):
-        own = alone(model, picture, output_hidden_states=[2])
+    for index, image in enumerate(make_images()):
+        own = alone(model, image, output_hidden_states=[2])
         expected += own.last_hidden_state.square().mean() + own.hidden_states[2].square().mean()
         expected += own.pooler_output[0, index]
         found += outputs.pooler_output[index, index]
@@ -136,12 +136,12 @@ def test_gradients_reach_every_output_of_the_backbone():
 
 def test_the_last_block_runs_for_class_tokens_alone(monkeypatch):
     model = small(fastvit.ViTForImageClassification)
-    whole = model(pictures(), labels=LABELS, output_hidden_states=True)
+    whole = model(make_images(), labels=LABELS, output_hidden_states=True)
     seen, operation = [], ops.add_layer_norm_feed_forward
     monkeypatch.setattr(
         ops, "add_layer_norm_feed_forward", lambda x, *rest: seen.append(x.shape) or operation(x, *rest)
     )
-    short = model(pictures(), labels=LABELS)
+    short = model(make_images(), labels=LABELS)
     assert len(seen) == CONFIG["num_hidden_layers"] and seen[-1] == (len(SIZES), 1, CONFIG["hidden_size"])
     assert relative_error(short.logits, whole.logits) < 1e-5
     assert_same_gradients(gradients_of(model, short.loss), gradients_of(model, whole.loss))
@@ -150,11 +150,11 @@ def test_the_last_block_runs_for_class_tokens_alone(monkeypatch):
 def test_patches_that_are_not_square():
     model = small(fastvit.ViTForImageClassification, patch_size=[8, 4], image_size=[24, 16]).eval()
     sizes = [(24, 16), (16, 24), (8, 4), (31, 19)]
-    expected = torch.cat([alone(model, picture).logits for picture in pictures(sizes)])
-    assert relative_error(model(pictures(sizes)).logits, expected) < 1e-5
+    expected = torch.cat([alone(model, image).logits for image in make_images(sizes)])
+    assert relative_error(model(make_images(sizes)).logits, expected) < 1e-5
 
 
-def test_layouts_and_dtypes_may_differ_from_picture_to_picture():
+def test_layouts_and_dtypes_may_differ_from_image_to_image():
     model = small(fastvit.ViTForImageClassification).eval()
     raw = torch.randint(0, 256, (3, 24, 40), dtype=torch.uint8, device=DEVICE)
     floating = (raw / 255 - 0.5) / 0.5
@@ -165,10 +165,10 @@ def test_layouts_and_dtypes_may_differ_from_picture_to_picture():
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_pictures_of_one_size_are_stacked(count, monkeypatch):
+def test_images_of_one_size_are_stacked(count, monkeypatch):
     monkeypatch.setattr(varlen, "pack", lambda *arguments: pytest.fail("a batch like any other needs no packing"))
     model = small(fastvit.ViTModel).eval()
-    batch = torch.stack(pictures([(24, 40)] * count))
+    batch = torch.stack(make_images([(24, 40)] * count))
     found = model(tuple(batch), output_hidden_states=True, output_attentions=True)
     expected = model(batch, interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True)
     assert torch.equal(torch.stack(found.last_hidden_state), expected.last_hidden_state)
@@ -178,9 +178,9 @@ def test_pictures_of_one_size_are_stacked(count, monkeypatch):
             assert isinstance(states, list) and torch.equal(torch.stack(states), own)
 
 
-def test_pictures_of_the_configs_size_need_no_interpolation_to_be_equal():
+def test_images_of_the_configs_size_need_no_interpolation_to_be_equal():
     model = small(fastvit.ViTForImageClassification).eval()
-    batch = torch.stack(pictures([(32, 32)] * 3))
+    batch = torch.stack(make_images([(32, 32)] * 3))
     assert torch.equal(model(list(batch)).logits, model(batch).logits)
 
 
@@ -188,36 +188,36 @@ def test_dropout_acts_in_training_only():
     for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         model = small(fastvit.ViTForImageClassification, **{option: 0.5})
         torch.manual_seed(0)
-        assert relative_error(model(pictures()).logits, model(pictures()).logits) > 1e-3, option
+        assert relative_error(model(make_images()).logits, model(make_images()).logits) > 1e-3, option
         model.eval()
-        assert torch.equal(model(pictures()).logits, model(pictures()).logits)
+        assert torch.equal(model(make_images()).logits, model(make_images()).logits)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the method's name changes from transformers 5.2x on
 def test_gradient_checkpointing_changes_nothing(use_reentrant):
     model = small(fastvit.ViTForImageClassification).train()
-    expected = gradients_of(model, model(pictures(), labels=LABELS).loss)
+    expected = gradients_of(model, model(make_images(), labels=LABELS).loss)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.zero_grad()
-    model(pictures(), labels=LABELS).loss.backward()
+    model(make_images(), labels=LABELS).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
-def test_autocast_is_as_accurate_as_each_picture_alone():
+def test_autocast_is_as_accurate_as_each_image_alone():
     model = small(fastvit.ViTForImageClassification).eval()
     with torch.no_grad():
-        exact = copy.deepcopy(model).double()([picture.double() for picture in pictures()]).logits
+        exact = copy.deepcopy(model).double()([image.double() for image in make_images()]).logits
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
-            found = model(pictures()).logits
-            expected = torch.cat([alone(model, picture).logits for picture in pictures()])
+            found = model(make_images()).logits
+            expected = torch.cat([alone(model, image).logits for image in make_images()])
     assert found.dtype == expected.dtype
     assert relative_error(found, exact) <= 1.25 * relative_error(expected, exact)
 
 
 def test_a_compiled_model_takes_lists():
-    model, given = small(fastvit.ViTForImageClassification, **TINY), pictures(TINY_SIZES[1:])
+    model, given = small(fastvit.ViTForImageClassification, **TINY), make_images(TINY_SIZES[1:])
     compiled = torch.compile(model, backend="aot_eager")
     expected = gradients_of(model, model(given, labels=LABELS[:2]).loss)
     assert_same_gradients(gradients_of(model, compiled(given, labels=LABELS[:2]).loss), expected)
@@ -225,7 +225,7 @@ def test_a_compiled_model_takes_lists():
 
 @needs_triton
 def test_kernels_compile_as_one_graph():
-    model, given = small(fastvit.ViTForImageClassification, **TINY).eval(), pictures(TINY_SIZES[1:])
+    model, given = small(fastvit.ViTForImageClassification, **TINY).eval(), make_images(TINY_SIZES[1:])
     with fastvit.backend("triton"), torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(given).logits, model(given).logits)
@@ -233,13 +233,13 @@ def test_kernels_compile_as_one_graph():
 
 def test_a_part_that_is_watched_sees_the_packed_sequence():
     model = small(fastvit.ViTForImageClassification).eval()
-    expected = model(pictures()).logits
+    expected = model(make_images()).logits
     tokens = sum(1 + height // 8 * (width // 8) for height, width in SIZES)
     for name in ("attention.attention", "layernorm_after", "intermediate.dense", "output"):
         seen = []
         module = model.get_submodule(f"vit.encoder.layer.1.{name}")
         hook = module.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0].shape[:2]))
-        assert relative_error(model(pictures()).logits, expected) < 1e-5
+        assert relative_error(model(make_images()).logits, expected) < 1e-5
         hook.remove()
         assert seen == [(1, tokens)], name
 
@@ -252,19 +252,19 @@ def test_wrapped_projections_are_called_as_modules():
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    found = wrapped(pictures()).logits
-    expected = torch.cat([alone(wrapped, picture).logits for picture in pictures()])
+    found = wrapped(make_images()).logits
+    expected = torch.cat([alone(wrapped, image).logits for image in make_images()])
     assert relative_error(found, expected) < 1e-5
 
 
 def test_a_model_in_fp8_takes_lists():
     model = small(fastvit.ViTForImageClassification).bfloat16()
-    given = [picture.bfloat16() for picture in pictures()]
+    given = [image.bfloat16() for image in make_images()]
     with fastvit.backend("reference"), torch.no_grad():
         fastvit.quantize(model, "fp8")
         for options in ({}, {"output_attentions": True}):
             found = model(given, **options)
-            expected = [alone(model, picture, **options) for picture in given]
+            expected = [alone(model, image, **options) for image in given]
             assert relative_error(found.logits, torch.cat([own.logits for own in expected])) < 1e-2
         for index, own in enumerate(expected):
             for maps, other in zip(found.attentions, own.attentions, strict=True):
@@ -284,7 +284,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_scores_between_pictures_are_computed():
+def test_no_scores_between_images_are_computed():
     """Memory grows with the tokens of all pictures, and with their square for no more than one picture."""
     model = small(fastvit.ViTForImageClassification)
     sizes = [(64, 64), (64, 56), (56, 64)] * 6
@@ -292,11 +292,11 @@ def test_no_scores_between_pictures_are_computed():
     for implementation in ("sdpa", "eager"):
         model.set_attn_implementation(implementation)
         with fastvit.backend("reference"), LargestTensor() as largest:
-            model(pictures(sizes), labels=LABELS.repeat(3)).loss.backward()
+            model(make_images(sizes), labels=LABELS.repeat(3)).loss.backward()
         assert largest.elements <= tokens * 3 * CONFIG["hidden_size"] < tokens**2
 
 
-def test_attention_is_one_operation_for_all_pictures(monkeypatch):
+def test_attention_is_one_operation_for_all_images(monkeypatch):
     """With kernels a block launches as often for a list as for a batch."""
     calls = []
 
@@ -306,23 +306,26 @@ def test_attention_is_one_operation_for_all_pictures(monkeypatch):
 
     monkeypatch.setattr(ops, "attention", attention)
     with fastvit.backend("reference"):
-        small(fastvit.ViTModel)(pictures())
+        small(fastvit.ViTModel)(make_images())
     assert calls == [(64, [0, 17, 28, 30, 39, 56, 64], 17)] * CONFIG["num_hidden_layers"]
 
 
 def test_tuples_are_returned_where_asked_for():
     model = small(fastvit.ViTForImageClassification).eval()
-    (logits,) = model(pictures(), return_dict=False)
-    assert torch.equal(logits, model(pictures()).logits)
-    tokens, pooled = model.vit(pictures(), return_dict=False), small(fastvit.ViTModel)(pictures(), return_dict=False)[1]
+    (logits,) = model(make_images(), return_dict=False)
+    assert torch.equal(logits, model(make_images()).logits)
+    tokens, pooled = (
+        model.vit(make_images(), return_dict=False),
+        small(fastvit.ViTModel)(make_images(), return_dict=False)[1],
+    )
     assert len(tokens[0]) == len(SIZES) and pooled.shape == (len(SIZES), CONFIG["hidden_size"])
 
 
 def test_class_tokens_of_no_blocks():
     model = small(fastvit.ViTModel).eval()
-    found = model(pictures(), class_token_only=True, num_blocks=0).last_hidden_state
-    for own, picture in zip(found, pictures(), strict=True):
-        expected = alone(model, picture, class_token_only=True, num_blocks=0).last_hidden_state
+    found = model(make_images(), class_token_only=True, num_blocks=0).last_hidden_state
+    for own, image in zip(found, make_images(), strict=True):
+        expected = alone(model, image, class_token_only=True, num_blocks=0).last_hidden_state
         torch.testing.assert_close(own, expected[0])
 
 

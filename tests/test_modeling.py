@@ -168,7 +168,7 @@ def test_masked_image_modeling_equals_transformers(tmp_path):
     assert_same_gradients(ours, theirs)
 
 
-def test_masked_image_modeling_of_pictures_that_are_not_square():
+def test_masked_image_modeling_of_images_that_are_not_square():
     config = ViTConfig(**BASE, image_size=[16, 32], patch_size=8, encoder_stride=8)
     outputs = fastvit.ViTForMaskedImageModeling(config)(
         torch.randn(2, 3, 16, 32), bool_masked_pos=torch.ones(2, 8, dtype=torch.bool)
@@ -490,8 +490,8 @@ def test_functions_of_torch_func_see_through_the_model():
     pixels, labels = pixels_for(config, 3), torch.tensor([2, 0, 1])
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
-    def loss(parameters, picture, label):
-        logits = torch.func.functional_call(model, parameters, (picture[None],)).logits
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(model, parameters, (image[None],)).logits
         return F.cross_entropy(logits, label[None])
 
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, pixels, labels)

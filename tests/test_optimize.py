@@ -21,13 +21,13 @@ from fastvit.ops import block as blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 64}
-PICTURES = {**SIZES, "image_size": 28, "patch_size": 14}
+IMAGES = {**SIZES, "image_size": 28, "patch_size": 14}
 MAE = {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 YOLOS = {"image_size": [28, 28], "num_detection_tokens": 3}
 
 
 def model_of(name: str, config: str, options=None, **more):
-    return getattr(transformers, name)(getattr(transformers, config)(**{**PICTURES, **(options or {}), **more}))
+    return getattr(transformers, name)(getattr(transformers, config)(**{**IMAGES, **(options or {}), **more}))
 
 
 def default_model(name: str):
@@ -402,7 +402,7 @@ def test_a_model_without_known_blocks_is_an_error():
 @pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}, {"output_attentions": True}], ids=str)
 def test_our_own_model_is_optimized_as_it_is_made_and_plain_when_restored(options):
     torch.manual_seed(0)
-    model = fastvit.ViTForImageClassification(transformers.ViTConfig(**PICTURES)).to(DEVICE)
+    model = fastvit.ViTForImageClassification(transformers.ViTConfig(**IMAGES)).to(DEVICE)
     randomise(model)
 
     def outcome():
@@ -425,7 +425,7 @@ def test_our_own_model_is_optimized_as_it_is_made_and_plain_when_restored(option
 
 def test_text_towers_are_left():
     sizes = {**SIZES, "vocab_size": 60, "max_position_embeddings": 12, "eos_token_id": 2}
-    config = transformers.CLIPConfig(text_config=sizes, vision_config=PICTURES, projection_dim=16)
+    config = transformers.CLIPConfig(text_config=sizes, vision_config=IMAGES, projection_dim=16)
     torch.manual_seed(0)
     model = transformers.CLIPModel(config).to(DEVICE).eval()
     text = [type(module) for module in model.text_model.modules()]
@@ -710,11 +710,11 @@ def test_dropout_is_drawn_in_training_alone():
 @pytest.mark.parametrize("name", ["DINOv2", "BEiT shared bias", "timm DINOv2"])
 def test_drop_path_draws_what_the_model_drew(name):
     model = built(name, train=True)
-    pictures = torch.randn(16, 3, 28, 28, device=DEVICE)
+    images = torch.randn(16, 3, 28, 28, device=DEVICE)
 
     def output(train=True):
         torch.manual_seed(5)
-        return main_tensor(model.train(train)(pictures))
+        return main_tensor(model.train(train)(images))
 
     expected, undropped = output(), output(train=False)
     assert relative_error(expected, undropped) > 1e-2
@@ -760,7 +760,7 @@ def test_a_saved_model_is_loaded_by_its_own_class(tmp_path):
 
 def test_backbones_and_heads_are_known_by_their_blocks():
     dinov2 = transformers.Dinov2Config(
-        **PICTURES, mlp_ratio=2, out_features=["stage1", "stage2"], reshape_hidden_states=False
+        **IMAGES, mlp_ratio=2, out_features=["stage1", "stage2"], reshape_hidden_states=False
     )
     depth = transformers.DepthAnythingConfig(
         backbone_config=dinov2,

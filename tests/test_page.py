@@ -72,8 +72,8 @@ def report_of_a_run(tmp_path_factory) -> Path:
         for kind, name in zip(leaves.CLASSES, HOSTILE, strict=True):
             (root / "pictures" / split / name).mkdir(parents=True)
             for seed in range(count):
-                picture = leaves.draw_leaf(kind, seed=seed, size=32)
-                picture.save(root / "pictures" / split / name / f"{seed}.png")
+                image = leaves.draw_leaf(kind, seed=seed, size=32)
+                image.save(root / "pictures" / split / name / f"{seed}.png")
     options = ["--data-dir", str(root / "pictures"), "--output-dir", str(root / "out & <out>"), "--max-steps", "6"]
     options += ["--from-scratch", "micro", "--image-size", "32", "--patch-size", "8", "--precision", "fp32", "--cpu"]
     assert main([*options, "--eval-steps", "3", "--batch-size", "4", "--logging-steps", "1"]) == 0

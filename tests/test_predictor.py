@@ -63,18 +63,18 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("model")
     randomize(fastvit.ViTForImageClassification(vit_config())).save_pretrained(root)
     ViTImageProcessorPil(size={"height": 32, "width": 32}, **ODD).save_pretrained(root)
-    picture = leaves.draw_leaf("bean_rust", seed=1, size=48)
-    picture.save(root / "rgb.png")
-    picture.resize((70, 31)).save(root / "wide.jpg")
-    picture.convert("L").save(root / "grey.png")
-    picture.convert("P").save(root / "palette.gif")
-    picture.convert("CMYK").save(root / "cmyk.jpg")
-    transparent = picture.copy()
+    image = leaves.draw_leaf("bean_rust", seed=1, size=48)
+    image.save(root / "rgb.png")
+    image.resize((70, 31)).save(root / "wide.jpg")
+    image.convert("L").save(root / "grey.png")
+    image.convert("P").save(root / "palette.gif")
+    image.convert("CMYK").save(root / "cmyk.jpg")
+    transparent = image.copy()
     transparent.putalpha(255)  # opaque: what is not is laid on white, while transformers drops it
     transparent.save(root / "alpha.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
-    picture.resize((40, 64)).save(root / "sideways.jpg", exif=exif)
+    image.resize((40, 64)).save(root / "sideways.jpg", exif=exif)
     return root
 
 
@@ -149,10 +149,10 @@ def test_pixels_are_those_of_the_image_processor(kind):
     processor = PROCESSORS[kind]()
     preprocessor = Preprocessor.from_processor(processor)
     for width, height in ((48, 48), (31, 77), (150, 20), (1, 5)):
-        picture = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
-        pixels = preprocessor(picture)
+        image = Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8))
+        pixels = preprocessor(image)
         assert pixels.dtype == np.uint8 and pixels.shape[:2] == preprocessor.image_size
-        theirs = processor(images=picture, return_tensors="np").pixel_values[0]
+        theirs = processor(images=image, return_tensors="np").pixel_values[0]
         mean, std = (np.array(values)[:, None, None] for values in (preprocessor.mean, preprocessor.std))
         np.testing.assert_allclose((np.moveaxis(pixels, 2, 0) / 255 - mean) / std, theirs, rtol=1e-5, atol=1e-5)
 
@@ -250,7 +250,7 @@ def test_a_gpu_gives_the_same_answers(graphs, folder, files, predictor):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_the_same_in_every_form(predictor, folder):
+def test_an_image_is_the_same_in_every_form(predictor, folder):
     path = folder / "rgb.png"
     image = Image.open(path)
     array = np.array(image)
@@ -279,14 +279,14 @@ def test_a_picture_is_the_same_in_every_form(predictor, folder):
         np.testing.assert_allclose(predictor(file).probabilities, expected, atol=1e-6)
 
 
-def test_grey_arrays_are_grey_pictures(predictor, folder):
+def test_grey_arrays_are_grey_images(predictor, folder):
     array = np.array(Image.open(folder / "grey.png"))
     expected = predictor(folder / "grey.png").probabilities
     for form in (array, array[None], array[..., None]):
         np.testing.assert_allclose(predictor(form).probabilities, expected, atol=1e-6)
 
 
-def test_one_picture_not_yet_decoded_may_be_given_many_times(predictor, folder):
+def test_one_image_not_yet_decoded_may_be_given_many_times(predictor, folder):
     for _ in range(5):
         image = Image.open(folder / "sideways.jpg")
         scores = {round(prediction.score, 5) for prediction in predictor([image] * 16)}
@@ -309,7 +309,7 @@ BAD = [
 ]
 
 
-def test_bad_pictures_are_errors_in_their_places(predictor, files):
+def test_bad_images_are_errors_in_their_places(predictor, files):
     bad = [image for image, _ in BAD]
     results = predictor([*bad, files[0]])
     for result, (_, message) in zip(results, BAD, strict=False):
@@ -318,7 +318,7 @@ def test_bad_pictures_are_errors_in_their_places(predictor, files):
     assert all(isinstance(result, InputError) for result in predictor(bad))
 
 
-def test_bad_pictures_raise_when_asked_or_alone(predictor, files):
+def test_bad_images_raise_when_asked_or_alone(predictor, files):
     with pytest.raises(InputError, match=r"nothing\.png: no such file"):
         predictor([files[0], "nothing.png"], raise_errors=True)
     with pytest.raises(InputError, match="image: expected an image"):
@@ -343,23 +343,23 @@ def test_damaged_files_never_harm_the_others(predictor, folder, files):
     assert results[-1].score == pytest.approx(predictor(files[0]).score, abs=1e-6)
 
 
-def test_a_picture_that_would_fill_the_memory_is_refused(monkeypatch):
+def test_an_image_that_would_fill_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     preprocessor = Preprocessor.from_processor(PROCESSORS["Bit"]())
     with pytest.raises(InputError, match="thin: 1x900 pixels would be resized to 41x36900"):
         preprocessor(Image.new("RGB", (1, 900)), "thin")
 
 
-def test_stream_takes_pictures_a_few_batches_ahead(predictor, files):
+def test_stream_takes_images_a_few_batches_ahead(predictor, files):
     taken = 0
 
-    def pictures():
+    def images():
         nonlocal taken
         for _ in range(100):
             taken += 1
             yield files[0]
 
-    stream = predictor.stream(pictures())
+    stream = predictor.stream(images())
     assert next(stream).label == predictor(files[0]).label
     assert 4 <= taken <= 16
     assert len(list(stream)) == 99 and taken == 100
@@ -627,7 +627,7 @@ def test_program_that_closes_nothing_ends():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_fork_is_told_that_the_predictor_is_not_its_own(predictor, files):
     predictor(files)
-    picture = Image.new("RGB", (3, 3))
+    image = Image.new("RGB", (3, 3))
     with warnings.catch_warnings(), images._read_lock:  # somebody decodes
         warnings.simplefilter("ignore")  # of Python, of threads beside a fork
         child = os.fork()
@@ -636,7 +636,7 @@ def test_a_fork_is_told_that_the_predictor_is_not_its_own(predictor, files):
     if child == 0:
         code = 1
         try:
-            to_image(picture)
+            to_image(image)
             for call in (lambda: predictor(files[0]), lambda: predictor(files)):
                 try:
                     call()
@@ -677,14 +677,14 @@ def runner_of(model, **options):
     return Runner(model, PLAIN, **cpu, **{"max_batch": 8, "top_k": 2, **options})
 
 
-def pictures_of(count):
+def make_images(count):
     return list(np.random.default_rng(count).integers(0, 256, (count, 2, 2, 3), dtype=np.uint8))
 
 
-def assert_sums(results, pictures):
-    assert len(results) == len(pictures)
-    for (probabilities, best), picture in zip(results, pictures, strict=True):
-        expected = torch.from_numpy(picture / 255).sum((0, 1)).softmax(0).numpy()
+def assert_sums(results, images):
+    assert len(results) == len(images)
+    for (probabilities, best), image in zip(results, images, strict=True):
+        expected = torch.from_numpy(image / 255).sum((0, 1)).softmax(0).numpy()
         np.testing.assert_allclose(probabilities, expected, rtol=1e-5)
         assert list(best) == list(np.argsort(-expected)[:2])
 
@@ -694,7 +694,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     model = Sums(room=2, error=error)
     runner = runner_of(model)
     with pytest.warns(UserWarning, match="out of memory: batches of at most") as caught:
-        assert_sums(runner.launch(pictures_of(7))(), pictures_of(7))
+        assert_sums(runner.launch(make_images(7))(), make_images(7))
     assert [str(one.message)[:41] for one in caught] == [
         "out of memory: batches of at most 3 from ",
         "out of memory: batches of at most 1 from ",
@@ -702,21 +702,21 @@ def test_out_of_memory_halves_the_batch_and_goes_on(error):
     assert model.sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_sums(runner.launch(pictures_of(2))(), pictures_of(2))
+        assert_sums(runner.launch(make_images(2))(), make_images(2))
 
 
-def test_out_of_memory_for_one_picture_is_an_error():
+def test_out_of_memory_for_one_image_is_an_error():
     with pytest.raises(torch.OutOfMemoryError):
-        runner_of(Sums(room=0)).launch(pictures_of(1))
+        runner_of(Sums(room=0)).launch(make_images(1))
     with pytest.raises(ValueError, match="out of memory"):  # of memory only what PyTorch says
-        runner_of(Sums(room=1, error=ValueError)).launch(pictures_of(4))
+        runner_of(Sums(room=1, error=ValueError)).launch(make_images(4))
 
 
 def test_onednn_is_turned_off_once_it_lacked_memory():
     runner = runner_of(Sums(room=2, error=RuntimeError, text="could not create a primitive"))
     with torch.backends.mkldnn.flags(enabled=True):
         with pytest.warns(UserWarning) as caught:
-            assert_sums(runner.launch(pictures_of(7))(), pictures_of(7))
+            assert_sums(runner.launch(make_images(7))(), make_images(7))
         assert not torch.backends.mkldnn.enabled
     assert [str(one.message).partition(":")[0] for one in caught] == [
         "oneDNN is off from now on",
@@ -726,7 +726,7 @@ def test_onednn_is_turned_off_once_it_lacked_memory():
     runner = runner_of(Sums(room=0, error=RuntimeError, text="could not create a primitive"))
     with torch.backends.mkldnn.flags(enabled=True):
         with pytest.warns(UserWarning, match="oneDNN is off"), pytest.raises(RuntimeError, match="create a primitive"):
-            runner.launch(pictures_of(1))  # fails, but need not fail again
+            runner.launch(make_images(1))  # fails, but need not fail again
         assert not torch.backends.mkldnn.enabled
 
 
@@ -756,8 +756,8 @@ def test_batch_sizes_are_padded_to_powers_of_two_and_captured_once_seen():
     runner = runner_of(model, max_batch=6, capture=recorder)
     for call in range(WARM_UP_CALLS + 3):
         for count in (1, 2, 3, 4, 5, 6):
-            pictures = pictures_of(count + 10 * call)[:count]
-            assert_sums(runner.launch(pictures)(), pictures)
+            images = make_images(count + 10 * call)[:count]
+            assert_sums(runner.launch(images)(), images)
     assert sorted(runner.graphs.buckets) == [1, 2, 4, 6] == sorted(set(model.sizes))
     assert recorder.captured == 4
     calls = {1: WARM_UP_CALLS + 3, 2: WARM_UP_CALLS + 3, 4: 2 * (WARM_UP_CALLS + 3), 6: 2 * (WARM_UP_CALLS + 3)}
@@ -787,7 +787,7 @@ def test_failed_capture_is_a_warning_and_no_graphs_from_then_on():
         UserWarning, match="CUDA graphs are off: a batch of 4 cannot be captured .operation not permitted"
     ):
         for _ in range(WARM_UP_CALLS + 2):
-            assert_sums(runner.launch(pictures_of(3))(), pictures_of(3))
+            assert_sums(runner.launch(make_images(3))(), make_images(3))
     assert model.sizes == [4] * WARM_UP_CALLS + [3, 3] and not runner.graphs.buckets
 
 
@@ -795,11 +795,11 @@ def test_graphs_of_large_batches_are_given_up_when_memory_runs_out():
     model, recorder = Sums(), Recorder()
     runner = runner_of(model, capture=recorder)
     for _ in range(WARM_UP_CALLS + 1):
-        runner.launch(pictures_of(8))
-        runner.launch(pictures_of(2))
+        runner.launch(make_images(8))
+        runner.launch(make_images(2))
     model.room = 4
     with pytest.warns(UserWarning, match="at most 4"):
-        assert_sums(runner.launch(pictures_of(8))(), pictures_of(8))
+        assert_sums(runner.launch(make_images(8))(), make_images(8))
     assert sorted(runner.graphs.buckets) == [2, 4]
 
 
@@ -818,7 +818,7 @@ def test_a_cuda_graph_repeats_what_it_captured():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_predict_goes_on_after_a_bad_picture(folder, capsys):
+def test_predict_goes_on_after_a_bad_image(folder, capsys):
     good = str(folder / "rgb.png")
     assert cli.main(["predict", str(folder), good, "nothing.png", good, "--device", "cpu", "--top", "2"]) == 2
     captured = capsys.readouterr()

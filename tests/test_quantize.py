@@ -503,12 +503,12 @@ def test_an_additive_mask_does_what_a_boolean_one_does():
     torch.testing.assert_close(additive.last_hidden_state, boolean, rtol=0.02, atol=0.02)
 
 
-def test_an_empty_batch_of_pictures():
+def test_an_empty_batch_of_images():
     model = fastvit.quantize(small_model(), "fp8")
     assert model(small_pixels()[:0]).logits.shape == (0, 16)
 
 
-def test_a_picture_with_nan_spoils_its_own_logits_only():
+def test_an_image_with_nan_spoils_its_own_logits_only():
     model = fastvit.quantize(small_model(), "fp8")
     pixels = small_pixels()
     expected = model(pixels).logits

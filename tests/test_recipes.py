@@ -38,7 +38,7 @@ SHORT = ["--max-steps", "4", "--eval-steps", "2", "--batch-size", "4", "--loggin
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
+def image_folder(tmp_path_factory) -> Path:
     """Drawn leaves: 6 of each class to train on, 3 to validate and 2 to test."""
     root = tmp_path_factory.mktemp("leaves") / "pictures"
     for split, count, first in (("train", 6, 0), ("validation", 3, 10), ("test", 2, 20)):
@@ -50,10 +50,10 @@ def pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_folder(tmp_path, monkeypatch, pictures):
+def _own_folder(tmp_path, monkeypatch, image_folder):
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    Path("pictures").symlink_to(pictures)
+    Path("pictures").symlink_to(image_folder)
 
 
 def read(path: str):
@@ -138,13 +138,13 @@ def test_drop_path_keeps_the_expectation():
     assert abs(dropped.mean().item() - 1) < 4 * (0.25 / 0.75 / 20000) ** 0.5 + 2**-8  # 4 sigma, and bfloat16's rounding
 
 
-def test_drop_path_drops_whole_pictures_of_a_packed_sequence():
+def test_drop_path_drops_whole_images_of_a_packed_sequence():
     layer = small_model(0.5, layers=1).vit.encoder.layer[0].train()
     packing = pack([2, 5, 3] * 20, torch.device("cpu"))
     torch.manual_seed(0)
     dropped = layer.drop_path(torch.ones(1, 200, 4), packing)
-    pictures = [picture.unique().tolist() for picture in dropped[0].split(packing.lengths)]
-    assert all(values in ([0.0], [2.0]) for values in pictures) and pictures.count([0.0]) in range(10, 51)
+    per_image = [image.unique().tolist() for image in dropped[0].split(packing.lengths)]
+    assert all(values in ([0.0], [2.0]) for values in per_image) and per_image.count([0.0]) in range(10, 51)
     assert len(layer.drop_path(torch.ones(60, 1, 4), packing).unique()) == 2  # the class tokens alone
 
 
@@ -169,10 +169,10 @@ def image_set(count: int = 6, **options) -> ImageSet:
     return ImageSet(ImageCache(images, {}), [index % 3 for index in range(count)], **options)
 
 
-def test_augmentation_depends_on_seed_epoch_and_picture_alone():
+def test_augmentation_depends_on_seed_epoch_and_image_alone():
     train = image_set(augment=RandAugment(2, 9, first=Augment((16, 16))), seed=5)
     first = [train[index]["pixel_values"] for index in range(6)]
-    assert all(picture.shape == (16, 16, 3) and picture.dtype == torch.uint8 for picture in first)
+    assert all(image.shape == (16, 16, 3) and image.dtype == torch.uint8 for image in first)
     state = torch.get_rng_state()
     torch.rand(1)
     assert all(torch.equal(train[index]["pixel_values"], first[index]) for index in reversed(range(6)))
@@ -185,7 +185,7 @@ def test_augmentation_depends_on_seed_epoch_and_picture_alone():
     assert not torch.equal(other[0]["pixel_values"], first[0])
 
 
-def test_randaugment_changes_pictures_more_with_its_magnitude():
+def test_randaugment_changes_images_more_with_its_magnitude():
     image = np.asarray(leaves.draw_leaf("healthy", seed=0, size=32))
     pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
     kornia = pytest.importorskip("kornia.augmentation.auto")
@@ -201,7 +201,7 @@ def test_randaugment_changes_pictures_more_with_its_magnitude():
             assert distances[0] < distances[1], weak
     changed = np.stack([RandAugment(2, 9)(image) for _ in range(10)])
     assert changed.dtype == np.uint8 and changed.shape == (10, 32, 32, 3)
-    assert len({picture.tobytes() for picture in changed}) > 5
+    assert len({changed_image.tobytes() for changed_image in changed}) > 5
 
 
 def entries(count: int = 8, seeded: bool = True) -> list[dict]:
@@ -213,7 +213,7 @@ def entries(count: int = 8, seeded: bool = True) -> list[dict]:
     ]
 
 
-def test_mixup_blends_pictures_as_their_labels_say():
+def test_mixup_blends_images_as_their_labels_say():
     mix = MixPictures(8, mixup=0.8)
     batch = mix(entries())
     labels = batch["labels"]
@@ -228,14 +228,14 @@ def test_mixup_blends_pictures_as_their_labels_say():
 def test_cutmix_pastes_as_many_pixels_as_its_labels_say():
     batch = MixPictures(8, cutmix=1.0)(entries())
     assert batch["pixel_values"].dtype == torch.uint8
-    for index, (picture, label) in enumerate(zip(batch["pixel_values"], batch["labels"], strict=True)):
-        shares = torch.stack([(picture[..., 0] == 20 * other).float().mean() for other in range(8)])
+    for index, (image, label) in enumerate(zip(batch["pixel_values"], batch["labels"], strict=True)):
+        shares = torch.stack([(image[..., 0] == 20 * other).float().mean() for other in range(8)])
         torch.testing.assert_close(shares, label)
         assert label[index] > 0 or label.max() == 1
     assert ((batch["labels"] > 0).sum(1) == 2).any()
 
 
-def test_with_both_a_coin_decides_and_pictures_without_a_seed_stay():
+def test_with_both_a_coin_decides_and_images_without_a_seed_stay():
     mix = MixPictures(8, mixup=0.8, cutmix=1.0)
     kinds = set()
     for start in range(0, 160, 8):
@@ -360,13 +360,13 @@ def test_resume_from_a_checkpoint_without_an_average_says_so(capsys):
     assert "--ema: expected a checkpoint with average.pt, found none in out/checkpoint-1" in capsys.readouterr().err
 
 
-def test_flip_and_temperature_are_what_predict_and_evaluate_use(pictures, capsys):
+def test_flip_and_temperature_are_what_predict_and_evaluate_use(image_folder, capsys):
     assert main([*SCRATCH, *SHORT, "--output-dir", "out", "--flip", "--calibrate", "--no-augment"]) == 0
     metrics, temperature = read("out/eval_results.json"), read("out/config.json")["calibration_temperature"]
     capsys.readouterr()
     predictor = Predictor("out", "cpu", flip=True)
     model = predictor.model
-    images = [Image.open(path).convert("RGB") for path in sorted((pictures / "validation").glob("*/*.png"))]
+    images = [Image.open(path).convert("RGB") for path in sorted((image_folder / "validation").glob("*/*.png"))]
     pixels = torch.stack([torch.from_numpy(np.array(image.resize((16, 16), 2))) for image in images])
     with torch.no_grad():
         logits = (model(pixels).logits + model(pixels.flip(2)).logits) / 2
@@ -429,7 +429,7 @@ def test_calibration_error_by_hand():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_folds_use_every_picture_once_and_keep_the_classes_even():
+def test_folds_use_every_image_once_and_keep_the_classes_even():
     labels = np.repeat([0, 1], [14, 7])
     # A picture is an RGB of its number, so that what a split loads can be told.
     splits = [
@@ -638,7 +638,7 @@ def test_missing_libraries_are_named_with_the_way_to_get_them(library, options, 
 
 
 @pytest.mark.parametrize("options", [["--early-stopping", "2"], ["--calibrate"]])
-def test_recipes_that_need_validation_say_so(options, pictures, capsys):
+def test_recipes_that_need_validation_say_so(options, image_folder, capsys):
     command = [*SCRATCH, *SHORT, "--output-dir", "out", "--validation-fraction", "0", *options]
     assert main([*command, "--data-dir", "pictures/train"]) == 2
     assert f"{options[0]}: expected a validation split" in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_confusion_matrix_of_small_integer_types_does_not_overflow():
     assert np.array_equal(confusion_matrix(classes, classes, 102), np.eye(102))
 
 
-def test_confusion_matrix_of_no_pictures_is_zero():
+def test_confusion_matrix_of_no_images_is_zero():
     assert confusion_matrix(np.array([]), np.array([]), 2).tolist() == [[0, 0], [0, 0]]
 
 
@@ -148,7 +148,7 @@ def colours_of(image: Image.Image) -> set[tuple[int, ...]]:
     return {colour for _, colour in image.getcolors(maxcolors=2**24)}
 
 
-def test_example_grid_shows_every_picture_of_every_class():
+def test_example_grid_shows_every_image_of_every_class():
     examples = {
         "one": [Image.new("RGB", (50, 50), (200, 0, 0)), Image.new("RGB", (90, 10), (0, 200, 0))],
         "two": [Image.new("RGB", (10, 90), (0, 0, 200))],
@@ -157,7 +157,7 @@ def test_example_grid_shows_every_picture_of_every_class():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
-def test_example_grid_takes_pictures_of_any_mode(mode):
+def test_example_grid_takes_images_of_any_mode(mode):
     assert draw_example_grid({"x": [Image.new(mode, (20, 20))]}).mode == "RGB"
 
 
@@ -179,7 +179,7 @@ def test_example_grid_stops_at_twenty_classes_and_says_how_many_more(monkeypatch
     assert sheet.height < 25 * (32 + 23 + 8)
 
 
-def test_example_grid_keeps_a_class_without_pictures():
+def test_example_grid_keeps_a_class_without_images():
     assert draw_example_grid({"none": [], "some": [GREY]}).height > draw_example_grid({"some": [GREY]}).height
 
 
@@ -269,7 +269,7 @@ def test_attention_sheet_refuses_a_grid_that_does_not_fit_the_tokens():
 
 @pytest.mark.parametrize("suffix", [".png", ".PNG", ".jpg", ".jpeg", ".webp"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_saved_picture_can_be_read_again(tmp_path, suffix, mode):
+def test_saved_image_can_be_read_again(tmp_path, suffix, mode):
     path = tmp_path / f"sheet{suffix}"
     save_image(Image.new(mode, (20, 10)), path)
     assert Image.open(path).size == (20, 10)

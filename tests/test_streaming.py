@@ -41,8 +41,8 @@ def take(stream, count, workers=0):
     loader = torch.utils.data.DataLoader(stream, batch_size=4, num_workers=workers)
     seen = []
     for batch in loader:
-        pictures = [pixels.numpy().tobytes() for pixels in batch["pixel_values"]]
-        seen += zip(batch["labels"].tolist(), pictures, strict=True)
+        images = [pixels.numpy().tobytes() for pixels in batch["pixel_values"]]
+        seen += zip(batch["labels"].tolist(), images, strict=True)
         if len(seen) >= count:
             return seen[:count]
     raise AssertionError("the stream has ended")
@@ -54,7 +54,7 @@ def names(stream, count):
 
 
 @pytest.mark.parametrize(("shards", "world_size"), [(2, 1), (2, 2), (4, 2), (3, 2), (1, 2)])
-def test_every_picture_comes_once_a_pass_whatever_the_split(shards, world_size, tmp_path):
+def test_every_image_comes_once_a_pass_whatever_the_split(shards, world_size, tmp_path):
     images = open_shards(make_shards(tmp_path / "shards", shards, per_shard=12 // shards))
     first, second = Counter(), Counter()
     for rank in range(world_size):
@@ -67,7 +67,7 @@ def test_every_picture_comes_once_a_pass_whatever_the_split(shards, world_size, 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("skip_bad", [False, True])
-def test_resumed_stream_goes_on_with_the_same_pictures_and_crops(workers, skip_bad, tmp_path):
+def test_resumed_stream_goes_on_with_the_same_images_and_crops(workers, skip_bad, tmp_path):
     root = make_shards(tmp_path / "shards", shards=2, per_shard=9)
     if skip_bad:
         write_shard(root / "train-2.tar", [("bad", b"not a picture", b"0"), ("good", encode_leaf(1, 99), b"1")])
@@ -80,7 +80,7 @@ def test_resumed_stream_goes_on_with_the_same_pictures_and_crops(workers, skip_b
         assert take(resumed, 80, workers)[4 * batches :] == whole[4 * batches :]
 
 
-def test_pictures_that_are_thrown_away_are_not_decoded(tmp_path, monkeypatch):
+def test_images_that_are_thrown_away_are_not_decoded(tmp_path, monkeypatch):
     decoded = []
     decode = "fastvit.data.streaming.decode_image"
     monkeypatch.setattr(decode, lambda data, name: decoded.append(name) or Image.open(io.BytesIO(data)).convert("RGB"))
@@ -178,7 +178,7 @@ def test_a_data_set_that_says_its_size_is_trained_for_epochs(repository, tmp_pat
     assert (tmp_path / "out" / "checkpoint-8").exists()  # 1.5 x 20 / 4, rounded up
 
 
-def test_a_folder_of_pictures_can_be_streamed(tmp_path):
+def test_a_folder_of_images_can_be_streamed(tmp_path):
     for split in ("train", "validation"):
         for label, name in enumerate(leaves.CLASSES):
             (tmp_path / "folder" / split / name).mkdir(parents=True)

@@ -350,7 +350,7 @@ def save_timm_folder(folder: Path, tensors: dict[str, torch.Tensor], **config) -
     return folder
 
 
-def test_timm_folder_carries_labels_pictures_and_heads(tmp_path):
+def test_timm_folder_carries_labels_images_and_heads(tmp_path):
     labels = ["cat", "dog", "newt", "owl", "yak"]
     pretrained_cfg = {
         "mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bicubic", "input_size": [3, 12, 12],
@@ -373,8 +373,8 @@ def test_timm_folder_carries_labels_pictures_and_heads(tmp_path):
     assert list(processor.image_std) == [0.1, 0.2, 0.3]
     assert int(processor.resample) == 3
     assert (processor.size["height"], processor.size["width"]) == (12, 12)
-    picture = np.full((30, 20, 3), 51, np.uint8)
-    pixels = processor(picture, return_tensors="pt")["pixel_values"]
+    image = np.full((30, 20, 3), 51, np.uint8)
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (1, 3, 12, 12)
     np.testing.assert_allclose(pixels[0, :, 5, 5], [(0.2 - 0.4) / 0.1, (0.2 - 0.5) / 0.2, (0.2 - 0.6) / 0.3], rtol=1e-5)
 
@@ -386,7 +386,7 @@ def test_timm_labels_of_another_number_are_ignored_with_a_warning(tmp_path):
     assert checkpoint.config.num_labels == LABELS
 
 
-def test_timm_file_without_picture_settings_warns(tmp_path):
+def test_timm_file_without_image_settings_warns(tmp_path):
     save_file(make_timm(), tmp_path / "m.safetensors")
     with pytest.warns(UserWarning, match="does not record mean and std"):
         checkpoint = read_checkpoint(tmp_path / "m.safetensors", num_heads=HEADS)
@@ -412,7 +412,7 @@ def test_heads_are_64_wide_unless_the_model_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("size", [30, {"height": 30, "width": 30}])
-def test_hf_picture_settings_survive_a_rewrite(tmp_path, hf, size):
+def test_hf_image_settings_survive_a_rewrite(tmp_path, hf, size):
     settings = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 3, "size": size}
     (hf / "preprocessor_config.json").write_text(json.dumps(settings))
     written = json.loads((convert(hf, tmp_path / "copy") / "preprocessor_config.json").read_text())
@@ -422,7 +422,7 @@ def test_hf_picture_settings_survive_a_rewrite(tmp_path, hf, size):
     }
 
 
-def test_hf_pictures_that_are_not_normalised_or_sized_by_an_edge_are_understood(hf):
+def test_hf_images_that_are_not_normalised_or_sized_by_an_edge_are_understood(hf):
     (hf / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "size": {"shortest_edge": 30}}))
     checkpoint = read_checkpoint(hf)
     assert (checkpoint.image_mean, checkpoint.image_std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))

@@ -70,9 +70,9 @@ class ImageDataset:
 def _make_thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
     for index in indices:
         with contextlib.suppress(InputError):
-            picture = split.load(int(index))
-            picture.thumbnail((side, side))
-            yield picture
+            image = split.load(int(index))
+            image.thumbnail((side, side))
+            yield image
 
 
 def load_images(
@@ -159,8 +159,8 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
     _check_classes(class_names, set(splits[TRAIN]), str(root))
 
     def build_split(classes: Classes) -> Split:
-        pictures = [(path, class_names.index(name)) for name, paths in sorted(classes.items()) for path in paths]
-        paths = [path for path, _ in pictures]
+        images = [(path, class_names.index(name)) for name, paths in sorted(classes.items()) for path in paths]
+        paths = [path for path, _ in images]
 
         def load(index: int) -> Image.Image:
             path = Path(paths[index])
@@ -170,7 +170,7 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
                 )
             return decode_image(path)
 
-        return Split(np.array([label for _, label in pictures], dtype=np.int64), load, compute_fingerprint(paths))
+        return Split(np.array([label for _, label in images], dtype=np.int64), load, compute_fingerprint(paths))
 
     return ImageDataset(str(root), class_names, {name: build_split(classes) for name, classes in splits.items()})
 

@@ -95,8 +95,8 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
     """A decoded picture as its EXIF orientation says, in RGB; raises InputError for 32 bits a channel."""
     method = UPRIGHT_TRANSPOSES.get(read_orientation(image))
-    picture = convert_to_rgb(image)
-    return picture if method is None else picture.transpose(method)
+    rgb = convert_to_rgb(image)
+    return rgb if method is None else rgb.transpose(method)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -117,8 +117,8 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise InputError("expected 8 or 16 bits a channel, found 32, which leave open what is black and what is white")
     if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 

@@ -67,13 +67,13 @@ def draw_leaf(label: str, *, seed: int, size: int = 64) -> Image.Image:
         colour = _add_angular_spots(lesion_rng, leaf, colour)
     elif label == "bean_rust":
         colour = _add_pustules(lesion_rng, leaf, colour)
-    picture = _draw_background(scene_rng, size)  # [size, size, 3]
+    image = _draw_background(scene_rng, size)  # [size, size, 3]
     opacity = leaf.coverage * (1 - _draw_chewed_holes(scene_rng, leaf))
-    picture *= 1 - _cast_shadow(scene_rng, leaf, opacity)[..., None]
+    image *= 1 - _cast_shadow(scene_rng, leaf, opacity)[..., None]
     opacity = opacity[:, None]
-    picture[leaf.pixels] += opacity * (colour - picture[leaf.pixels])
-    picture = _apply_light(scene_rng, picture)
-    return Image.fromarray((picture * 255 + 0.5).astype(np.uint8))
+    image[leaf.pixels] += opacity * (colour - image[leaf.pixels])
+    image = _apply_light(scene_rng, image)
+    return Image.fromarray((image * 255 + 0.5).astype(np.uint8))
 
 
 def draw_leaves(num_images: int, *, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -99,10 +99,10 @@ def draw_leaves(num_images: int, *, image_size: int = 64, seed: int = 0) -> tupl
     if num_images > _MAX_IMAGES:
         raise InputError(f"num_images: expected at most {_MAX_IMAGES}, got {num_images}")
     labels = default_rng([_SHUFFLE_STREAM, seed]).permutation(np.arange(num_images, dtype=np.int64) % len(CLASSES))
-    pictures = np.empty((num_images, image_size, image_size, 3), dtype=np.uint8)
+    images = np.empty((num_images, image_size, image_size, 3), dtype=np.uint8)
     for index, label in enumerate(labels):
-        pictures[index] = np.asarray(draw_leaf(CLASSES[label], seed=int(seed) * _MAX_IMAGES + index, size=image_size))
-    return pictures, labels
+        images[index] = np.asarray(draw_leaf(CLASSES[label], seed=int(seed) * _MAX_IMAGES + index, size=image_size))
+    return images, labels
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
@@ -471,13 +471,13 @@ def _cast_shadow(rng: Generator, leaf: _Leaf, opacity: np.ndarray) -> np.ndarray
     return np.asarray(shadow)
 
 
-def _apply_light(rng: Generator, picture: np.ndarray) -> np.ndarray:
+def _apply_light(rng: Generator, image: np.ndarray) -> np.ndarray:
     """Exposure, white balance, uneven light and the sensor's noise, over the whole picture; clips to 0 to 1."""
-    size = len(picture)
+    size = len(image)
     exposure, contrast = rng.uniform(0.7, 1.3), rng.uniform(0.85, 1.15)
     warmth, tint = rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.05)
     gains = exposure * np.array([1 + warmth, 1 + tint, 1 - warmth])
     uneven = 0.85 + 0.3 * _noise(rng, 3, size)
     noise = rng.uniform(0, 0.06) * (_noise(rng, 96, size) - 0.5)
-    picture = picture * gains.astype(np.float32) * uneven[..., None] + noise[..., None]
-    return np.clip((picture - 0.45) * contrast + 0.45, 0, 1)
+    image = image * gains.astype(np.float32) * uneven[..., None] + noise[..., None]
+    return np.clip((image - 0.45) * contrast + 0.45, 0, 1)

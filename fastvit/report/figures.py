@@ -65,15 +65,15 @@ def draw_example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: in
     heading = _FONT_SIZE + 8
     row_height = heading + tile + _GAP
     num_left_out = len(examples) - len(shown)
-    columns = max(1, *(len(pictures) for _, pictures in shown))
+    columns = max(1, *(len(images) for _, images in shown))
     width = max(_GAP + columns * (tile + _GAP), 320)
     sheet = Image.new("RGB", (width, _GAP + len(shown) * row_height + (heading if num_left_out else 0)), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for row, (name, pictures) in enumerate(shown):
+    for row, (name, images) in enumerate(shown):
         top = _GAP + row * row_height
         _draw_text(draw, (_GAP, top), name, width=width - 2 * _GAP)
-        for column, picture in enumerate(pictures):
-            sheet.paste(_pad_to_square(picture, tile), (_GAP + column * (tile + _GAP), top + heading))
+        for column, image in enumerate(images):
+            sheet.paste(_pad_to_square(image, tile), (_GAP + column * (tile + _GAP), top + heading))
     if num_left_out:
         position = (_GAP, _GAP + len(shown) * row_height)
         text = f"and {num_left_out:,} more {'class' if num_left_out == 1 else 'classes'}"
@@ -81,17 +81,17 @@ def draw_example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: in
     return sheet
 
 
-def _pad_to_square(picture: Image.Image, side: int) -> Image.Image:
+def _pad_to_square(image: Image.Image, side: int) -> Image.Image:
     """The whole picture in a square, on light grey."""
-    return ImageOps.pad(flatten_to_rgb(picture), (side, side), color=(238, 238, 238))
+    return ImageOps.pad(flatten_to_rgb(image), (side, side), color=(238, 238, 238))
 
 
-def flatten_to_rgb(picture: Image.Image) -> Image.Image:
+def flatten_to_rgb(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white."""
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, (*_PAPER, 255)), rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,17 +196,17 @@ def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple
     width = _GAP + step * min(max(num_layers, 4), _LAYERS_PER_ROW)
     sheet = Image.new("RGB", (width, top_of_layers + layer_rows * (label + step)), _PAPER)
 
-    def place(title: str, picture: Image.Image, left: int, top: int, side: int) -> None:
+    def place(title: str, content: Image.Image, left: int, top: int, side: int) -> None:
         _draw_text(ImageDraw.Draw(sheet), (left, top), title, width=side)
-        sheet.paste(_pad_to_square(picture, side), (left, top + label))
+        sheet.paste(_pad_to_square(content, side), (left, top + label))
 
-    picture = ImageOps.contain(flatten_to_rgb(image), (large, large))
-    place("picture", picture, _GAP, _GAP, large)
-    place("rollout of all layers", overlay_rollout(picture, attentions, grid), _GAP + large + _GAP, _GAP, large)
+    image = ImageOps.contain(flatten_to_rgb(image), (large, large))
+    place("picture", image, _GAP, _GAP, large)
+    place("rollout of all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, _GAP, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         left, top = _GAP + column * step, top_of_layers + row * (label + step)
-        place(f"layer {index + 1}", overlay_heatmap(picture, heat), left, top, _LAYER_TILE)
+        place(f"layer {index + 1}", overlay_heatmap(image, heat), left, top, _LAYER_TILE)
     return sheet
 
 

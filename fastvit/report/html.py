@@ -66,11 +66,11 @@ def format_percent(value: float) -> str:
     return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
-def encode_thumbnail(picture: Image.Image, side: int) -> str:
+def encode_thumbnail(image: Image.Image, side: int) -> str:
     """The picture, no larger than `side` either way, as a data URI."""
-    picture = figures.flatten_to_rgb(picture)
-    if max(picture.size) > side:
-        picture = ImageOps.contain(picture, (side, side))
+    image = figures.flatten_to_rgb(image)
+    if max(image.size) > side:
+        image = ImageOps.contain(image, (side, side))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
+    image.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -32,6 +32,6 @@ def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult
     )
 
 
-def preprocess_image(predictor: Predictor, picture: Image.Image) -> torch.Tensor:
+def preprocess_image(predictor: Predictor, image: Image.Image) -> torch.Tensor:
     """A picture as the predictor's model takes it, uint8 [1, height, width, 3]."""
-    return torch.from_numpy(predictor.preprocessor(picture).copy())[None]
+    return torch.from_numpy(predictor.preprocessor(image).copy())[None]

@@ -70,11 +70,11 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
         if path is None:  # the picture was taken away
             return None, None
         try:
-            picture = decode_image(path, "The file")
+            image = decode_image(path, "The file")
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        shares, maps, grid = classify_with_attention(predictor.model, preprocess_image(predictor, picture))
-        shown = ImageOps.contain(picture, (MAP_SIDE, MAP_SIDE))
+        shares, maps, grid = classify_with_attention(predictor.model, preprocess_image(predictor, image))
+        shown = ImageOps.contain(image, (MAP_SIDE, MAP_SIDE))
         return dict(zip(names, shares.tolist(), strict=True)), figures.overlay_rollout(shown, maps, grid)
 
     def get_path(payload: Any) -> str | None:
@@ -86,8 +86,8 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
             f"# {Path(model).name or model}\n{len(names)} classes. Pictures stay on the machine that serves this."
         )
         with gradio.Row():
-            picture = gradio.Image(label="Picture", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
-            picture.preprocess = get_path  # type: ignore[method-assign]
+            image = gradio.Image(label="Picture", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
+            image.preprocess = get_path  # type: ignore[method-assign]
             with gradio.Column():
                 classes = gradio.Label(num_top_classes=min(MAX_CLASSES, len(names)), label="Classes")
                 attention = gradio.Image(
@@ -96,7 +96,7 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
                     height=IMAGE_HEIGHT,
                     buttons=["download", "fullscreen"],  # and not the one that uploads it to share it
                 )
-        picture.change(classify, picture, [classes, attention], api_name="predict")
+        image.change(classify, image, [classes, attention], api_name="predict")
     return page
 
 

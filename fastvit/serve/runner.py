@@ -91,15 +91,15 @@ class Runner:
             raise InputError(f"model: expected a classifier, whose output has logits, got {type(self.model).__name__}")
         return output.logits.float()
 
-    def launch(self, pictures: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
+    def launch(self, images: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
         """Begin to compute uint8 pictures [H, W, 3]; the function that is returned waits for their results.
 
         Where memory does not suffice, the batch is halved, for good, with a warning; one picture alone raises.
         """
         pieces: list[Callable[[], list[tuple[np.ndarray, np.ndarray]]]] = []
         start = 0
-        while start < len(pictures):
-            piece = pictures[start : start + self.limit]
+        while start < len(images):
+            piece = images[start : start + self.limit]
             try:
                 pieces.append(self._launch(piece))
                 start += len(piece)
@@ -121,11 +121,11 @@ class Runner:
         return lambda: [result for finish in pieces for result in finish()]
 
     @torch.inference_mode()
-    def _launch(self, pictures: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
+    def _launch(self, images: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
         on_gpu = self.device.type == "cuda"
         with torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext():
-            on_host = torch.empty(len(pictures), *pictures[0].shape, dtype=torch.uint8, pin_memory=on_gpu)
-            np.stack(pictures, out=on_host.numpy())
+            on_host = torch.empty(len(images), *images[0].shape, dtype=torch.uint8, pin_memory=on_gpu)
+            np.stack(images, out=on_host.numpy())
             outputs = (self.graphs or self.forward)(self._to_device(on_host))
             # Asked for without waiting, PyTorch copies into pinned memory; in the stream's order, before a next replay.
             results = [output.to("cpu", non_blocking=True) for output in outputs]

@@ -76,7 +76,7 @@ class PipelineTests:
         pipe = pipeline(self.task, model=model, image_processor=image_processor, **options)
         assert type(pipe.model) is type(model)
         pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
-        return pipe, [Image.fromarray(picture) for picture in pixels]
+        return pipe, [Image.fromarray(image) for image in pixels]
 
 
 class ImageClassificationPipelineTests(PipelineTests):
