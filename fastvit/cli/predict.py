@@ -13,7 +13,7 @@ import numpy as np
 from fastvit.data.images import decode_image
 from fastvit.errors import InputError, escape_unprintable
 from fastvit.models.calibration import compute_reliability
-from fastvit.serve.attention import preprocess_image, classify_with_attention
+from fastvit.serve.attention import classify_with_attention, preprocess_image
 from fastvit.serve.predictor import Predictor
 
 
