@@ -12,10 +12,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastvit import ops
 from fastvit.benchmarks.cases import Cost, Operation, Shape
-from fastvit.benchmarks.harness import as_test
 from fastvit.ops import reference
 
-# Query, key and value as one matrix product leaves them, one tensor with one gradient; or as three.
+# Query, key and value from one fused projection, one tensor with one gradient; or three tensors.
 PACKED, SEPARATE = "packed qkv", "separate q k v"
 
 
@@ -27,24 +26,24 @@ def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, A
     return {"qkv": tuple(torch.randn(size, dtype=dtype, device=device).requires_grad_() for _ in range(3))}
 
 
-def split(qkv: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
-    """query, key and value [B, N, heads, head_dim]."""
+def split_qkv(qkv: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns query, key and value, each [batch, tokens, heads, head_dim]."""
     return qkv.unbind(2) if isinstance(qkv, Tensor) else qkv
 
 
 def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
-    product = 2 * shape.batch * shape.hidden * shape.tokens**2  # of all heads: queries x keys x head_dim
+    matmul = 2 * shape.batch * shape.hidden * shape.tokens**2  # all heads: queries x keys x head_dim
     tensor = shape.rows * shape.hidden * itemsize
     return {
-        "forward": Cost(2 * product, 4 * tensor),  # q, k, v, out
-        "backward": Cost(5 * product, 8 * tensor),  # q, k, v, out, grad_out, and three gradients
+        "forward": Cost(2 * matmul, 4 * tensor),  # q, k, v, out
+        "backward": Cost(5 * matmul, 8 * tensor),  # q, k, v, out, grad_out, three gradients
     }
 
 
 attention = Operation(
     "attention",
     setup=setup,
-    definition=lambda qkv: reference.attention(*split(qkv)),
+    definition=lambda qkv: reference.attention(*split_qkv(qkv)),
     cost=cost,
     variants=(PACKED, SEPARATE),
 )
@@ -58,14 +57,14 @@ def ours(qkv: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 def sdpa(qkv: Tensor | Sequence[Tensor]) -> Tensor:
-    query, key, value = (tensor.transpose(1, 2) for tensor in split(qkv))
+    query, key, value = (tensor.transpose(1, 2) for tensor in split_qkv(qkv))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def add_backend(name: str, backend: SDPBackend, devices: tuple[str, ...] = ("cpu", "cuda")) -> None:
     @attention.provider(f"PyTorch SDPA {name}", devices=devices)
     def pinned(qkv: Tensor | Sequence[Tensor]) -> Tensor:
-        with sdpa_kernel(backend):  # backward belongs to the forward that ran
+        with sdpa_kernel(backend):  # chooses backward, too
             return sdpa(qkv)
 
 
@@ -84,15 +83,13 @@ def flash_attn(qkv: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 @attention.provider("PyTorch")
-def written_out(qkv: Tensor | Sequence[Tensor]) -> Tensor:
-    """Products and softmax apart, for the compilers to fuse."""
-    query, key, value = (tensor.transpose(1, 2) for tensor in split(qkv))
+def write_out(qkv: Tensor | Sequence[Tensor]) -> Tensor:
+    """Separate matmuls and softmax, for compilers to fuse."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in split_qkv(qkv))
     scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
     return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
 
 
-attention.compiled("PyTorch")
+attention.add_compiled("PyTorch")
 
 OPERATIONS = (attention,)
-
-test_attention = as_test(attention)

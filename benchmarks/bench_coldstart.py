@@ -1,32 +1,29 @@
-"""How long until the first prediction: importing, making a model, and what is compiled or tuned on the way?
+"""How long is it until the first prediction: import, model construction, compiling and tuning?
 
-Once for the model alone, with random weights, and once from a saved folder and a picture file to the name of a class.
-Every sample is a process of its own. Its caches (Triton's, the compiler's, our tuning) are in a folder that is empty
-the first time and kept for the second.
+Measured for the model alone, with random weights, and from a saved folder and an image file to the name of a class.
+Every sample is a new process. Its caches (Triton, torch.compile, our tuning) are in a folder that is empty for the
+first process and reused by the second.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import fastvit
-from fastvit.benchmarks.bench_predictor import PHOTOGRAPH, save_model
-from fastvit.benchmarks.cases import OURS, Shape
-from fastvit.benchmarks.environment import name_of
-from fastvit.benchmarks.harness import Settings, describe
-from fastvit.benchmarks.timing import quantiles
+import torch
+
+from fastvit.benchmarks.bench_predictor import IMAGE_SIZE, save_model
+from fastvit.benchmarks.cases import Shape
+from fastvit.benchmarks.harness import Settings, describe_error, make_record, run_python
+from fastvit.benchmarks.measure import compute_quantiles
+from fastvit.benchmarks.records import OUT_OF_TIME, Record, get_dtype_name
 from fastvit.data import leaves
 
+NAME = "in new processes"
 PROGRAM = """
-import json, sys, time
+import json, time
 start = time.perf_counter()
 if {provider!r}.startswith("fastvit"):
     from fastvit import ViTForImageClassification, ViTConfig
@@ -67,91 +64,66 @@ print(json.dumps({{"import": imported - start, "make the model": made - imported
 CACHES = {"TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor", "FASTVIT_CACHE_DIR": "fastvit"}
 CACHED = ("empty caches", "filled caches")
 SERVERS = ("fastvit Predictor", "transformers pipeline")
-PICTURE = "leaf.jpg"
 PHASES = ("import", "make the model", "first prediction", "all")
+IMAGE = "leaf.jpg"
 
 
 def save_for_serving(shape: Shape, folder: Path) -> None:
-    """A model, its image processor and a picture."""
+    """Saves a model, its image processor and an image."""
     save_model(shape, str(folder))
-    leaves.draw_leaf(leaves.CLASSES[0], seed=0, size=PHOTOGRAPH).save(folder / PICTURE)
+    leaves.draw_leaf(leaves.CLASSES[0], seed=0, size=IMAGE_SIZE).save(folder / IMAGE)
 
 
 def start_once(provider: str, shape: Shape, dtype: str, device: str, caches: Path, folder: Path) -> dict[str, float]:
-    """Seconds of each phase, in a new process. folder: of a saved model with a picture."""
+    """Returns the seconds of each phase of a new process; folder: as `save_for_serving` makes it."""
     program = (SERVING if provider in SERVERS else PROGRAM).format(
         folder=str(folder),
-        file=str(folder / PICTURE),
+        file=str(folder / IMAGE),
         provider=provider,
         compiled=provider.endswith("compiled"),
         dtype=dtype,
         device=device,
-        batch=shape.batch,
-        hidden=shape.hidden,
-        layers=shape.layers,
-        heads=shape.heads,
-        image_size=shape.image_size,
+        **shape.get_sizes(),
     )
-    root = str(Path(fastvit.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {name: str(caches / folder) for name, folder in CACHES.items()}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment | {"PYTHONPATH": path}
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the process ended")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_python("-c", program, **{name: str(caches / cache) for name, cache in CACHES.items()})
 
 
-def run(settings: Settings, dtype: Any, tick: Callable[[str], object] = lambda what: None) -> Iterator[dict[str, Any]]:
-    """Records: a phase is a pass; with empty and with filled caches are two shapes."""
+def run(dtype: torch.dtype, settings: Settings) -> Iterator[Record]:
+    """Yields records in which a phase is a pass, and empty and filled caches are two variants of the shape."""
     shape = Shape("micro", 64, 1) if settings.quick else Shape("base", 224, 1)
-    few = settings.quick or settings.brief
-    compiles = settings.full or (settings.device.type == "cuda" and not few)
+    is_brief = settings.quick or settings.suite == "all"
     providers = ["fastvit", "transformers", *SERVERS]
-    providers += ["fastvit compiled", "transformers compiled"] if compiles else []
+    if settings.full or (settings.device.type == "cuda" and not is_brief):
+        providers += ["fastvit compiled", "transformers compiled"]
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {}
     failed: dict[str, str] = {}
-    saved = tempfile.TemporaryDirectory()
-    save_for_serving(shape, Path(saved.name))
-    for number in range(1 if few else 3):
-        for provider in providers:
-            if provider in failed or (number and provider.endswith("compiled")):  # compiling takes minutes: once
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                for caches in CACHED:
-                    if time.monotonic() > settings.deadline:
-                        continue
-                    tick(f"{provider}, {caches}")
-                    try:
-                        took = start_once(
-                            provider, shape, name_of(dtype), settings.device.type, Path(folder), Path(saved.name)
-                        )
-                    except RuntimeError as error:
-                        failed[provider] = describe(error)
-                        break
-                    seconds.setdefault((provider, caches), []).append(took)
+    with tempfile.TemporaryDirectory() as saved:
+        save_for_serving(shape, Path(saved))
+        for number in range(1 if is_brief else 3):
+            for provider in providers:
+                if provider in failed or (number and provider.endswith("compiled")):  # compiling takes minutes: once
+                    continue
+                with tempfile.TemporaryDirectory() as folder:
+                    for caches in CACHED:
+                        if time.monotonic() > settings.deadline:
+                            continue
+                        where = settings.device.type, Path(folder), Path(saved)
+                        try:
+                            sample = start_once(provider, shape, get_dtype_name(dtype), *where)
+                        except RuntimeError as error:
+                            failed[provider] = describe_error(error)
+                            break
+                        seconds.setdefault((provider, caches), []).append(sample)
     for provider in providers:
         for caches in CACHED:
             samples = seconds.get((provider, caches))
-            outcome: dict[str, Any] = {"status": "timed", "reason": None}
-            if provider in failed:
-                outcome = {"status": "failed", "reason": failed[provider]}
-            elif samples is None:
-                outcome = {"status": "left out", "reason": "the time budget was spent before its turn"}
             for phase in PHASES:
-                record = {
-                    "operation": "coldstart",
-                    "shape": f"{shape.name}, {caches}",
-                    "sizes": shape.sizes(),
-                    "headline": True,
-                    "dtype": name_of(dtype),
-                    "pass": phase,
-                    "provider": provider,
-                    "registered": provider,
-                    "ours": provider.startswith(OURS),
-                    **outcome,
-                }
-                if outcome["status"] == "timed" and samples is not None:
-                    record["ms"] = quantiles([1e3 * took[phase] for took in samples])
+                record = make_record("coldstart", shape, dtype, phase, provider)
+                record["shape"] = f"{shape.name}, {caches}"
+                if provider in failed:
+                    record |= {"status": "failed", "reason": failed[provider]}
+                elif samples is None:
+                    record |= {"status": "left out", "reason": OUT_OF_TIME}
+                else:
+                    record["ms"] = compute_quantiles([1e3 * sample[phase] for sample in samples])
                 yield record

@@ -1,8 +1,8 @@
-"""What a pass costs on the host: Python, PyTorch's dispatcher, Triton's launcher.
+"""What is the overhead of a pass on the host: Python, PyTorch's dispatcher, Triton's launcher?
 
-No GPU is needed, and none is used. The model is so small that a CPU computes its products in no time, and our kernels
-go through Triton's own launcher into a driver that launches nothing. A GPU that is faster than this waits for the host:
-that decides small batches, unless a CUDA graph replays them.
+It needs no GPU and uses none. The model is so small that its matmuls take next to no time on a CPU, and our kernels go
+through Triton's own launcher into a driver that launches nothing. A GPU that is faster than this waits for the host,
+which limits small batches unless a CUDA graph replays them.
 """
 
 from __future__ import annotations
@@ -12,39 +12,37 @@ import copy
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import ViTConfig
 
 import fastvit
 from fastvit import ops
-from fastvit.benchmarks.bench_model import INFERENCE, logits_of
+from fastvit.benchmarks.bench_model import INFERENCE, compute_logits, make_config
 from fastvit.benchmarks.cases import Shape
-from fastvit.benchmarks.harness import Settings, describe
-from fastvit.benchmarks.timing import quantiles
+from fastvit.benchmarks.harness import Settings, describe_error, make_record, run_python
+from fastvit.benchmarks.measure import compute_quantiles
+from fastvit.benchmarks.records import Record
 
 SHAPE = Shape("micro", 32, 1, variant="12 blocks")
+NAME = SHAPE.name
 BLOCKS = 12
 TRAINING = "forward and backward"
 PROVIDERS = ("fastvit", "transformers", "timm")
 
 
 class NoDevice:
-    """A driver for Triton that compiles for an H100, and launches nothing."""
+    """A driver for Triton that compiles for an H100 and launches nothing."""
 
     class utils:
         @staticmethod
         def load_binary(*_: Any) -> tuple[int, int, int, int, int]:
-            return 0, 0, 0, 0, 1024  # module, function, registers, spills, the most threads
+            return 0, 0, 0, 0, 1024  # module, function, registers, spills, maximum threads
 
         @staticmethod
         def unload_module(module: int) -> None:
@@ -74,7 +72,7 @@ class NoDevice:
 
 
 def launch_nothing(device: NoDevice | None = None) -> None:
-    """Let this process take tensors of a CPU for those of an H100, on which kernels leave their results unwritten."""
+    """Makes this process treat CPU tensors as an H100's; kernels leave their outputs unwritten."""
     from triton.runtime import driver
 
     from fastvit.kernels import tuning
@@ -84,15 +82,8 @@ def launch_nothing(device: NoDevice | None = None) -> None:
     ops.is_interpreting = lambda: True
 
 
-def models() -> dict[str, nn.Module]:
-    config = ViTConfig(
-        hidden_size=SHAPE.hidden,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=SHAPE.heads,
-        intermediate_size=2 * SHAPE.hidden,
-        image_size=SHAPE.image_size,
-        num_labels=10,
-    )
+def build_models() -> dict[str, nn.Module]:
+    config = make_config(SHAPE, num_hidden_layers=BLOCKS, intermediate_size=2 * SHAPE.hidden)
     found: dict[str, nn.Module] = {
         "fastvit": fastvit.ViTForImageClassification(config),
         "transformers": transformers.ViTForImageClassification(config),
@@ -106,88 +97,65 @@ def models() -> dict[str, nn.Module]:
     return found
 
 
-def passes(model: nn.Module) -> dict[str, Callable[[], object]]:
+def build_passes(model: nn.Module) -> dict[str, Callable[[], object]]:
     pixels = torch.randn(SHAPE.batch, 3, SHAPE.image_size, SHAPE.image_size)
-    used, trained = copy.deepcopy(model).eval(), model.train()
-    parameters = list(trained.parameters())
+    trained, inferring = model.train(), copy.deepcopy(model).eval()
 
     def infer() -> Tensor:
         with torch.no_grad():
-            return logits_of(used, pixels)
+            return compute_logits(inferring, pixels)
 
     def train() -> None:
-        logits_of(trained, pixels).sum().backward()
-        for parameter in parameters:
-            parameter.grad = None
+        compute_logits(trained, pixels).sum().backward()
+        trained.zero_grad()
 
     return {INFERENCE: infer, TRAINING: train}
 
 
-def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of each provider and pass: ten of a kind, as a loop has them, and all kinds in turn."""
+def measure_host(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Returns milliseconds of each provider and pass; ten calls in a row, as in a loop, and all of them in turn."""
     with_kernels = importlib.util.find_spec("triton") is not None
     if with_kernels:
         launch_nothing()
-    steps = {(provider, name): step for provider, model in models().items() for name, step in passes(model).items()}
+    steps = {
+        (provider, name): step
+        for provider, model in build_models().items()
+        for name, step in build_passes(model).items()
+    }
     milliseconds: dict[str, dict[str, list[float]]] = {}
-    for number in range(1 + rounds):  # the first to compile and to warm up
+    for number in range(1 + rounds):  # the first compiles and warms up
         for (provider, name), step in steps.items():
             backend = fastvit.backend("triton") if with_kernels and provider == "fastvit" else contextlib.nullcontext()
             with backend:
                 for _ in range(10):
                     start = time.perf_counter()
                     step()
-                    took = 1e3 * (time.perf_counter() - start)
+                    duration = 1e3 * (time.perf_counter() - start)
                     if number:
-                        milliseconds.setdefault(provider, {}).setdefault(name, []).append(took)
+                        milliseconds.setdefault(provider, {}).setdefault(name, []).append(duration)
     return milliseconds
 
 
-def in_its_own_process(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """`measure` where nothing else is disturbed by what it replaces."""
-    root = str(Path(fastvit.__file__).resolve().parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "fastvit.benchmarks.bench_host", str(rounds)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the process ended")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run(settings: Settings, tick: Callable[[str], object] = lambda what: None) -> Iterator[dict[str, Any]]:
-    """Records, one for each provider and pass."""
-    tick("compiling for an H100 that is not there")
+def run(_: torch.dtype, settings: Settings) -> Iterator[Record]:
+    """Yields a record for each provider and pass, measured in a new process since `launch_nothing` cannot be undone."""
     failure, milliseconds = None, {}
     try:
-        milliseconds = in_its_own_process(1 if settings.quick else 30)
+        arguments = "-m", "fastvit.benchmarks.bench_host", "1" if settings.quick else "30"
+        milliseconds = run_python(*arguments, TRITON_INTERPRET=None, CUDA_VISIBLE_DEVICES="")
     except RuntimeError as error:
-        failure = describe(error)
+        failure = describe_error(error)
     for provider in PROVIDERS:
         for name in (INFERENCE, TRAINING):
-            outcome: dict[str, Any] = {"status": "missing", "reason": f"{provider} is not installed"}
+            record = make_record("host", SHAPE, torch.float32, name, provider)
+            record["sizes"]["layers"] = BLOCKS
             if failure is not None:
-                outcome = {"status": "failed", "reason": failure}
+                record |= {"status": "failed", "reason": failure}
             elif provider in milliseconds:
-                outcome = {"status": "timed", "reason": None, "ms": quantiles(milliseconds[provider][name])}
-            yield {
-                "operation": "host",
-                "shape": SHAPE.name,
-                "sizes": SHAPE.sizes() | {"layers": BLOCKS},
-                "headline": True,
-                "dtype": "float32",
-                "pass": name,
-                "provider": provider,
-                "registered": provider,
-                "ours": provider == "fastvit",
-                **outcome,
-            }
+                record["ms"] = compute_quantiles(milliseconds[provider][name])
+            else:
+                record |= {"status": "missing", "reason": f"package {provider} is not installed"}
+            yield record
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(int(sys.argv[1]))))
+    print(json.dumps(measure_host(int(sys.argv[1]))))

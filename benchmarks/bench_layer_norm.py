@@ -10,26 +10,25 @@ from torch import Tensor
 
 from fastvit import ops
 from fastvit.benchmarks.cases import Cost, Operation, Shape
-from fastvit.benchmarks.harness import as_test
 from fastvit.ops import reference
 
 EPS = 1e-6
-ARITHMETIC = 8  # operations an element, roughly: two sums, centre, square, scale, shift. Memory decides, not these
-GELU = 20  # the same, of the activation
+ARITHMETIC = 8  # FLOPs per element, roughly: two sums, center, square, scale, shift. Memory bandwidth decides
+GELU = 20  # the same for the activation
 
 
-def parameters(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def draw_parameters(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     weight = 1 + 0.1 * torch.randn(shape.hidden, dtype=dtype, device=device)
     bias = 0.1 * torch.randn(shape.hidden, dtype=dtype, device=device)
     return {"weight": weight.requires_grad_(), "bias": bias.requires_grad_()}
 
 
-def tokens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
+def draw_tokens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.randn(shape.batch, shape.tokens, shape.hidden, dtype=dtype, device=device).requires_grad_()
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    return {"x": tokens(shape, dtype, device), **parameters(shape, dtype, device)}
+    return {"x": draw_tokens(shape, dtype, device), **draw_parameters(shape, dtype, device)}
 
 
 def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
@@ -66,11 +65,11 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return LigerLayerNormFunction.apply(x, weight, bias, EPS)
 
 
-layer_norm.compiled("PyTorch")
+layer_norm.add_compiled("PyTorch")
 
 
 def add_setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    return {"residual": tokens(shape, dtype, device), **setup(shape, dtype, device)}
+    return {"residual": draw_tokens(shape, dtype, device), **setup(shape, dtype, device)}
 
 
 def add_cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
@@ -109,7 +108,7 @@ def liger_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tupl
     return summed, LigerLayerNormFunction.apply(summed, weight, bias, EPS)
 
 
-add_layer_norm.compiled("PyTorch")
+add_layer_norm.add_compiled("PyTorch")
 
 layer_norm_act = Operation(
     "layer_norm_act",
@@ -133,11 +132,11 @@ def pytorch_activation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.layer_norm(x, weight.shape, weight, bias, EPS))
 
 
-layer_norm_act.compiled("PyTorch")
+layer_norm_act.add_compiled("PyTorch")
 
 
 def wide_setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    wide = 4 * shape.hidden  # GELU's place in a feed-forward
+    wide = 4 * shape.hidden  # as in a feed-forward
     x = torch.randn(shape.batch, shape.tokens, wide, dtype=dtype, device=device)
     return {"x": x.requires_grad_(), "bias": (0.1 * torch.randn(wide, dtype=dtype, device=device)).requires_grad_()}
 
@@ -164,11 +163,6 @@ def pytorch_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias)
 
 
-bias_gelu.compiled("PyTorch")
+bias_gelu.add_compiled("PyTorch")
 
 OPERATIONS = (layer_norm, add_layer_norm, layer_norm_act, bias_gelu)
-
-test_layer_norm = as_test(layer_norm)
-test_add_layer_norm = as_test(add_layer_norm)
-test_layer_norm_act = as_test(layer_norm_act)
-test_bias_gelu = as_test(bias_gelu)

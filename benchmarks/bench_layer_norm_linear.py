@@ -1,4 +1,4 @@
-"""What do LayerNorm and GELU add to the matrix product between them, the first half of the feed-forward?"""
+"""What do LayerNorm and GELU cost beside the matmul between them, the first half of the feed-forward?"""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastvit import ops
 from fastvit.benchmarks.cases import Cost, Operation, Shape
-from fastvit.benchmarks.harness import as_test
 
 EPS = 1e-6
 
@@ -29,12 +28,12 @@ def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, A
 
 def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
     hidden, wide = shape.hidden, 4 * shape.hidden
-    product = 2 * shape.rows * hidden * wide
+    matmul = 2 * shape.rows * hidden * wide
     x, weight, out = (itemsize * count for count in (shape.rows * hidden, hidden * wide, shape.rows * wide))
     return {
-        "forward": Cost(product, x + weight + out),
-        # x, weight, grad_out and what GELU was taken of; gradients of x and weight
-        "backward": Cost(2 * product, 2 * x + 2 * weight + 2 * out),
+        "forward": Cost(matmul, x + weight + out),
+        # x, weight, grad_out and GELU's input; gradients of x and weight
+        "backward": Cost(2 * matmul, 2 * x + 2 * weight + 2 * out),
     }
 
 
@@ -52,14 +51,14 @@ def ours(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias
 
 
 def add_candidate(name: str, number: int) -> None:
-    """One of the ways that a measurement chooses between."""
+    """Registers one of the candidates of the tuner."""
 
     @layer_norm_gelu.provider(f"fastvit {name}", devices=("cuda",), kernel="layer_norm_gelu")
     def candidate(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         from fastvit.kernels import layer_norm_linear, tuning
 
         if number >= len(tuning.find_candidates("linear_forward", "", x.dtype, x.device)):
-            raise RuntimeError(f"there is no {name} product for {x.dtype} on this GPU")
+            raise RuntimeError(f"no {name} matmul for {x.dtype} on this GPU")
         return layer_norm_linear.layer_norm_gelu(x, norm_weight, norm_bias, EPS, weight, bias, candidate=number)
 
 
@@ -67,8 +66,6 @@ for number, name in enumerate(("cuBLAS", "fused", "persistent")):
     add_candidate(name, number)
 
 layer_norm_gelu.provider("PyTorch")(chain)
-layer_norm_gelu.compiled("PyTorch")
+layer_norm_gelu.add_compiled("PyTorch")
 
 OPERATIONS = (layer_norm_gelu,)
-
-test_layer_norm_gelu = as_test(layer_norm_gelu)

@@ -1,4 +1,4 @@
-"""What does it cost to turn pixels into tokens: normalise, project, class token, position embedding?"""
+"""How fast are pixels turned into tokens: normalization, projection, class token, position embedding?"""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 
 from fastvit import ops
 from fastvit.benchmarks.cases import Cost, Operation, Shape
-from fastvit.benchmarks.harness import as_test
 from fastvit.ops import reference
 
 PATCH = 16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BYTES, FLOATS = "uint8 channels last", "float32 channels first"  # as decoders give pixels, as image processors do
+BYTES, FLOATS = "uint8 channels last", "float32 channels first"  # from decoders; from image processors
 
 
 def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -39,11 +38,11 @@ def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, A
 
 def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
     values = 3 * PATCH * PATCH
-    product = 2 * shape.batch * shape.patches * values * shape.hidden
+    matmul = 2 * shape.batch * shape.patches * values * shape.hidden
     pixels = shape.batch * shape.patches * values * (1 if shape.variant == BYTES else 4)
     weight, out = values * shape.hidden * itemsize, shape.rows * shape.hidden * itemsize
-    every = Cost(product, pixels + weight + out)  # backward reads the gradient of out and writes that of the weight
-    return {"forward": every, "backward": every}
+    both = Cost(matmul, pixels + weight + out)  # backward reads grad_out and writes the weight's gradient
+    return {"forward": both, "backward": both}
 
 
 patch_embed = Operation(
@@ -63,15 +62,13 @@ def ours(pixels: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_em
 
 @patch_embed.provider("PyTorch")
 def pytorch(pixels: Tensor, weight: Tensor, bias: Tensor, cls_token: Tensor, pos_embed: Tensor) -> Tensor:
-    """As ViTs are usually written; uint8 pixels are scaled and normalised on the device first."""
+    """The usual code of ViTs; uint8 pixels are scaled and normalized on the device first."""
     if pixels.dtype == torch.uint8:
         pixels = reference.normalize_pixels(pixels.permute(0, 3, 1, 2), MEAN, STD, torch.float32)
     tokens = F.conv2d(pixels.to(weight.dtype), weight, bias, stride=PATCH).flatten(2).transpose(1, 2)
     return torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1) + pos_embed
 
 
-patch_embed.compiled("PyTorch")
+patch_embed.add_compiled("PyTorch")
 
 OPERATIONS = (patch_embed,)
-
-test_patch_embed = as_test(patch_embed)

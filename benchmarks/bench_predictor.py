@@ -1,7 +1,7 @@
-"""How fast are pictures in files named, beside transformers' pipeline, with the same weights and image processor?
+"""How fast are image files classified, beside transformers' pipeline, with the same weights and image processor?
 
-What is timed is a call with a list of files: decoding, resizing, the model, names and scores of all classes. The files
-are the beans photographs where FASTVIT_BEANS_DIR names their folder, otherwise drawn leaves of the same size.
+A call with a list of files is timed: decoding, resizing, the model, names and scores of all classes. The files are the
+beans photographs if FASTVIT_BEANS_DIR names their folder, otherwise drawn leaves of the same size.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import ViTImageProcessorPil
 
 import fastvit
-from fastvit.benchmarks.bench_model import NUM_CLASSES, forward_flops, vit_config
+from fastvit.benchmarks.bench_model import NUM_CLASSES, count_forward_flops, make_config
 from fastvit.benchmarks.cases import Cost, Operation, Provider, Shape
-from fastvit.benchmarks.harness import as_test
-from fastvit.benchmarks.timing import Step
+from fastvit.benchmarks.measure import Step
 from fastvit.data import leaves
 
 ANSWER = "files to classes"
-PHOTOGRAPH = 256  # height and width of the files
+IMAGE_SIZE = 256  # height and width of the files
 
 
 class Case(NamedTuple):
@@ -34,12 +33,12 @@ class Case(NamedTuple):
     files: list[str]
     dtype: torch.dtype
     device: torch.device
-    answers: dict[Callable[..., Any], Callable[[], list[dict[str, float]]]]  # by provider, made once
+    answers: dict[Callable[..., Any], Callable[[], list[dict[str, float]]]]  # by provider
     expected: dict[str, Tensor]
 
 
-def picture_files(count: int, folder: Path) -> list[str]:
-    """`count` different photographs, in turn from each class, or as many drawn leaves."""
+def list_image_files(count: int, folder: Path) -> list[str]:
+    """Returns `count` different photographs, in turn from each class, or draws as many leaves."""
     photographs = os.environ.get("FASTVIT_BEANS_DIR")
     if photographs:
         classes = [sorted(path.glob("*.jpg")) for path in sorted(Path(photographs, "validation").iterdir())]
@@ -48,49 +47,47 @@ def picture_files(count: int, folder: Path) -> list[str]:
     files = []
     for seed, name in zip(range(count), itertools.cycle(leaves.CLASSES), strict=False):
         files.append(str(folder / f"{seed}.jpg"))
-        leaves.draw_leaf(name, seed=seed, size=PHOTOGRAPH).save(files[-1])
+        leaves.draw_leaf(name, seed=seed, size=IMAGE_SIZE).save(files[-1])
     return files
 
 
 def save_model(shape: Shape, folder: str) -> None:
-    """A random classifier with its image processor, as transformers saves them."""
+    """Saves a classifier with random weights and its image processor, as transformers does."""
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
-    transformers.ViTForImageClassification(vit_config(shape)).save_pretrained(folder)
+    transformers.ViTForImageClassification(make_config(shape)).save_pretrained(folder)
     ViTImageProcessorPil(size={"height": shape.image_size, "width": shape.image_size}).save_pretrained(folder)
 
 
 class Serving(Operation):
     passes = (ANSWER,)
     hides_launch = False
+    counts_images = True
     baseline = "transformers"
     seconds = 3.0
     targets: Mapping[str, Mapping[str, float]] = {ANSWER: {"speed_up": 1.0}}
 
     def __init__(self) -> None:
-        super().__init__("predictor", setup=lambda *_: {}, definition=lambda: None, cost=lambda *_: {})
+        super().__init__("predictor")
 
-    def shapes(self, device: torch.device, quick: bool) -> list[Shape]:
+    def list_shapes(self, device: torch.device, quick: bool) -> list[Shape]:
         if quick:
             return [Shape("micro", 64, 2)]
         large = "base" if device.type == "cuda" else "small"
         return [Shape(size, 224, batch, int(size == "micro")) for size in (large, "micro") for batch in (32, 1)]
 
-    def costs(self, shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
-        return {ANSWER: Cost(forward_flops(shape), 0)}
+    def compute_costs(self, shape: Shape, dtype: torch.dtype) -> dict[str, Cost]:
+        return {ANSWER: Cost(count_forward_flops(shape), 0)}
 
-    def rate(self, shape: Shape) -> float:
-        return shape.batch
-
-    def floor_of_error(self, dtype: torch.dtype) -> float:
-        return 1e-4 if dtype == torch.float32 else 2e-2
+    def get_error_bounds(self, dtype: torch.dtype) -> tuple[float, float]:
+        return 1e-4 if dtype == torch.float32 else 2e-2, super().get_error_bounds(dtype)[1]
 
     def make_case(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> Case:
         folder = tempfile.TemporaryDirectory()
         save_model(shape, folder.name)
-        case = Case(folder, picture_files(shape.batch, Path(folder.name)), dtype, device, {}, {})
+        case = Case(folder, list_image_files(shape.batch, Path(folder.name)), dtype, device, {}, {})
         exact = case._replace(dtype=torch.float32, answers={})
-        case.expected.update(self.results(self.prepare(self.providers["transformers"], exact), exact))
+        case.expected.update(self.compute_results(self.prepare(self.providers["transformers"], exact), exact))
         return case
 
     def prepare(self, provider: Provider, case: Any) -> dict[str, Step]:
@@ -99,7 +96,7 @@ class Serving(Operation):
         answer = case.answers[provider.function]
         return {ANSWER: Step(lambda _: answer())}
 
-    def results(self, steps: dict[str, Step], case: Any) -> dict[str, Tensor]:
+    def compute_results(self, steps: dict[str, Step], case: Any) -> dict[str, Tensor]:
         answers: Any = steps[ANSWER].run(None)
         scores = torch.zeros(len(answers), NUM_CLASSES)
         for row, answer in zip(scores, answers, strict=True):
@@ -107,7 +104,7 @@ class Serving(Operation):
                 row[int(label.removeprefix("LABEL_"))] = score
         return {"scores": scores}
 
-    def kept_bytes(self, steps: dict[str, Step], case: Any) -> None:
+    def measure_saved_bytes(self, steps: Mapping[str, Step], case: Any) -> None:
         return None
 
 
@@ -115,14 +112,14 @@ predictor = Serving()
 
 
 @predictor.provider("fastvit", kernel="layer_norm")
-def ours(case: Case) -> Callable[[], list[dict[str, float]]]:
+def load_fastvit(case: Case) -> Callable[[], list[dict[str, float]]]:
     served = fastvit.Predictor(case.folder.name, case.device, case.dtype, max_batch=len(case.files), top_k=NUM_CLASSES)
     return lambda: [dict(prediction.top) for prediction in served(case.files)]
 
 
 @predictor.provider("transformers")
-def theirs(case: Case) -> Callable[[], list[dict[str, float]]]:
-    # With Pillow, as ours: torchvision, which it would take where that is installed, gives other pixels.
+def load_transformers(case: Case) -> Callable[[], list[dict[str, float]]]:
+    # Pillow, as ours: torchvision, its default where installed, resizes to other pixels.
     processor = ViTImageProcessorPil.from_pretrained(case.folder.name)
     where = {"device": case.device, "dtype": case.dtype}
     pipe = transformers.pipeline("image-classification", case.folder.name, image_processor=processor, **where)
@@ -135,5 +132,3 @@ def theirs(case: Case) -> Callable[[], list[dict[str, float]]]:
 
 
 OPERATIONS = (predictor,)
-
-test_predictor = as_test(predictor)

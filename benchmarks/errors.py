@@ -1,4 +1,4 @@
-"""The check before the clock: results against the definition in float64, with PyTorch's error as the measure."""
+"""Accuracy, checked before anything is timed: error against the float64 definition, relative to PyTorch's error."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 
 class Error(NamedTuple):
-    whole: float  # of all elements, relative, Euclidean norm
-    row: float  # of the worst row, the last dimension, relative to the larger of its norm and a tenth of the typical
+    """Relative errors, Euclidean norm."""
+
+    whole: float  # of all elements
+    row: float  # of the worst row (last dimension), relative to the larger of its norm and a tenth of the typical norm
 
 
 def measure_error(result: Tensor, exact: Tensor) -> Error:
     if result.shape != exact.shape:
-        raise ValueError(f"shape {list(result.shape)} instead of {list(exact.shape)}")
+        raise ValueError(f"expected shape {list(exact.shape)}, got {list(result.shape)}")
     exact = exact.double().reshape(-1, exact.shape[-1] if exact.ndim else 1)
     difference = result.detach().double().reshape(exact.shape) - exact
     norm = exact.norm().clamp(min=torch.finfo(torch.float64).tiny)
@@ -33,17 +35,17 @@ def measure_errors(results: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 def find_mistake(
     errors: Mapping[str, Error], baseline: Mapping[str, Error] | None, floor: float, limit: float
 ) -> str | None:
-    """Which result is further off than is allowed, or None. NaN is always wrong.
+    """Returns which result has too large an error, or None. NaN is always a mistake.
 
-    Allowed are four times the error of `baseline`, PyTorch's own operations in the same dtype, or `floor` where they
-    are better than that, and eight times for the worst row; never more than `limit`, which alone judges the baseline.
+    Allowed is four times the error of `baseline`, PyTorch's own operations in the same dtype, or `floor` where that is
+    larger, and eight times for the worst row. `limit` is never exceeded; it alone judges the baseline.
     """
     for name, error in errors.items():
         allowed = Error(limit, 10 * limit)
         if baseline is not None:
             whole, row = max(4 * baseline[name].whole, floor), max(8 * baseline[name].row, 4 * floor)
             allowed = Error(min(whole, allowed.whole), min(row, allowed.row))
-        for measure, is_, may_be in zip(("", " in the worst row"), error, allowed, strict=True):
-            if not is_ <= may_be:  # NaN too
-                return f"{name} is off by {is_:.1e}{measure}, {may_be:.1e} is allowed"
+        for where, found, bound in zip(("", " in the worst row"), error, allowed, strict=True):
+            if not found <= bound:  # NaN too
+                return f"{name}: error {found:.1e}{where}, allowed {bound:.1e}"
     return None

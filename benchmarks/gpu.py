@@ -1,11 +1,11 @@
-"""A GPU's first ten minutes: right numbers, races, records, speed beside every peer; 8 minutes, 8 files.
+"""A GPU's first ten minutes: correctness, races, tuning records, speed beside other libraries; 8 minutes, 8 files.
 
     python -m benchmarks.gpu OUT          in the source tree, or with it on PYTHONPATH
-    python -m benchmarks.gpu OUT --toy    does the script work? Interpreted kernels, toy sizes, no GPU
+    python -m benchmarks.gpu OUT --toy    checks the script: interpreted kernels, toy sizes, no GPU
 
-Each phase (`gpu_phases.py`) is a process with a time limit that writes OUT/NAME.json as it goes: one that fails or
-hangs costs its own results only. Time that a phase leaves is the next one's. What phases print is in OUT/log.txt; the
-output ends with a short table. This file needs Python alone: a broken installation of PyTorch is reported, too.
+Each phase (`gpu_phases.py`) is a process with a time limit that rewrites OUT/NAME.json as it goes: one that fails or
+hangs loses only its own results. Unused time goes to the next phase. OUT/log.txt has all output; a short table ends it.
+This file imports only the standard library, so that a broken installation of PyTorch is reported, too.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from typing import IO, Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = 3  # the exit code of a phase that cannot run here
-LOG_BYTES = 1_000_000  # of a phase, the end
-CACHE = Path(tempfile.gettempdir()) / "fastvit-triton-cache"  # one place everywhere: a cache of Triton's holds paths
+LOG_BYTES = 1_000_000  # kept of the end of a phase's output
+CACHE = Path(tempfile.gettempdir()) / "fastvit-triton-cache"  # the same everywhere: Triton's cache contains paths
 
 
 class Phase(NamedTuple):
     name: str
     seconds: float
-    beside: str = ""  # the phase that it runs beside; nothing is timed in either. Alone where that one is not asked for
-    command: tuple[str, ...] = ()  # for tests; otherwise the phase of this name in gpu_phases
+    beside: str = ""  # a phase to run in parallel with, if that one runs; nothing is timed in either
+    command: tuple[str, ...] = ()  # for tests; default: the phase of this name in gpu_phases
 
 
 PHASES = (
@@ -54,11 +54,11 @@ class Running(NamedTuple):
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     begun: float
-    end: float  # when it is stopped
+    end: float  # time.monotonic() at which it is killed
 
 
-def begin(phase: Phase, options: argparse.Namespace, limit: float) -> Running:
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `finish`
+def start_phase(phase: Phase, options: argparse.Namespace, limit: float) -> Running:
+    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `finish_phase`
     line = [sys.executable, "-m", "fastvit.benchmarks.gpu_phases", phase.name, str(options.out), f"{0.95 * limit:.1f}"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -75,8 +75,8 @@ def begin(phase: Phase, options: argparse.Namespace, limit: float) -> Running:
     return Running(phase, process, log, now, now + limit)
 
 
-def finish(running: Running, options: argparse.Namespace) -> dict[str, Any]:
-    """Wait until a phase has ended, or end it; its status, and its output in the log."""
+def finish_phase(running: Running, options: argparse.Namespace) -> dict[str, Any]:
+    """Waits for a phase, kills it at its limit, and appends its output to the log; returns its status."""
     phase, process = running.phase, running.process
     try:
         code = process.wait(max(0.0, running.end - time.monotonic()))
@@ -84,7 +84,7 @@ def finish(running: Running, options: argparse.Namespace) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         status = "out of time"
     seconds = round(time.monotonic() - running.begun, 1)
-    kill(running)
+    kill_phase(running)
     running.log.seek(max(0, running.log.seek(0, os.SEEK_END) - LOG_BYTES))
     text = running.log.read().decode(errors="replace")
     running.log.close()
@@ -102,47 +102,47 @@ def finish(running: Running, options: argparse.Namespace) -> dict[str, Any]:
     return outcome
 
 
-def kill(running: Running) -> None:
-    """With the processes that it began, also those it forgot."""
+def kill_phase(running: Running) -> None:
+    """Kills a phase and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(running.process.pid, signal.SIGKILL)
     running.process.wait()
 
 
-def run(phases: Sequence[Phase], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All phases; how each ended. summary.json holds it after every one."""
+def run_phases(phases: Sequence[Phase], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs all phases; returns how each ended, which summary.json has after every one."""
     options.out.mkdir(parents=True, exist_ok=True)
     for phase in phases:
-        (options.out / f"{phase.name}.json").unlink(missing_ok=True)  # an earlier run's
+        (options.out / f"{phase.name}.json").unlink(missing_ok=True)  # of an earlier run
     names = {phase.name for phase in phases}
     serial = [phase for phase in phases if phase.beside not in names]
     left = options.time_scale * sum(phase.seconds for phase in serial)
     end = time.monotonic() + left
     outcomes: list[dict[str, Any]] = []
     for phase in serial:
-        left -= options.time_scale * phase.seconds  # for those after it
+        left -= options.time_scale * phase.seconds  # for the following ones
         together = [phase, *(other for other in phases if other.beside == phase.name)]
         limit = max(1.0, end - left - time.monotonic())
-        running = [begin(one, options, limit) for one in together]
+        running = [start_phase(one, options, limit) for one in together]
         try:
-            outcomes += [finish(one, options) for one in running]
-        except BaseException:  # stopped: nobody may go on
+            outcomes += [finish_phase(one, options) for one in running]
+        except BaseException:  # interrupted
             for one in running:
-                kill(one)
+                kill_phase(one)
             raise
         write_summary(options.out, outcomes)
     return outcomes
 
 
 def write_summary(out: Path, outcomes: list[dict[str, Any]]) -> None:
-    """How the phases ended, beside what the last phase adds."""
+    """Writes how the phases ended, beside the rows that the last phase adds."""
     path = out / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps(before | {"phases": outcomes}, indent=1) + "\n", encoding="utf-8")
 
 
 def has_gpu() -> bool:
-    """Asks PyTorch, which takes seconds, only where the system shows no device."""
+    """Whether there is a GPU; asks PyTorch, which takes seconds, only if /dev shows none."""
     if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
         return True
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
@@ -151,19 +151,19 @@ def has_gpu() -> bool:
 
 def main(argv: Sequence[str] | None = None, phases: Sequence[Phase] = PHASES) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results; made where missing")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the results")
     parser.add_argument("--toy", action="store_true", help="interpreted kernels, toy sizes, no GPU")
     parser.add_argument("--only", nargs="+", choices=[phase.name for phase in phases], metavar="PHASE")
-    parser.add_argument("--time-scale", type=float, default=1.0, help="times every limit [1: 8 minutes in all]")
-    parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="binaries, as gpu_cache makes them")
+    parser.add_argument("--time-scale", type=float, default=1.0, help="factor of all limits [1: 8 minutes in total]")
+    parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="binaries that gpu_cache made")
     options = parser.parse_args(argv)
     if not (options.toy or has_gpu()):
-        print("error: no GPU that this Python's PyTorch can use; --toy runs every phase without one", file=sys.stderr)
+        print("error: PyTorch finds no GPU; --toy runs every phase without one", file=sys.stderr)
         return 2
     options.out = options.out.resolve()
     if options.triton_cache:
         shutil.copytree(options.triton_cache, CACHE, dirs_exist_ok=True)
-    outcomes = run([phase for phase in phases if not options.only or phase.name in options.only], options)
+    outcomes = run_phases([phase for phase in phases if not options.only or phase.name in options.only], options)
     return int(any(outcome["status"] in ("failed", "out of time") for outcome in outcomes))
 
 

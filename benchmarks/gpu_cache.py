@@ -1,9 +1,9 @@
-"""Compile kernels for an H100 or H200 on a machine without one, into a cache that Triton there accepts as its own.
+"""Compile kernels for an H100 or H200 on a machine without one, into a cache that Triton on that machine accepts.
 
-Triton names a binary by a hash of the kernel's source, its argument types, the target ("sm90", of which it makes
-sm_90a), the options, ptxas's version, a few environment variables, and of Triton itself: its Python files and
-libtriton.so, which differs between builds for other versions of Python. Nothing of it asks the driver, so a cache hits
-if it was filled with the key of the very build that is installed there. `triton_key` takes that of any build's files.
+Triton's cache key is a hash of the kernel's source, its argument types, the target, the options, the version of ptxas,
+a few environment variables, and Triton itself: its Python files and libtriton.so, which differs with Python's version.
+The driver is not part of it, so a cache hits if it was filled with the key of the build that is installed on the GPU's
+machine. `read_triton_key` computes the key of any build from its files.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-KEY = "triton-key.txt"  # in a cache: of which build it is
+KEY = "triton-key.txt"  # file in the cache: the key of its build
 
 
-def triton_key(folder: Path | None = None) -> str:
-    """What Triton hashes of itself: of the build whose `triton` folder this is, or of the installed one."""
+def read_triton_key(folder: Path | None = None) -> str:
+    """Returns Triton's hash of itself, for the build in the folder `triton`, or for the installed one."""
     spec = importlib.util.find_spec("triton.runtime.cache")
     assert spec is not None and spec.origin is not None
     if folder is None:
@@ -31,16 +31,19 @@ def triton_key(folder: Path | None = None) -> str:
         return cache.triton_key()
     source = folder / "runtime" / "cache.py"
     found: dict[str, Any] = {"__file__": str(source), "__name__": "cache_of_another_build"}
-    exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), found)  # its own walk over its own files
+    exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), found)  # hashes the files around it
     return found["triton_key"]()
 
 
-def fill(out: Path, triton: Path | None = None) -> int:
-    """Launch the cases of `gpu_checks` for ViT-Ti to ViT-L into a driver that does nothing; OUT is then the cache.
+def fill_cache(out: Path, triton: Path | None = None) -> int:
+    """Launches the cases of `gpu_checks` for ViT-Ti to ViT-L into a driver that does nothing.
 
     Args:
-        out: the folder; moved to `gpu.CACHE` while it is used, since Triton writes absolute paths into it.
-        triton: the folder `triton` of the unpacked wheel that is installed where the cache is to be used.
+        out: folder for the cache, which is filled in `gpu.CACHE`, since Triton writes absolute paths into it.
+        triton: the folder `triton` of the unpacked wheel that is installed on the GPU's machine.
+
+    Returns:
+        The exit code: 1 if a case failed.
     """
     from fastvit.benchmarks import gpu
 
@@ -51,42 +54,42 @@ def fill(out: Path, triton: Path | None = None) -> int:
 
     from fastvit.benchmarks import gpu_checks
     from fastvit.benchmarks.bench_host import launch_nothing
-    from fastvit.benchmarks.gpu_phases import Run, in_processes
+    from fastvit.benchmarks.gpu_phases import Run, run_in_processes
 
-    key = triton_key(triton)
+    key = read_triton_key(triton)
     cache.triton_key = lambda: key
     launch_nothing()
     sizes = [("ViT-B", "odd"), ("ViT-Ti", None), ("ViT-S", None), ("ViT-L", None)]
-    cases = [case for pair in sizes for case in gpu_checks.cases(*pair) if case.call != "training step"]
-    run = Run(out, time.monotonic() + 3600, toy=False, at_once=os.cpu_count() or 1)
+    cases = [case for pair in sizes for case in gpu_checks.list_cases(*pair) if case.call != "training step"]
+    run = Run(out, time.monotonic() + 3600, toy=False, workers=os.cpu_count() or 1)
     failed = 0
-    for case, found in in_processes(cases, functools.partial(compile_case, torch.device("cpu")), run):
+    for case, found in run_in_processes(cases, functools.partial(compile_case, torch.device("cpu")), run):
         failed += "failed" in found
         print(f"{case}: {json.dumps(found)}", flush=True)
     for path in gpu.CACHE.rglob("*.source"):
-        path.unlink()  # nobody reads it
+        path.unlink()  # not read
     (gpu.CACHE / KEY).write_text(key, encoding="utf-8")
     shutil.move(gpu.CACHE, out)
     total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    print(f"{len(cases) - failed} of {len(cases)} cases are compiled: {total / 2**20:.1f} MiB in {out}")
+    print(f"{len(cases) - failed} of {len(cases)} cases compiled: {total / 2**20:.1f} MiB in {out}")
     return int(bool(failed))
 
 
 def compile_case(device: Any, case: Any) -> dict[str, Any]:
     from fastvit.benchmarks import gpu_checks
 
-    gpu_checks.launch(case, device)
+    gpu_checks.launch_case(case, device)
     return {}
 
 
-def verdict(folder: Path) -> str:
-    """Whether the installed Triton will find what is in this cache."""
+def check_cache(folder: Path) -> str:
+    """Returns, in words, whether the installed Triton accepts this cache."""
     try:
         key = (folder / KEY).read_text(encoding="utf-8")
     except OSError:
-        return "no cache was carried"
-    return "the carried cache is of this Triton" if key == triton_key() else "the carried cache is of another build"
+        return "no cache was copied here"
+    return f"the cache is for {'this' if key == read_triton_key() else 'another'} build of Triton"
 
 
 if __name__ == "__main__":
-    sys.exit(fill(Path(sys.argv[1]).resolve(), Path(sys.argv[2]) if len(sys.argv) > 2 else None))
+    sys.exit(fill_cache(Path(sys.argv[1]).resolve(), Path(sys.argv[2]) if len(sys.argv) > 2 else None))

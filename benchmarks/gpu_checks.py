@@ -1,7 +1,7 @@
-"""Is every kernel, with every candidate, as accurate as PyTorch's own operation? Two shapes, both directions.
+"""Is every kernel, with every candidate, as accurate as PyTorch's own operation? Two shapes, forward and backward.
 
-About 70 cases that cover what the tests cover with 1,600: for a machine that is lent for minutes (`benchmarks/gpu.py`).
-A case's errors are taken against float64; `tests/accuracy.py` judges them.
+About 70 cases that cover what the tests cover with 1,600, for a machine that is available for minutes
+(`benchmarks/gpu.py`). Errors are relative to float64; `tests/accuracy.py` judges them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Size(NamedTuple):
     heads: int
     image: int
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the tensor that the arguments below call so."""
+    def get_shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of an argument of `CALLS`."""
         hidden, wide, rows = self.hidden, 4 * self.hidden, (self.batch, self.tokens)
         heads = (self.heads, hidden // self.heads)
         return {
@@ -49,28 +49,28 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "ViT-B": Size(32, 197, 768, 12, 224),  # 32 x 12 heads: enough for the kernels of short sequences
+    "ViT-B": Size(32, 197, 768, 12, 224),  # 32 x 12 heads select the kernels of short sequences
     "odd": Size(3, 50, 320, 5, 112),
     "toy": Size(1, 17, 32, 2, 64),
-    # More for a cache of binaries only.
+    # For a cache of binaries only.
     "ViT-Ti": Size(64, 197, 192, 3, 224),
     "ViT-S": Size(64, 197, 384, 6, 224),
     "ViT-L": Size(16, 197, 1024, 16, 224),
 }
 
 
-def uneven(tokens: Tensor) -> dict[str, Any]:
-    """Images of other lengths in the rows of a batch."""
+def make_uneven_lengths(tokens: Tensor) -> dict[str, Any]:
+    """Returns boundaries that split the rows of a batch into images of unequal lengths."""
     bounds = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device) * tokens.shape[1]
     bounds[1:-1] -= 5
     return {"cu_seqlens": bounds, "max_seqlen": tokens.shape[1] + 5}
 
 
-def multiplied(values: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(values: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     return (values.float() * scale).to(dtype)
 
 
-# How each function is called: the kernel's and the definition's alike. Further arguments are tensors by name.
+# How to call each kernel and its definition, f; the other arguments are tensors by name.
 CALLS: dict[str, Callable[..., Any]] = {
     "layer_norm": lambda f, x, scale, shift: f(x, scale, shift, EPS),
     "add_layer_norm": lambda f, x, residual, scale, shift: f(x, residual, scale, shift, EPS),
@@ -96,12 +96,12 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "attention, mask": lambda f, query, key, value, mask: f(query, key, value, mask=mask),
     "attention, cu_seqlens": lambda f, query, key, value: f(
-        *(tensor.flatten(0, 1) for tensor in (query, key, value)), **uneven(query)
+        *(tensor.flatten(0, 1) for tensor in (query, key, value)), **make_uneven_lengths(query)
     ),
-    "quantize_rows": lambda f, x: multiplied(*f(x)),
-    "layer_norm_fp8": lambda f, x, scale, shift: multiplied(*f(x, scale, shift, EPS)),
-    "add_layer_norm_fp8": lambda f, x, residual, scale, shift: multiplied(*f(x, residual, scale, shift, EPS)[1:]),
-    "bias_gelu_fp8": lambda f, wide, bias: multiplied(*f(wide, bias)),
+    "quantize_rows": lambda f, x: dequantize(*f(x)),
+    "layer_norm_fp8": lambda f, x, scale, shift: dequantize(*f(x, scale, shift, EPS)),
+    "add_layer_norm_fp8": lambda f, x, residual, scale, shift: dequantize(*f(x, residual, scale, shift, EPS)[1:]),
+    "bias_gelu_fp8": lambda f, wide, bias: dequantize(*f(wide, bias)),
     "linear_fp8": lambda f, x, weight, bias: f(*reference.quantize_rows(x), *reference.quantize_rows(weight), bias),
 }
 
@@ -120,31 +120,31 @@ class Case(NamedTuple):
         return f"{self.call} {self.size} {str(self.dtype)[6:]}, candidate {self.candidate}"
 
 
-def cases(large: str = "ViT-B", small: str | None = "odd") -> list[Case]:
-    """All candidates of each kernel at the large shape in bfloat16, the first at the small one in float16."""
+def list_cases(large: str = "ViT-B", small: str | None = "odd") -> list[Case]:
+    """Lists all candidates of each kernel at the large shape in bfloat16, the first at the small shape in float16."""
     steps = [Case("training step", size, dtype) for size in (large,) for dtype in (torch.bfloat16, torch.float32)]
     found = []
     for call in CALLS:
         if call == "linear_fp8" and large == "toy":
-            continue  # PyTorch's matmul with a scale for each row is for GPUs
+            continue  # PyTorch's matmul with row-wise scales needs a GPU
         name = call.split(",")[0]
-        count = 3 if "candidate" in inspect.signature(function_of(name)).parameters and name == call else 1
+        count = 3 if "candidate" in inspect.signature(get_kernel(name)).parameters and name == call else 1
         found += [Case(call, large, torch.bfloat16, candidate) for candidate in range(count)]
         if small is not None:
             found.append(Case(call, small, torch.bfloat16 if is_fp8(call) else torch.float16))
     return steps + found
 
 
-def function_of(name: str) -> Callable[..., Any]:
+def get_kernel(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"fastvit.kernels.{MODULES[name]}"), name)
 
 
-def draw(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """The arguments of a case by name, random, in the case's dtype but for pixels and masks."""
+def draw_inputs(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """Draws random arguments by name, in the case's dtype except for pixels and masks."""
     torch.manual_seed(0)
     found = {}
     for name in list(inspect.signature(CALLS[case.call]).parameters)[1:]:
-        shape = SIZES[case.size].shape(name)
+        shape = SIZES[case.size].get_shape(name)
         tensor = torch.randn(shape, device=device)
         if name == "uint8":
             found[name] = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
@@ -158,13 +158,15 @@ def draw(case: Case, device: torch.device) -> dict[str, Tensor]:
     return found
 
 
-def ours(case: Case) -> Callable[..., Any]:
-    function = function_of(case.call.split(",")[0])
+def bind_candidate(case: Case) -> Callable[..., Any]:
+    function = get_kernel(case.call.split(",")[0])
     return (lambda *a, **k: function(*a, candidate=case.candidate, **k)) if case.candidate else function
 
 
-def results(case: Case, function: Callable[..., Any], inputs: dict[str, Tensor], exact: bool) -> dict[str, Tensor]:
-    """Outputs, and gradients of the arguments in the case's dtype; exact: all of it in float64."""
+def compute_results(
+    case: Case, function: Callable[..., Any], inputs: dict[str, Tensor], exact: bool
+) -> dict[str, Tensor]:
+    """Computes outputs, and gradients of the arguments in the case's dtype; exact: in float64."""
     wanted = [name for name, tensor in inputs.items() if tensor.dtype == case.dtype and name not in ("uint8", "pixels")]
     leaves = {name: tensor.detach() for name, tensor in inputs.items()}
     if exact:
@@ -182,42 +184,42 @@ def results(case: Case, function: Callable[..., Any], inputs: dict[str, Tensor],
     return named | {f"gradient of {name}": grad for name, grad in zip(wanted, found, strict=True)}
 
 
-def check(case: Case) -> dict[str, Any]:
-    """Run a case in this process: how its errors compare with PyTorch's, and what is wrong."""
+def check_case(case: Case) -> dict[str, Any]:
+    """Runs a case in this process; returns what is wrong, and the largest ratio of its errors to PyTorch's."""
     sys.path.insert(0, str(TESTS))
     from accuracy import assert_no_worse_than, errors, poisoned
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if case.call == "training step":
         return check_training_step(case, device)
-    inputs, definition = draw(case, device), getattr(reference, case.call.split(",")[0])
-    # A kernel that does not run is an error here, no reason to fall back.
+    inputs, definition = draw_inputs(case, device), getattr(reference, case.call.split(",")[0])
+    # With this backend a kernel that does not run is an error, and nothing falls back.
     with ops.backend("triton"), poisoned():
-        first, second = (results(case, ours(case), inputs, exact=False) for _ in range(2))
+        first, second = (compute_results(case, bind_candidate(case), inputs, exact=False) for _ in range(2))
     with torch.backends.mkldnn.flags(enabled=case.dtype != torch.float32):
-        theirs = results(case, definition, inputs, exact=False)
-    exact = results(case, definition, inputs, exact=True)
+        baseline = compute_results(case, definition, inputs, exact=False)
+    exact = compute_results(case, definition, inputs, exact=True)
     wrong, ratios = [], []
     for name, tensor in first.items():
-        our_error, their_error, rounding = (
-            errors(one, exact[name])[0] for one in (tensor, theirs[name], exact[name].to(tensor.dtype))
+        our_error, baseline_error, rounding = (
+            errors(one, exact[name])[0] for one in (tensor, baseline[name], exact[name].to(tensor.dtype))
         )
-        ratios.append(our_error / max(their_error, rounding, 1e-7))
+        ratios.append(our_error / max(baseline_error, rounding, 1e-7))
         if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
-            wrong.append(f"{name}: a second run has other bits")
-        if is_fp8(case.call):  # where a number is rounded to the other side, it is a step of three bits away
-            if not our_error <= max(1.25 * their_error, 4e-3):
-                wrong.append(f"{name}: error {our_error:.3g}, PyTorch's {their_error:.3g}")
+            wrong.append(f"{name}: a second run differs")
+        if is_fp8(case.call):  # one number rounded the other way is a step of three bits
+            if not our_error <= max(1.25 * baseline_error, 4e-3):
+                wrong.append(f"{name}: error {our_error:.3g}, PyTorch's {baseline_error:.3g}")
             continue
         try:
-            assert_no_worse_than(tensor, theirs[name], exact[name], name=name)
+            assert_no_worse_than(tensor, baseline[name], exact[name], name=name)
         except AssertionError as error:
             wrong.append(str(error))
     return {"wrong": wrong, "error_over_pytorch": max(ratios)}
 
 
 def check_training_step(case: Case, device: torch.device) -> dict[str, Any]:
-    """Gradients of two blocks beside those of plain PyTorch, and no kernel may have fallen back to it."""
+    """Compares gradients of two blocks with those of plain PyTorch; no kernel may fall back to it."""
     from fastvit.kernels import operators
 
     size = SIZES[case.size]
@@ -227,10 +229,10 @@ def check_training_step(case: Case, device: torch.device) -> dict[str, Any]:
         intermediate_size=4 * size.hidden, image_size=size.image,
     )  # fmt: skip
     model = fastvit.ViTForImageClassification(config).to(device).train()
-    pixels = torch.randn(size.shape("pixels"), device=device)
+    pixels = torch.randn(size.get_shape("pixels"), device=device)
     labels = torch.arange(size.batch, device=device) % 10
 
-    def gradients(backend: str, exact: bool = False) -> Tensor:
+    def compute_gradients(backend: str, exact: bool = False) -> Tensor:
         model.to(torch.float64 if exact else torch.float32)
         lower = case.dtype != torch.float32 and not exact
         with fastvit.backend(backend), torch.autocast(device.type, case.dtype, enabled=lower):
@@ -238,15 +240,15 @@ def check_training_step(case: Case, device: torch.device) -> dict[str, Any]:
         grads = torch.autograd.grad(loss, list(model.parameters()))
         return torch.cat([loss.detach().view(1), *(grad.flatten() for grad in grads)]).double()
 
-    found = gradients("auto" if device.type == "cuda" else "triton"), gradients("reference")
-    exact = gradients("reference", exact=True)
-    our_error, their_error = (((one - exact).norm() / exact.norm()).item() for one in found)
+    found = compute_gradients("auto" if device.type == "cuda" else "triton"), compute_gradients("reference")
+    exact = compute_gradients("reference", exact=True)
+    our_error, baseline_error = (((one - exact).norm() / exact.norm()).item() for one in found)
     wrong = [f"fell back: {' '.join(failure)}" for failure in operators.failures.values()]
-    if not our_error <= max(1.25 * their_error, 1e-6):
-        wrong.append(f"gradients: error {our_error:.3g}, PyTorch's {their_error:.3g}")
-    return {"wrong": wrong, "error_over_pytorch": our_error / max(their_error, 1e-7)}
+    if not our_error <= max(1.25 * baseline_error, 1e-6):
+        wrong.append(f"gradients: error {our_error:.3g}, PyTorch's {baseline_error:.3g}")
+    return {"wrong": wrong, "error_over_pytorch": our_error / max(baseline_error, 1e-7)}
 
 
-def launch(case: Case, device: torch.device) -> None:
-    """Forward and backward, unchecked: for a sanitizer, or to have them compiled."""
-    results(case, ours(case), draw(case, device), exact=False)
+def launch_case(case: Case, device: torch.device) -> None:
+    """Runs forward and backward unchecked, for a sanitizer or to compile them."""
+    compute_results(case, bind_candidate(case), draw_inputs(case, device), exact=False)

@@ -1,7 +1,7 @@
 """The phases of `benchmarks/gpu.py`, one process each: `python -m fastvit.benchmarks.gpu_phases NAME OUT SECONDS`.
 
-A phase writes OUT/NAME.json after each thing that it has found out, so that a phase that is killed leaves the others.
-Exit codes: 0; 1 something is wrong; 3 it cannot run here, for the reason in the last line.
+A phase rewrites OUT/NAME.json after each result, so that a phase that is killed keeps what it had. Exit codes: 0; 1
+something is wrong; 3 the phase cannot run here, for the reason in the last line.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ import torch
 
 import fastvit
 from fastvit import ops
-from fastvit.benchmarks import bench_model, command, formats, gpu, gpu_cache, gpu_checks, storage, tables
+from fastvit.benchmarks import bench_model, command, gpu, gpu_cache, gpu_checks
 from fastvit.benchmarks.cases import Shape
 from fastvit.benchmarks.ceilings import measure_ceilings
-from fastvit.benchmarks.comparisons import against_targets, comparisons, not_timed
-from fastvit.benchmarks.environment import describe_environment
-from fastvit.benchmarks.harness import Settings, describe
-from fastvit.benchmarks.timing import run_once
+from fastvit.benchmarks.harness import Settings, describe_error
+from fastvit.benchmarks.measure import run_once
+from fastvit.benchmarks.records import Result, describe_environment, has_failures, load_results
+from fastvit.benchmarks.report import HEADER, list_rows, print_table
 from fastvit.files import write_text
 from fastvit.report.info import run_command
 
-if ops.is_interpreting() and "interpreter" not in sys.modules:  # mends for bfloat16, before kernels are imported
+if ops.is_interpreting() and "interpreter" not in sys.modules:  # patches bfloat16, before kernels are imported
     sys.path.insert(0, str(gpu_checks.TESTS))
     import interpreter
 
@@ -49,25 +49,25 @@ SKIPPED = 3
 
 
 class Run(NamedTuple):
-    """What a phase is told."""
+    """Arguments of a phase."""
 
     out: Path
-    deadline: float  # time.monotonic() after which nothing new is begun
+    deadline: float  # time.monotonic() after which nothing new starts
     toy: bool  # interpreted kernels, toy sizes
-    at_once: int  # processes
+    workers: int  # processes at a time
 
-    def save(self, name: str, found: Any) -> None:
-        write_text(self.out / f"{name}.json", json.dumps(found, indent=1, default=str) + "\n")
+    def save(self, name: str, content: Any) -> None:
+        write_text(self.out / f"{name}.json", json.dumps(content, indent=1, default=str) + "\n")
 
-    def left(self) -> float:
+    def get_time_left(self) -> float:
         return self.deadline - time.monotonic()
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu" if self.toy else "cuda")
 
-    def ceilings(self) -> dict[str, Any]:
-        """As the first phase measured them, or measured now."""
+    def read_ceilings(self) -> dict[str, Any]:
+        """Returns those of the first phase, or measures them."""
         try:
             return json.loads((self.out / "environment.json").read_text(encoding="utf-8"))["ceilings"]
         except (OSError, ValueError, KeyError):
@@ -75,15 +75,15 @@ class Run(NamedTuple):
 
 
 class Skip(Exception):
-    """Why a phase cannot run here."""
+    """Raised with the reason why a phase cannot run here."""
 
 
-def look_around(run: Run) -> bool:
-    """Versions, driver, clocks, and what memory and matrix units do at best."""
+def inspect_environment(run: Run) -> bool:
+    """Records versions, driver and clocks, and measures the ceilings."""
     found: dict[str, Any] = {"environment": describe_environment(run.device)}
     if not run.toy:
-        found["triton key"] = gpu_cache.triton_key()  # with it a cache can be filled for this machine
-        print(gpu_cache.verdict(gpu.CACHE))
+        found["triton key"] = gpu_cache.read_triton_key()  # a cache for this machine needs it
+        print(gpu_cache.check_cache(gpu.CACHE))
     query = ("--query-gpu=name,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu", "--format=csv")
     found["clocks before"] = run_command("nvidia-smi", *query)
     found["ceilings"] = measure_ceilings(run.device, [BFLOAT16, torch.float32], run.toy)
@@ -93,99 +93,106 @@ def look_around(run: Run) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Many processes at once, where nothing is timed
+# Several processes at a time, where nothing is timed
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def in_processes(
+def run_in_processes(
     cases: Sequence[Any], function: Callable[[Any], dict[str, Any]], run: Run
 ) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Each case and what `function` found, in a process of its own: one that crashes takes nobody along.
+    """Runs each case in its own process, so that one that crashes does not stop the others.
 
-    They are forks of this process, which has imported everything and must not have touched the GPU.
+    Args:
+        function: case -> JSON.
+        run: workers and deadline. Workers are forks of this process, which must not have initialized CUDA.
+
+    Yields:
+        The case and what `function` returned, or {"failed": reason}, in the order in which they end.
     """
     context, waiting = get_context("fork"), list(cases)
     running: dict[Any, tuple[Any, Any, float]] = {}
     while waiting or running:
-        while waiting and len(running) < run.at_once and run.left() > 0:
+        while waiting and len(running) < run.workers and run.get_time_left() > 0:
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_report, args=(function, waiting[0], sender))
+            process = context.Process(target=_send_outcome, args=(function, waiting[0], sender))
             process.start()
-            sender.close()  # the process has its own; now its end is seen here
+            sender.close()  # the process has its own copy; with this one closed its exit is seen here
             running[receiver] = process, waiting.pop(0), time.monotonic()
-        ready: Any = connection.wait(list(running), timeout=max(0.0, run.left()))
-        for end in ready or list(running):  # nobody in time: that was the end
+        ready: Any = connection.wait(list(running), timeout=max(0.0, run.get_time_left()))
+        for end in ready or list(running):  # none ready: the deadline has passed
             process, case, begun = running.pop(end)
             try:
-                found = end.recv() if ready else {"failed": "not ready in time"}
+                found = end.recv() if ready else {"failed": "not finished in time"}
             except EOFError:
                 process.join()
                 found = {"failed": f"its process ended with exit code {process.exitcode}"}
             process.kill()
             process.join()
             yield case, found | {"seconds": round(time.monotonic() - begun, 1)}
-        if run.left() <= 0 and not running:
-            yield from ((case, {"failed": "not begun in time"}) for case in waiting)
+        if run.get_time_left() <= 0 and not running:
+            yield from ((case, {"failed": "not started in time"}) for case in waiting)
             return
 
 
-def _report(function: Callable[[Any], dict[str, Any]], case: Any, sender: connection.Connection) -> None:
-    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+def _send_outcome(function: Callable[[Any], dict[str, Any]], case: Any, sender: connection.Connection) -> None:
+    torch.set_num_threads(1)  # OpenMP threads do not survive a fork
     try:
         sender.send(function(case))
     except Exception as error:
-        sender.send({"failed": describe(error)})
+        sender.send({"failed": describe_error(error)})
 
 
 def check_kernels(run: Run) -> bool:
-    """Every kernel and candidate against float64, and a training step on which no kernel may fall back."""
-    cases = gpu_checks.cases("toy", None) if run.toy else gpu_checks.cases()
+    """Checks every kernel and candidate against float64, and a training step in which no kernel may fall back."""
+    cases = gpu_checks.list_cases("toy", None) if run.toy else gpu_checks.list_cases()
     records = []
-    for case, found in in_processes(cases, gpu_checks.check, run):
+    for case, found in run_in_processes(cases, gpu_checks.check_case, run):
         records.append({"case": str(case), **found})
         run.save("correctness", records)
     bad = [record for record in records if record.get("wrong") or record.get("failed")]
     for record in bad:
         print(f"{record['case']}: {record.get('failed') or '; '.join(record['wrong'])}")
-    print(f"{len(records) - len(bad)} of {len(records)} cases are right")
+    print(f"{len(records) - len(bad)} of {len(records)} cases are correct")
     return not bad
 
 
 def compile_ahead(run: Run) -> bool:
-    """Fill the caches of Triton and the compilers with what the timed phases will need, while nothing is timed."""
+    """Fills the caches of Triton and torch.compile for the timed phases, while nothing is timed."""
     if run.toy:
         raise Skip("there is no GPU to compile for")
-    ours = [(f"tune {shape.name} {training}", partial(try_to_tune, run, shape, training)) for shape, training in TUNED]
+    ours = [
+        (f"tune {shape.name} {training}", partial(run_candidates, run, shape, training)) for shape, training in TUNED
+    ]
     rivals = [
         (f"{operation.name} {shape.name}, {provider.name}", partial(call_once, run, operation, shape, provider))
-        for operation, shape in [*model_cases(run), *kernel_cases(run)]
+        for operation, shape in [*list_model_cases(run), *list_kernel_cases(run)]
         for provider in operation.providers.values()
         if provider.compile_mode is not None and re.search(PROVIDERS, provider.name)
         if provider.max_batch is None or shape.batch <= provider.max_batch
     ]
     jobs = [job for pair in zip_longest(ours, rivals) for job in pair if job is not None]
-    # Each has threads, and up to 25 GB on the GPU: a training step's activations at batch 256.
-    few = run._replace(at_once=max(1, run.at_once // 3))
-    for (name, _), found in in_processes(jobs, lambda job: job[1](), few):
+    # Each has threads, and up to 25 GB on the GPU: the activations of a training step at batch 256.
+    few = run._replace(workers=max(1, run.workers // 3))
+    for (name, _), found in run_in_processes(jobs, lambda job: job[1](), few):
         print(f"{name}: {found}", flush=True)
     return True
 
 
-def try_to_tune(run: Run, shape: Shape, training: bool) -> dict[str, Any]:
-    """Run every candidate, time none, keep nothing but the binaries."""
+def run_candidates(run: Run, shape: Shape, training: bool) -> dict[str, Any]:
+    """Runs every candidate without timing it; keeps only the binaries."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FASTVIT_CACHE_DIR"] = folder
-        return {"records": len(tune(run, shape, training, run.left(), timer=lambda trial: 1.0))}
+        return {"records": len(tune(run, shape, training, run.get_time_left(), timer=lambda trial: 1.0))}
 
 
 def call_once(run: Run, operation: Any, shape: Shape, provider: Any) -> dict[str, Any]:
     case = getattr(operation, "make_inputs", operation.make_case)(shape, BFLOAT16, run.device)
-    calls = operation.first_calls(operation.prepare(provider, case))
+    calls = operation.list_first_calls(operation.prepare(provider, case))
     return {name: round(run_once(step, run.device), 1) for name, step in calls.items()}
 
 
-def sanitize(run: Run) -> bool:
-    """NVIDIA's checker of races and of addresses, on the backward passes that share sums between threads."""
+def run_sanitizer(run: Run) -> bool:
+    """Runs compute-sanitizer (races, out-of-bounds accesses) on backward passes that share sums between threads."""
     tool = shutil.which("compute-sanitizer")
     if run.toy or tool is None:
         raise Skip("there is no GPU" if run.toy else "compute-sanitizer is not on the PATH")
@@ -194,7 +201,7 @@ def sanitize(run: Run) -> bool:
         for call in ("attention_packed", "add_layer_norm"):
             line = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
             line += ["fastvit.benchmarks.gpu_phases", "launch", call, "0"]
-            env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor an allocation, with its own end
+            env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation per tensor
             running[check, call] = subprocess.Popen(
                 line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
             )
@@ -202,7 +209,7 @@ def sanitize(run: Run) -> bool:
     for (check, call), process in running.items():
         record: dict[str, Any] = {"tool": check, "case": call}
         try:
-            output = process.communicate(timeout=max(1.0, run.left()))[0]
+            output = process.communicate(timeout=max(1.0, run.get_time_left()))[0]
             lines = [line for line in output.splitlines() if line.startswith("=====")]
             record |= {"exit code": process.returncode, "last lines": lines[-4:] or output.splitlines()[-4:]}
             if "Device not supported" in output:
@@ -219,7 +226,7 @@ def sanitize(run: Run) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is timed: one after the other
+# Timed phases, one after the other
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -233,9 +240,9 @@ TUNED = [
 def tune(run: Run, shape: Shape, training: bool, seconds: float, timer: Callable[[Any], float] | None) -> list[Any]:
     from fastvit.tuning import tuner
 
-    tuner.compile_ahead = lambda *_: {}  # the phase before has done it, with fewer starts of processes
+    tuner.compile_ahead = lambda *_: {}  # the compile phase has done it
     with run.device:
-        model = fastvit.ViTForImageClassification(bench_model.vit_config(shape))
+        model = fastvit.ViTForImageClassification(bench_model.make_config(shape))
     return tuner.tune(
         model if training else model.to(BFLOAT16),
         batch_size=shape.batch,
@@ -248,41 +255,36 @@ def tune(run: Run, shape: Shape, training: bool, seconds: float, timer: Callable
 
 
 def tune_models(run: Run) -> bool:
-    """Records for ViTs of each size, inference and training; OUT/records.json can be shipped as it is."""
+    """Writes records for ViTs of each size, inference and training; OUT/records.json can be shipped as it is."""
     from fastvit.ops import records
 
     todo = [(Shape("micro", 32, 1), training) for training in (False, True)] if run.toy else TUNED
     timer = (lambda trial: 1.0) if run.toy else None
     failed = 0
     for shape, training in todo:
-        try:  # the first ones may take their time, but not all of it
-            said = f"{len(tune(run, shape, training, max(1.0, run.left() / 2), timer))} records"
+        try:  # half of the remaining time is the limit of each
+            outcome = f"{len(tune(run, shape, training, max(1.0, run.get_time_left() / 2), timer))} records"
         except Exception as error:
-            said, failed = describe(error), failed + 1
+            outcome, failed = describe_error(error), failed + 1
         records.write(run.out / "records.json", records.read_cache())
-        print(f"{shape.name}, {'training' if training else 'inference'}: {said}", flush=True)
+        print(f"{shape.name}, {'training' if training else 'inference'}: {outcome}", flush=True)
     return not failed
 
 
 PROVIDERS = "^(?!.*max-autotune)"  # which takes a minute each
 
 
-def kernel_cases(run: Run) -> list[tuple[Any, Shape]]:
+def list_kernel_cases(run: Run) -> list[tuple[Any, Shape]]:
     modules = [importlib.import_module(f"fastvit.benchmarks.{module}") for module in command.KERNELS]
     operations = [operation for module in modules for operation in module.OPERATIONS]
-    cases = [(operation, shape) for operation in operations for shape in operation.shapes(run.device, run.toy)]
+    cases = [(operation, shape) for operation in operations for shape in operation.list_shapes(run.device, run.toy)]
     if run.toy:
         return [(operation, dataclasses.replace(shape, image_size=32, batch=1)) for operation, shape in cases]
     return sorted((case for case in cases if case[1].tier < 2), key=lambda case: case[1].tier)
 
 
-def time_operations(run: Run) -> bool:
-    """Each operation beside PyTorch's, compilers' and other kernels."""
-    return run_benchmarks(run, "operations", kernel_cases(run))
-
-
-def model_cases(run: Run) -> list[tuple[Any, Shape]]:
-    """The whole model at the batches that matter in inference or training; the most telling first."""
+def list_model_cases(run: Run) -> list[tuple[Any, Shape]]:
+    """Returns the whole model at the batches that matter in inference or training, the most important first."""
     both, inference, training = (*bench_model.Model.passes,), (bench_model.INFERENCE,), (bench_model.TRAINING,)
     rows: list[tuple[tuple[str, ...], Shape]] = [
         (both, Shape("base", 224, 256)),
@@ -291,45 +293,40 @@ def model_cases(run: Run) -> list[tuple[Any, Shape]]:
         (inference, Shape("base", 224, 32, 1)),
         (both, Shape("small", 224, 256, 1)),
     ]
-    if run.toy:
-        rows = [(both, Shape("micro", 32, 1))]
     cases = []
-    for passes, shape in rows:
+    for passes, shape in [(both, Shape("micro", 32, 1))] if run.toy else rows:
         operation = bench_model.Model()
         operation.passes, operation.providers, operation.seconds = passes, bench_model.model.providers, 0.7
         cases.append((operation, shape))
     return cases
 
 
+def time_operations(run: Run) -> bool:
+    """Times each operation beside PyTorch, compilers and other kernels."""
+    return run_benchmarks(run, "operations", list_kernel_cases(run))
+
+
 def time_model(run: Run) -> bool:
-    """The whole model beside transformers' and timm's, eager and compiled, small batches with CUDA graphs."""
-    return run_benchmarks(run, "model", model_cases(run))
+    """Times the whole model beside transformers and timm, eager and compiled, small batches with CUDA graphs."""
+    return run_benchmarks(run, "model", list_model_cases(run))
 
 
 def run_benchmarks(run: Run, name: str, cases: Sequence[tuple[Any, Shape]]) -> bool:
-    """Time cases by the harness; OUT/name.json is a list of results that `fastvit benchmark report` reads."""
+    """Times cases; OUT/name.json is a list of results that `fastvit benchmark report` reads."""
+    saved: dict[str, Result] = {}
 
-    def task_of(operation: Any, shape: Shape) -> command.Task:
-        def run_it(settings: Settings, tick: Callable[[str], object]) -> Iterator[dict[str, Any]]:
-            return command.run_case(operation, shape, torch.float32 if run.toy else BFLOAT16, settings, tick)
-
-        return command.Task(operation.name, f"{operation.name} {shape.name}", shape.tier, run_it)
-
-    saved: dict[str, dict[str, Any]] = {}
-
-    def save(result: dict[str, Any]) -> None:
+    def save(result: Result) -> None:
         saved[result["operation"]] = result
         run.save(name, list(saved.values()))
 
-    arguments = ["kernels", "--providers", PROVIDERS] + (["--quick"] if run.toy else [])
-    options = command.build_parser().parse_args(arguments)
-    settings = Settings(run.device, quick=run.toy, providers=PROVIDERS, deadline=run.deadline, ceilings=run.ceilings())
-    with command.full_float32():
-        results = command.run_tasks([task_of(*case) for case in cases], settings, options, save)
-    print(tables.render_table(list(results.values())))
-    ours = [record for result in results.values() for record in result["records"] if record["ours"]]
-    holes = any(result["failed_cases"] for result in results.values())
-    return not holes and all(record["status"] not in ("wrong", "failed") for record in ours)
+    tasks = [command.make_task(operation, shape, torch.float32 if run.toy else BFLOAT16) for operation, shape in cases]
+    settings = Settings(
+        run.device, quick=run.toy, providers=PROVIDERS, deadline=run.deadline, ceilings=run.read_ceilings()
+    )
+    with command.disable_tf32():
+        results = command.run_tasks(tasks, settings, save)
+    print_table(results)
+    return not has_failures(results)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,44 +335,21 @@ def run_benchmarks(run: Run, name: str, cases: Sequence[tuple[Any, Shape]]) -> b
 
 
 def summarize(run: Run) -> bool:
-    """A short table: which targets (they stand in bench_*.py) were missed, which were met, and all other times."""
-    results = [
-        result
-        for name in ("operations", "model")
-        if (run.out / f"{name}.json").exists()
-        for result in storage.load([run.out / f"{name}.json"], may_be_empty=True)
-    ]
-    rows = []
-    for comparison in comparisons(results):
-        record, rival = comparison.record, comparison.rival
-        if any(record.get("ms") for record in comparison.everybody):
-            rows.append(
-                {
-                    "verdict": against_targets(comparison),
-                    "what": f"{record['operation']} {record['shape']}, {record['pass']}",
-                    "ours": formats.milliseconds(comparison.ours),
-                    "best other": f"{formats.milliseconds(rival)} {rival['provider'] if rival else ''}",
-                    "times as fast": formats.times(comparison.speed_up),
-                    "rate": formats.rate(comparison.ours),
-                    "of floor": formats.percent(comparison.ours.get("of_floor") if comparison.ours else None),
-                }
-            )
-    rows.sort(key=lambda row: 0 if "missed" in row["verdict"] else 1 if row["verdict"] else 2)
+    """Prints a short table: missed targets (defined in bench_*.py) first, then met ones, then all other times."""
+    paths = [path for name in ("operations", "model") if (path := run.out / f"{name}.json").exists()]
+    results = load_results(paths, may_be_empty=True)
     path = run.out / "summary.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = [dict(zip(HEADER, row, strict=True)) for row in list_rows(results, missed_first=True)]
     run.save("summary", before | {"rows": rows})
-    for row in rows[:60]:  # who reads only the end of the output reads all of this
-        print(" | ".join(row.values()).strip(" |"))
-    for what, status, reason in not_timed(results):
-        if status in ("wrong", "failed"):
-            print(f"{what}: {status}: {reason}")
+    print_table(results, missed_first=True)
     return True
 
 
 PHASES: dict[str, Callable[[Run], bool]] = {
-    "environment": look_around,
+    "environment": inspect_environment,
     "compile": compile_ahead,
-    "sanitizer": sanitize,
+    "sanitizer": run_sanitizer,
     "correctness": check_kernels,
     "records": tune_models,
     "operations": time_operations,
@@ -387,17 +361,17 @@ PHASES: dict[str, Callable[[Run], bool]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=[*PHASES, "launch"])
-    parser.add_argument("out", type=Path, help="the folder of results; for launch: a case")
+    parser.add_argument("out", type=Path, help="folder of the results; for launch: a case")
     parser.add_argument("seconds", type=float)
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args(argv)
     if options.name == "launch":
-        for size in ("odd", "ViT-B"):  # other kernels compute attention at the second
-            gpu_checks.launch(gpu_checks.Case(str(options.out), size, BFLOAT16), torch.device("cuda"))
+        for size in ("odd", "ViT-B"):  # attention uses other kernels at the second
+            gpu_checks.launch_case(gpu_checks.Case(str(options.out), size, BFLOAT16), torch.device("cuda"))
         torch.cuda.synchronize()
         return 0
-    at_once = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    run = Run(options.out, time.monotonic() + options.seconds, options.toy, at_once)
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    run = Run(options.out, time.monotonic() + options.seconds, options.toy, workers)
     try:
         return 0 if PHASES[options.name](run) else 1
     except Skip as reason:

@@ -1,100 +1,131 @@
-"""One case of a benchmark: every provider is checked, timed and weighed.
-
-check   `errors`: everybody's outputs and gradients against the definition in float64; what is wrong is not timed
-clock   `timing`: providers take turns, round by round, so that a machine that slows down slows all of them. On a
-        GPU: events, caches flushed before each call, and the call queued behind a pause, so that the device's time
-        is measured and not the host's (which is reported beside it). On a CPU: the wall clock
-memory  `memory`: on a GPU the allocator's peak; everywhere the bytes that are kept for backward
-"""
+"""One case of a benchmark: every provider is checked, then timed in turn with the others, then its memory measured."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+import fastvit
 from fastvit.benchmarks.cases import OURS, Operation, Provider, Shape
-from fastvit.benchmarks.ceilings import speeds
-from fastvit.benchmarks.environment import name_of
-from fastvit.benchmarks.errors import Error, measure_errors
-from fastvit.benchmarks.memory import free, peak_bytes
-from fastvit.benchmarks.timing import Step, measure, median_ms, run_once
+from fastvit.benchmarks.ceilings import compute_speeds
+from fastvit.benchmarks.errors import Error, find_mistake, measure_errors
+from fastvit.benchmarks.measure import Step, free_memory, measure_peak_bytes, measure_times, run_once
+from fastvit.benchmarks.records import OUT_OF_TIME, Record, get_dtype_name
 
 
 @dataclasses.dataclass
 class Settings:
     device: torch.device
+    suite: str = "kernels"
     quick: bool = False
     full: bool = False  # all shapes, and compilers everywhere
-    memory_only: bool = False
-    brief: bool = False  # one suite among others, which want their time too
-    providers: str = ""  # a regular expression; only those whose name holds it
-    deadline: float = float("inf")  # time.monotonic() after which nothing new is begun
+    only: str = ""  # a regular expression over the names of cases
+    providers: str = ""  # a regular expression over the names of providers
+    deadline: float = float("inf")  # time.monotonic() after which nothing new begins
     ceilings: dict[str, Any] | None = None
 
-    def why_left_out(self, provider: Provider, shape: Shape) -> str | None:
+    @property
+    def memory_only(self) -> bool:
+        return self.suite == "memory"
+
+    def find_skip_reason(self, provider: Provider, shape: Shape) -> tuple[str, str] | None:
+        """Returns (status, reason) of a provider that does not run at a shape, or None."""
+        if reason := provider.unsupported_reason(self.device):
+            return "missing", reason
         if time.monotonic() > self.deadline:
-            return "the time budget was spent before its turn"
+            return "left out", OUT_OF_TIME
         if provider.max_batch is not None and shape.batch > provider.max_batch:
-            return f"it is for batches up to {provider.max_batch}"
-        if provider.tier == 0 or self.full:
-            return None
-        if self.quick or self.device.type == "cpu":
-            return "compiling takes longer than all the rest; --full includes it"
-        if provider.tier > 2 or (provider.tier == 2 and shape.tier > 0):
-            return "autotuning takes longer than all the rest; --full includes it"
+            return "left out", f"for batches up to {provider.max_batch}"
+        limit = 0 if self.quick or self.device.type == "cpu" else 2 if shape.tier == 0 else 1
+        if provider.tier > limit and not self.full:
+            return "left out", "compiling takes longer than everything else; --full includes it"
         return None
 
 
-def describe(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+def describe_error(error: BaseException) -> str:
+    """Returns an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class Checked(NamedTuple):
-    """What is known of a provider before it is timed."""
+Errors = Mapping[str, Error]  # by result
+
+
+class Check(NamedTuple):
+    """A provider before it is timed."""
 
     status: str
     reason: str | None = None
-    error: float | None = None  # the largest of its results
-    first_calls: Mapping[str, float] = {}  # seconds
-    steps: dict[str, Step] | None = None  # of those that may be timed
-    errors: dict[str, Error] | None = None
+    first_calls: Mapping[str, float] = {}  # pass -> seconds
+    errors: Mapping[str, Error] = {}
+    steps: Mapping[str, Step] = {}
 
 
-def check(
+def check_provider(
     operation: Operation,
     provider: Provider,
-    shape: Shape,
     case: Any,
     dtype: torch.dtype,
-    baseline: Mapping[str, Error] | None,
-    settings: Settings,
-) -> Checked:
-    """Whether a provider runs, and is right by the errors of `baseline`."""
-    if reason := provider.why_not(settings.device):
-        return Checked("missing", reason)
-    if reason := settings.why_left_out(provider, shape):
-        return Checked("left out", reason)
+    baseline: Errors | None,
+    device: torch.device,
+) -> Check:
+    """Runs a provider and compares its errors with those of `baseline`; only status "timed" may be timed."""
     first: dict[str, float] = {}
-    worst = None
     try:
         steps = operation.prepare(provider, case)
-        first = {name: run_once(step, settings.device) for name, step in operation.first_calls(steps).items()}
-        errors = measure_errors(operation.results(steps, case), case.expected)
-        worst = max(error.whole for error in errors.values())
-        if reason := operation.judge(errors, baseline, dtype):
-            return Checked("wrong", reason, worst, first)
-        return Checked("timed", None, worst, first, steps, errors)
-    except Exception as error:  # what one provider cannot do is no reason to stop the others
-        free(settings.device)
-        return Checked("failed", describe(error), None, first)
+        first |= {name: run_once(step, device) for name, step in operation.list_first_calls(steps).items()}
+        errors = measure_errors(operation.compute_results(steps, case), case.expected)
+    except Exception as error:  # must not stop the other providers
+        free_memory(device)
+        return Check("failed", describe_error(error), first)
+    reason = find_mistake(errors, baseline, *operation.get_error_bounds(dtype))
+    return Check("wrong" if reason else "timed", reason, first, errors, steps)
+
+
+def make_record(operation: str, shape: Shape, dtype: torch.dtype, name: str, provider: str, **fields: Any) -> Record:
+    """Returns the record of a provider and pass; see `records` for status and reason."""
+    return {
+        "operation": operation,
+        "shape": shape.name,
+        "sizes": shape.get_sizes(),
+        "headline": True,
+        "dtype": get_dtype_name(dtype),
+        "pass": name,
+        "provider": provider,
+        "registered": provider,
+        "ours": provider.startswith(OURS),
+        "status": "timed",
+        "reason": None,
+        **fields,
+    }
+
+
+def run_python(*arguments: str, **variables: str | None) -> Any:
+    """Runs Python with this package on its path and returns the JSON in the last line of its output.
+
+    Args:
+        variables: changes to the environment; None unsets one.
+
+    Raises:
+        RuntimeError: with the last line of its errors, if it fails.
+    """
+    root = str(Path(fastvit.__file__).resolve().parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    changed = os.environ | {"PYTHONPATH": path} | variables
+    environment = {name: value for name, value in changed.items() if value is not None}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_case(
@@ -102,53 +133,44 @@ def run_case(
     shape: Shape,
     dtype: torch.dtype,
     settings: Settings,
-    tick: Callable[[str], object] = lambda what: None,
-) -> Iterator[dict[str, Any]]:
-    """Check, time and weigh every provider: a record for each and each pass. tick: told what is done next."""
+) -> list[Record]:
+    """Checks, times and measures the memory of every provider; returns a record for each provider and pass."""
     device = settings.device
-    common = {
-        "operation": operation.name,
-        "shape": shape.name,
-        "sizes": shape.sizes(),
-        "headline": shape.tier == 0 or (device.type == "cpu" and shape.tier == 1),
-        "dtype": name_of(dtype),
-    }
-    torch._dynamo.reset()  # its limit of compilations for one function is not meant for a list of shapes
-    tick("definition")
+    torch._dynamo.reset()  # its limit of recompilations is not meant for a list of shapes
     case = operation.make_case(shape, dtype, device)
-    records: dict[tuple[str, str], dict[str, Any]] = {}
-    ready: Ready = {}
-    baseline: dict[str, Error] | None = None
-    # Whoever is the measure of the others comes first.
+    targets = {} if settings.quick else operation.get_targets(shape, device)
+    checks: dict[str, Check] = {}
+    records: dict[tuple[str, str], Record] = {}
+    baseline: Errors | None = None
+    # The baseline comes first: its errors judge the others.
     for provider in sorted(operation.providers.values(), key=lambda provider: provider.name != operation.baseline):
         is_baseline = provider.name == operation.baseline
         if not is_baseline and not re.search(settings.providers, provider.name):
             continue
-        label = provider.label(device, dtype)
-        tick(label)
-        found = check(operation, provider, shape, case, dtype, None if is_baseline else baseline, settings)
-        baseline = found.errors if is_baseline else baseline
-        if found.steps is not None:
-            ready[label] = found.steps
+        label = provider.get_label(device, dtype)
+        skipped = settings.find_skip_reason(provider, shape)
+        check = Check(*skipped) if skipped else check_provider(operation, provider, case, dtype, baseline, device)
+        if is_baseline and check.status == "timed":
+            baseline = check.errors
+        checks[label] = check
         for name in operation.passes:
-            who = {"provider": label, "registered": provider.name, "ours": label.startswith(OURS)}
-            record = common | {"pass": name, **who, "status": found.status, "reason": found.reason}
-            record |= {"error": found.error} if found.error is not None else {}
-            if not settings.quick and (targets := operation.targets_at(shape, device).get(name)):
-                record["targets"] = dict(targets)
-            records[label, name] = record | {"first_call_s": found.first_calls.get(name)}
+            record = make_record(operation.name, shape, dtype, name, label, status=check.status, reason=check.reason)
+            record["headline"] = shape.tier == 0 or (device.type == "cpu" and shape.tier == 1)
+            record["registered"] = provider.name
+            record["first_call_s"] = check.first_calls.get(name)
+            if check.errors:
+                record["error"] = max(error.whole for error in check.errors.values())
+            if name in targets:
+                record["targets"] = dict(targets[name])
+            records[label, name] = record
+    steps = {label: check.steps for label, check in checks.items() if check.status == "timed"}
     for name in operation.passes:
-        of_pass = {label: records[label, name] for label in ready}
+        of_pass = {label: records[label, name] for label in steps}
         if not settings.memory_only:
-            tick(f"timing {name}")
-            time_pass(operation, name, shape, dtype, settings, ready, of_pass)
-        tick(f"memory {name}")
-        weigh_pass(operation, name, case, settings, ready, of_pass)
-    yield from records.values()
-
-
-Ready = dict[str, dict[str, Step]]  # provider -> pass -> step
-Records = dict[str, dict[str, Any]]  # provider -> record of one pass
+            time_pass(operation, name, shape, dtype, settings, steps, of_pass)
+        for label, of_provider in steps.items():
+            measure_memory(operation, name, case, of_provider, settings, of_pass[label])
+    return list(records.values())
 
 
 def time_pass(
@@ -157,72 +179,37 @@ def time_pass(
     shape: Shape,
     dtype: torch.dtype,
     settings: Settings,
-    ready: Ready,
-    records: Records,
+    steps: Mapping[str, Mapping[str, Step]],
+    records: Mapping[str, Record],
 ) -> None:
-    """Add everybody's times, and the speeds that they mean, to the records of the pass."""
+    """Adds times and speeds of all providers to the records of a pass; steps: provider -> pass -> step."""
     device = settings.device
-    seconds = operation.seconds if device.type != "cpu" else operation.seconds_on_cpu or operation.seconds
-    measured = measure(
-        {label: steps[name] for label, steps in ready.items()},
+    seconds = operation.seconds_on_cpu if device.type == "cpu" and operation.seconds_on_cpu else operation.seconds
+    outcomes = measure_times(
+        {label: of_provider[name] for label, of_provider in steps.items()},
         device,
         seconds=0.02 if settings.quick else seconds,
         min_rounds=3 if settings.quick else 5,
         hides_launch=operation.hides_launch,
     )
-    cost = operation.costs(shape, dtype)[name]
-    for label, outcome in measured.items():
+    cost, images = operation.compute_costs(shape, dtype)[name], shape.batch if operation.counts_images else None
+    for label, outcome in outcomes.items():
         if isinstance(outcome, Exception):
-            records[label] |= {"status": "failed", "reason": describe(outcome)}
+            records[label].update(status="failed", reason=describe_error(outcome))
         else:
-            records[label] |= speeds(outcome, cost, dtype, device, settings.ceilings, operation.rate(shape))
+            records[label].update(compute_speeds(outcome, cost, dtype, device, settings.ceilings, images))
 
 
-def weigh_pass(operation: Operation, name: str, case: Any, settings: Settings, ready: Ready, records: Records) -> None:
-    """Add the memory that everybody needs to the records of the pass."""
-    for label, steps in ready.items():
-        record = records[label]
-        try:
-            record["peak_bytes"] = peak_bytes(steps[name], settings.device)
-            record["kept_bytes"] = operation.kept_bytes(steps, case) if name == operation.passes[-1] else None
-            record["status"] = "measured" if settings.memory_only else record["status"]
-        except Exception as error:
-            record["memory_error"] = describe(error)
-            if settings.memory_only:
-                record |= {"status": "failed", "reason": describe(error)}
-
-
-def as_test(operation: Operation) -> Callable[..., None]:
-    """A pytest-benchmark test of every provider that needs no compiler, at toy size: checked first, then timed."""
-    if importlib.util.find_spec("pytest") is None:  # benchmarks run where no tests do
-        return lambda: None
-    import pytest
-
-    names = [name for name, provider in operation.providers.items() if provider.tier == 0]
-
-    @pytest.mark.parametrize("step", operation.passes)
-    @pytest.mark.parametrize("name", names)
-    def test(benchmark: Any, name: str, step: str) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        provider = operation.providers[name]
-        if reason := provider.why_not(device):
-            pytest.skip(reason)
-        shape = operation.shapes(device, quick=True)[0]
-        case = operation.make_case(shape, torch.float32, device)
-        baseline_steps = operation.prepare(operation.providers[operation.baseline], case)
-        baseline = measure_errors(operation.results(baseline_steps, case), case.expected)
-        steps = operation.prepare(provider, case)
-        try:
-            errors = measure_errors(operation.results(steps, case), case.expected)
-        except RuntimeError as error:
-            if provider.kernel is not None:  # ours must run
-                raise
-            pytest.skip(describe(error))
-        assert operation.judge(errors, baseline, torch.float32) is None
-        if benchmark.enabled:
-            milliseconds = median_ms(steps[step], device, seconds=0.1, min_rounds=3)
-            benchmark.extra_info["device_ms"] = milliseconds
-            benchmark.extra_info["gb_per_s"] = operation.costs(shape, torch.float32)[step].bytes / milliseconds / 1e6
-        benchmark(run_once, steps[step], device)
-
-    return test
+def measure_memory(
+    operation: Operation, name: str, case: Any, steps: Mapping[str, Step], settings: Settings, record: Record
+) -> None:
+    """Adds peak memory, and after the last pass the bytes saved for backward, to the record of a provider and pass."""
+    outcome: Record = {"status": "measured"} if settings.memory_only else {}
+    try:
+        record["peak_bytes"] = measure_peak_bytes(steps[name], settings.device)
+        is_last = name == operation.passes[-1]
+        record["kept_bytes"] = operation.measure_saved_bytes(steps, case) if is_last else None
+    except Exception as error:
+        record["memory_error"] = describe_error(error)
+        outcome = {"status": "failed", "reason": describe_error(error)} if settings.memory_only else {}
+    record.update(outcome)

@@ -1,4 +1,4 @@
-"""The script for a GPU's first ten minutes: what a phase does that fails, and that each phase finds what it is for."""
+"""The script for a GPU's first ten minutes: phases that fail, and the purpose of each phase."""
 
 import json
 import os
@@ -25,7 +25,7 @@ TOY = Case("layer_norm", "toy", torch.bfloat16)
 def run(tmp_path):
     if not ops.is_interpreting():
         pytest.skip("toy sizes are for interpreted kernels")
-    return Run(tmp_path, time.monotonic() + 60, toy=True, at_once=2)
+    return Run(tmp_path, time.monotonic() + 60, toy=True, workers=2)
 
 
 def load(folder, name):
@@ -39,7 +39,7 @@ def load(folder, name):
 WRITE = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('[1]');"
 
 
-def phase(name, folder, code="", seconds=20, **options):
+def make_phase(name, folder, code="", seconds=20, **options):
     line = (sys.executable, "-S", "-c", WRITE + code, str(folder / f"{name}.json"))
     return gpu.Phase(name, seconds, command=line, **options)
 
@@ -49,22 +49,22 @@ def _on_a_gpu(monkeypatch):
     monkeypatch.setattr(gpu, "has_gpu", lambda: True)
 
 
-def test_without_a_gpu_it_says_so_and_starts_nothing(tmp_path, capsys, monkeypatch):
+def test_without_a_gpu_it_exits_with_an_error(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)
     assert gpu.main([str(tmp_path / "out")]) == 2
-    assert "no GPU that this Python's PyTorch can use; --toy" in capsys.readouterr().err
+    assert "PyTorch finds no GPU; --toy" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-def test_a_phase_that_fails_or_outruns_its_limit_leaves_the_others_and_all_files(tmp_path, capsys):
+def test_a_phase_that_fails_or_exceeds_its_limit_keeps_the_others_and_all_files(tmp_path, capsys):
     raising = (sys.executable, "-S", "-c", "raise RuntimeError('no such GPU')")
     child = "import subprocess; subprocess.Popen(['sleep', '987']).wait()"
     phases = [
         gpu.Phase("environment", 2, command=raising),
-        phase("compile", tmp_path, "print('no GPU'); sys.exit(3)", beside="correctness"),
-        phase("correctness", tmp_path, child, seconds=1),
-        phase("operations", tmp_path),
+        make_phase("compile", tmp_path, "print('no GPU'); sys.exit(3)", beside="correctness"),
+        make_phase("correctness", tmp_path, child, seconds=1),
+        make_phase("operations", tmp_path),
     ]
     assert gpu.main([str(tmp_path)], phases) == 1
     ended = {outcome["phase"]: outcome for outcome in load(tmp_path, "summary")["phases"]}
@@ -76,15 +76,18 @@ def test_a_phase_that_fails_or_outruns_its_limit_leaves_the_others_and_all_files
     }
     assert ended["environment"]["reason"] == "RuntimeError: no such GPU" and ended["compile"]["reason"] == "no GPU"
     assert load(tmp_path, "environment")["reason"] == "RuntimeError: no such GPU"
-    assert load(tmp_path, "correctness") == load(tmp_path, "operations") == [1]  # what was written before the end
+    assert load(tmp_path, "correctness") == load(tmp_path, "operations") == [1]  # written before the phase was killed
     assert "no such GPU" in (tmp_path / "log.txt").read_text() and "operations: ok" in capsys.readouterr().out
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
-    assert b"sleep\0987\0" not in commands  # a phase's own processes end with it
+    assert b"sleep\0987\0" not in commands  # killed with its phase
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-def test_time_that_a_phase_leaves_is_the_next_ones(tmp_path):
-    phases = [phase("environment", tmp_path, seconds=5), phase("operations", tmp_path, "time.sleep(3)", seconds=1)]
+def test_unused_time_goes_to_the_next_phase(tmp_path):
+    phases = [
+        make_phase("environment", tmp_path, seconds=5),
+        make_phase("operations", tmp_path, "time.sleep(3)", seconds=1),
+    ]
     assert gpu.main([str(tmp_path)], phases) == 0
 
 
@@ -109,7 +112,7 @@ def test_a_phase_runs_with_the_source_tree_alone(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def outcome_of(case):
+def run_outcome(case):
     if case == "raises":
         raise ValueError("because")
     if case == "crashes":
@@ -119,18 +122,18 @@ def outcome_of(case):
     return {"wrong": []}
 
 
-def test_a_case_that_crashes_or_hangs_takes_no_other_along(run):
+def test_a_case_that_crashes_or_hangs_does_not_stop_the_others(run):
     run = run._replace(deadline=time.monotonic() + 3)
     cases = ["raises", "crashes", "right", "hangs", "hangs", "late"]
-    found = [(case, result.get("failed")) for case, result in gpu_phases.in_processes(cases, outcome_of, run)]
+    found = [(case, result.get("failed")) for case, result in gpu_phases.run_in_processes(cases, run_outcome, run)]
     assert sorted(found, key=str) == sorted(
         [
             ("raises", "ValueError: because"),
             ("crashes", "its process ended with exit code 7"),
             ("right", None),
-            ("hangs", "not ready in time"),
-            ("hangs", "not ready in time"),
-            ("late", "not begun in time"),
+            ("hangs", "not finished in time"),
+            ("hangs", "not finished in time"),
+            ("late", "not started in time"),
         ],
         key=str,
     )
@@ -138,16 +141,16 @@ def test_a_case_that_crashes_or_hangs_takes_no_other_along(run):
 
 def test_every_kernel_is_checked():
     assert set(ops.KERNEL_MODULES) <= {name.split(",")[0] for name in gpu_checks.CALLS}
-    cases = gpu_checks.cases()
+    cases = gpu_checks.list_cases()
     assert len(set(cases)) == len(cases) <= 100
 
 
 def test_wrong_results_are_found(run, monkeypatch):
-    monkeypatch.setattr(gpu_checks, "cases", lambda *sizes: [TOY, TOY._replace(call="swiglu")])
-    right = gpu_checks.function_of
+    monkeypatch.setattr(gpu_checks, "list_cases", lambda *sizes: [TOY, TOY._replace(call="swiglu")])
+    right = gpu_checks.get_kernel
     monkeypatch.setattr(
         gpu_checks,
-        "function_of",
+        "get_kernel",
         lambda name: right(name) if name == "swiglu" else lambda *inputs: right(name)(*inputs) * 1.01,
     )
     assert not gpu_phases.check_kernels(run)
@@ -166,11 +169,11 @@ def test_operations_are_timed_and_missed_targets_come_first(run, capsys):
     run.save("operations", results)
     capsys.readouterr()
     assert gpu_phases.summarize(run)
-    lines = capsys.readouterr().out.splitlines()
+    rows = load(run.out, "summary")["rows"]
     met = 3 * (len(cases) - 1)
-    assert [line.split(" | ")[0] for line in lines] == ["1.3x: missed"] * 3 + ["1e-09x: met"] * met
-    assert all("add_layer_norm" in line for line in lines[:3])
-    assert len(load(run.out, "summary")["rows"]) == 3 + met
+    assert [row["target"] for row in rows] == ["1.3x: missed"] * 3 + ["1e-09x: met"] * met
+    assert {row["operation"] for row in rows[:3]} == {"add_layer_norm"}
+    assert capsys.readouterr().out.splitlines()[1].startswith("add_layer_norm ")
 
 
 def test_records_are_made_for_inference_and_training(run, monkeypatch):
@@ -183,12 +186,12 @@ def test_records_are_made_for_inference_and_training(run, monkeypatch):
     assert len(directions) == 2
 
 
-def test_what_needs_a_gpu_says_so_without_one(run):
+def test_phases_that_need_a_gpu_are_skipped_without_one(run):
     for name in ("compile", "sanitizer"):
         with pytest.raises(gpu_phases.Skip, match="there is no GPU"):
             gpu_phases.PHASES[name](run)
 
 
-def test_the_key_of_a_build_is_read_off_its_files():
+def test_the_key_of_a_build_is_computed_from_its_files():
     triton = pytest.importorskip("triton")
-    assert gpu_cache.triton_key(Path(triton.__file__).parent) == gpu_cache.triton_key()
+    assert gpu_cache.read_triton_key(Path(triton.__file__).parent) == gpu_cache.read_triton_key()
