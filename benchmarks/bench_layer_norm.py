@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,144 +15,106 @@ from fastvit.benchmarks.cases import Cost, Operation, Shape
 from fastvit.ops import reference
 
 EPS = 1e-6
-ARITHMETIC = 8  # FLOPs per element, roughly: two sums, center, square, scale, shift. Memory bandwidth decides
-GELU = 20  # the same for the activation
+# FLOPs per element, roughly: two sums, center, square, scale, shift; a GELU. Memory bandwidth decides, not these.
+NORM, GELU = 8, 20
+TARGETS = {"forward": {"of_floor": 0.9}, "backward": {"of_floor": 0.8}}
 
 
-def draw_parameters(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    weight = 1 + 0.1 * torch.randn(shape.hidden, dtype=dtype, device=device)
-    bias = 0.1 * torch.randn(shape.hidden, dtype=dtype, device=device)
-    return {"weight": weight.requires_grad_(), "bias": bias.requires_grad_()}
+def draw_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, names: tuple[str, ...], width: int = 1
+) -> dict[str, Any]:
+    """Draws tensors of [batch, tokens, width * hidden] and parameters `weight` and `bias`."""
+    dim = width * shape.hidden
+    inputs = {}
+    for name in names:
+        is_parameter = name in ("weight", "bias")
+        random = torch.randn(dim if is_parameter else (shape.batch, shape.tokens, dim), dtype=dtype, device=device)
+        inputs[name] = ((0.1 * random if is_parameter else random) + (name == "weight")).requires_grad_()
+    return inputs
 
 
-def draw_tokens(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(shape.batch, shape.tokens, shape.hidden, dtype=dtype, device=device).requires_grad_()
+def make_cost(flops: int, forward: int, backward: int, width: int = 1) -> Callable[[Shape, int], dict[str, Cost]]:
+    """Returns the cost function; forward, backward: tensors that are read or written; flops: of forward per element."""
 
+    def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
+        size = width * shape.rows * shape.hidden
+        return {
+            "forward": Cost(flops * size, forward * size * itemsize),
+            "backward": Cost(2 * flops * size, backward * size * itemsize),
+        }
 
-def setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    return {"x": draw_tokens(shape, dtype, device), **draw_parameters(shape, dtype, device)}
-
-
-def cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
-    row_set = shape.rows * shape.hidden
-    return {
-        "forward": Cost(ARITHMETIC * row_set, 2 * row_set * itemsize),  # x, y
-        "backward": Cost(2 * ARITHMETIC * row_set, 3 * row_set * itemsize),  # grad_y, x, grad_x
-    }
+    return cost
 
 
 layer_norm = Operation(
     "layer_norm",
-    setup=setup,
+    setup=partial(draw_inputs, names=("x", "weight", "bias")),
     definition=lambda x, weight, bias: reference.layer_norm(x, weight, bias, EPS),
-    cost=cost,
+    cost=make_cost(NORM, 2, 3),  # x, y; grad_y, x, grad_x
 )
-layer_norm.targets = {"forward": {"of_floor": 0.9}, "backward": {"of_floor": 0.8}}
+add_layer_norm = Operation(
+    "add_layer_norm",
+    setup=partial(draw_inputs, names=("x", "residual", "weight", "bias")),
+    definition=lambda x, residual, weight, bias: reference.add_layer_norm(x, residual, weight, bias, EPS),
+    cost=make_cost(NORM + 1, 4, 4),  # x, residual, their sum, y; grad_y, grad_sum, sum, grad_x
+)
+layer_norm_act = Operation(
+    "layer_norm_act",
+    setup=partial(draw_inputs, names=("x", "weight", "bias")),
+    definition=lambda x, weight, bias: reference.layer_norm_act(x, weight, bias, EPS),
+    cost=make_cost(NORM + GELU, 2, 3),
+)
+bias_gelu = Operation(  # as wide as in a feed-forward
+    "bias_gelu",
+    setup=partial(draw_inputs, names=("x", "bias"), width=4),
+    definition=reference.bias_gelu,
+    cost=make_cost(GELU, 2, 3, width=4),
+)
+OPERATIONS = (layer_norm, add_layer_norm, layer_norm_act, bias_gelu)
 
 
 @layer_norm.provider("fastvit", kernel="layer_norm")
-def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def our_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return ops.layer_norm(x, weight, bias, EPS)
 
 
 @layer_norm.provider("PyTorch")
-def pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def torch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, EPS)
 
 
 @layer_norm.provider("Liger-Kernel", needs=("liger_kernel",), devices=("cuda",))
-def liger(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def liger_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from liger_kernel.ops.layer_norm import LigerLayerNormFunction
 
     return LigerLayerNormFunction.apply(x, weight, bias, EPS)
 
 
-layer_norm.add_compiled("PyTorch")
-
-
-def add_setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    return {"residual": draw_tokens(shape, dtype, device), **setup(shape, dtype, device)}
-
-
-def add_cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
-    row_set = shape.rows * shape.hidden
-    return {
-        "forward": Cost((ARITHMETIC + 1) * row_set, 4 * row_set * itemsize),  # x, residual, their sum, y
-        "backward": Cost(2 * ARITHMETIC * row_set, 4 * row_set * itemsize),  # grad_y, grad_sum, sum, grad_x
-    }
-
-
-add_layer_norm = Operation(
-    "add_layer_norm",
-    setup=add_setup,
-    definition=lambda x, residual, weight, bias: reference.add_layer_norm(x, residual, weight, bias, EPS),
-    cost=add_cost,
-)
-add_layer_norm.targets = layer_norm.targets
-
-
 @add_layer_norm.provider("fastvit", kernel="add_layer_norm")
-def our_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def our_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return ops.add_layer_norm(x, residual, weight, bias, EPS)
 
 
 @add_layer_norm.provider("PyTorch")
-def pytorch_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def torch_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     summed = x + residual
-    return summed, F.layer_norm(summed, weight.shape, weight, bias, EPS)
+    return summed, torch_norm(summed, weight, bias)
 
 
 @add_layer_norm.provider("Liger-Kernel", needs=("liger_kernel",), devices=("cuda",))
-def liger_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-
+def liger_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     summed = x + residual
-    return summed, LigerLayerNormFunction.apply(summed, weight, bias, EPS)
-
-
-add_layer_norm.add_compiled("PyTorch")
-
-layer_norm_act = Operation(
-    "layer_norm_act",
-    setup=setup,
-    definition=lambda x, weight, bias: reference.layer_norm_act(x, weight, bias, EPS),
-    cost=lambda shape, itemsize: {
-        name: part._replace(flops=part.flops + GELU * shape.rows * shape.hidden)
-        for name, part in cost(shape, itemsize).items()
-    },
-)
-layer_norm_act.targets = layer_norm.targets
+    return summed, liger_norm(summed, weight, bias)
 
 
 @layer_norm_act.provider("fastvit", kernel="layer_norm_act")
-def our_activation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def our_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return ops.layer_norm_act(x, weight, bias, EPS, "gelu")
 
 
 @layer_norm_act.provider("PyTorch")
-def pytorch_activation(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(F.layer_norm(x, weight.shape, weight, bias, EPS))
-
-
-layer_norm_act.add_compiled("PyTorch")
-
-
-def wide_setup(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    wide = 4 * shape.hidden  # as in a feed-forward
-    x = torch.randn(shape.batch, shape.tokens, wide, dtype=dtype, device=device)
-    return {"x": x.requires_grad_(), "bias": (0.1 * torch.randn(wide, dtype=dtype, device=device)).requires_grad_()}
-
-
-def wide_cost(shape: Shape, itemsize: int) -> dict[str, Cost]:
-    row_set = 4 * shape.rows * shape.hidden
-    return {
-        "forward": Cost(GELU * row_set, 2 * row_set * itemsize),  # x, y
-        "backward": Cost(2 * GELU * row_set, 3 * row_set * itemsize),  # grad_y, x, grad_x
-    }
-
-
-bias_gelu = Operation("bias_gelu", setup=wide_setup, definition=reference.bias_gelu, cost=wide_cost)
-bias_gelu.targets = layer_norm.targets
+def torch_norm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(torch_norm(x, weight, bias))
 
 
 @bias_gelu.provider("fastvit", kernel="bias_gelu")
@@ -159,10 +123,10 @@ def our_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 @bias_gelu.provider("PyTorch")
-def pytorch_gelu(x: Tensor, bias: Tensor) -> Tensor:
+def torch_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias)
 
 
-bias_gelu.add_compiled("PyTorch")
-
-OPERATIONS = (layer_norm, add_layer_norm, layer_norm_act, bias_gelu)
+for operation in OPERATIONS:
+    operation.targets = TARGETS
+    operation.add_compiled("PyTorch")

@@ -29,12 +29,9 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], quick:
         left, right = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
         out = torch.empty_like(left)
         seconds = time(lambda: torch.mm(left, right, out=out))
-        # On a CPU MKL's matmul is not always the fastest.
-        return (
-            min(seconds, time(lambda: eager.onednn_linear(left, right, None)))
-            if eager.prefers_onednn(left, right)
-            else seconds
-        )
+        if eager.prefers_onednn(left, right):  # on a CPU MKL's matmul is not always the fastest
+            seconds = min(seconds, time(lambda: eager.onednn_linear(left, right, None)))
+        return seconds
 
     def time_copy() -> float:
         source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)

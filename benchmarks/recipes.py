@@ -1,11 +1,11 @@
-"""Which switches of `fastvit finetune` make a model better?
+"""Which options of `fastvit finetune` make a model better?
 
-    python benchmarks/recipes.py run BEANS_FOLDER     trains what is not there yet; may be stopped and started again
+    python benchmarks/recipes.py run BEANS_FOLDER     trains missing runs; can be interrupted and restarted
     python benchmarks/recipes.py table                writes the tables of docs/recipes.md
 
-Small models on few pictures, so that a run takes half a minute on one core: each switch against the plain recipe with
-the same seeds. A line of results/recipes/runs.jsonl is one training. Pictures are split into train, validation (for
-early stopping and the temperature) and test, which alone is reported.
+Small models on few images, so that a run takes half a minute on one core: each option against the plain recipe with the
+same seeds. A line of results/recipes/runs.jsonl is one run. Images are split into train, validation (for early stopping
+and the temperature) and test, which is reported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BEANS = [*SCRATCH, "--image-size", "48", "--patch-size", "8", "--epochs", "25"]
 DIGITS = [*SCRATCH, "--image-size", "16", "--patch-size", "4", "--epochs", "40", "--no-augment"]
 TUNED = ["--batch-size", "32", "--weight-decay", "0.05", "--warmup", "0.1", "--scheduler", "cosine", "--epochs", "10"]
 
-# data set -> (what it is, the plain recipe, switch -> its options). The plain recipe is the one without options.
+# data set -> (description, plain recipe, switch -> further options)
 SWITCHES: dict[str, list[str]] = {
     "plain": [],
     "--randaugment 2 9": [],
@@ -85,12 +85,12 @@ EXPERIMENTS: dict[str, tuple[str, list[str], dict[str, list[str]]]] = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def make_beans(source: Path, folder: Path, per_class: dict[str, int]) -> None:
-    """train/, validation/ (a fifth of what is left) and test/ out of all the photographs, small already."""
+    """Writes train/, validation/ (a fifth of the rest) and test/ with all photographs at a small size."""
     for name, count in per_class.items():
         paths = sorted(source.glob(f"*/{name}/*.jpg"))
         order = np.random.default_rng(0).permutation(len(paths))
@@ -103,7 +103,7 @@ def make_beans(source: Path, folder: Path, per_class: dict[str, int]) -> None:
 
 
 def make_digits(folder: Path, per_class: int = 20) -> None:
-    """The 1,797 handwritten digits of scikit-learn (UCI, 8 x 8, 16 greys) as a folder of pictures."""
+    """Writes the 1,797 handwritten digits of scikit-learn (UCI, 8 x 8, 16 gray levels) to a folder of images."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -116,8 +116,8 @@ def make_digits(folder: Path, per_class: int = 20) -> None:
             Image.fromarray((digits.images[index] * 255 / 16).astype(np.uint8)).save(path)
 
 
-def make_pictures(beans: Path, folder: Path) -> None:
-    """All three sets, whole or not at all."""
+def make_data(beans: Path, folder: Path) -> None:
+    """Makes all three data sets, each complete or not at all."""
     names = ("angular_leaf_spot", "bean_rust", "healthy")
     makers = {
         "beans": lambda to: make_beans(beans, to, dict.fromkeys(names, 100)),
@@ -138,14 +138,14 @@ def make_pictures(beans: Path, folder: Path) -> None:
 
 
 class TimedTuner(RecipeTuner):
-    """Notes the processor time of training: other work on the machine disturbs it less than the wall clock."""
+    """Records the processor time of training, which other processes disturb less than the wall clock."""
 
     seconds = 0.0
 
     def train(self, *args, **kwargs):
-        started = time.process_time()
+        start = time.process_time()
         result = super().train(*args, **kwargs)
-        TimedTuner.seconds = time.process_time() - started
+        TimedTuner.seconds = time.process_time() - start
         return result
 
 
@@ -157,20 +157,20 @@ def pretrain(folder: Path) -> None:
         ]))  # fmt: skip
 
 
-def folder_of(experiment: str, work: Path) -> Path:
+def get_data_folder(experiment: str, work: Path) -> Path:
     return work / ("beans" if experiment in ("tuned", "longer") else experiment)
 
 
 def train(experiment: str, switch: str, seed: int, work: Path) -> dict[str, float]:
-    """One line of results: metrics on the test split, calibration before and after, processor seconds."""
+    """Trains once; returns metrics of the test split, calibration before and after, and processor seconds."""
     _, recipe, switches = EXPERIMENTS[experiment]
-    pictures = folder_of(experiment, work)
+    data = get_data_folder(experiment, work)
     output = work / "run"
     start = ["--model", str(work / "leaves")] if experiment == "tuned" else []
     changes = [] if switch == "plain" else switch.split()
     options = parse_options([
         *recipe, *start, "--eval-steps", "100000", *changes, *switches[switch], "--seed", str(seed), "--calibrate",
-        "--data-dir", str(pictures), "--output-dir", str(output), "--overwrite", "--cpu", "--precision", "fp32",
+        "--data-dir", str(data), "--output-dir", str(output), "--overwrite", "--cpu", "--precision", "fp32",
     ])  # fmt: skip
     metrics = finetune.run(options)
     state = json.loads((output / "trainer_state.json").read_text())
@@ -185,12 +185,12 @@ def train(experiment: str, switch: str, seed: int, work: Path) -> dict[str, floa
     }
 
 
-def flipped(experiment: str, work: Path) -> dict[str, float]:
-    """The model that was trained last, with the mean over pictures and their mirror images."""
-    split = load_images(data_dir=folder_of(experiment, work)).splits["test"]
-    pictures = [split.load(index) for index in range(len(split))]
+def evaluate_flip(experiment: str, work: Path) -> dict[str, float]:
+    """Evaluates the last trained model with the mean over images and their mirror images."""
+    split = load_images(data_dir=get_data_folder(experiment, work)).splits["test"]
+    images = [split.load(index) for index in range(len(split))]
     with Predictor(str(work / "run"), "cpu", flip=True, workers=1) as predictor:
-        answers = predictor.stream(pictures, raise_errors=True)
+        answers = predictor.stream(images, raise_errors=True)
         rows = np.stack([answer.probabilities for answer in answers if isinstance(answer, Prediction)])
     return {
         "accuracy": float((rows.argmax(-1) == split.labels).mean()),
@@ -198,31 +198,31 @@ def flipped(experiment: str, work: Path) -> dict[str, float]:
     }
 
 
-def run(beans: Path, work: Path, seeds: int) -> None:
+def run_experiments(beans: Path, work: Path, seeds: int) -> None:
     torch.set_num_threads(1)
-    vars(finetune)["RecipeTuner"] = TimedTuner  # what `finetune.run` trains with
+    vars(finetune)["RecipeTuner"] = TimedTuner  # the trainer of `finetune.run`
     read = functools.cache(lambda folder: load_images(data_dir=folder))
     read_leaves = finetune.load_data
     vars(finetune)["load_data"] = lambda options, processes: (
         read(options.data_dir) if options.data_dir else read_leaves(options, processes)
     )
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    make_pictures(beans, work)
+    make_data(beans, work)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     for seed in SEEDS[:seeds]:
         for experiment, (_, _, switches) in EXPERIMENTS.items():
             if experiment == "tuned":
-                with quiet():
+                with silence_output():
                     pretrain(work / "leaves")
             for switch in switches:
-                done = {(line["data"], line["switch"], line["seed"]) for line in results()}
+                done = {(line["data"], line["switch"], line["seed"]) for line in read_results()}
                 if (experiment, switch, seed) in done:
                     continue
-                with quiet():
+                with silence_output():
                     figures = train(experiment, switch, seed, work)
                 lines = [{"data": experiment, "switch": switch, "seed": seed, **figures, **versions}]
                 if switch == "plain":
-                    mirrored = {**figures, **flipped(experiment, work)}
+                    mirrored = {**figures, **evaluate_flip(experiment, work)}
                     lines.append({"data": experiment, "switch": "--flip", "seed": seed, **mirrored, **versions})
                 with RESULTS.open("a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -230,12 +230,12 @@ def run(beans: Path, work: Path, seeds: int) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_output() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
-def results() -> list[dict]:
+def read_results() -> list[dict]:
     return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
@@ -244,12 +244,12 @@ def results() -> list[dict]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# Student's t for 95 % of a mean's interval, by degrees of freedom.
+# Student's t for the 95 % interval of a mean, by degrees of freedom.
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
 
-def verdict(differences: list[float]) -> str:
-    """Whether 0 is outside the 95 % interval of the mean difference between runs of the same seeds."""
+def format_difference(differences: list[float]) -> str:
+    """Returns the mean difference between runs of the same seeds, and whether 0 is outside its 95 % interval."""
     if len(differences) < 2:
         return "one seed"
     error = statistics.stdev(differences) / len(differences) ** 0.5 * STUDENT[len(differences) - 1]
@@ -258,25 +258,25 @@ def verdict(differences: list[float]) -> str:
     return f"{100 * mean:+.1f} ± {100 * error:.1f}: {word}"
 
 
-def spread(values: list[float]) -> str:
+def format_mean(values: list[float]) -> str:
     mean = f"{100 * statistics.mean(values):.1f}"
     return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
 
 
-def row(name: str, lines: list[dict], plain: dict[int, dict], metric: str) -> str:
-    values, ratio = [line[metric] for line in lines], "1"
-    change = "" if name == "plain" else verdict([line[metric] - plain[line["seed"]][metric] for line in lines])
+def format_row(name: str, lines: list[dict], plain: dict[int, dict], metric: str) -> str:
+    cells = [name, format_mean([line[metric] for line in lines]), "", str(len(lines)), "1"]
     if name != "plain":
-        ratio = f"{statistics.mean(line['seconds'] / plain[line['seed']]['seconds'] for line in lines):.2f}"
-    code = name if name == "plain" else f"`{name}`"
-    return f"| {code} | {spread(values)} | {change} | {len(lines)} | {ratio} |"
+        cells[0] = f"`{name}`"
+        cells[2] = format_difference([line[metric] - plain[line["seed"]][metric] for line in lines])
+        cells[4] = f"{statistics.mean(line['seconds'] / plain[line['seed']]['seconds'] for line in lines):.2f}"
+    return f"| {' | '.join(cells)} |"
 
 
-def tables() -> str:
-    """What is known so far, as Markdown."""
+def format_tables() -> str:
+    """Returns all results as Markdown."""
     parts = []
     for experiment, (title, _, switches) in EXPERIMENTS.items():
-        lines = [line for line in results() if line["data"] == experiment]
+        lines = [line for line in read_results() if line["data"] == experiment]
         plain = {line["seed"]: line for line in lines if line["switch"] == "plain"}
         metric = "macro_f1" if experiment == "unequal" else "accuracy"
         label = {"accuracy": "accuracy", "macro_f1": "macro F1"}[metric]
@@ -291,15 +291,15 @@ def tables() -> str:
         for name in names:
             chosen = [line for line in lines if line["switch"] == name and line["seed"] in plain]
             if chosen:
-                parts.append(row(name, chosen, plain, metric))
+                parts.append(format_row(name, chosen, plain, metric))
         parts.append("")
-    parts += ["### Calibration of the plain models, on the test pictures\n"]
+    parts += ["### Calibration of the plain models, on the test images\n"]
     parts += ["| data | temperature | calibration error % before | after | seeds |", "|---|---:|---:|---:|---:|"]
     for experiment in EXPERIMENTS:
-        lines = [line for line in results() if line["data"] == experiment and line["switch"] == "plain"]
+        lines = [line for line in read_results() if line["data"] == experiment and line["switch"] == "plain"]
         if lines:
             temperature = statistics.mean(line["temperature"] for line in lines)
-            errors = [spread([line[f"calibration_error{end}"] for line in lines]) for end in ("", "_calibrated")]
+            errors = [format_mean([line[f"calibration_error{end}"] for line in lines]) for end in ("", "_calibrated")]
             parts.append(f"| {experiment} | {temperature:.2f} | {errors[0]} | {errors[1]} | {len(lines)} |")
     return "\n".join(parts)
 
@@ -312,12 +312,12 @@ def write_tables() -> None:
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{PAGE}: expected the two lines that the tables go between")
-    write_text(PAGE, f"{before}{begin}\n\n{tables()}\n\n{end}{after}")
+        raise SystemExit(f"{PAGE}: expected the two lines around the tables")
+    write_text(PAGE, f"{before}{begin}\n\n{format_tables()}\n\n{end}{after}")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Measure the switches of fastvit finetune.")
+    parser = argparse.ArgumentParser(description="Measure the options of fastvit finetune.")
     commands = parser.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run")
     runs.add_argument("beans", type=Path, help="folder of the beans photographs: train/ and validation/")
@@ -326,7 +326,7 @@ def main(argv: list[str]) -> None:
     commands.add_parser("table")
     options = parser.parse_args(argv)
     if options.command == "run":
-        run(options.beans, options.work, options.seeds)
+        run_experiments(options.beans, options.work, options.seeds)
     else:
         write_tables()
 
