@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=450.0,
         metavar="SECONDS",
-        help="start nothing new after this [450]; 0: none",
+        help="start nothing after this [450]; 0: no limit",
     )
     add("--list", action="store_true", help="list the cases and run nothing")
     return parser

@@ -196,33 +196,30 @@ def run_sanitizer(run: Run) -> bool:
     tool = shutil.which("compute-sanitizer")
     if run.toy or tool is None:
         raise Skip("there is no GPU" if run.toy else "compute-sanitizer is not on the PATH")
-    running = {}
-    for check in ("racecheck", "memcheck"):
-        for call in ("attention_packed", "add_layer_norm"):
-            line = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
-            line += ["fastvit.benchmarks.gpu_phases", "launch", call, "0"]
-            env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation per tensor
-            running[check, call] = subprocess.Popen(
-                line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
-            )
+    cases = [(check, call) for check in ("racecheck", "memcheck") for call in ("attention_packed", "add_layer_norm")]
     records = []
-    for (check, call), process in running.items():
-        record: dict[str, Any] = {"tool": check, "case": call}
-        try:
-            output = process.communicate(timeout=max(1.0, run.get_time_left()))[0]
-            lines = [line for line in output.splitlines() if line.startswith("=====")]
-            record |= {"exit code": process.returncode, "last lines": lines[-4:] or output.splitlines()[-4:]}
-            if "Device not supported" in output:
-                record["skipped"] = "it does not support this machine's device"
-        except subprocess.TimeoutExpired:
-            process.kill()
-            record["failed"] = "not ready in time"
-        records.append(record)
+    for (check, call), found in run_in_processes(cases, partial(sanitize, tool), run._replace(workers=len(cases))):
+        records.append({"tool": check, "case": call, **found})
         run.save("sanitizer", records)
-        print(record)
+        print(records[-1])
     if all("skipped" in record for record in records):
         raise Skip(records[0]["skipped"])
     return all(record.get("exit code") == 0 or "skipped" in record for record in records)
+
+
+def sanitize(tool: str, case: tuple[str, str]) -> dict[str, Any]:
+    """Runs `gpu_phases launch` under one of compute-sanitizer's tools; returns its exit code and last lines."""
+    check, call = case
+    line = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m"]
+    line += ["fastvit.benchmarks.gpu_phases", "launch", call, "0"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one allocation per tensor
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    found: dict[str, Any] = {"exit code": done.returncode}
+    found["last lines"] = [line for line in lines if line.startswith("=====")][-4:] or lines[-4:]
+    if "Device not supported" in done.stdout:
+        found["skipped"] = "compute-sanitizer does not support this device"
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -57,42 +57,18 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-Errors = Mapping[str, Error]  # by result
-
-
 class Check(NamedTuple):
-    """A provider before it is timed."""
+    """A provider before it is timed; steps may be timed if the status is "timed"."""
 
     status: str
     reason: str | None = None
     first_calls: Mapping[str, float] = {}  # pass -> seconds
-    errors: Mapping[str, Error] = {}
-    steps: Mapping[str, Step] = {}
+    errors: Mapping[str, Error] | None = None  # by result
+    steps: Mapping[str, Step] = {}  # by pass
 
 
-def check_provider(
-    operation: Operation,
-    provider: Provider,
-    case: Any,
-    dtype: torch.dtype,
-    baseline: Errors | None,
-    device: torch.device,
-) -> Check:
-    """Runs a provider and compares its errors with those of `baseline`; only status "timed" may be timed."""
-    first: dict[str, float] = {}
-    try:
-        steps = operation.prepare(provider, case)
-        first |= {name: run_once(step, device) for name, step in operation.list_first_calls(steps).items()}
-        errors = measure_errors(operation.compute_results(steps, case), case.expected)
-    except Exception as error:  # must not stop the other providers
-        free_memory(device)
-        return Check("failed", describe_error(error), first)
-    reason = find_mistake(errors, baseline, *operation.get_error_bounds(dtype))
-    return Check("wrong" if reason else "timed", reason, first, errors, steps)
-
-
-def make_record(operation: str, shape: Shape, dtype: torch.dtype, name: str, provider: str, **fields: Any) -> Record:
-    """Returns the record of a provider and pass; see `records` for status and reason."""
+def make_record(operation: str, shape: Shape, dtype: torch.dtype, name: str, provider: str) -> Record:
+    """Returns the record of a provider and pass, to which times are added."""
     return {
         "operation": operation,
         "shape": shape.name,
@@ -105,7 +81,6 @@ def make_record(operation: str, shape: Shape, dtype: torch.dtype, name: str, pro
         "ours": provider.startswith(OURS),
         "status": "timed",
         "reason": None,
-        **fields,
     }
 
 
@@ -128,88 +103,97 @@ def run_python(*arguments: str, **variables: str | None) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_case(
-    operation: Operation,
-    shape: Shape,
-    dtype: torch.dtype,
-    settings: Settings,
-) -> list[Record]:
+def run_case(operation: Operation, shape: Shape, dtype: torch.dtype, settings: Settings) -> list[Record]:
     """Checks, times and measures the memory of every provider; returns a record for each provider and pass."""
-    device = settings.device
     torch._dynamo.reset()  # its limit of recompilations is not meant for a list of shapes
-    case = operation.make_case(shape, dtype, device)
-    targets = {} if settings.quick else operation.get_targets(shape, device)
-    checks: dict[str, Check] = {}
-    records: dict[tuple[str, str], Record] = {}
-    baseline: Errors | None = None
-    # The baseline comes first: its errors judge the others.
-    for provider in sorted(operation.providers.values(), key=lambda provider: provider.name != operation.baseline):
-        is_baseline = provider.name == operation.baseline
-        if not is_baseline and not re.search(settings.providers, provider.name):
-            continue
-        label = provider.get_label(device, dtype)
-        skipped = settings.find_skip_reason(provider, shape)
-        check = Check(*skipped) if skipped else check_provider(operation, provider, case, dtype, baseline, device)
-        if is_baseline and check.status == "timed":
-            baseline = check.errors
-        checks[label] = check
+    return CaseRun(operation, shape, dtype, settings).run()
+
+
+class CaseRun:
+    """An operation at one shape and dtype."""
+
+    def __init__(self, operation: Operation, shape: Shape, dtype: torch.dtype, settings: Settings):
+        self.operation, self.shape, self.dtype, self.settings = operation, shape, dtype, settings
+        self.device = settings.device
+        self.case = operation.make_case(shape, dtype, self.device)
+        self.baseline: Mapping[str, Error] | None = None
+
+    def run(self) -> list[Record]:
+        operation = self.operation
+        records: dict[tuple[str, str], Record] = {}
+        steps: dict[str, Mapping[str, Step]] = {}
+        # The baseline comes first: its errors judge the others.
+        for provider in sorted(operation.providers.values(), key=lambda provider: provider.name != operation.baseline):
+            if provider.name != operation.baseline and not re.search(self.settings.providers, provider.name):
+                continue
+            label = provider.get_label(self.device, self.dtype)
+            skipped = self.settings.find_skip_reason(provider, self.shape)
+            check = Check(*skipped) if skipped else self.check(provider)
+            if check.status == "timed":
+                steps[label] = check.steps
+                self.baseline = check.errors if provider.name == operation.baseline else self.baseline
+            for name in operation.passes:
+                records[label, name] = self.make_record(provider, label, name, check)
         for name in operation.passes:
-            record = make_record(operation.name, shape, dtype, name, label, status=check.status, reason=check.reason)
-            record["headline"] = shape.tier == 0 or (device.type == "cpu" and shape.tier == 1)
-            record["registered"] = provider.name
-            record["first_call_s"] = check.first_calls.get(name)
-            if check.errors:
-                record["error"] = max(error.whole for error in check.errors.values())
-            if name in targets:
-                record["targets"] = dict(targets[name])
-            records[label, name] = record
-    steps = {label: check.steps for label, check in checks.items() if check.status == "timed"}
-    for name in operation.passes:
-        of_pass = {label: records[label, name] for label in steps}
-        if not settings.memory_only:
-            time_pass(operation, name, shape, dtype, settings, steps, of_pass)
-        for label, of_provider in steps.items():
-            measure_memory(operation, name, case, of_provider, settings, of_pass[label])
-    return list(records.values())
+            if not self.settings.memory_only:
+                self.time_pass(name, steps, {label: records[label, name] for label in steps})
+            for label, of_provider in steps.items():
+                self.measure_memory(name, of_provider, records[label, name])
+        return list(records.values())
 
+    def check(self, provider: Provider) -> Check:
+        """Runs a provider and compares its errors with those of the baseline."""
+        first: dict[str, float] = {}
+        try:
+            steps = self.operation.prepare(provider, self.case)
+            for name, step in self.operation.list_first_calls(steps).items():
+                first[name] = run_once(step, self.device)
+            errors = measure_errors(self.operation.compute_results(steps, self.case), self.case.expected)
+        except Exception as error:  # must not stop the other providers
+            free_memory(self.device)
+            return Check("failed", describe_error(error), first)
+        reason = find_mistake(errors, self.baseline, *self.operation.get_error_bounds(self.dtype))
+        return Check("wrong" if reason else "timed", reason, first, errors, steps)
 
-def time_pass(
-    operation: Operation,
-    name: str,
-    shape: Shape,
-    dtype: torch.dtype,
-    settings: Settings,
-    steps: Mapping[str, Mapping[str, Step]],
-    records: Mapping[str, Record],
-) -> None:
-    """Adds times and speeds of all providers to the records of a pass; steps: provider -> pass -> step."""
-    device = settings.device
-    seconds = operation.seconds_on_cpu if device.type == "cpu" and operation.seconds_on_cpu else operation.seconds
-    outcomes = measure_times(
-        {label: of_provider[name] for label, of_provider in steps.items()},
-        device,
-        seconds=0.02 if settings.quick else seconds,
-        min_rounds=3 if settings.quick else 5,
-        hides_launch=operation.hides_launch,
-    )
-    cost, images = operation.compute_costs(shape, dtype)[name], shape.batch if operation.counts_images else None
-    for label, outcome in outcomes.items():
-        if isinstance(outcome, Exception):
-            records[label].update(status="failed", reason=describe_error(outcome))
-        else:
-            records[label].update(compute_speeds(outcome, cost, dtype, device, settings.ceilings, images))
+    def make_record(self, provider: Provider, label: str, name: str, check: Check) -> Record:
+        record = make_record(self.operation.name, self.shape, self.dtype, name, label)
+        record |= {"registered": provider.name, "status": check.status, "reason": check.reason}
+        record["headline"] = self.shape.tier == 0 or (self.device.type == "cpu" and self.shape.tier == 1)
+        record["first_call_s"] = check.first_calls.get(name)
+        if check.errors:
+            record["error"] = max(error.whole for error in check.errors.values())
+        if not self.settings.quick and (targets := self.operation.get_targets(self.shape, self.device).get(name)):
+            record["targets"] = dict(targets)
+        return record
 
+    def time_pass(self, name: str, steps: Mapping[str, Mapping[str, Step]], records: Mapping[str, Record]) -> None:
+        """Adds times and speeds of all providers to the records of a pass; steps: provider -> pass -> step."""
+        operation, device, quick = self.operation, self.device, self.settings.quick
+        seconds = operation.seconds_on_cpu if device.type == "cpu" and operation.seconds_on_cpu else operation.seconds
+        outcomes = measure_times(
+            {label: of_provider[name] for label, of_provider in steps.items()},
+            device,
+            seconds=0.02 if quick else seconds,
+            min_rounds=3 if quick else 5,
+            hides_launch=operation.hides_launch,
+        )
+        cost = operation.compute_costs(self.shape, self.dtype)[name]
+        images = self.shape.batch if operation.counts_images else None
+        for label, outcome in outcomes.items():
+            if isinstance(outcome, Exception):
+                records[label].update(status="failed", reason=describe_error(outcome))
+            else:
+                ceilings = self.settings.ceilings
+                records[label].update(compute_speeds(outcome, cost, self.dtype, device, ceilings, images))
 
-def measure_memory(
-    operation: Operation, name: str, case: Any, steps: Mapping[str, Step], settings: Settings, record: Record
-) -> None:
-    """Adds peak memory, and after the last pass the bytes saved for backward, to the record of a provider and pass."""
-    outcome: Record = {"status": "measured"} if settings.memory_only else {}
-    try:
-        record["peak_bytes"] = measure_peak_bytes(steps[name], settings.device)
-        is_last = name == operation.passes[-1]
-        record["kept_bytes"] = operation.measure_saved_bytes(steps, case) if is_last else None
-    except Exception as error:
-        record["memory_error"] = describe_error(error)
-        outcome = {"status": "failed", "reason": describe_error(error)} if settings.memory_only else {}
-    record.update(outcome)
+    def measure_memory(self, name: str, steps: Mapping[str, Step], record: Record) -> None:
+        """Adds peak memory, and after the last pass the bytes saved for backward, to a record."""
+        outcome: Record = {"status": "measured"}
+        try:
+            record["peak_bytes"] = measure_peak_bytes(steps[name], self.device)
+            is_last = name == self.operation.passes[-1]
+            record["kept_bytes"] = self.operation.measure_saved_bytes(steps, self.case) if is_last else None
+        except Exception as error:
+            record["memory_error"] = describe_error(error)
+            outcome = {"status": "failed", "reason": describe_error(error)}
+        record.update(outcome if self.settings.memory_only else {})

@@ -256,12 +256,12 @@ def draw_roofline(results: Sequence[Result], dtype: str) -> Markup:
 
 def draw_bars(result: Result, folder: Path) -> None:
     """Writes a PNG with the medians and quartiles of an operation; ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-
     timed = [record for record in result["records"] if record.get("ms")]
-    passes = list(dict.fromkeys(record["pass"] for record in timed))
     if not timed:
         return
+    from matplotlib.figure import Figure
+
+    passes = list(dict.fromkeys(record["pass"] for record in timed))
     figure = Figure(figsize=(10, len(passes) + 0.2 * len(timed)), layout="constrained")
     figure.suptitle(f"{result['operation']}, {result['environment']['device']}: median and quartiles")
     for axes, name in zip(figure.subplots(len(passes), squeeze=False)[:, 0], passes, strict=True):
