@@ -167,12 +167,12 @@ def compute_results(
     case: Case, function: Callable[..., Any], inputs: dict[str, Tensor], exact: bool
 ) -> dict[str, Tensor]:
     """Computes outputs, and gradients of the arguments in the case's dtype; exact: in float64."""
-    wanted = [name for name, tensor in inputs.items() if tensor.dtype == case.dtype and name not in ("uint8", "pixels")]
+    names = [name for name, tensor in inputs.items() if tensor.dtype == case.dtype and name not in ("uint8", "pixels")]
     leaves = {name: tensor.detach() for name, tensor in inputs.items()}
     if exact:
-        leaves |= {name: leaves[name].double() for name in wanted}
+        leaves |= {name: leaves[name].double() for name in names}
     if not is_fp8(case.call):
-        leaves = {name: leaf.requires_grad_(name in wanted) for name, leaf in leaves.items()}
+        leaves = {name: leaf.requires_grad_(name in names) for name, leaf in leaves.items()}
     outputs = CALLS[case.call](function, **leaves)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     named = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
@@ -180,8 +180,8 @@ def compute_results(
         return named
     torch.manual_seed(1)
     grads = [torch.randn(output.shape, device=output.device).to(case.dtype).to(output.dtype) for output in outputs]
-    found = torch.autograd.grad(outputs, [leaves[name] for name in wanted], grads)
-    return named | {f"gradient of {name}": grad for name, grad in zip(wanted, found, strict=True)}
+    found = torch.autograd.grad(outputs, [leaves[name] for name in names], grads)
+    return named | {f"gradient of {name}": grad for name, grad in zip(names, found, strict=True)}
 
 
 def check_case(case: Case) -> dict[str, Any]:

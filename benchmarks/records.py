@@ -174,7 +174,7 @@ def compare_providers(results: Sequence[Result]) -> list[Comparison]:
     found = []
     for records in groups.values():
         timed = sorted((record for record in records if record.get("ms")), key=lambda record: record["ms"]["median"])
-        ours, rival = (next((one for one in timed if one["ours"] == wanted), None) for wanted in (True, False))
+        ours, rival = (next((one for one in timed if one["ours"] == is_ours), None) for is_ours in (True, False))
         found.append(Comparison(ours, rival, records))
     return found
 

@@ -39,7 +39,7 @@ PROVIDERS = (
     "shape", "dtype", "pass", "provider", "ms", "quartiles", "rate", "of roofline", "host µs", "first call s", "peak",
     "saved", "error",
 )  # fmt: skip
-README = (
+MARKERS = (
     "<!-- benchmarks: `fastvit benchmark readme` writes what is between these two lines -->",
     "<!-- /benchmarks -->",
 )
@@ -79,7 +79,7 @@ def list_rows(results: Sequence[Result], *, missed_first: bool = False) -> list[
 
 def print_table(results: Sequence[Result], *, missed_first: bool = False) -> None:
     """Prints a line for each shape and pass, then the providers that were not timed and why."""
-    console = Console(width=None if sys.stdout.isatty() else 250, markup=False, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 1000, markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(HEADER):
         table.add_column(name, justify="right" if number in NUMBERS else "left")
@@ -97,10 +97,10 @@ def print_table(results: Sequence[Result], *, missed_first: bool = False) -> Non
 
 def update_readme(text: str, folder: Path) -> str:
     """Returns the README's text with tables of the results in `folder` between the two markers."""
-    begin, end = (text.find(marker) for marker in README)
+    begin, end = (text.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
-        raise InputError(f"README.md: expected the lines {README[0]} and {README[1]}")
-    return f"{text[: begin + len(README[0])]}\n\n{render_readme_section(folder)}\n\n{text[end:]}"
+        raise InputError(f"README.md: expected the lines {MARKERS[0]} and {MARKERS[1]}")
+    return f"{text[: begin + len(MARKERS[0])]}\n\n{render_readme_section(folder)}\n\n{text[end:]}"
 
 
 def render_readme_section(folder: Path) -> str:
@@ -131,7 +131,7 @@ def render_readme_table(results: Sequence[Result]) -> str:
         is_sum = record["pass"] == "forward + backward" and not record.get("targets")  # of the two lines above
         if record["headline"] and comparison.ours and not is_sum:
             *case, name, ours, other, provider, speed_up, _, share, _, targets = format_row(comparison)
-            other = f"{other} ({provider})" if provider else other
+            other = f"{other} ({provider})" if comparison.rival else "–"
             rows.append([", ".join(case), name, ours, other, speed_up, share, targets])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

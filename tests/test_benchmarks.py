@@ -97,7 +97,7 @@ def right_only_with_gradients(x):
         (lambda x: torch.full_like(x, float("nan")) * x, "output 0"),
         (lambda x: (x * x).masked_fill(x == x.max(), float("nan")), "output 0"),
         (with_one_bad_row, "output 0"),
-        (lambda x: SquareWithHalfTheGradient.apply(x), "gradient 0"),  # PyTorch 2.11: apply takes no names
+        (lambda x: SquareWithHalfTheGradient.apply(x), "gradient 0"),  # PyTorch 2.11: apply accepts no keywords
         (right_only_with_gradients, "output 0 of inference"),
     ],
     ids=["scale", "nan", "one nan", "row", "gradient", "inference"],
@@ -154,7 +154,7 @@ def test_all_our_operations_are_right_at_toy_size(dtype):
 @pytest.mark.parametrize("name", ["layer_norm", "patch_embed"])
 def test_kernels_run_in_the_harness(name):
     (operation,) = (operation for operation in KERNELS if operation.name == name)
-    timed = name == "layer_norm"  # the other takes seconds per call when it is interpreted
+    timed = name == "layer_norm"  # interpreted, the other needs seconds per call
     settings = Settings(DEVICE, suite="kernels" if timed else "memory", quick=True, providers="fastvit")
     with fastvit.backend("triton"):
         found = harness.run_case(operation, MICRO, torch.float32, settings)
