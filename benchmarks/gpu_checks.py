@@ -187,14 +187,14 @@ def compute_results(
 def check_case(case: Case) -> dict[str, Any]:
     """Runs a case in this process; returns what is wrong, and the largest ratio of its errors to PyTorch's."""
     sys.path.insert(0, str(TESTS))
-    from accuracy import assert_no_worse_than, errors, poisoned
+    from accuracy import assert_no_worse_than, measure_errors, poison_memory
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if case.call == "training step":
         return check_training_step(case, device)
     inputs, definition = draw_inputs(case, device), getattr(reference, case.call.split(",")[0])
     # With this backend a kernel that does not run is an error, and nothing falls back.
-    with ops.backend("triton"), poisoned():
+    with ops.backend("triton"), poison_memory():
         first, second = (compute_results(case, bind_candidate(case), inputs, exact=False) for _ in range(2))
     with torch.backends.mkldnn.flags(enabled=case.dtype != torch.float32):
         baseline = compute_results(case, definition, inputs, exact=False)
@@ -202,7 +202,7 @@ def check_case(case: Case) -> dict[str, Any]:
     wrong, ratios = [], []
     for name, tensor in first.items():
         our_error, baseline_error, rounding = (
-            errors(one, exact[name])[0] for one in (tensor, baseline[name], exact[name].to(tensor.dtype))
+            measure_errors(one, exact[name])[0] for one in (tensor, baseline[name], exact[name].to(tensor.dtype))
         )
         ratios.append(our_error / max(baseline_error, rounding, 1e-7))
         if not torch.equal(tensor.nan_to_num(), second[name].nan_to_num()):
