@@ -1,8 +1,11 @@
 """What a training step of ViT-B at batch 256 keeps for backward, counted without computing anything."""
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
+from timm_import import import_timm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import ViTConfig
@@ -38,11 +41,8 @@ def saved_bytes(model: nn.Module, batch_size: int) -> int:
 
 def models():
     yield "transformers", transformers.ViTForImageClassification(ViTConfig(**CONFIG, attn_implementation="sdpa"))
-    try:
-        from timm.models.vision_transformer import VisionTransformer
-    except ImportError:  # timm needs torchvision, which has no build for every PyTorch
-        return
-    yield "timm", VisionTransformer(num_classes=2)
+    if importlib.util.find_spec("timm"):
+        yield "timm", import_timm().models.vision_transformer.VisionTransformer(num_classes=2)
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])

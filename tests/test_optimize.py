@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from test_modeling import randomise, relative_error
+from timm_import import import_timm
 from torch import nn
 
 import fastvit
@@ -34,17 +35,13 @@ def default_model(name: str):
     return getattr(transformers, name)(getattr(transformers, name).config_class())
 
 
-def imported_timm():
-    return pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
-
-
 def timm_model(**options):
     sizes = {"img_size": 28, "patch_size": 14, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
-    return imported_timm().models.vision_transformer.VisionTransformer(**{**sizes, **options})
+    return import_timm().models.vision_transformer.VisionTransformer(**{**sizes, **options})
 
 
 def timm_giant():
-    return timm_model(mlp_layer=imported_timm().layers.SwiGLUPacked, act_layer=nn.SiLU, init_values=0.1, mlp_ratio=2.0)
+    return timm_model(mlp_layer=import_timm().layers.SwiGLUPacked, act_layer=nn.SiLU, init_values=0.1, mlp_ratio=2.0)
 
 
 TIMM_DINOV2 = {"init_values": 0.1, "reg_tokens": 2, "no_embed_class": True, "drop_path_rate": 0.4}
@@ -111,7 +108,7 @@ DEFAULTS = {
     "YOLOS": partial(default_model, "YolosModel"),
     "BEiT": partial(default_model, "BeitModel"),
     "DINOv3 ViT": partial(default_model, "DINOv3ViTModel"),
-    "timm VisionTransformer": lambda: imported_timm().models.vision_transformer.VisionTransformer(),
+    "timm VisionTransformer": lambda: import_timm().models.vision_transformer.VisionTransformer(),
 }
 NO_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout")
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
@@ -591,7 +588,7 @@ def test_calls_that_ask_for_more_are_the_blocks_own(said):
 
 
 def test_timm_blocks_with_other_insides_compute_themselves():
-    layers = pytest.importorskip("timm.layers", reason="timm is not installed", exc_type=ImportError)
+    layers = import_timm("timm.layers")
     for options, reason in (
         (  # the gate is the second half
             {"mlp_layer": layers.GluMlp, "act_layer": nn.SiLU},
