@@ -13,13 +13,13 @@ OLDEST_TESTS := $(wildcard $(patsubst %,tests/test_%.py, attention* layer_norm* 
 	quantize bounds tuning* operators ops modeling eager drop_in optimize benchmarks))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-oldest finetune test test-oldest compat lint format typecheck benchmark gpu kernels-report \
+.PHONY: help setup setup-oldest finetune test test-oldest compat lint format docs benchmark gpu kernels-report \
 	mutate-masks clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
-setup: $(VENV)/.ready  ## make the virtual environment with everything in it
+setup: $(VENV)/.ready  ## make the virtual environment; make test adds what only tests need
 
 $(VENV)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -28,10 +28,18 @@ $(VENV)/.ready: pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
+# Packages that only tests use, which `make finetune` need not download. timm without torchvision: its published builds
+# fail to import beside a CPU build of PyTorch, and transformers would import it wherever it is installed. The tests
+# import timm without it (tests/timm_import.py).
+$(VENV)/.interop: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[interop]"
+	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.20"
+	@touch $@
+
 finetune: setup  ## fine-tune: ViT on pictures of leaves (ARGS="--dataset beans ..." for others)
 	$(BIN)/fastvit finetune $(if $(ARGS),$(ARGS),--dataset generated --output-dir runs/leaves --overwrite)
 
-test: setup  ## run the tests, a process for each core (ARGS="-n 0 tests/test_ops.py" for some of them in one)
+test: $(VENV)/.interop  ## run the tests, a process for each core (ARGS="-n 0 tests/test_ops.py" for some of them in one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 setup-oldest:  ## make another environment, with the oldest PyTorch, Triton and transformers that are supported
@@ -58,6 +66,9 @@ format: setup  ## let ruff rewrite the code's layout
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: setup  ## build the documentation site into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 benchmark: setup  ## time fastvit beside its rivals on this machine (ARGS="model --quick", "compare A B", ...)
 	$(BIN)/fastvit benchmark $(ARGS)
 
@@ -73,5 +84,5 @@ mutate-masks: setup  ## take masks out of the kernels, one at a time, and see a 
 	$(BIN)/python tests/mutate_masks.py $(ARGS)
 
 clean:  ## remove the virtual environment, caches and runs
-	rm -rf $(VENV) build dist *.egg-info .compat_cache .pytest_cache .ruff_cache .mypy_cache .benchmarks runs
+	rm -rf $(VENV) build dist *.egg-info .compat_cache .pytest_cache .ruff_cache .mypy_cache .benchmarks runs site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
