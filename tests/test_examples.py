@@ -4,14 +4,11 @@ Each runs in a process of its own, forked from one that has imported the librari
 """
 
 import multiprocessing
-import os
 import re
-import runpy
 import socket
-import sys
-from multiprocessing import forkserver
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -27,21 +24,9 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 @pytest.fixture(scope="module", autouse=True)
 def _server(tmp_path_factory):
-    """The process that has imported the libraries."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("this platform cannot fork")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
-        patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        patch.setenv("TRITON_INTERPRET", "0")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-        forkserver.set_forkserver_preload(
-            ["datasets", "fastvit.models.heads", "peft", "test_examples", "transformers.trainer"]
-        )
-        forkserver.ensure_running()
-    yield
-    forkserver._forkserver._stop()  # it would live, and hold what it imported, as long as the tests
+    environment = {"HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets"))}
+    with forked.serve(environment, "datasets", "fastvit.models.heads", "peft", "transformers.trainer"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,38 +49,13 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("vit", "dinov2", "leaves")}
 
 
-def child(script: str, arguments: list[str], log: Path, environment: dict[str, str], missing: tuple[str, ...]) -> None:
-    with log.open("wb") as file:
-        for descriptor in (1, 2):
-            os.dup2(file.fileno(), descriptor)
-    os.environ.update(environment)
-    sys.modules.update(dict.fromkeys(missing))  # None: as if it were not installed
-    sys.argv = [f"{script}.py", *arguments]
-    runpy.run_path(str(EXAMPLES / f"{script}.py"), run_name="__main__")
-
-
-def start(script: str, *arguments: object, log: Path, environment=(), missing=()) -> multiprocessing.Process:
-    context = multiprocessing.get_context("forkserver")
-    given = (script, [str(argument) for argument in arguments], log, dict(environment), missing)
-    process = context.Process(target=child, args=given)
-    process.start()
-    return process
-
-
-def finish(process: multiprocessing.Process, log: Path) -> str:
-    """What it printed."""
-    process.join(240)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    output = log.read_text(encoding="utf-8")
-    assert process.exitcode == 0, output[-3000:]
-    return output
+def start(script: str, *arguments: object, **options) -> multiprocessing.Process:
+    return forked.start(str(EXAMPLES / f"{script}.py"), *arguments, **options)
 
 
 @pytest.fixture
 def run(tmp_path):
-    return lambda *arguments, **more: finish(start(*arguments, log=tmp_path / "log", **more), tmp_path / "log")
+    return lambda *arguments, **more: forked.finish(start(*arguments, log=tmp_path / "log", **more), tmp_path / "log")
 
 
 def validation(folders) -> tuple[torch.Tensor, np.ndarray]:
@@ -187,7 +147,7 @@ def test_two_processes_train_the_model_of_one(run, folders, tmp_path):
         )
         for rank, log in enumerate(logs)
     ]  # fmt: skip
-    together, silent = (finish(process, log) for process, log in zip(processes, logs, strict=True))
+    together, silent = (forked.finish(process, log) for process, log in zip(processes, logs, strict=True))
     assert "(trained by 2 processes)" in together and "saved:" not in silent
     assert re.findall("validation accuracy.*", together) == re.findall("validation accuracy.*", alone)
     one, two = (

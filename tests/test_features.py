@@ -1,8 +1,5 @@
 """Features and intermediate layers are the hidden states under other names, and no more is computed than was asked."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 import transformers
@@ -142,18 +139,6 @@ def test_gradients_flow_through_features():
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert all((gradient is None) == name.startswith("classifier") for name, gradient in gradients.items())
         model.zero_grad()
-
-
-def test_the_page_about_features_runs(capsys):
-    page = (Path(__file__).parent.parent / "docs" / "features.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names: dict = {}
-    for snippet in snippets:
-        exec(snippet, names)
-    assert len(snippets) == 5 and "[2, 192, 14, 14]" in capsys.readouterr().out
-    rows = [{"pixel_values": names["pictures"][0], "labels": 1}, {"pixel_values": names["pictures"][1], "labels": 0}]
-    assert names["model"](**names["collate"](rows)).logits.shape == (2, 3)
-    assert [list(tokens.shape) for tokens in names["backbone"].last_hidden_state] == [[197, 192], [161, 192], [37, 192]]
 
 
 def test_one_hidden_state_is_the_same_whatever_else_is_asked_for():
