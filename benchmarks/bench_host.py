@@ -88,7 +88,7 @@ def build_models() -> dict[str, nn.Module]:
         "fastvit": fastvit.ViTForImageClassification(config),
         "transformers": transformers.ViTForImageClassification(config),
     }
-    if importlib.util.find_spec("timm"):
+    if importlib.util.find_spec("timm") and importlib.util.find_spec("torchvision"):
         from timm.models.vision_transformer import VisionTransformer
 
         found["timm"] = VisionTransformer(
