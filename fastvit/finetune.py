@@ -1,4 +1,4 @@
-"""`python -m fastvit.train.finetune`, as torchrun and accelerate start it, is `fastvit finetune`."""
+"""`python -m fastvit.finetune` is `fastvit finetune`, in the form that torchrun and accelerate launch."""
 
 import sys
 

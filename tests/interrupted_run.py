@@ -1,7 +1,7 @@
-"""A fine-tuning run in a process of its own that something happens to, for test_interruptions.py.
+"""Fine-tuning runs in processes of their own, with injected faults, for test_interruptions.py.
 
-The processes are forked from a server that has imported everything and has trained once, so that one costs less than a
-second. `fault` is a function of this module, called in the process before the run begins.
+The processes are forked from a server that has imported everything and trained once, so that a run costs less than a
+second. A fault is a function of this module, called in the process before the run begins.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ from transformers import modeling_utils
 from fastvit.train.finetune import main
 from fastvit.train.training import FineTuner
 
-# 16 pictures to train on and 4 to look at, 2.5 epochs of 4 steps, a checkpoint every other step: after half an epoch,
-# at its end, and at the end of all. Random numbers are drawn for crops and flips, and for dropout.
+# 16 training and 4 validation images, 2.5 epochs of 4 steps, and a checkpoint every other step: after half an epoch, at
+# its end, and at the end of the run. Crops, flips and dropout draw random numbers.
 OPTIONS = ["--dataset", "generated", "--generated-images", "20", "--from-scratch", "micro", "--image-size", "16"]
 OPTIONS += ["--patch-size", "8", "--precision", "fp32", "--cpu", "--learning-rate", "1e-3", "--hidden-dropout", "0.1"]
 OPTIONS += ["--max-steps", "10", "--eval-steps", "2", "--batch-size", "4", "--logging-steps", "1"]
 
 
-SERVER = "FASTVIT_TEST_SERVER"  # set where this module is imported by the server
-exit_actions: list[Callable] = []  # done by a run that gets there
+SERVER = "FASTVIT_TEST_SERVER"  # set while the server imports this module
+at_the_end: list[Callable] = []  # called at the end of a finished run
 
 
 class Run:
@@ -55,7 +55,7 @@ class Run:
         self.process.start()
 
     def wait(self, timeout: float = 300) -> int:
-        """Its exit code; minus the signal's number where one killed it."""
+        """Wait for the end; returns the exit code, or minus the number of the signal that killed it."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} s: {self.read_log()}"
         return self.process.exitcode
@@ -65,7 +65,7 @@ class Run:
 
 
 def train(folder: str, options: list[str], fault: Callable | None, fault_args: tuple) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # of the workers that prepare batches, as in a run by itself
+    multiprocessing.set_start_method("fork", force=True)  # for the workers that prepare batches, as in an ordinary run
     os.chdir(folder)
     with open("log", "w") as log:  # noqa: PTH123
         os.dup2(log.fileno(), 1)
@@ -73,21 +73,21 @@ def train(folder: str, options: list[str], fault: Callable | None, fault_args: t
     if fault is not None:
         fault(*fault_args)
     code = main(options)
-    for action in exit_actions:
+    for action in at_the_end:
         action()
     sys.exit(code)
 
 
 def get_server() -> multiprocessing.context.BaseContext:
-    """The context whose processes are forked from one that has imported this module, inside `start_server`."""
+    """The context whose processes are forked from the server, inside `start_server`."""
     return multiprocessing.get_context("forkserver")
 
 
 @contextlib.contextmanager
 def start_server() -> Iterator[None]:
-    """Inside, processes are forked from one that has trained; other tests have a server of their own.
+    """Context in which processes are forked from a server that has trained; other tests have another server.
 
-    One thread and no GPU: both would not survive a fork, and bits depend on the number of threads.
+    It has one thread and no GPU: neither survives a fork, and the bits depend on the number of threads.
     """
     settings = {
         "OMP_NUM_THREADS": "1",
@@ -116,9 +116,9 @@ def start_server() -> Iterator[None]:
 
 
 def warm_up() -> None:
-    """What a first run imports and allocates, done once for all that are forked from here."""
+    """Import and allocate everything that a first run needs, once for all processes forked from here."""
     tqdm.tqdm.monitor_interval = 0  # a thread
-    # The usual lock is one of all forked processes, and one that is killed may hold it.
+    # The default lock is shared by all forked processes, and a killed one may hold it.
     tqdm.tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,11 +133,11 @@ def warm_up() -> None:
             os.chdir(process[0])
             os.dup2(process[1], 1)
             os.dup2(process[2], 2)
-    gc.freeze()  # a collection of all that is imported is a quarter of such a run
+    gc.freeze()  # collecting all imported objects takes a quarter of such a run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What happens to it
+# Faults
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +148,7 @@ def kill() -> None:
 def kill_at_change(number: int) -> None:
     """kill -9 before the `number`-th change of the file system: a file opened to write, renamed, removed, ...
 
-    A run that gets to its end writes their number to `changes`; 0 counts only.
+    A finished run writes their number to `changes`. With 0 they are only counted.
     """
     changes = 0
 
@@ -165,14 +165,14 @@ def kill_at_change(number: int) -> None:
                 kill()
 
     sys.addaudithook(hook)
-    exit_actions.append(lambda: Path("changes").write_text(str(changes)))
+    at_the_end.append(lambda: Path("changes").write_text(str(changes)))
 
 
 def kill_half_way_through(name: str, number: int) -> None:
-    """kill -9 when half of the file `name` has been written, the `number`-th time."""
+    """kill -9 when half of the file `name` has been written for the `number`-th time."""
     times = 0
 
-    def half_of(save):
+    def truncate_after(save):
         def write(content, path, *args, **kwargs):
             nonlocal times
             save(content, path, *args, **kwargs)
@@ -184,8 +184,8 @@ def kill_half_way_through(name: str, number: int) -> None:
 
         return write
 
-    torch.save = half_of(torch.save)
-    modeling_utils.safe_save_file = half_of(modeling_utils.safe_save_file)
+    torch.save = truncate_after(torch.save)
+    modeling_utils.safe_save_file = truncate_after(modeling_utils.safe_save_file)
 
 
 def kill_during_deletion() -> None:
@@ -203,7 +203,7 @@ def kill_during_deletion() -> None:
 
 
 def kill_after_checkpoint() -> None:
-    """kill -9 as soon as a checkpoint has been written."""
+    """kill -9 after the first checkpoint."""
     FineTuner._save_checkpoint = run_after(FineTuner._save_checkpoint, lambda trainer, *args: kill())
 
 
@@ -230,7 +230,7 @@ def run_after(method: Callable, action: Callable) -> Callable:
 
 
 def send_signal_at(signum: int, step: int, method: str, times: int = 1) -> None:
-    """The process gets a signal `times` times after `step`, in FineTuner's training_step or prediction_step."""
+    """Send the process a signal `times` times after `step`, in FineTuner's training_step or prediction_step."""
 
     def send(trainer, *args):
         if trainer.state.global_step == step:
@@ -241,12 +241,12 @@ def send_signal_at(signum: int, step: int, method: str, times: int = 1) -> None:
 
 
 def limit_file_size(size: int) -> None:
-    """No file may grow beyond `size` bytes: its writer gets an error in the middle, as on a full disk."""
+    """Limit files to `size` bytes: a larger write fails in the middle, as on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 def limit_memory(images: int, from_step: int = 0) -> None:
-    """PyTorch's own error where a batch has more than `pictures`, from a step on."""
+    """Raise PyTorch's out of memory error for batches of more than `images`, from a step on."""
 
     def allocate(trainer, model, inputs, *args):
         if trainer.state.global_step >= from_step and len(inputs["labels"]) > images:
@@ -256,7 +256,7 @@ def limit_memory(images: int, from_step: int = 0) -> None:
 
 
 def send_signal_to_all_at(step: int) -> None:
-    """The process and its workers get SIGTERM in the step after `step`."""
+    """Send SIGTERM to the process and its workers in the step after `step`."""
     os.setpgid(0, 0)
 
     def send(trainer, *args):
@@ -272,9 +272,9 @@ def interrupt_with_limited_memory(images: int, step: int) -> None:
 
 
 def limit_address_space(mebibytes: int) -> None:
-    """While it trains the process may allocate that much more than it has when training begins.
+    """Limit the memory that the process may allocate during training, in addition to that at its start.
 
-    Not longer: a thread of Python that finds no memory for its first words leaves the one that starts it waiting.
+    Only during training: a Python thread that cannot allocate memory at its start blocks the thread that starts it.
     """
     train = FineTuner.train
 
@@ -290,7 +290,7 @@ def limit_address_space(mebibytes: int) -> None:
 
 
 def inject_nan_at(step: int, signum: int | None = None) -> None:
-    """The weights become NaN in the step after `step`, in which the process may also get a signal."""
+    """Set weights to NaN in the step after `step`, and optionally send the process a signal in it."""
 
     def spoil(trainer, model, *args):
         if trainer.state.global_step == step:
@@ -303,7 +303,7 @@ def inject_nan_at(step: int, signum: int | None = None) -> None:
 
 
 def drop_root_rights() -> None:
-    """Without the rights of root, which no folder is read-only for."""
+    """Drop the privileges of root, to which no folder is read-only."""
     if os.geteuid() == 0:
         os.setuid(65534)
 

@@ -1,4 +1,4 @@
-"""Fine-tuning by two processes over Gloo: it computes what one process computes, and survives the loss of one."""
+"""Fine-tuning by two processes over Gloo equals that by one process, and survives the loss of a process."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from transformers.trainer_utils import get_last_checkpoint
 import fastvit
 from fastvit.train.finetune import main
 
-# Nothing is drawn while training: each process would draw other crops than one process draws.
+# No random numbers while training: each process would draw other crops than a single process.
 RUN = ["--dataset", "generated", "--generated-images", "89", "--image-size", "16", "--patch-size", "8"]
 RUN += ["--no-augment", "--cpu", "--precision", "fp32", "--max-steps", "8", "--eval-steps", "2", "--logging-steps", "1"]
-RUN += ["--warmup", "2", "--keep-checkpoints", "9"]  # 72 pictures to train on: 9 batches of 8; 17 to validate on
+RUN += ["--warmup", "2", "--keep-checkpoints", "9"]  # 72 training images: 9 batches of 8; 17 validation images
 
 
 def losses(folder: Path) -> list[float]:
@@ -36,7 +36,7 @@ def metrics(folder: Path) -> tuple[float, float, float]:
 
 
 def differences(one: Path, other: Path) -> list[float]:
-    """The largest difference of each tensor's values."""
+    """The largest absolute difference of each tensor."""
     first, second = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
     assert first.keys() == second.keys()
     return [(first[name] - second[name]).abs().max().item() for name in first]
@@ -44,7 +44,7 @@ def differences(one: Path, other: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The run of one process, with the batch that two processes share."""
+    """The run of one process, with the batch of both processes together."""
     folder = tmp_path_factory.mktemp("alone")
     assert main([*RUN, "--batch-size", "8", "--output-dir", str(folder / "out")]) == 0
     return folder / "out"
@@ -61,7 +61,7 @@ def together(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """The run of two processes that share the model, under FSDP2, with two batches a step."""
+    """The run of two processes that share the model, under FSDP2, with two batches per step."""
     folder = tmp_path_factory.mktemp("sharded")
     argv = [*RUN, "--batch-size", "2", "--gradient-accumulation", "2", "--fsdp", "--output-dir", str(folder / "out")]
     launch(run_finetune, argv, str(folder / "cache"), None, logs=folder / "logs")
@@ -69,9 +69,9 @@ def sharded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["together", "sharded"])
-def test_two_processes_compute_what_one_computes(kind, alone, request):
-    # float32 sums in another order: a step's loss differs by some 2**-24 of its terms. AdamW divides small gradients by
-    # themselves, so that their rounding moves a weight by up to the learning rate (1e-3): hence the absolute 1e-4.
+def test_two_processes_equal_one(kind, alone, request):
+    # float32 sums in another order: the loss of a step differs by about 2**-24 of its terms. AdamW normalises small
+    # gradients, so their rounding moves a weight by up to the learning rate (1e-3): hence the absolute 1e-4.
     out = request.getfixturevalue(kind) / "out"
     np.testing.assert_allclose(losses(out), losses(alone), rtol=5e-6)
     np.testing.assert_allclose(metrics(out), metrics(alone), rtol=1e-5)
@@ -103,21 +103,21 @@ def test_a_finished_run_is_refused_however_often_torchrun_starts_it(together):
     with pytest.raises(ChildFailedError):
         launch(run_finetune, argv, str(together / "cache"), None, logs=together / "refused", max_restarts=1)
     for attempt in (0, 1):
-        said = read_output(together / "refused", 0, "stderr", attempt)
-        assert "already holds a run; give --overwrite, --resume or another folder" in said
+        errors = read_output(together / "refused", 0, "stderr", attempt)
+        assert "already holds a run; give --overwrite, --resume or another folder" in errors
         assert "error" not in read_output(together / "refused", 1, "stderr", attempt)
     assert (together / "out" / "config.yaml").stat().st_mtime_ns == before
 
 
 def test_a_killed_process_ends_the_run_which_can_be_resumed(together, tmp_path):
     argv = [*RUN, "--batch-size", "4", "--output-dir", str(tmp_path / "out")]
-    # The other process ends a moment later; if torchrun looks only then, it names that one.
+    # The other process ends shortly after; torchrun names whichever it finds first.
     with pytest.raises(ChildFailedError, match=r"rank +: (1(.|\n)*Signal 9 \(SIGKILL\)|0(.|\n)*exitcode +: 2)"):
         launch(run_finetune, argv, str(tmp_path / "cache"), (1, 5), logs=tmp_path / "killed")
     last = tmp_path / "out" / "checkpoint-4"
-    said = read_output(tmp_path / "killed", 0, "stderr").strip().splitlines()[-1]
-    assert said.startswith("error: process 0: training: the connection to another process was lost"), said
-    assert f"the last checkpoint is {last}; go on with the same command and --resume" in said
+    error = read_output(tmp_path / "killed", 0, "stderr").strip().splitlines()[-1]
+    assert error.startswith("error: process 0: training: the connection to another process was lost"), error
+    assert f"the last checkpoint is {last}; continue with the same command and --resume" in error
     fastvit.ViTForImageClassification.from_pretrained(last)
     launch(run_finetune, [*argv, "--resume"], str(tmp_path / "cache"), None, logs=tmp_path / "resumed")
     assert losses(tmp_path / "out") == losses(together / "out")
@@ -160,14 +160,14 @@ def test_evaluation_counts_every_image_once(processes, tmp_path):
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_launchers_start_the_module(launcher, tmp_path):
     command = {
-        "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+        "torchrun": "torch.distributed.run --standalone --nproc-per-node 2 -m fastvit.finetune",
         "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
-        " --dynamo_backend no",
+        " --dynamo_backend no -m fastvit.train.finetune",
     }[launcher]
     argv = [*RUN, "--batch-size", "4", "--max-steps", "1", "--output-dir", "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTVIT_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", *command.split(), "-m", "fastvit.train.finetune", *argv],
+        [sys.executable, "-m", *command.split(), *argv],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

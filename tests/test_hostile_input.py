@@ -429,7 +429,7 @@ def finished_run(tmp_path_factory):
 def test_bad_images_are_left_out_and_counted_when_asked(finished_run):
     printed = (finished_run / "printed.txt").read_text()
     lines = [line for line in printed.splitlines() if line.startswith("  /")]
-    assert len(lines) == len(BAD_IMAGES) and "pictures skipped" in printed
+    assert len(lines) == len(BAD_IMAGES) and "images skipped" in printed
     assert (finished_run / "out" / "examples.png").is_file()
 
 
@@ -453,7 +453,7 @@ def test_evaluate_leaves_bad_images_out_when_asked(finished_run, capsys):
     assert cli.main(command) == 2
     assert "!0.png: " in capsys.readouterr().err.splitlines()[-1]
     assert cli.main([*command, "--skip-bad-images"]) == 0
-    assert f"on 18 pictures, {len(BAD_IMAGES)} skipped" in capsys.readouterr().out
+    assert f"on 18 images, {len(BAD_IMAGES)} skipped" in capsys.readouterr().out
     assert cli.main([*command, "--skip-bad-images", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["skipped"] == len(BAD_IMAGES) and np.sum(found["confusion"]) == 18

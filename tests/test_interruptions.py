@@ -1,4 +1,4 @@
-"""What ends a run before its time, and that nothing is lost but the steps since the last checkpoint."""
+"""Interrupted runs lose nothing but the steps since the last checkpoint."""
 
 import filecmp
 import json
@@ -22,15 +22,13 @@ from safetensors.torch import load_file
 from fastvit.data.images import Augment, ImageCache, ImageSet, cache_images
 from fastvit.errors import InputError, is_out_of_memory
 from fastvit.files import PARTIAL
-from fastvit.train.options import build_parser, parse_options
-from fastvit.train.resume import select_run_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked and killed as on Linux")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run that nothing happened to, and the seconds that it took."""
+    """An uninterrupted run, and its duration in seconds."""
     with start_server():
         folder = tmp_path_factory.mktemp("finished")
         started = time.perf_counter()
@@ -41,7 +39,7 @@ def finished(tmp_path_factory):
 
 
 def check_checkpoints(out: Path) -> list[str]:
-    """Every checkpoint there is whole; returns their names."""
+    """Check that every checkpoint is complete; returns their names."""
     checkpoints = sorted(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
     for checkpoint in checkpoints:
         assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "model.safetensors").values())
@@ -55,10 +53,10 @@ def check_checkpoints(out: Path) -> list[str]:
 
 
 def check_same(folder: Path, expected: Path) -> None:
-    """Two finished runs have the same bits: the model, and the last checkpoint with its optimizer."""
+    """Check that two finished runs have the same bits: the model, and the last checkpoint with its optimizer."""
     for name in ("model.safetensors", "checkpoint-10/model.safetensors"):
         is_same = filecmp.cmp(folder / "out" / name, expected / "out" / name, shallow=False)
-        assert is_same, name  # compared outside of the assertion, or pytest would draw up the difference of two models
+        assert is_same, name  # outside of the assertion: pytest would print the difference of two models
     first, second = (torch.load(f / "out/checkpoint-10/optimizer.pt", weights_only=True) for f in (folder, expected))
     assert first["param_groups"] == second["param_groups"]
     for index, state in first["state"].items():
@@ -73,7 +71,7 @@ def check_same(folder: Path, expected: Path) -> None:
 
 
 def resume(folder: Path, finished: Run, *options: str) -> Run:
-    """Go on in `folder` to the end, which is that of `finished`."""
+    """Resume the run in `folder`; it ends like `finished`."""
     run = Run(folder, *options, "--resume")
     assert run.wait() == 0, run.read_log()
     check_same(folder, finished.folder)
@@ -95,7 +93,7 @@ def test_run_is_killed_at_20_random_moments(finished, tmp_path):
         run = Run(tmp_path / str(number))
         time.sleep(generator.uniform(0, seconds))
         run.process.kill()
-        if run.wait() == 0:  # this machine has less else to do than when `finished` ran
+        if run.wait() == 0:  # the machine is less loaded than when `finished` ran
             survived, seconds = survived + 1, 0.8 * seconds
         check_checkpoints(run.folder / "out")
         resume(run.folder, finished)
@@ -113,22 +111,22 @@ def test_run_is_killed_before_any_change_of_a_file(finished, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "standing"),
+    ("name", "number", "complete"),
     [
         ("model.safetensors", 1, []),
         ("model.safetensors", 3, ["checkpoint-2", "checkpoint-4"]),
         ("optimizer.pt", 3, ["checkpoint-2", "checkpoint-4"]),
     ],
 )
-def test_half_a_checkpoint_is_none(name, number, standing, finished, tmp_path):
+def test_incomplete_checkpoint_is_not_one(name, number, complete, finished, tmp_path):
     run = Run(tmp_path, "--keep-checkpoints", "0", fault=fault.kill_half_way_through, fault_args=(name, number))
     assert run.wait() == -signal.SIGKILL, run.read_log()
-    assert check_checkpoints(tmp_path / "out") == standing
+    assert check_checkpoints(tmp_path / "out") == complete
     assert list((tmp_path / "out" / PARTIAL).glob("checkpoint-*"))
     resume(tmp_path, finished)
 
 
-def test_half_a_checkpoint_that_was_to_be_deleted_is_none(finished, tmp_path):
+def test_partly_deleted_checkpoint_is_not_one(finished, tmp_path):
     run = Run(tmp_path, "--keep-checkpoints", "1", fault=fault.kill_during_deletion)
     assert run.wait() == -signal.SIGKILL, run.read_log()
     (half,) = (tmp_path / "out" / PARTIAL).glob("deleted-checkpoint-*")
@@ -136,21 +134,22 @@ def test_half_a_checkpoint_that_was_to_be_deleted_is_none(finished, tmp_path):
     resume(tmp_path, finished)
 
 
-def test_half_a_model_is_none(finished, tmp_path):
-    # After five checkpoints.
-    run = Run(tmp_path, fault=fault.kill_half_way_through, fault_args=("model.safetensors", 6))
+def test_incomplete_model_is_not_one(finished, tmp_path):
+    run = Run(
+        tmp_path, fault=fault.kill_half_way_through, fault_args=("model.safetensors", 6)
+    )  # after five checkpoints
     assert run.wait() == -signal.SIGKILL, run.read_log()
     assert "checkpoint-10" in check_checkpoints(tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
     resume(tmp_path, finished)
 
 
-def test_one_checkpoint_a_life_is_enough(finished, tmp_path):
-    lives = 0
+def test_one_checkpoint_per_start_is_enough(finished, tmp_path):
+    starts = 0
     while (code := Run(tmp_path, "--resume", fault=fault.kill_after_checkpoint).wait()) == -signal.SIGKILL:
-        lives += 1
-        assert check_checkpoints(tmp_path / "out")[-1] == f"checkpoint-{2 * lives}"
-    assert code == 0 and lives == 5
+        starts += 1
+        assert check_checkpoints(tmp_path / "out")[-1] == f"checkpoint-{2 * starts}"
+    assert code == 0 and starts == 5
     check_same(tmp_path, finished.folder)
 
 
@@ -165,18 +164,18 @@ def test_one_checkpoint_a_life_is_enough(finished, tmp_path):
     ],
     ids=["Ctrl-C in a step", "in a step", "in a step to be evaluated", "in an evaluation", "in the last evaluation"],
 )
-def test_signal_saves_a_checkpoint_to_go_on_from(signum, step, method, checkpoint, finished, tmp_path):
+def test_signal_saves_a_checkpoint_to_resume_from(signum, step, method, checkpoint, finished, tmp_path):
     run = Run(tmp_path, fault=fault.send_signal_at, fault_args=(signum, step, method))
     assert run.wait() == 128 + signum, run.read_log()
     assert f"{'interrupted' if signum == signal.SIGINT else 'SIGTERM received'}: saving a checkpoint" in run.read_log()
     assert (
-        f"stopped at step {checkpoint}; out/checkpoint-{checkpoint} is whole: the same command with --resume goes on"
-        " from it" in run.read_log()
+        f"stopped at step {checkpoint}; out/checkpoint-{checkpoint} is complete: the same command with --resume"
+        " continues from it" in run.read_log()
     )
     assert f"checkpoint-{checkpoint}" in check_checkpoints(tmp_path / "out")
     state = json.loads((tmp_path / "out" / f"checkpoint-{checkpoint}" / "trainer_state.json").read_text())
     evaluated = [log["step"] for log in state["log_history"] if "eval_loss" in log]
-    assert checkpoint not in evaluated  # not waited for
+    assert checkpoint not in evaluated  # aborted
     resume(tmp_path, finished)
 
 
@@ -189,10 +188,10 @@ def test_sigterm_from_outside_ends_with_a_checkpoint_within_ten_seconds(finished
     assert run.wait() == 143
     assert time.perf_counter() - started < 10
     (checkpoint,) = check_checkpoints(tmp_path / "out")
-    assert f"out/{checkpoint} is whole" in run.read_log()
+    assert f"out/{checkpoint} is complete" in run.read_log()
 
 
-def test_evaluation_that_is_made_up_for_may_be_interrupted_too(finished, tmp_path):
+def test_repeated_evaluation_can_be_interrupted_too(finished, tmp_path):
     for _ in range(2):
         run = Run(tmp_path, "--resume", fault=fault.send_signal_at, fault_args=(signal.SIGTERM, 6, "prediction_step"))
         assert run.wait() == 143, run.read_log()
@@ -200,11 +199,11 @@ def test_evaluation_that_is_made_up_for_may_be_interrupted_too(finished, tmp_pat
     resume(tmp_path, finished)
 
 
-def test_workers_that_get_the_signal_too_bring_the_last_step_to_its_end(finished, tmp_path):
+def test_workers_that_receive_the_signal_finish_the_last_step(finished, tmp_path):
     run = Run(tmp_path, "--workers", "2", fault=fault.send_signal_to_all_at, fault_args=(5,))
     started = time.perf_counter()
     assert run.wait() == 143, run.read_log()
-    assert time.perf_counter() - started < 10 * finished.seconds + 10  # nobody waits for a worker's alarm
+    assert time.perf_counter() - started < 10 * finished.seconds + 10  # no process waits for the alarm of a worker
     assert check_checkpoints(tmp_path / "out")[-1] == "checkpoint-6"
     resume(tmp_path, finished)
 
@@ -216,7 +215,7 @@ def test_second_interrupt_stops_at_once(finished, tmp_path):
     resume(tmp_path, finished)
 
 
-def test_resume_of_nothing_begins(finished, tmp_path):
+def test_resume_of_no_run_starts_one(finished, tmp_path):
     run = resume(tmp_path, finished)
     assert "note: there is no checkpoint in out; the run starts from the beginning" in run.read_log()
 
@@ -236,7 +235,7 @@ def test_resume_of_a_finished_run_changes_nothing(finished, tmp_path):
             assert is_same, name
 
 
-def test_run_that_stopped_early_does_not_go_on(finished, tmp_path):
+def test_run_that_stopped_early_does_not_continue(finished, tmp_path):
     options = ["--early-stopping", "1", "--max-steps", "40", "--keep-checkpoints", "0"]
     whole = Run(tmp_path / "whole", *options)
     killed = Run(tmp_path / "killed", *options, fault=fault.kill_before_results)
@@ -258,18 +257,18 @@ def test_folder_of_a_run_may_be_moved(finished, tmp_path):
     resume(tmp_path / "elsewhere", finished)
 
 
-def test_resume_tells_what_is_not_as_it_was(finished, tmp_path):
+def test_resume_prints_the_options_that_differ(finished, tmp_path):
     shutil.copytree(finished.folder / "out", tmp_path / "out")
     run = Run(tmp_path, "--resume", "--max-steps", "12", "--learning-rate", "5e-4")
     assert run.wait() == 0, run.read_log()
     notes = [line for line in run.read_log().splitlines() if line.startswith("note:")]
     assert notes == [
-        "note: learning_rate is 0.0005; before, the run had 0.001",
-        "note: max_steps is 12; before, the run had 10",
+        "note: learning_rate is 0.0005; the run had 0.001 before",
+        "note: max_steps is 12; the run had 10 before",
     ]
 
 
-def test_train_loss_is_of_the_whole_run(finished, tmp_path):
+def test_train_loss_covers_the_whole_run(finished, tmp_path):
     run = Run(tmp_path, fault=fault.send_signal_at, fault_args=(signal.SIGTERM, 6, "training_step"))
     assert run.wait() == 143
     resume(tmp_path, finished)
@@ -284,21 +283,6 @@ def test_train_loss_is_of_the_whole_run(finished, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_config_file_holds_every_option(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    given = {
-        "data_dir": "pictures", "model": "somewhere", "from_scratch": "tiny", "image_size": 32, "image_column": "a",
-        "label_column": "b", "max_train_samples": 5, "max_eval_samples": 6, "push_to_hub": "me/it", "output_dir": "out",
-    }  # fmt: skip
-    options = parse_options([f"--{name.replace('_', '-')}={value}" for name, value in given.items()])
-    stored = select_run_options(options)
-    names = {action.dest for action in build_parser()._actions}
-    unset = names - stored.keys() - {"help", "config", "overwrite", "resume"}
-    assert all(getattr(options, name) is None for name in unset)
-    Path("config.yaml").write_text(yaml.safe_dump(stored))
-    assert select_run_options(parse_options(["--config", "config.yaml"])) == stored
-
-
 def test_config_file_repeats_the_run(finished, tmp_path):
     run = Run(tmp_path)
     run.process.kill()
@@ -308,7 +292,7 @@ def test_config_file_repeats_the_run(finished, tmp_path):
     check_same(tmp_path, finished.folder)
 
 
-def test_images_draw_their_random_numbers_for_themselves():
+def test_images_draw_random_numbers_of_their_own():
     pixels = np.random.default_rng(0).integers(0, 256, (6, 18, 18, 3), dtype=np.uint8)
     images = ImageSet(ImageCache(pixels, {}), range(6), Augment((16, 16)), seed=3)
     first = [images[index]["pixel_values"] for index in range(6)]
@@ -328,7 +312,7 @@ def test_images_draw_their_random_numbers_for_themselves():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 20 MB, enough for three checkpoints of 5.5 MB: two that are kept and one that is written."""
+    """A file system of 20 MB, enough for three checkpoints of 5.5 MB: two to keep and one being written."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", disk], capture_output=True, text=True)
@@ -338,7 +322,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_full_disk_ends_the_run_and_room_lets_it_go_on(finished, small_disk):
+def test_full_disk_ends_the_run_and_free_space_lets_it_continue(finished, small_disk):
     generator = random.Random(4)
     for number in range(3):
         folder = small_disk / str(number)
@@ -350,9 +334,9 @@ def test_full_disk_ends_the_run_and_room_lets_it_go_on(finished, small_disk):
         last = run.read_log().splitlines()[-1]
         assert last.startswith("error: cannot write out/checkpoint-"), last
         assert "No space left on device" in last or "the disk may be full" in last
-        standing = check_checkpoints(folder / "out")
-        assert (f"out/{standing[-1]} is whole" if standing else "there is no checkpoint yet") in last
-        assert not (folder / "out" / PARTIAL).exists()  # the room that it took is given back
+        complete = check_checkpoints(folder / "out")
+        assert (f"out/{complete[-1]} is complete" if complete else "there is no checkpoint yet") in last
+        assert not (folder / "out" / PARTIAL).exists()  # its space is freed
         ballast.unlink()
         resume(folder, finished)
         shutil.rmtree(folder)
@@ -361,9 +345,9 @@ def test_full_disk_ends_the_run_and_room_lets_it_go_on(finished, small_disk):
 @pytest.mark.parametrize(
     ("size", "file"),
     [(2_000, "out"), (1_000_000, "out/checkpoint-2"), (3_000_000, "out/checkpoint-2")],
-    ids=["of the example pictures", "of the weights", "of the optimizer"],
+    ids=["of the example images", "of the weights", "of the optimizer"],
 )
-def test_write_that_fails_half_way_is_one_clear_line(size, file, finished, tmp_path):
+def test_failed_write_is_one_clear_line(size, file, finished, tmp_path):
     run = Run(tmp_path, fault=fault.limit_file_size, fault_args=(size,))
     assert run.wait() == 2, run.read_log()
     last = run.read_log().splitlines()[-1]
@@ -373,7 +357,7 @@ def test_write_that_fails_half_way_is_one_clear_line(size, file, finished, tmp_p
     resume(tmp_path, finished)
 
 
-def test_folder_that_cannot_be_written_is_said_before_anything_is_read(finished, tmp_path):
+def test_read_only_folder_is_refused_before_anything_is_read(finished, tmp_path):
     (tmp_path / "out").mkdir()
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
@@ -388,7 +372,7 @@ def test_folder_that_cannot_be_written_is_said_before_anything_is_read(finished,
     assert other.read_log() == f"error: --output-dir: cannot write in {tmp_path / 'out'}\n"
 
 
-def test_images_that_do_not_fit_the_disk_are_not_begun(tmp_path, monkeypatch):
+def test_images_larger_than_the_disk_are_not_decoded(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10_000))
     with pytest.raises(InputError, match=r"0\.0 GiB are free; FASTVIT_CACHE_DIR names another folder"):
@@ -407,8 +391,8 @@ def test_batch_is_halved_until_it_fits(finished, tmp_path):
     assert run.wait() == direct.wait() == 0, run.read_log() + direct.read_log()
     lines = [line for line in run.read_log().splitlines() if line.startswith("out of memory")]
     assert lines == [
-        "out of memory with 4 pictures a batch; going on with 2, 2 batches a step",
-        "out of memory with 2 pictures a batch; going on with 1, 4 batches a step",
+        "out of memory with 4 images per batch; continuing with 2 and 2 batches per step",
+        "out of memory with 2 images per batch; continuing with 1 and 4 batches per step",
     ]
     check_same(run.folder, direct.folder)
     stored = yaml.safe_load((run.folder / "out" / "config.yaml").read_text())
@@ -418,8 +402,8 @@ def test_batch_is_halved_until_it_fits(finished, tmp_path):
     check_same(again.folder, direct.folder)
 
 
-def test_smaller_batches_take_the_same_steps(finished, tmp_path):
-    whole = Run(tmp_path / "whole", "--hidden-dropout", "0", "--generated-images", "22")  # 18 pictures: 4, 4, 4, 4, 2
+def test_smaller_batches_train_the_same_steps(finished, tmp_path):
+    whole = Run(tmp_path / "whole", "--hidden-dropout", "0", "--generated-images", "22")  # 18 images: 4, 4, 4, 4, 2
     parts = Run(tmp_path / "parts", "--hidden-dropout", "0", "--generated-images", "22", "--auto-batch",
                 fault=fault.limit_memory, fault_args=(3,))  # fmt: skip
     assert whole.wait() == parts.wait() == 0, whole.read_log() + parts.read_log()
@@ -428,15 +412,15 @@ def test_smaller_batches_take_the_same_steps(finished, tmp_path):
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_memory_that_runs_out_later_costs_the_steps_since_the_checkpoint(finished, tmp_path):
+def test_later_out_of_memory_costs_the_steps_since_the_checkpoint(finished, tmp_path):
     run = Run(tmp_path, "--auto-batch", fault=fault.limit_memory, fault_args=(2, 5))
     assert run.wait() == 0, run.read_log()
-    assert "out of memory with 4 pictures a batch; going on with 2, 2 batches a step" in run.read_log()
+    assert "out of memory with 4 images per batch; continuing with 2 and 2 batches per step" in run.read_log()
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == list(range(1, 11))
 
 
-def test_batch_that_was_found_is_kept_by_resume(finished, tmp_path):
+def test_resume_keeps_the_batch_size_that_was_found(finished, tmp_path):
     run = Run(tmp_path, "--auto-batch", fault=fault.interrupt_with_limited_memory, fault_args=(2, 5))
     assert run.wait() == 143, run.read_log()
     again = Run(tmp_path, "--auto-batch", "--resume", fault=fault.limit_memory, fault_args=(2,))
@@ -453,14 +437,14 @@ def test_batch_that_was_found_is_kept_by_resume(finished, tmp_path):
         ([], 4, "try --auto-batch, a smaller --batch-size, --gradient-checkpointing or a smaller --image-size"),
         (["--auto-batch"], 1, "try --gradient-checkpointing or a smaller --image-size"),
     ],
-    ids=["not asked for", "one picture is too much"],
+    ids=["off", "one image is too large"],
 )
-def test_memory_that_is_too_small_is_one_clear_line(options, images, advice, finished, tmp_path):
+def test_out_of_memory_is_one_clear_line(options, images, advice, finished, tmp_path):
     run = Run(tmp_path, *options, fault=fault.limit_memory, fault_args=(images - 1, 3))
     assert run.wait() == 2, run.read_log()
     last = run.read_log().splitlines()[-1]
-    assert last.startswith(f"error: training: out of memory with {images} picture(s) a batch after step")
-    assert advice in last and "out/checkpoint-2 is whole: the same command with --resume goes on from it" in last
+    assert last.startswith(f"error: training: out of memory with {images} image(s) per batch after step")
+    assert advice in last and "out/checkpoint-2 is complete: the same command with --resume continues from it" in last
 
 
 @pytest.mark.parametrize(
@@ -478,12 +462,12 @@ def test_memory_that_is_too_small_is_one_clear_line(options, images, advice, fin
         (ValueError("out of memory"), False),
     ],
 )
-def test_what_is_taken_for_memory_that_ran_out(error, expected):
+def test_errors_that_mean_out_of_memory(error, expected):
     assert is_out_of_memory(error) is expected
 
 
-@pytest.mark.parametrize("mebibytes", [68, 152, 260, 308])  # it runs out in different places
-def test_memory_of_this_machine_that_runs_out_is_noticed(mebibytes, finished, tmp_path):
+@pytest.mark.parametrize("mebibytes", [68, 152, 260, 308])  # exhausted in different places
+def test_out_of_memory_of_the_host_is_detected(mebibytes, finished, tmp_path):
     options = [
         "--auto-batch",
         "--image-size",
@@ -497,10 +481,10 @@ def test_memory_of_this_machine_that_runs_out_is_noticed(mebibytes, finished, tm
     ]
     run = Run(tmp_path, *options, "--max-steps", "1", fault=fault.limit_address_space, fault_args=(mebibytes,))
     assert run.wait() == 0, run.read_log()
-    assert "out of memory with 64 pictures a batch; going on with 32, 2 batches a step" in run.read_log()
+    assert "out of memory with 64 images per batch; continuing with 32 and 2 batches per step" in run.read_log()
 
 
-def test_run_goes_on_from_before_the_weights_became_nan(finished, tmp_path):
+def test_run_continues_from_before_the_weights_became_nan(finished, tmp_path):
     run = Run(tmp_path, fault=fault.inject_nan_at, fault_args=(4,))
     assert run.wait() == 2, run.read_log()
     last = run.read_log().splitlines()[-1]

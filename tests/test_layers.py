@@ -10,7 +10,7 @@ import fastvit
 
 ROOT = Path(fastvit.__file__).parent
 LAYERS = {
-    "errors": -1, "files": 0, "kernels": 0,
+    "errors": -1, "arguments": 0, "files": 0, "kernels": 0,
     "ops": 1,
     "checkpoints": 2,
     "models": 3, "data": 3,

@@ -149,7 +149,7 @@ def test_names_are_escaped_wherever_they_stand():
     assert "&gt;alert(2)&lt;" in html and "snake_<wbr>case" in html
     assert "콩잎 녹병" in html and "xxx…" in html and "x" * 200 not in html
     html.encode("utf-8")
-    (predict,) = re.findall(r"<code>fastvit predict (.*?) picture.jpg</code>", html)
+    (predict,) = re.findall(r"<code>fastvit predict (.*?) image.jpg</code>", html)
     assert predict.startswith("&#39;runs/$(rm")  # quoted for the shell
 
 

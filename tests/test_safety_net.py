@@ -138,7 +138,7 @@ def test_info_and_the_run_report_list_what_fell_back(capsys):
     assert info.summarize_kernels()["failed"][0].startswith(expected)
     assert cli.main(["info"]) == 0
     assert f"kernel {expected}" in capsys.readouterr().out
-    assert page.environment_of(torch.device("cpu"))["kernels failed"].startswith(expected)
+    assert page.describe_environment(torch.device("cpu"))["kernels failed"].startswith(expected)
 
 
 def test_a_model_whose_every_kernel_fails_is_computed_by_pytorch(monkeypatch, caplog):

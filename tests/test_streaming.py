@@ -132,7 +132,7 @@ def test_names_of_classes_come_from_the_labels_where_nobody_says_them(tmp_path, 
     assert main(["--data-dir", "shards", *RUN, "--max-steps", "1"]) == 0
     printed = capsys.readouterr().out
     assert "--class-names makes that unnecessary" in printed
-    assert "9 pictures, 3 classes" in printed and "on streamed pictures" in printed
+    assert "9 pictures, 3 classes" in printed and "on streamed images" in printed
 
 
 def test_labels_may_be_words_in_a_column_of_any_name(tmp_path):
@@ -223,7 +223,7 @@ def test_options_of_streams_are_refused_elsewhere(capsys):
     assert main(["--dataset", "generated", "--streaming"]) == 2
     assert main(["--class-names", "a,b"]) == 2
     first, second = capsys.readouterr().err.strip().splitlines()
-    assert first.startswith("error: --streaming: expected a hub data set or --data-dir")
+    assert first.startswith("error: --streaming: expected a hub dataset or --data-dir")
     assert second.startswith("error: --class-names: expected together with --streaming")
 
 

@@ -260,7 +260,7 @@ def test_a_cpu_is_not_timed(capsys):
         tune(Norm(), batch_size=2)
     assert startup.tune_at_start(Norm(), [(2, False)]) is None
     assert cli.main(["tune"]) == 2
-    assert capsys.readouterr().err.startswith("error: tune: there is no GPU")
+    assert capsys.readouterr().err.startswith("error: tune: expected a GPU")
     assert not records.get_cache_path().exists()
 
 
@@ -697,7 +697,7 @@ def test_the_table_names_times_and_winners():
     from fastvit.cli import tune as command
 
     lost = fake(winner="pytorch", candidates=(Timing("pytorch", 0.25), Timing("ours 0", None, "wrong")))
-    lines = command.table([fake(), lost]).splitlines()
+    lines = command.format_table([fake(), lost]).splitlines()
     assert lines[0].split() == ["operation", "sizes", "rows", "tokens", "PyTorch", "ms", "ours", "ms", "winner"]
     assert lines[1].split() == ["layer_norm", "hidden", "16", "<=", "64", "2.000", "1.000", "ours", "1"]
     assert lines[2].split() == ["layer_norm", "hidden", "16", "<=", "64", "0.250", "-", "pytorch"]
@@ -706,10 +706,10 @@ def test_the_table_names_times_and_winners():
 def test_a_named_size_needs_no_weights():
     from fastvit.cli import tune as command
 
-    model = command.load("micro", 32)
+    model = command.load_model("micro", 32)
     assert (model.config.hidden_size, model.config.image_size) == (96, 32)
     with pytest.raises(fastvit.InputError, match="found no folder 'huge'"):
-        command.load("huge", None)
+        command.load_model("huge", None)
 
 
 def test_info_lists_the_records_of_this_gpu(monkeypatch):
@@ -734,7 +734,7 @@ def test_fine_tuning_measures_training_and_evaluation(monkeypatch, capsys):
     sizes = types.SimpleNamespace(per_device_train_batch_size=16, per_device_eval_batch_size=32)
     finetune.tune_operations(types.SimpleNamespace(model="model", args=sizes), "bf16")
     assert asked == [(("model", [(16, True), (32, False)], torch.bfloat16), {"is_distributed": True})]
-    assert capsys.readouterr().out == "measured (--no-tune leaves this out)\n"
+    assert capsys.readouterr().out == "measured (--no-tune skips this)\n"
     assert parse_options(["--dataset", "generated"]).tune
     assert not parse_options(["--dataset", "generated", "--no-tune"]).tune
 

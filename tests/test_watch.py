@@ -1,4 +1,4 @@
-"""The log of a run, whole and torn, and what `fastvit watch` makes of it."""
+"""The log of a run, complete and torn, and its display by `fastvit watch`."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def read(folder) -> RunLog:
 
 
 def shown(log: RunLog, *, terminal=False, width=80, once=True) -> tuple[str, int]:
-    """What `watch` prints, and its exit code."""
+    """The output of `watch`, and its exit code."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None, highlight=False)
     code = watch.watch(log, console, once=once, interval=0.01)
@@ -45,7 +45,7 @@ def shown(log: RunLog, *, terminal=False, width=80, once=True) -> tuple[str, int
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_reader_takes_only_what_is_new(tmp_path):
+def test_reader_returns_new_records_only(tmp_path):
     begin(tmp_path)
     log = RunLog(tmp_path)
     assert [record["event"] for record in log.read()] == ["start"]
@@ -55,7 +55,7 @@ def test_reader_takes_only_what_is_new(tmp_path):
     assert log.get_curve("loss") == [(10, 2.5)] and log.get_latest("learning_rate") == 1e-3
 
 
-def test_line_that_is_still_written_is_waited_for(tmp_path):
+def test_incomplete_line_is_read_once_complete(tmp_path):
     begin(tmp_path)
     log = read(tmp_path)
     line = json.dumps({"event": "log", "time": 0.0, "step": 5, "loss": 1.0}) + "\n"
@@ -68,7 +68,7 @@ def test_line_that_is_still_written_is_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"event": "log", "step": 1', "\x00\x00\x00", '{"no": "event"}\n', "[1, 2]\n"])
-def test_what_a_killed_process_left_of_a_line_is_left_out(torn, tmp_path):
+def test_torn_line_of_a_killed_process_is_skipped(torn, tmp_path):
     begin(tmp_path)
     log_loss(tmp_path, 10, 2.0)
     with (tmp_path / LOG_FILE).open("a") as file:
@@ -77,7 +77,7 @@ def test_what_a_killed_process_left_of_a_line_is_left_out(torn, tmp_path):
     assert read(tmp_path).get_curve("loss") == [(10, 2.0), (20, 1.0)]
 
 
-def test_resumed_run_forgets_what_lies_beyond_its_checkpoint(tmp_path):
+def test_resumed_run_discards_records_after_its_checkpoint(tmp_path):
     begin(tmp_path)
     for step in (10, 20, 30):
         log_loss(tmp_path, step, float(step))
@@ -92,7 +92,7 @@ def test_resumed_run_forgets_what_lies_beyond_its_checkpoint(tmp_path):
     assert [one["checkpoint"] for one in log.checkpoints] == ["checkpoint-10", "checkpoint-20"]
 
 
-def test_run_that_is_begun_anew_is_read_anew(tmp_path):
+def test_restarted_run_is_read_from_its_beginning(tmp_path):
     begin(tmp_path)
     for step in (10, 20, 30):
         log_loss(tmp_path, step, 1.0)
@@ -109,12 +109,12 @@ def test_numbers_that_are_not_finite_are_null_and_in_no_curve(tmp_path):
     log_loss(tmp_path, 10, float("nan"), grad_norm=float("inf"))
     json.loads((tmp_path / LOG_FILE).read_text().splitlines()[-1], parse_constant=pytest.fail)
     log = RunLog(tmp_path)
-    assert watch.line_of(log.read()[-1]) == "step 10: loss not finite"
+    assert watch.format_record(log.read()[-1]) == "step 10: loss not finite"
     assert log.get_curve("loss") == [] and log.get_latest("grad_norm") is None
     assert "waiting" not in shown(log)[0]
 
 
-def test_process_is_told_from_a_later_one_with_its_number():
+def test_process_is_distinguished_from_a_later_one_with_its_pid():
     process = run_log.identify_process()
     assert run_log.is_alive(process) is True
     assert run_log.is_alive(process | {"started": process["started"] - 100}) is False
@@ -122,11 +122,11 @@ def test_process_is_told_from_a_later_one_with_its_number():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Display
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_view_before_the_first_log_says_what_it_waits_for(tmp_path):
+def test_view_before_the_first_log_shows_that_it_waits(tmp_path):
     (tmp_path / "config.yaml").write_text("")
     assert "waiting for training to begin" in shown(RunLog(tmp_path))[0]
     begin(tmp_path)
@@ -154,12 +154,12 @@ def test_view_shows_everything_at_a_glance(tmp_path, width):
 
 
 def test_curve_needs_no_utf8():
-    lines = watch.dots([(0, 1.0), (10, 0.0)], 11, 3, utf=False)
+    lines = watch.draw_dots([(0, 1.0), (10, 0.0)], 11, 3, utf=False)
     assert lines == ["***", "   *****", "        ***"]
-    assert watch.dots([(3, 2.0)], 4, 1, utf=True) == ["⠁⠀⠀⠀"]
+    assert watch.draw_dots([(3, 2.0)], 4, 1, utf=True) == ["⠁⠀⠀⠀"]
 
 
-def test_elsewhere_than_on_a_terminal_there_is_a_line_for_everything(tmp_path):
+def test_without_a_terminal_every_record_is_a_line(tmp_path):
     begin(tmp_path)
     log_loss(tmp_path, 10, 2.0, images_per_second=100.0, memory_gib=1.0, peak_memory_gib=1.0)
     run_log.append_record(tmp_path, "log", 10, eval_accuracy=0.5)
@@ -201,14 +201,14 @@ def test_killed_run_is_noticed(tmp_path):
     log = RunLog(tmp_path)
     while not log.logs:
         log.read()
-    assert watch.standing(log) == "training"
+    assert watch.get_status(log) == "training"
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     text, code = shown(log, once=False)
-    assert "ended without a word after step 10" in text and code == 1
+    assert "ended after step 10 without a record" in text and code == 1
 
 
-def test_run_on_another_machine_is_not_thought_dead(tmp_path):
+def test_run_on_another_machine_is_not_considered_dead(tmp_path):
     begin(tmp_path, host="another")
     log_loss(tmp_path, 10, 2.0)
     assert "training on another, step 10" in shown(RunLog(tmp_path))[0]
@@ -217,10 +217,10 @@ def test_run_on_another_machine_is_not_thought_dead(tmp_path):
 def test_time_left_is_that_of_this_process(tmp_path):
     begin(tmp_path, step=50)
     log = read(tmp_path)
-    assert watch.seconds_left(log) is None
+    assert watch.estimate_seconds_left(log) is None
     log.logs.append({"step": 60, "time": log.start["time"] + 20})
-    assert watch.seconds_left(log) == pytest.approx(80)
-    assert [watch.clock(seconds) for seconds in (5, 65, 7380)] == ["0:05", "1:05", "2:03:00"]
+    assert watch.estimate_seconds_left(log) == pytest.approx(80)
+    assert [watch.format_duration(seconds) for seconds in (5, 65, 7380)] == ["0:05", "1:05", "2:03:00"]
 
 
 def test_command_shows_a_run_once(tmp_path, capsys):
@@ -234,12 +234,12 @@ def test_command_shows_a_run_once(tmp_path, capsys):
     ("files", "options", "message"),
     [
         (None, [], "found no folder"),
-        ([], [], "found neither a log nor options"),
-        (["config.yaml", "trainer_state.json"], [], "this run has left no log.jsonl"),
+        ([], [], "found neither a log nor a config.yaml"),
+        (["config.yaml", "trainer_state.json"], [], "found one without log.jsonl"),
         (["config.yaml"], ["--interval", "0"], "--interval: expected a number above 0, got 0.0"),
     ],
 )
-def test_what_is_no_run_is_one_clear_line(files, options, message, tmp_path, capsys):
+def test_folder_without_a_run_is_one_clear_line(files, options, message, tmp_path, capsys):
     folder = tmp_path / "run"
     if files is not None:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""The `fastvit` command, a file for each of its commands that is more than a call."""
+"""The `fastvit` command. Each of its commands is a module of this package with a function `main(argv)`."""
 
 from fastvit.cli.commands import COMMANDS, main
 

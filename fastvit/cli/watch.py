@@ -1,8 +1,7 @@
-"""`fastvit watch DIR`: a run as it goes on, read from its `log.jsonl`. Works from any terminal on the same files."""
+"""`fastvit watch DIR`: show a run while it trains, read from its `log.jsonl`, from any terminal with its files."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fastvit.cli.parsers import build_parser
 from fastvit.errors import InputError
 from fastvit.report import run_log
 from fastvit.report.run_log import LOG_FILE, RunLog
@@ -25,13 +25,13 @@ ENDED = ("finished", "interrupted", "failed", "killed")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="fastvit watch",
-        description="Show a run of `fastvit finetune` while it goes on: progress, loss, accuracy, speed, memory.",
+    parser = build_parser(
+        "watch",
+        description="Show a run of `fastvit finetune` while it trains: progress, loss, accuracy, speed, memory.",
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="the run's output folder")
-    parser.add_argument("--once", action="store_true", help="show how things stand and leave")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks [1]")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="output folder of the run")
+    parser.add_argument("--once", action="store_true", help="show the current state and exit")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="time between two updates")
     options = parser.parse_args(argv)
     if not options.interval > 0:
         raise InputError(f"--interval: expected a number above 0, got {options.interval}")
@@ -40,76 +40,87 @@ def main(argv: list[str]) -> int:
 
 
 def check_is_run(folder: Path) -> None:
+    """Check that `folder` is that of a run with a log, or of one that will begin.
+
+    Raises:
+        InputError: it is not.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected the output folder of a run, found no folder")
     if (folder / LOG_FILE).is_file():
         return
     if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder}: expected the output folder of `fastvit finetune`, found neither a log nor options")
+        raise InputError(
+            f"{folder}: expected the output folder of `fastvit finetune`, found neither a log nor a config.yaml"
+        )
     if (folder / "trainer_state.json").is_file():
-        raise InputError(f"{folder}: this run has left no {LOG_FILE}, so there is nothing to watch")
+        raise InputError(f"{folder}: expected a run with a log, found one without {LOG_FILE}")
 
 
 def watch(log: RunLog, console: Console, *, once: bool, interval: float) -> int:
-    """Show the run until it has ended; the exit code, 0 unless it failed or was killed.
+    """Show the run until it has ended.
 
-    On a terminal one view is drawn anew; anywhere else there is a line for everything that is logged.
+    On a terminal, one view is redrawn. Elsewhere, every record of the log is a line.
+
+    Returns:
+        The exit code: 0, or 1 if the run failed or was killed.
     """
     new = log.read()
     if once:
-        console.print(view(log, console))
+        console.print(build_view(log, console))
     elif console.is_terminal:
-        with Live(view(log, console), console=console, auto_refresh=False) as live:
-            while standing(log) not in ENDED:
+        with Live(build_view(log, console), console=console, auto_refresh=False) as live:
+            while get_status(log) not in ENDED:
                 time.sleep(interval)
                 log.read()
-                live.update(view(log, console), refresh=True)
+                live.update(build_view(log, console), refresh=True)
     else:
         while True:
             for record in new:
-                if line := line_of(record):
+                if line := format_record(record):
                     console.print(line, markup=False, soft_wrap=True)
-            if standing(log) in ENDED:
+            if get_status(log) in ENDED:
                 break
             time.sleep(interval)
             new = log.read()
-        console.print(sentence(log), markup=False, soft_wrap=True)
-    return 1 if standing(log) in ("failed", "killed") else 0
+        console.print(describe_status(log), markup=False, soft_wrap=True)
+    return 1 if get_status(log) in ("failed", "killed") else 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How things stand
+# Status
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def standing(log: RunLog) -> str:
-    """waiting, training, finishing, or one of ENDED."""
+def get_status(log: RunLog) -> str:
+    """The status of a run: waiting, training, finishing, or one of `ENDED`."""
     if log.start is None:
         return "waiting"
     if log.end is None and run_log.is_alive(log.start["process"]) is False:
-        log.read()  # it may have said how it ended just before it did
+        log.read()  # it may have logged its end since the last read
         if log.end is None:
             return "killed"
     if log.end is not None:
         return log.end["outcome"]
-    return "finishing" if step_of(log) >= log.start["max_steps"] else "training"
+    return "finishing" if get_step(log) >= log.start["max_steps"] else "training"
 
 
-def step_of(log: RunLog) -> int:
+def get_step(log: RunLog) -> int:
+    """The last step in the log."""
     return max(
         (record["step"] for record in (*log.logs[-1:], *log.checkpoints[-1:], log.start or {"step": 0})), default=0
     )
 
 
-def sentence(log: RunLog) -> str:
-    """How things stand, in words."""
-    now, step = standing(log), step_of(log)
+def describe_status(log: RunLog) -> str:
+    """Describe the status in words."""
+    now, step = get_status(log), get_step(log)
     if log.start is None:
         return "waiting for training to begin"
     if now == "finishing":
-        return "trained; measuring and writing"
+        return "trained; evaluating and writing the results"
     if now == "killed":
-        return f"ended without a word after step {step}: the process was killed, or the machine went down"
+        return f"ended after step {step} without a record: the process was killed, or the machine went down"
     if now == "training":
         process = log.start["process"]
         where = f" on {process['host']}" if run_log.is_alive(process) is None else ""
@@ -118,8 +129,8 @@ def sentence(log: RunLog) -> str:
     return f"{now} after step {step}" + (f": {reason}" if reason else "")
 
 
-def seconds_left(log: RunLog) -> float | None:
-    """By the mean speed of this process so far, evaluations and checkpoints included."""
+def estimate_seconds_left(log: RunLog) -> float | None:
+    """Estimate the time left from the mean speed of this process, with evaluations and checkpoints."""
     if log.start is None or not log.logs:
         return None
     step, last = log.logs[-1]["step"], log.logs[-1]["time"]
@@ -129,35 +140,35 @@ def seconds_left(log: RunLog) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For a terminal
+# Output on a terminal
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def view(log: RunLog, console: Console) -> RenderableType:
-    """Everything at a glance, as wide as the terminal."""
-    now = standing(log)
+def build_view(log: RunLog, console: Console) -> RenderableType:
+    """Build the view of a run, as wide as the terminal."""
+    now = get_status(log)
     colour = {"failed": "red", "killed": "red", "interrupted": "yellow", "finished": "green"}.get(now, "cyan")
-    head = Text.assemble((log.folder.name or str(log.folder), "bold"), "  ", (sentence(log), colour))
+    head = Text.assemble((log.folder.name or str(log.folder), "bold"), "  ", (describe_status(log), colour))
     parts: list[RenderableType] = [head]
     if log.start is not None:
-        parts.append(progress(log, now))
+        parts.append(build_progress(log, now))
     if points := log.get_curve("loss"):
-        parts += ["", *loss_curve(points, console)]
-    if rows := figures(log):
+        parts += ["", *draw_loss_curve(points, console)]
+    if rows := list_figures(log):
         table = Table.grid(padding=(0, 2))
-        for what, value in rows:
-            table.add_row(Text(what, "dim"), Text(value))
+        for name, value in rows:
+            table.add_row(Text(name, "dim"), Text(value))
         parts += ["", table]
     return Group(*parts)
 
 
-def progress(log: RunLog, now: str) -> RenderableType:
+def build_progress(log: RunLog, now: str) -> RenderableType:
     assert log.start is not None
-    step, steps = step_of(log), log.start["max_steps"]
+    step, steps = get_step(log), log.start["max_steps"]
     text = f"{step:,}/{steps:,} steps"
-    left = seconds_left(log)
+    left = estimate_seconds_left(log)
     if now == "training" and left is not None:
-        text += f", {clock(left)} left"
+        text += f", {format_duration(left)} left"
     row = Table.grid(expand=True, padding=(0, 2, 0, 0))
     row.add_column(ratio=1)
     row.add_column(no_wrap=True)
@@ -165,8 +176,8 @@ def progress(log: RunLog, now: str) -> RenderableType:
     return row
 
 
-def figures(log: RunLog) -> list[tuple[str, str]]:
-    """(what, value) of what has been logged so far."""
+def list_figures(log: RunLog) -> list[tuple[str, str]]:
+    """The last logged values: (name, value)."""
     rows = []
     epoch, loss, rate = (log.get_latest(name) for name in ("epoch", "loss", "learning_rate"))
     if loss is not None:
@@ -182,17 +193,17 @@ def figures(log: RunLog) -> list[tuple[str, str]]:
         rows.append(("memory", f"{memory:.2f} GiB, peak {log.get_latest('peak_memory_gib'):.2f} GiB"))
     if log.checkpoints:
         last = log.checkpoints[-1]
-        rows.append(("checkpoint", f"{last['checkpoint']}, written {clock(time.time() - last['time'])} ago"))
+        rows.append(("checkpoint", f"{last['checkpoint']}, written {format_duration(time.time() - last['time'])} ago"))
     return rows
 
 
-def loss_curve(points: Sequence[tuple[int, float]], console: Console) -> list[Text]:
-    """The training loss as dots: eight lines with the highest and the lowest value beside them."""
+def draw_loss_curve(points: Sequence[tuple[int, float]], console: Console) -> list[Text]:
+    """Draw the training loss as lines of dots, labelled with the highest and the lowest value."""
     utf = (console.encoding or "").lower().startswith("utf")
     values = [value for _, value in points]
     labels = [f"{max(values):.3g}", *[""] * (CURVE_ROWS - 2), f"{min(values):.3g}"]
     width = max(map(len, labels))
-    rows = dots(points, max(8, console.width - width - 3), CURVE_ROWS, utf)
+    rows = draw_dots(points, max(8, console.width - width - 3), CURVE_ROWS, utf)
     bar = "│" if utf else "|"
     return [
         Text.assemble((f"{label:>{width}} {bar}", "dim"), (row, "cyan"))
@@ -200,8 +211,8 @@ def loss_curve(points: Sequence[tuple[int, float]], console: Console) -> list[Te
     ]
 
 
-def dots(points: Sequence[tuple[float, float]], columns: int, rows: int, utf: bool) -> list[str]:
-    """Points as lines of text: two by four dots in a Braille character, or one dot in a character without UTF-8."""
+def draw_dots(points: Sequence[tuple[float, float]], columns: int, rows: int, utf: bool) -> list[str]:
+    """Draw points as lines of text: 2x4 dots per Braille character, or one per character without UTF-8."""
     across, down = (2, 4) if utf else (1, 1)
     width, height = columns * across, rows * down
     (low_x, high_x), (low, high) = ((min(axis), max(axis)) for axis in ([x for x, _ in points], [y for _, y in points]))
@@ -210,7 +221,7 @@ def dots(points: Sequence[tuple[float, float]], columns: int, rows: int, utf: bo
         ((x - low_x) / ((high_x - low_x) or 1) * (width - 1), (high - y) / ((high - low) or 1) * (height - 1))
         for x, y in points
     ]
-    for column, row in joined(places):
+    for column, row in connect_points(places):
         bit = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))[row % down][column % across]
         cells[row // down][column // across] |= bit
     if utf:
@@ -218,8 +229,8 @@ def dots(points: Sequence[tuple[float, float]], columns: int, rows: int, utf: bo
     return ["".join("*" if cell else " " for cell in line).rstrip() for line in cells]
 
 
-def joined(places: Sequence[tuple[float, float]]) -> Iterator[tuple[int, int]]:
-    """The whole-numbered places on the straight lines from each place to the next."""
+def connect_points(places: Sequence[tuple[float, float]]) -> Iterator[tuple[int, int]]:
+    """The integer points on the straight lines from each place to the next."""
     for (x, y), (next_x, next_y) in pairwise([*places, places[-1]]):
         steps = max(1, round(max(abs(next_x - x), abs(next_y - y))))
         for step in range(steps):
@@ -227,19 +238,19 @@ def joined(places: Sequence[tuple[float, float]]) -> Iterator[tuple[int, int]]:
             yield round(x + share * (next_x - x)), round(y + share * (next_y - y))
 
 
-def clock(seconds: float) -> str:
-    """1:05 or 2:03:00."""
+def format_duration(seconds: float) -> str:
+    """Format seconds as 1:05 or 2:03:00."""
     text = str(datetime.timedelta(seconds=max(0, round(seconds))))
     return text.removeprefix("0:").removeprefix("0") if seconds < 3600 else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# For a file or a pipe
+# Output to a file or a pipe
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def line_of(record: dict[str, Any]) -> str:
-    """A record in a line; empty for those that say nothing to a person."""
+def format_record(record: dict[str, Any]) -> str:
+    """Format a record as a line; empty for records of no interest to the user."""
     step = f"step {record['step']}"
     if record["event"] == "start":
         return f"{step} of {record['max_steps']}: training on {record['device']}"
@@ -248,10 +259,10 @@ def line_of(record: dict[str, Any]) -> str:
     if record.get("eval_accuracy") is not None:
         return f"{step}: validation accuracy {record['eval_accuracy']:.2%}"
     if record["event"] == "log" and "loss" in record:
-        said = [f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.4f')}"]
+        parts = [f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.4f')}"]
         if record.get("images_per_second") is not None:
-            said.append(f"{record['images_per_second']:,.0f} images/s")
+            parts.append(f"{record['images_per_second']:,.0f} images/s")
         if record.get("memory_gib") is not None:
-            said.append(f"{record['memory_gib']:.2f} GiB")
-        return f"{step}: {', '.join(said)}"
+            parts.append(f"{record['memory_gib']:.2f} GiB")
+        return f"{step}: {', '.join(parts)}"
     return ""

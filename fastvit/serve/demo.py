@@ -6,9 +6,7 @@ network (the fonts are the system's) and reports to nobody.
 
 from __future__ import annotations
 
-import argparse
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +27,6 @@ STYLE = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important }
 footer { display: none !important }
 """
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="fastvit demo",
-        description="Serve a page on this machine: drop a picture, see classes and attention.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("model", help="a fine-tuned model: folder or hub id")
-    parser.add_argument("--device", help="where to compute [a GPU if there is one]")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets others in")
-    parser.add_argument("--port", type=int, help="[the first free one from 7860 on]")
-    options = parser.parse_args(argv)
-    if options.port is not None and not 0 < options.port < 2**16:
-        raise InputError(f"--port: expected 1 to 65535, got {options.port}")
-    with tempfile.TemporaryDirectory(prefix="fastvit-demo-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder  # else pictures stay behind, where everybody on the machine can see them
-        page = build_demo_page(options.model, options.device)
-        url = serve_page(page, options.host, options.port)
-        print(f"{options.model}: {url}  (Ctrl-C ends it)", flush=True)
-        try:
-            page.block_thread()
-        finally:
-            page.close(verbose=False)
 
 
 def build_demo_page(model: str, device: str | None = None) -> Any:

@@ -1,8 +1,7 @@
-"""Options -> images, model, loss and the arguments of Trainer."""
+"""Build images, model, loss and Trainer's arguments from the options."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from pathlib import Path
@@ -21,14 +20,14 @@ from fastvit.data.streaming import Stream, StreamedDataset, stream_images
 from fastvit.errors import InputError
 from fastvit.models.heads import ViTForImageClassification
 from fastvit.models.loading import load_config, load_image_settings, load_pretrained
-from fastvit.train.folds import take_fold
-from fastvit.train.options import SIZES
-from fastvit.train.recipes import RandAugment, TargetLoss, add_adapters, class_weights
-from fastvit.train.resume import find_last_checkpoint
+from fastvit.train.folds import select_fold
+from fastvit.train.options import SIZES, FinetuneOptions
+from fastvit.train.recipes import RandAugment, TargetLoss, add_adapters, compute_class_weights
+from fastvit.train.run_folder import find_last_checkpoint
 
 
-def load_data(options: argparse.Namespace, processes: PartialState) -> ImageDataset:
-    """The images that the options name, with one of the folds for validation if that is asked for."""
+def load_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset:
+    """Load the images that the options name; with --fold, one of the folds for validation."""
     if options.streaming:
         return stream_images(
             options.dataset,
@@ -52,10 +51,13 @@ def load_data(options: argparse.Namespace, processes: PartialState) -> ImageData
             image_size=options.image_size or 64,
             generated_images=options.generated_images,
         )
-    return images if options.fold is None else take_fold(images, options.folds, options.fold, options.seed)
+    if options.folds is None or options.fold is None:
+        return images
+    return select_fold(images, options.folds, options.fold, options.seed)
 
 
 def print_counts(images: ImageDataset) -> None:
+    """Print a table of images per class and split."""
     width = max(len(name) for name in [*images.class_names, "class"])
     print(f"{images.name}: {len(images.class_names)} classes")
     print(f"  {'class':<{width}}" + "".join(f"{name:>12}" for name in images.splits))
@@ -64,23 +66,27 @@ def print_counts(images: ImageDataset) -> None:
         print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>12}" for count in counts.values()))
     if len(images.class_names) > 50:
         print(f"  ... and {len(images.class_names) - 50} more classes")
-    print(f"  {'together':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
+    print(f"  {'total':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
 
 
 def describe_count(images: ImageDataset) -> str:
-    """How many images there are to train on, for a sentence."""
+    """The number of training images for a sentence, or "streamed"."""
     return "streamed" if isinstance(images, StreamedDataset) else f"{len(images.splits[TRAIN]):,}"
 
 
 def choose_decode_size(size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:
-    """Images that will be cropped are decoded a seventh larger, so that crops keep their detail."""
+    """Images that are cropped randomly are decoded larger by 1/7, so that crops keep their detail."""
     return (math.ceil(size[0] * 8 / 7), math.ceil(size[1] * 8 / 7)) if augment else size
 
 
-def make_image_sets(
-    options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil, processes: PartialState
+def build_image_sets(
+    options: FinetuneOptions, images: ImageDataset, processor: ViTImageProcessorPil, processes: PartialState
 ) -> dict[str, ImageSet]:
-    """Every split decoded and cached: by the first process of a machine, into a file that all of them read."""
+    """Decode and cache every split. The first process of a machine writes the cache, and all of them read it.
+
+    Raises:
+        InputError: an image cannot be decoded and --skip-bad-images is off, or a split has no image left.
+    """
     size = (processor.size["height"], processor.size["width"])
     cache_home = Path(os.environ.get("FASTVIT_CACHE_DIR") or Path.home() / ".cache" / "fastvit")
     sets = {}
@@ -102,7 +108,7 @@ def make_image_sets(
                 description=f"decoding {name}",
             )
         if cache.skipped:
-            print(f"{name}: {len(cache.skipped)} of {len(split)} pictures skipped:")
+            print(f"{name}: {len(cache.skipped)} of {len(split)} images skipped:")
             for reason in list(cache.skipped.values())[:10]:
                 print(f"  {reason}")
         augment: Augment | RandAugment | None = crop
@@ -112,14 +118,14 @@ def make_image_sets(
         with_seeds = name == TRAIN and bool(options.mixup or options.cutmix)
         sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds)
         if len(sets[name]) == 0:
-            raise InputError(f"{images.name}: no picture left in split {name!r}")
+            raise InputError(f"{images.name}: no image left in split {name!r}")
     return sets
 
 
-def make_stream(
-    options: argparse.Namespace, images: StreamedDataset, processor: ViTImageProcessorPil, processes: PartialState
+def build_stream(
+    options: FinetuneOptions, images: StreamedDataset, processor: ViTImageProcessorPil, processes: PartialState
 ) -> Stream:
-    """This process's training images; after --resume, those that come next."""
+    """The training images of this process; with --resume, those after the last checkpoint."""
     size = (processor.size["height"], processor.size["width"])
     augment = Augment(size) if options.augment else None
     stream = Stream(
@@ -133,14 +139,18 @@ def make_stream(
         rank=processes.process_index,
         world_size=processes.num_processes,
     )
-    if options.resume and (checkpoint := find_last_checkpoint(options)):
+    if options.resume and (checkpoint := find_last_checkpoint(options.output_dir)):
         state = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
         stream.resume_after(state.global_step * options.gradient_accumulation, options.batch_size)
     return stream
 
 
-def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForImageClassification:
-    """The model with a classifier for `class_names`, pretrained or from scratch."""
+def load_model(options: FinetuneOptions, class_names: list[str]) -> ViTForImageClassification:
+    """Load or initialise the model, with a classifier for `class_names`.
+
+    Raises:
+        InputError: the checkpoint cannot be loaded, or the image size is no multiple of the patch size.
+    """
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
@@ -178,72 +188,72 @@ def load_model(options: argparse.Namespace, class_names: list[str]) -> ViTForIma
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
             )
-    # The classifier is the one part that may not fit: other classes. Everything else must.
+    # The classifier alone may have other shapes, for other classes.
     return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
 
 
-def load_image_processor(options: argparse.Namespace, model: ViTForImageClassification) -> ViTImageProcessorPil:
-    """The processor that goes with the model: its own normalisation and resampling, at the size it is trained for."""
+def load_image_processor(options: FinetuneOptions, model: ViTForImageClassification) -> ViTImageProcessorPil:
+    """The image processor of the model: the normalisation and resampling of its checkpoint, at the size of training."""
     height, width = make_pair(model.config.image_size)
     settings: dict[str, Any] = {}
     if options.from_scratch is None:
         base = load_image_settings(options.model, model.config)
         if base is None:
-            print(f"note: {options.model} has no image processor; mean and standard deviation 0.5 are used")
+            print(f"note: {options.model} has no image processor; using mean and standard deviation 0.5")
         else:
             settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
-def prepare_model(options: argparse.Namespace, model: ViTForImageClassification) -> Any:
-    """The model with what is to be trained of it, and adapters if they are asked for."""
+def prepare_model(options: FinetuneOptions, model: ViTForImageClassification) -> Any:
+    """Freeze the backbone, recompute activations or add adapters, as the options say; returns the model to train."""
     if options.freeze_backbone:
         model.vit.requires_grad_(False)
     if options.gradient_checkpointing:
-        # The method's new name from transformers 5.2x on.
+        # Newer versions of transformers 5 have renamed the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     return model if options.lora is None else add_adapters(model, options.lora)
 
 
-def choose_precision(options: argparse.Namespace, hidden_size: int) -> str:
-    """bf16, fp16 or fp32; auto is bf16 where it is the faster: on most GPUs, and for wide models on CPUs with AMX."""
+def choose_precision(options: FinetuneOptions, hidden_size: int) -> str:
+    """bf16, fp16 or fp32. "auto" is bf16 where that is faster: on most GPUs, and for wide models on CPUs with AMX."""
     if options.precision != "auto":
         return options.precision
     if torch.cuda.is_available() and not options.cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Below a width of about 192 the casts cost more than the matrix products gain.
+    # Below a hidden size of about 192 the casts cost more time than the matmuls save.
     has_amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
     return "bf16" if has_amx and hidden_size >= 192 else "fp32"
 
 
-def make_loss(options: argparse.Namespace, train: ImageSet | None, num_classes: int) -> TargetLoss | None:
-    """The loss, where it is not the model's own with Trainer's label smoothing."""
+def build_loss(options: FinetuneOptions, train: ImageSet | None, num_classes: int) -> TargetLoss | None:
+    """The loss for class weights or mixed labels; None for the model's own loss with Trainer's label smoothing."""
     weights = None
     if options.class_balanced is not None and train is not None:
-        weights = class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
+        weights = compute_class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
     elif not (options.mixup or options.cutmix):
         return None
     return TargetLoss(weights, options.label_smoothing)
 
 
 def compute_accuracy(prediction) -> dict[str, float]:
-    """Accuracy, and the loss of every image once: Trainer's own counts those twice that fill up the last batches."""
+    """Accuracy and mean loss. Trainer's own loss counts the images twice that pad the last batches."""
     logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
     loss = torch.nn.functional.cross_entropy(logits, labels)
     return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
 
 
-def count_steps(options: argparse.Namespace, images: ImageDataset, processes: PartialState) -> int:
-    """Steps to train for; -1 leaves that to the number of epochs. A stream has no end, so that it needs a number."""
+def count_steps(options: FinetuneOptions, images: ImageDataset, processes: PartialState) -> int:
+    """Number of steps to train; -1 for that of --epochs. A stream has no length, so its steps are computed here."""
     if options.max_steps > 0 or not isinstance(images, StreamedDataset) or images.num_train is None:
         return options.max_steps
     images_per_step = options.batch_size * options.gradient_accumulation * processes.num_processes
     return math.ceil(options.epochs * images.num_train / images_per_step)
 
 
-def make_training_arguments(
-    options: argparse.Namespace, precision: str, has_validation: bool, max_steps: int
+def build_training_arguments(
+    options: FinetuneOptions, precision: str, has_validation: bool, max_steps: int
 ) -> TrainingArguments:
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
@@ -277,7 +287,7 @@ def make_training_arguments(
         save_strategy="steps",
         save_steps=options.eval_steps,
         load_best_model_at_end=has_validation,
-        restore_callback_states_from_checkpoint=True,  # early stopping's patience
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         metric_for_best_model="accuracy" if has_validation else None,
         report_to=options.report_to,
         push_to_hub=options.push_to_hub is not None,

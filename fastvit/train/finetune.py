@@ -1,12 +1,12 @@
 """Fine-tune a Vision Transformer on images:  fastvit finetune --dataset beans
 
-Options -> data -> model (`build`) -> `transformers.Trainer` -> files (`results`). What Trainer has (loop, checkpoints,
-schedules, precision, logging, several devices) is Trainer's; here is what is particular to images.
+Options -> data -> model (`build`) -> `transformers.Trainer` -> files (`results`). Trainer has the loop, checkpoints,
+schedules, precision, logging and several devices; this module adds what is specific to images.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from transformers import EarlyStoppingCallback, ViTImageProcessorPil, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
@@ -28,6 +27,10 @@ from fastvit.errors import InputError, Stopped, report_errors
 from fastvit.files import write_atomically, write_text
 from fastvit.report import figures, info
 from fastvit.train.build import (
+    build_image_sets,
+    build_loss,
+    build_stream,
+    build_training_arguments,
     choose_precision,
     compute_accuracy,
     count_steps,
@@ -35,39 +38,33 @@ from fastvit.train.build import (
     load_data,
     load_image_processor,
     load_model,
-    make_image_sets,
-    make_loss,
-    make_stream,
-    make_training_arguments,
     prepare_model,
     print_counts,
 )
-from fastvit.train.distributed import MARKER, explain_lost_process, join_processes, launch_id
-from fastvit.train.options import parse_options
-from fastvit.train.recipes import MixPictures, RecipeTuner
+from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
+from fastvit.train.options import FinetuneOptions, parse_options
+from fastvit.train.recipes import ImageMixer, RecipeTuner
 from fastvit.train.results import write_fold_summary, write_results
-from fastvit.train.resume import (
-    OutOfMemory,
-    describe_run_folder,
-    explain_early_end,
-    find_last_checkpoint,
-    remove_run,
-    resolve_resume,
-    select_run_options,
-    shrink_batch,
-)
-from fastvit.train.training import Progress, StopOnInterrupt, StopOnNonFiniteLoss, WriteLog
+from fastvit.train.resume import OutOfMemory, explain_early_end, resolve_resume, shrink_batch
+from fastvit.train.run_folder import describe_next_start, find_last_checkpoint, remove_run, select_run_options
+from fastvit.train.training import Progress, RunLogWriter, StopOnInterrupt, StopOnNonFiniteLoss
 from fastvit.tuning.startup import tune_at_start
 
 
-def run(options: argparse.Namespace) -> dict[str, float]:
-    """Everything from options to files; returns the metrics of validation and of the test split, if there are any.
+def run(options: FinetuneOptions) -> dict[str, float]:
+    """Fine-tune a model and write its files.
 
-    With folds, the metrics' means over the folds. With --auto-batch as often as it takes to find a batch that the
-    memory holds.
+    With --auto-batch, training restarts from its last checkpoint until a batch fits into the memory.
+
+    Returns:
+        Metrics of the validation and test splits that there are; with folds, their means over the folds.
+
+    Raises:
+        InputError: an option, an image or a checkpoint cannot be used, or training cannot continue.
+        Stopped: a signal ended the run.
     """
     if options.folds is not None and options.fold is None:
-        return run_folds(options)
+        return run_folds(options, options.folds)
     with join_processes(options.cpu) as processes:
         options = resolve_resume(options)
         while True:
@@ -78,63 +75,61 @@ def run(options: argparse.Namespace) -> dict[str, float]:
             clear_device_cache(garbage_collection=True)
 
 
-def run_folds(options: argparse.Namespace) -> dict[str, float]:
-    """Train every fold in a folder of its own, and write the mean and the spread of the metrics."""
+def run_folds(options: FinetuneOptions, folds: int) -> dict[str, float]:
+    """Train every fold in its own folder, and write the mean and standard deviation of the metrics."""
     output_dir = Path(options.output_dir)
     if options.overwrite:
         remove_run(output_dir)
     runs = []
-    for fold in range(1, options.folds + 1):
+    for fold in range(1, folds + 1):
         folder = output_dir / f"fold-{fold}"
-        print(f"\nfold {fold} of {options.folds}")
-        # A run ends with its model card: with one, there is nothing to go on with.
+        print(f"\nfold {fold} of {folds}")
+        # The model card is the last file of a run: a fold that has one is finished.
         if not (options.resume and (folder / "README.md").exists()):
-            resume = options.resume and folder.is_dir() and get_last_checkpoint(folder) is not None
-            given = {"output_dir": str(folder), "fold": fold, "resume": resume, "overwrite": not resume}
-            run(argparse.Namespace(**{**vars(options), **given}))
+            resume = options.resume and find_last_checkpoint(folder) is not None
+            run(dataclasses.replace(options, output_dir=str(folder), fold=fold, resume=resume, overwrite=not resume))
         runs.append(json.loads((folder / "all_results.json").read_text()))
-        if fold == 1:  # what was wrong with the input has been said
+        if fold == 1:  # the options and the images have been checked
             write_text(output_dir / "config.yaml", yaml.safe_dump(select_run_options(options), sort_keys=False))
     return write_fold_summary(output_dir, runs)
 
 
-def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str, float]:
-    """The work of one of `processes`: load, train, write; returns the metrics."""
-    transformers.utils.logging.disable_progress_bar()  # a bar for the writing of every checkpoint
+def fine_tune(options: FinetuneOptions, processes: PartialState) -> dict[str, float]:
+    """Load, train and write in one of `processes`; returns the metrics."""
+    transformers.utils.logging.disable_progress_bar()  # one per written checkpoint
     set_seed(options.seed)
     images = load_data(options, processes)
     print_counts(images)
     model = load_model(options, images.class_names)
     processor = load_image_processor(options, model)
     model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
-    sets = make_image_sets(options, images, processor, processes)
+    sets = build_image_sets(options, images, processor, processes)
     train_set: Stream | ImageSet
     if isinstance(images, StreamedDataset):
-        train_set = make_stream(options, images, processor, processes)
+        train_set = build_stream(options, images, processor, processes)
     else:
         train_set = sets[TRAIN]
     for name in ("early_stopping", "calibrate"):
-        asked = getattr(options, name)
-        if asked is not None and asked is not False and VALIDATION not in sets:
+        if getattr(options, name) and VALIDATION not in sets:
             raise InputError(f"--{name.replace('_', '-')}: expected a validation split, {images.name} has none")
     model = prepare_model(options, model)
-    mix = MixPictures(len(images.class_names), options.mixup, options.cutmix)
+    mix = ImageMixer(len(images.class_names), options.mixup, options.cutmix)
 
-    # From here on the folder is written; whatever was wrong with the input has been said.
+    # The options and the images have been checked: from here on the folder is written.
     with processes.main_process_first():
         if processes.is_main_process:
             begin_run(options, images, processor)
-    print(f"example pictures: {Path(options.output_dir, 'examples.png')}")
+    print(f"example images: {Path(options.output_dir, 'examples.png')}")
     precision = choose_precision(options, model.config.hidden_size)
-    interrupt, log, progress = StopOnInterrupt(), WriteLog(Path(options.output_dir)), Progress()
+    interrupt, log, progress = StopOnInterrupt(), RunLogWriter(Path(options.output_dir)), Progress()
     trainer = RecipeTuner(
         model=model,
-        args=make_training_arguments(options, precision, VALIDATION in sets, count_steps(options, images, processes)),
+        args=build_training_arguments(options, precision, VALIDATION in sets, count_steps(options, images, processes)),
         train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
         data_collator=mix,
-        compute_loss_func=make_loss(options, sets.get(TRAIN), len(images.class_names)),
+        compute_loss_func=build_loss(options, sets.get(TRAIN), len(images.class_names)),
         compute_metrics=compute_accuracy,
         callbacks=[log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
@@ -146,15 +141,15 @@ def fine_tune(options: argparse.Namespace, processes: PartialState) -> dict[str,
         tune_operations(trainer, precision)
     announce_training(trainer, images, processor, precision, processes.num_processes)
     if processes.num_processes > 1:
-        accelerate.utils.set_seed(options.seed, device_specific=True)  # other dropout on each
+        accelerate.utils.set_seed(options.seed, device_specific=True)  # different dropout on each
     try:
         return train(trainer, images, sets, options, interrupt, log)
     finally:
         progress.close()
 
 
-def set_callbacks(trainer: RecipeTuner, options: argparse.Namespace, progress: Progress) -> None:
-    """Early stopping where it is asked for, and one bar instead of Trainer's output."""
+def set_callbacks(trainer: RecipeTuner, options: FinetuneOptions, progress: Progress) -> None:
+    """Add early stopping if it is on, and one progress bar instead of Trainer's output."""
     if options.early_stopping is not None:
         trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
     trainer.remove_callback(ProgressCallback)
@@ -167,7 +162,7 @@ def announce_training(
 ) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(
-        f"training {parameters / 1e6:.1f} M parameters on {describe_count(images)} pictures of"
+        f"training {parameters / 1e6:.1f} M parameters on {describe_count(images)} images of"
         f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
         + (f" and {num_processes - 1} more" if num_processes > 1 else "")
     )
@@ -177,37 +172,39 @@ def train(
     trainer: RecipeTuner,
     images: ImageDataset,
     sets: dict[str, ImageSet],
-    options: argparse.Namespace,
+    options: FinetuneOptions,
     interrupt: StopOnInterrupt,
-    log: WriteLog,
+    log: RunLogWriter,
 ) -> dict[str, float]:
-    """Train, write the results, and say in the log how it ended.
+    """Train, write the results, and log how the run ended.
 
     Raises:
-        Stopped: by a signal, with a checkpoint to go on from.
+        Stopped: by a signal, after a checkpoint was saved.
     """
     with log, explain_early_end(trainer, options):
         with interrupt, explain_lost_process(Path(options.output_dir)):
-            result = trainer.train(resume_from_checkpoint=find_last_checkpoint(options) if options.resume else None)
-        signum = interrupt.signum if interrupt.asked_to_stop() else None
+            result = trainer.train(
+                resume_from_checkpoint=find_last_checkpoint(options.output_dir) if options.resume else None
+            )
+        signum = interrupt.signum if interrupt.is_stop_requested() else None
         metrics = write_results(trainer, result, images, sets, options) if signum is None else {}
     if signum is not None:
-        print(f"stopped at step {trainer.state.global_step}; {describe_run_folder(options)}")
+        print(f"stopped at step {trainer.state.global_step}; {describe_next_start(options.output_dir)}")
     log_kernels(log)
     if signum is not None:
-        log.append("end", outcome="interrupted", reason="go on with --resume")
+        log.append("end", outcome="interrupted", reason="continue with --resume")
         raise Stopped(signum)
     log.append("end", outcome="finished", reason="")
     return metrics
 
 
-def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTImageProcessorPil) -> None:
-    """The folder and the files that stand in it from the start."""
+def begin_run(options: FinetuneOptions, images: ImageDataset, processor: ViTImageProcessorPil) -> None:
+    """Create the folder and the files that are written before training."""
     output_dir = Path(options.output_dir)
     if options.overwrite:
         remove_run(output_dir)
     with write_atomically(output_dir) as folder:
-        if launch := launch_id():
+        if launch := get_launch_id():
             write_text(folder / MARKER, launch)
         write_text(folder / "config.yaml", yaml.safe_dump(select_run_options(options), sort_keys=False))
         examples = images.sample_examples(num_classes=20, per_class=8, side=256)
@@ -216,16 +213,16 @@ def begin_run(options: argparse.Namespace, images: ImageDataset, processor: ViTI
 
 
 def tune_operations(trainer: RecipeTuner, precision: str) -> None:
-    """Measure the operations of training and of evaluation where they have not been, on a GPU."""
+    """On a GPU, measure the operations of training and of evaluation that have no record yet."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[precision]
     args = trainer.args
-    wanted = [(args.per_device_train_batch_size, True), (args.per_device_eval_batch_size, False)]
-    if (line := tune_at_start(trainer.model, wanted, dtype, is_distributed=True)) is not None:
-        print(f"{line} (--no-tune leaves this out)")
+    batches = [(args.per_device_train_batch_size, True), (args.per_device_eval_batch_size, False)]
+    if (line := tune_at_start(trainer.model, batches, dtype, is_distributed=True)) is not None:
+        print(f"{line} (--no-tune skips this)")
 
 
-def log_kernels(log: WriteLog) -> None:
-    """What fell back to PyTorch, and what was chosen by a measurement, if anything was."""
+def log_kernels(log: RunLogWriter) -> None:
+    """Log the kernels that failed, and the records that chose between kernels and PyTorch."""
     found = info.summarize_kernels()
     if any(found.values()):
         log.append("kernels", **found)

@@ -1,4 +1,4 @@
-"""Cross-validation: every picture is used for validation once, and the models' metrics get a spread.
+"""Cross-validation: every image is used for validation once, so that the metrics have a standard deviation.
 
 The folds are scikit-learn's stratified ones: each has its share of every class.
 """
@@ -17,29 +17,35 @@ from fastvit.train.recipes import require
 SUMMARIZED = ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1")
 
 
-def take_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> ImageDataset:
-    """The same pictures with the fold-th of `folds` parts, from 1, for validation and the others to train on.
+def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> ImageDataset:
+    """Split the images for training and validation anew: one fold for validation, the others for training.
 
-    What was for training and for validation is thrown together first; the test split stays.
+    Args:
+        images: its training and validation splits are joined first; its test split stays.
+        folds: number of folds.
+        fold: number of the fold for validation, from 1.
+        seed: of the assignment to folds.
+
+    Raises:
+        InputError: a class has fewer images than there are folds.
     """
     model_selection = require("sklearn.model_selection", "folds", "--folds")
-    parts = [images.splits[name] for name in (TRAIN, VALIDATION) if name in images.splits]
-    together = join(parts)
-    counts = np.bincount(together.labels, minlength=len(images.class_names))
+    joined = join_splits([images.splits[name] for name in (TRAIN, VALIDATION) if name in images.splits])
+    counts = np.bincount(joined.labels, minlength=len(images.class_names))
     if counts.min() < folds:
         rarest = int(counts.argmin())
         raise InputError(
-            f"--folds: expected at least {folds} pictures of every class, one for each fold, found {counts[rarest]} of"
+            f"--folds: expected at least {folds} images of every class, one for each fold, found {counts[rarest]} of"
             f" {images.class_names[rarest]!r}"
         )
-    split = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
-    kept, held_out = list(split.split(together.labels, together.labels))[fold - 1]
-    chosen = {TRAIN: together.select(kept), VALIDATION: together.select(held_out)}
-    return ImageDataset(images.name, images.class_names, {**images.splits, **chosen})
+    splitter = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
+    training, validation = list(splitter.split(joined.labels, joined.labels))[fold - 1]
+    selected = {TRAIN: joined.select(training), VALIDATION: joined.select(validation)}
+    return ImageDataset(images.name, images.class_names, {**images.splits, **selected})
 
 
-def join(splits: Sequence[Split]) -> Split:
-    """One split after the other, as one."""
+def join_splits(splits: Sequence[Split]) -> Split:
+    """Concatenate splits."""
     starts = np.cumsum([0, *(len(split) for split in splits)])
 
     def load(index: int):
@@ -50,7 +56,7 @@ def join(splits: Sequence[Split]) -> Split:
 
 
 def summarize_folds(runs: Sequence[dict[str, float]]) -> dict[str, dict]:
-    """Metric -> its values in the folds, their mean, and their standard deviation (of a sample: over K - 1)."""
+    """Metric -> its values in the folds, their mean, and their sample standard deviation."""
     return {
         name: {
             "mean": statistics.mean(values),

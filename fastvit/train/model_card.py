@@ -1,8 +1,7 @@
-"""The model card: what a model is, how good it is, how to use it and how it came about, with the hub's metadata."""
+"""The model card: a description of the model, its metrics, its use and its training, with the hub's metadata."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -13,29 +12,30 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 import fastvit
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.train.build import describe_count
-from fastvit.train.resume import select_run_options
+from fastvit.train.options import FinetuneOptions
+from fastvit.train.run_folder import select_run_options
 
 CARD = """
 # {name}
 
-A Vision Transformer that tells {classes} apart. It was {origin} on {pictures} pictures of {dataset}.
+A Vision Transformer that classifies images as {classes}. It was {origin} on {count} images of {dataset}.
 
-## How good it is
+## Metrics
 
 ```
 {reports}```
 
-## How to use it
+## Use
 
 ```python
 from transformers import pipeline
 
-print(pipeline("image-classification", "{name}")("picture.jpg"))
+print(pipeline("image-classification", "{name}")("image.jpg"))
 ```
 
 `from fastvit import ViTForImageClassification` loads it as well.
 
-## How it was trained
+## Training
 
 `fastvit finetune --config config.yaml`, with fastvit {version}, transformers {transformers} and PyTorch {torch}:
 
@@ -44,14 +44,14 @@ print(pipeline("image-classification", "{name}")("picture.jpg"))
 """
 
 
-def make_model_card(
-    options: argparse.Namespace, images: ImageDataset, metrics: dict[str, float], reports: str
+def build_model_card(
+    options: FinetuneOptions, images: ImageDataset, metrics: dict[str, float], reports: str
 ) -> ModelCard:
-    """The card of a run.
+    """Build the model card of a run.
 
     Args:
-        metrics: those of the splits, as `write_results` returns them.
-        reports: their tables, as text.
+        metrics: of the evaluated splits, as `write_results` returns them.
+        reports: their tables of classes, as text.
     """
     name = options.push_to_hub or Path(options.output_dir).name
     results = [
@@ -76,7 +76,7 @@ def make_model_card(
         name=name,
         classes=classes,
         origin=origin,
-        pictures=describe_count(images),
+        count=describe_count(images),
         dataset=images.name,
         reports=reports,
         version=fastvit.__version__,

@@ -1,23 +1,37 @@
-"""The options of `fastvit finetune`: command line over --config file over defaults, checked before anything is read."""
+"""The options of `fastvit finetune`, from the command line and a YAML file.
+
+The command line takes precedence over `--config`, that over `GENERATED_DEFAULTS`, and those over the defaults of the
+fields. Values are checked when a `FinetuneOptions` is made, before any file is read.
+"""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
-from transformers.trainer_utils import get_last_checkpoint
-
+from fastvit.arguments import (
+    AT_LEAST_ONE,
+    BELOW_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Expected,
+    HelpFormatter,
+    add_arguments,
+    check_values,
+    get_flag,
+    option,
+    parse_given,
+    read_config,
+)
 from fastvit.errors import InputError
-from fastvit.train.distributed import is_own_run
 
 DEFAULT_MODEL = "google/vit-base-patch16-224-in21k"
 
-# Sizes of a ViT trained from scratch: hidden size, blocks, heads (of 64; micro's of 32); feed-forward 4 x hidden.
-# Tiny to large are those of DeiT (Touvron et al. 2021) and of the ViT paper.
+# Sizes of a ViT trained from scratch: hidden size, blocks, heads (head dim 64; micro: 32). The feed-forward layer has
+# 4 x the hidden size. Tiny to large are those of DeiT (Touvron et al. 2021) and of the ViT paper.
 SIZES = {
     "micro": (96, 4, 3),
     "tiny": (192, 12, 3),
@@ -26,7 +40,7 @@ SIZES = {
     "large": (1024, 24, 16),
 }
 
-# The drawn leaves need a model from scratch, and that other settings than a pretrained one.
+# The generated leaves train a model from scratch, which needs other settings than a pretrained one.
 GENERATED_DEFAULTS: dict[str, Any] = {
     "from_scratch": "micro",
     "image_size": 64,
@@ -40,257 +54,234 @@ GENERATED_DEFAULTS: dict[str, Any] = {
 }
 
 
+@dataclass
+class ModelOptions:
+    model: str = option(DEFAULT_MODEL, "pretrained ViT: hub id or folder", metavar="ID|FOLDER")
+    from_scratch: Literal["micro", "tiny", "small", "base", "large"] | None = option(
+        None, "random weights instead, for a model of this size"
+    )
+    image_size: int | None = option(
+        None, "height and width in pixels [the model's; from scratch: 224]", AT_LEAST_ONE, metavar="PIXELS"
+    )
+    patch_size: int = option(16, "from scratch: height and width of a patch", AT_LEAST_ONE, metavar="PIXELS")
+    freeze_backbone: bool = option(False, "train the classifier alone (linear probe)")
+    attention_dropout: float = option(0.0, "dropout probability of the attention weights", BELOW_ONE, metavar="P")
+    hidden_dropout: float = option(0.0, "dropout probability of the hidden states", BELOW_ONE, metavar="P")
+
+
+@dataclass
+class ImageOptions:
+    dataset: str | None = option(None, "hub dataset, 'beans', or 'generated' (leaves) [beans]", metavar="ID")
+    data_dir: str | None = option(
+        None, "or a folder of images: [train/ validation/ test/] CLASS/", metavar="FOLDER"
+    )  # fmt: skip
+    image_column: str | None = option(None, "column of the images [found by name]")
+    label_column: str | None = option(None, "column of the classes [found by name]")
+    validation_fraction: float = option(0.15, "share held out if there is no validation split", metavar="SHARE")
+    max_train_samples: int | None = option(None, "train on N images only [all]", AT_LEAST_ONE)
+    max_eval_samples: int | None = option(None, "evaluate on N images only [all]", AT_LEAST_ONE)
+    generated_images: int = option(2000, "size of the generated dataset", AT_LEAST_ONE)
+    streaming: bool = option(False, "read images while training; --data-dir may hold tar shards")
+    class_names: str | None = option(
+        None, "with --streaming: the classes [from the dataset, or from a pass over all labels]", metavar="FILE|A,B,C"
+    )
+    shuffle_buffer: int = option(1000, "with --streaming: shuffle N images at a time", AT_LEAST_ONE)
+    skip_bad_images: bool = option(False, "skip images that cannot be decoded, and count them")
+    augment: bool = option(True, "random resized crop and flip")
+    workers: int = option(0, "processes that prepare batches", NOT_NEGATIVE)
+
+
+@dataclass
+class TrainingOptions:
+    epochs: float = option(4.0, "passes over the training images", POSITIVE)
+    max_steps: int = option(-1, "train for N steps instead; -1: go by --epochs")
+    batch_size: int = option(16, "images per step and device", POSITIVE)
+    learning_rate: float = option(2e-4, "peak learning rate of AdamW", POSITIVE, metavar="RATE")
+    weight_decay: float = option(0.0, "weight decay, not for biases and norms", NOT_NEGATIVE)
+    warmup: float = option(0.0, "warm-up steps; below 1: their share of all steps", NOT_NEGATIVE, metavar="STEPS")
+    scheduler: str = option("linear", "learning rate schedule of transformers: linear, cosine, constant, ...")
+    layer_decay: float = option(
+        1.0,
+        "learning rate of a block relative to the block above",
+        Expected("above 0 and at most 1", lambda value: 0 < value <= 1),
+        metavar="FACTOR",
+    )
+    label_smoothing: float = option(0.0, "share of the target spread over all classes", BELOW_ONE, metavar="SHARE")
+    gradient_accumulation: int = option(1, "batches per step", POSITIVE)
+    auto_batch: bool = option(False, "on out of memory, halve the batch and double the batches per step")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "auto: bf16 where the hardware has it")
+    tune: bool = option(True, "on a GPU, first measure which operations our kernels or PyTorch compute faster")
+    compile: bool = option(False, "torch.compile the model")
+    fsdp: bool = option(False, "under torchrun: shard the model over the processes (FSDP2)")
+    cpu: bool = option(False, "do not use a GPU")
+    seed: int = option(42, "seed of weights, order, augmentation and splits")
+
+
+@dataclass
+class RecipeOptions:
+    randaugment: list[int] | None = option(  # noqa: RUF009
+        None,
+        "N random operations of magnitude M per image",
+        Expected("N from 1 to 15 and M from 1 to 29", lambda value: 1 <= value[0] <= 15 and 0 < value[1] < 30),
+        metavar=("N", "M"),
+    )
+    mixup: float = option(0.0, "blend pairs of images by Beta(ALPHA, ALPHA)", NOT_NEGATIVE, metavar="ALPHA")
+    cutmix: float = option(0.0, "paste boxes of other images", NOT_NEGATIVE, metavar="ALPHA")
+    drop_path: float = option(0.0, "probability of skipping the last block", BELOW_ONE, metavar="P")
+    ema: float | None = option(
+        None,
+        "keep a moving average of the weights, with a decay such as 0.99",
+        Expected("a number between 0 and 1", lambda value: 0 < value < 1),
+        metavar="DECAY",
+    )
+    class_balanced: float | None = option(
+        None,
+        "weight the classes by effective number; 1: by inverse frequency [without BETA: 0.999]",
+        Expected("a number from 0 to 1", lambda value: 0 <= value <= 1),
+        metavar="BETA",
+        bare=0.999,
+    )
+    lora: int | None = option(
+        None,
+        "train adapters of this rank instead of the weights (peft)",
+        Expected("a rank of at least 1", lambda value: value >= 1),
+        metavar="RANK",
+    )
+    early_stopping: int | None = option(
+        None,
+        "stop after N evaluations without a better one",
+        Expected("at least 1 evaluation", lambda value: value >= 1),
+    )
+    flip: bool = option(False, "evaluate the mean prediction over an image and its mirror image")
+    calibrate: bool = option(False, "fit the temperature of the probabilities at the end")
+    folds: int | None = option(
+        None,
+        "cross-validation: train K models, each in a sub-folder",
+        Expected("at least 2 folds", lambda value: value >= 2),
+        metavar="K",
+    )
+    fold: int | None = option(None, "train the I-th of the folds only (1 to K), in the folder itself", metavar="I")
+
+
+@dataclass
+class OutputOptions:
+    output_dir: str = option("", "folder of the run [runs/DATASET]", metavar="FOLDER")
+    overwrite: bool = option(False, "replace the run in the folder")
+    resume: bool = option(False, "continue from the last checkpoint in the folder, if there is one")
+    eval_steps: int = option(100, "evaluate and save every N steps", POSITIVE)
+    logging_steps: int = option(10, "log every N steps", POSITIVE)
+    keep_checkpoints: int = option(2, "keep N checkpoints, always the newest and the best; 0: all", NOT_NEGATIVE)
+    report_to: str = option("none", "log to tensorboard, wandb, ... as Trainer does")
+    push_to_hub: str | None = option(None, "upload the model under this hub id", metavar="ID")
+
+
+GROUPS = {
+    "model": ModelOptions,
+    "images": ImageOptions,
+    "training": TrainingOptions,
+    "recipes": RecipeOptions,
+    "output": OutputOptions,
+}
+
+
+@dataclass
+class FinetuneOptions(OutputOptions, RecipeOptions, TrainingOptions, ImageOptions, ModelOptions):
+    """All options of a run. The fields are in the order of `GROUPS`: a dataclass starts with those of its last base."""
+
+    def __post_init__(self) -> None:
+        if self.dataset is None and self.data_dir is None:
+            self.dataset = "beans"
+        if not self.output_dir:
+            source = Path(self.dataset or self.data_dir or "")
+            self.output_dir = str(Path("runs") / (source.parent.name if "*" in source.name else source.name))
+        check_values(self)
+        check_combinations(self)
+
+
+def check_combinations(options: FinetuneOptions) -> None:
+    """Check options that depend on each other.
+
+    Raises:
+        InputError: the first combination that does not work.
+    """
+
+    def refuse(condition: object, message: str) -> None:
+        if condition:
+            raise InputError(message)
+
+    folds, fold, lora = options.folds, options.fold, options.lora
+    refuse(options.dataset and options.data_dir, "--data-dir: give a folder or a --dataset, not both")
+    refuse(options.overwrite and options.resume, "--resume: give --resume or --overwrite, not both")
+    refuse(
+        fold is not None and not 1 <= fold <= (folds or 0), f"--fold: expected 1 to the number of --folds, got {fold}"
+    )
+    refuse(
+        folds and options.push_to_hub, "--folds: its models are for measuring; give --folds or --push-to-hub, not both"
+    )
+    refuse(
+        folds and fold is None and int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        "--folds: expected one process; several processes train one fold after the other with --fold I",
+    )
+    refuse(lora and options.from_scratch, "--lora: expected a pretrained --model to adapt, got --from-scratch")
+    refuse(lora and options.freeze_backbone, "--lora: give --lora or --freeze-backbone, not both")
+    refuse(
+        options.fsdp and "LOCAL_RANK" not in os.environ,
+        "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ...",
+    )
+    if not options.streaming:
+        refuse(options.class_names, "--class-names: expected together with --streaming; else the dataset has the names")
+        return
+    for name in ("randaugment", "mixup", "cutmix", "class_balanced", "folds"):
+        refuse(getattr(options, name), f"{get_flag(name)}: cannot be used with --streaming")
+    refuse(
+        options.dataset == "generated",
+        "--streaming: expected a hub dataset or --data-dir; generated leaves cannot be streamed",
+    )
+    refuse(
+        options.max_train_samples,
+        "--max-train-samples: cannot be used with --streaming; limit the images with --max-steps",
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
+    generated = ", ".join(f"{get_flag(name)} {value}" for name, value in GENERATED_DEFAULTS.items())
     parser = argparse.ArgumentParser(
         prog="fastvit finetune",
-        description="Fine-tune a Vision Transformer to tell your pictures apart.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Example: fastvit finetune --data-dir my-pictures --output-dir runs/mine",
+        usage="fastvit finetune [OPTION ...]",
+        description="Fine-tune a Vision Transformer to classify your images.",
+        formatter_class=HelpFormatter,
+        epilog=f"With --dataset generated and without --model, the defaults are: {generated}. Example: fastvit finetune"
+        " --data-dir my-images --output-dir runs/mine",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="read options from a file; those given here win")
-
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="ID|FOLDER", help=f"pretrained ViT: hub id or folder [{DEFAULT_MODEL}]")
-    group.add_argument("--from-scratch", choices=SIZES, help="random weights instead, of this size")
-    group.add_argument("--image-size", type=int, help="height and width in pixels [the model's; from scratch: 224]")
-    group.add_argument("--patch-size", type=int, default=16, help="from scratch: height and width of a patch")
-    group.add_argument("--freeze-backbone", action="store_true", help="train the classifier alone (linear probe)")
-    group.add_argument("--attention-dropout", type=float, default=0.0, help="chance to drop an attention weight")
-    group.add_argument("--hidden-dropout", type=float, default=0.0, help="chance to drop a hidden activation")
-
-    group = parser.add_argument_group("pictures")
-    group.add_argument("--dataset", metavar="ID", help="hub data set, 'beans', or 'generated' (leaves) [beans]")
-    group.add_argument(
-        "--data-dir", metavar="FOLDER", help="or a folder of pictures: [train/ validation/ test/] CLASS/"
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="read options from a file; the command line takes precedence"
     )
-    group.add_argument("--image-column", help="column with the pictures [found by name]")
-    group.add_argument("--label-column", help="column with the classes [found by name]")
-    group.add_argument("--validation-fraction", type=float, default=0.15, help="set aside where there is no validation")
-    group.add_argument("--max-train-samples", type=int, metavar="N", help="train on N pictures only")
-    group.add_argument("--max-eval-samples", type=int, metavar="N", help="evaluate on N pictures only")
-    group.add_argument("--generated-images", type=int, default=2000, metavar="N", help="size of the drawn set")
-    group.add_argument(
-        "--streaming", action="store_true", help="read pictures while training; --data-dir may hold tar shards"
-    )
-    group.add_argument(
-        "--class-names", metavar="FILE|A,B,C", help="with --streaming: the classes [the data's, or all labels]"
-    )
-    group.add_argument(
-        "--shuffle-buffer", type=int, default=1000, metavar="N", help="with --streaming: N pictures that are mixed"
-    )
-    group.add_argument("--skip-bad-images", action="store_true", help="leave out what cannot be decoded, and count it")
-    group.add_argument(
-        "--augment", action=argparse.BooleanOptionalAction, default=True, help="random resized crop and flip"
-    )
-    group.add_argument("--workers", type=int, default=0, help="processes that prepare batches")
-
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=float, default=4.0, help="passes over the training pictures")
-    group.add_argument("--max-steps", type=int, default=-1, metavar="N", help="stop after N steps instead")
-    group.add_argument("--batch-size", type=int, default=16, help="pictures a step on each device")
-    group.add_argument("--learning-rate", type=float, default=2e-4, help="peak learning rate (AdamW)")
-    group.add_argument("--weight-decay", type=float, default=0.0, help="of weights; not of biases and norms")
-    group.add_argument("--warmup", type=float, default=0.0, help="steps of warm-up, or below 1 the part of all steps")
-    group.add_argument("--scheduler", default="linear", help="learning rate schedule, any of transformers'")
-    group.add_argument(
-        "--layer-decay", type=float, default=1.0, help="learning rate factor from a block to the one below"
-    )
-    group.add_argument("--label-smoothing", type=float, default=0.0, help="share of the target spread over all classes")
-    group.add_argument("--gradient-accumulation", type=int, default=1, help="batches a step")
-    group.add_argument(
-        "--auto-batch", action="store_true", help="out of memory: halve the batch, twice as many of them a step"
-    )
-    group.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where hardware has it"
-    )
-    group.add_argument(
-        "--tune",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="on a GPU, measure at the start what was not measured there before: our kernels or PyTorch's",
-    )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--fsdp", action="store_true", help="under torchrun: shard the model over the processes (FSDP2)")
-    group.add_argument("--cpu", action="store_true", help="do not use a GPU")
-    group.add_argument("--seed", type=int, default=42, help="of weights, order, augmentation and splits")
-
-    group = parser.add_argument_group("recipes", "What may make the model better; docs/recipes.md measures it.")
-    group.add_argument("--randaugment", nargs=2, type=int, metavar=("N", "M"), help="N operations of strength M < 30")
-    group.add_argument("--mixup", type=float, default=0.0, metavar="ALPHA", help="blend pictures by Beta(ALPHA, ALPHA)")
-    group.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA", help="paste boxes of other pictures")
-    group.add_argument("--drop-path", type=float, default=0.0, metavar="RATE", help="chance to skip the last block")
-    group.add_argument("--ema", type=float, metavar="DECAY", help="keep a running mean of the weights, such as 0.99")
-    group.add_argument(
-        "--class-balanced",
-        type=float,
-        nargs="?",
-        const=0.999,
-        metavar="BETA",
-        help="weigh classes by effective number; 1: by inverse frequency [without BETA: 0.999]",
-    )
-    group.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, not the weights (peft)")
-    group.add_argument("--early-stopping", type=int, metavar="N", help="stop after N evaluations without a better one")
-    group.add_argument("--flip", action="store_true", help="evaluate with the mean over picture and mirror image")
-    group.add_argument("--calibrate", action="store_true", help="fit the temperature of the probabilities at the end")
-    group.add_argument("--folds", type=int, metavar="K", help="cross-validation: K models, each in a sub-folder")
-    group.add_argument("--fold", type=int, metavar="I", help="of these, only the I-th (1 to K), in the folder itself")
-
-    group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", metavar="FOLDER", help="where everything goes [runs/DATASET]")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that is there")
-    group.add_argument("--resume", action="store_true", help="go on from the last checkpoint there, if there is one")
-    group.add_argument("--eval-steps", type=int, default=100, metavar="N", help="evaluate and save every N steps")
-    group.add_argument("--logging-steps", type=int, default=10, metavar="N", help="log every N steps")
-    group.add_argument("--keep-checkpoints", type=int, default=2, metavar="N", help="how many are kept (0: all)")
-    group.add_argument(
-        "--report-to", default="none", metavar="NAME", help="tensorboard, wandb, ... as Trainer knows them"
-    )
-    group.add_argument("--push-to-hub", metavar="ID", help="upload the result as this model")
+    for title, options_class in GROUPS.items():
+        description = "Ways to a better model; docs/recipes.md measures them." if title == "recipes" else None
+        add_arguments(parser.add_argument_group(title, description), options_class)
     return parser
 
 
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
-    """Options from the command line, over those of --config, over the defaults."""
-    parser = build_parser()
-    known = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    first = parser.parse_known_args(argv)[0]
-    from_file: dict[str, Any] = {}
-    if first.config is not None:
-        try:
-            from_file = yaml.safe_load(Path(first.config).read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"--config: cannot read {first.config} ({' '.join(str(error).split())})") from None
-        if not isinstance(from_file, dict):
-            raise InputError(f"--config: expected 'option: value' lines in {first.config}")
-        from_file = {name.replace("-", "_"): value for name, value in from_file.items()}
-        unknown = sorted(set(from_file) - set(known))
-        if unknown:
-            raise InputError(f"--config: {first.config} has unknown option(s) {', '.join(unknown)}")
-        for name, value in from_file.items():
-            from_file[name] = _checked(name, known[name], value)
-    parser.set_defaults(**from_file)
-    options = parser.parse_args(argv)
-    if options.dataset is None and options.data_dir is None:
-        options.dataset = "beans"
-    if options.dataset == "generated" and options.model is None:
-        parser.set_defaults(**{**GENERATED_DEFAULTS, **from_file})
-        options = parser.parse_args(argv)
-    if options.model is None:
-        options.model = DEFAULT_MODEL
-    if options.output_dir is None:
-        source = Path(options.dataset or options.data_dir)
-        options.output_dir = str(Path("runs") / (source.parent.name if "*" in source.name else source.name))
-    if is_own_run(Path(options.output_dir)):  # torchrun has started this run again
-        options.resume = get_last_checkpoint(options.output_dir) is not None
-        options.overwrite = not options.resume
-    _check_options(options)
-    return options
+def parse_options(argv: list[str] | None) -> FinetuneOptions:
+    """Parse and check the options of a run, and check its output folder.
 
+    Raises:
+        InputError: an option cannot be used.
+    """
+    given = parse_given(build_parser(), FinetuneOptions, argv)
+    config = given.pop("config")
+    given = (read_config(config, FinetuneOptions) if config is not None else {}) | given
+    if given.get("dataset") == "generated" and "model" not in given:
+        given = GENERATED_DEFAULTS | given
+    options = FinetuneOptions(**given)
 
-def _checked(name: str, action: argparse.Action, value: Any) -> Any:
-    """A value from a file, converted and checked as argparse does for the command line."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(action.nargs, int):
-        if not isinstance(value, list) or len(value) != action.nargs:
-            raise InputError(f"--config: {name}: expected a list of {action.nargs} values, got {value!r}")
-        return [_checked(name, _one_of(action), entry) for entry in value]
-    try:
-        if isinstance(action.type, type):
-            value = action.type(value)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"--config: {name}: expected {getattr(action.type, '__name__', 'text')}, got {value!r}"
-        ) from None
-    if action.choices is not None and value not in action.choices:
-        raise InputError(f"--config: {name}: expected one of {', '.join(action.choices)}, got {value!r}")
-    return value
+    # These import PyTorch, which --help and the errors above do not wait for.
+    from transformers import SchedulerType
 
+    from fastvit.train.run_folder import resolve_output_dir
 
-def _one_of(action: argparse.Action) -> argparse.Action:
-    """What one of the values of an option with several is."""
-    single = copy.copy(action)
-    single.nargs = None
-    return single
-
-
-def _check_recipes(options: argparse.Namespace) -> None:
-    def check(name: str, holds: bool, expected: str) -> None:
-        if getattr(options, name) is not None and not holds:
-            raise InputError(f"--{name.replace('_', '-')}: expected {expected}, got {getattr(options, name)}")
-
-    operations, magnitude = options.randaugment or (1, 1)
-    check("randaugment", 1 <= operations <= 15 and 0 < magnitude < 30, "N from 1 to 15 and M from 1 to 29")
-    for name in ("mixup", "cutmix"):
-        check(name, 0 <= getattr(options, name) < float("inf"), "a number of at least 0")
-    check("drop_path", 0 <= options.drop_path < 1, "0 or more and below 1")
-    check("ema", 0 < (options.ema or 0) < 1, "a number between 0 and 1")
-    check("class_balanced", 0 <= (options.class_balanced or 0) <= 1, "a number from 0 to 1")
-    check("lora", (options.lora or 0) >= 1, "a rank of at least 1")
-    check("early_stopping", (options.early_stopping or 0) >= 1, "at least 1 evaluation")
-    check("folds", (options.folds or 0) >= 2, "at least 2 folds")
-    check("fold", 1 <= (options.fold or 0) <= (options.folds or 0), "1 to the number of --folds")
-    if options.folds is not None and options.push_to_hub is not None:
-        raise InputError("--folds: its models are for measuring; give --folds or --push-to-hub, not both")
-    if options.folds is not None and options.fold is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("--folds: expected one process; several train one fold after the other with --fold I")
-    for name in ("randaugment", "mixup", "cutmix", "class_balanced", "folds"):
-        if options.streaming and getattr(options, name):
-            raise InputError(f"--{name.replace('_', '-')}: cannot be used with --streaming")
-    if options.lora is not None and options.from_scratch is not None:
-        raise InputError("--lora: expected a pretrained --model, whose weights stay; got --from-scratch")
-    if options.lora is not None and options.freeze_backbone:
-        raise InputError("--lora: give --lora or --freeze-backbone, not both")
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    if options.dataset is not None and options.data_dir is not None:
-        raise InputError("--data-dir: give a folder or a --dataset, not both")
-    if options.overwrite and options.resume:
-        raise InputError("--resume: give --resume or --overwrite, not both")
-    for name in ("epochs", "batch_size", "learning_rate", "gradient_accumulation", "eval_steps", "logging_steps"):
-        if not getattr(options, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')}: expected a number above 0, got {getattr(options, name)}")
-    counts = ("image_size", "patch_size", "max_train_samples", "max_eval_samples", "generated_images", "shuffle_buffer")
-    for name in counts:
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
-    if options.keep_checkpoints < 0:
-        raise InputError(f"--keep-checkpoints: expected 0 or more, got {options.keep_checkpoints}")
-    for name in ("attention_dropout", "hidden_dropout", "label_smoothing"):
-        if not 0 <= getattr(options, name) < 1:
-            raise InputError(
-                f"--{name.replace('_', '-')}: expected 0 or more and below 1, got {getattr(options, name)}"
-            )
-    if not 0 < options.layer_decay <= 1:
-        raise InputError(f"--layer-decay: expected above 0 and at most 1, got {options.layer_decay}")
-    _check_recipes(options)
-    if options.fsdp and "LOCAL_RANK" not in os.environ:
-        raise InputError(
-            "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ..."
-        )
-    if options.streaming and options.dataset == "generated":
-        raise InputError("--streaming: expected a hub data set or --data-dir; drawn leaves are not read from anywhere")
-    if options.streaming and options.max_train_samples is not None:
-        raise InputError("--max-train-samples: cannot be used with --streaming; --max-steps limits what is read")
-    if options.class_names is not None and not options.streaming:
-        raise InputError("--class-names: expected together with --streaming; otherwise the data say them")
-    output_dir = Path(options.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output-dir: {output_dir} is a file")
-    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output-dir: cannot write in {there}")
-    if is_run(output_dir) and not (options.overwrite or options.resume):
-        raise InputError(
-            f"--output-dir: {output_dir} already holds a run; give --overwrite, --resume or another folder"
-        )
-
-
-def is_run(folder: Path) -> bool:
-    return folder.is_dir() and (
-        any((folder / name).exists() for name in ("config.yaml", "model.safetensors", "trainer_state.json"))
-        or get_last_checkpoint(folder) is not None
-        or any(is_run(fold) for fold in folder.glob("fold-*"))
-    )
+    schedules = [schedule.value for schedule in SchedulerType]
+    if options.scheduler not in schedules:
+        raise InputError(f"--scheduler: expected one of {', '.join(schedules)}, got {options.scheduler!r}")
+    return resolve_output_dir(options)

@@ -1,15 +1,15 @@
-"""`report.html`: one file that shows a run to a person, without a network and without anything beside it.
+"""`report.html`: the report of a run as one file that needs neither a network nor other files.
 
-`gather_report` gathers what the page shows from a finished run, `render` writes it as HTML (`templates/run.html`).
-Whatever comes from outside, such as the names of classes, is escaped by the template engine, and the page forbids the
-browser to load anything or to run another script than its own.
+`gather_report` collects the content from a finished run, `render` writes it as HTML (`templates/run.html`). The
+template engine escapes all text from outside, such as class names, and the page's security policy forbids the browser
+to load anything or to run any script but its own.
 
-The page stays small and readable however large the data set is: of many classes some are shown, and it says which.
+The page stays small for large datasets: of many classes it shows some, and states which.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import datetime
 import json
 import platform
@@ -36,21 +36,22 @@ from fastvit.report.charts import Series, draw_line_chart, format_thousands
 from fastvit.report.html import format_percent, render_template
 from fastvit.report.run_log import extract_curve
 from fastvit.serve.attention import classify_with_attention
-from fastvit.train.options import build_parser
-
-REPORT_FILE = "report.html"
+from fastvit.train.options import FinetuneOptions
 
 MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE = 20, 6, 96
-MAX_ROWS = 40  # of a table of classes
+MAX_ROWS = 40  # in a table of classes
 MAX_MISTAKES, MISTAKE_SIDE = 12, 192
-MAX_READINGS = 50  # rows of the table behind the curves
+MAX_READINGS = 50  # rows in the table of the curves
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """A picture that was taken for another class.
+    """An image that the model classified wrongly.
 
-    number: its place in the split, from 1; attention: the picture under a map of where the class token looked.
+    Attributes:
+        number: position in the split, from 1.
+        picture: the image.
+        attention: the image with the attention map of the class token over it.
     """
 
     number: int
@@ -63,12 +64,17 @@ class Mistake:
 
 @dataclass
 class RunReport:
-    """What the page shows.
+    """The content of the page.
 
-    pictures: how many were trained on; counts: split -> pictures per class [C], of splits that are held; examples:
-    class name -> some training pictures; history: Trainer's log records; confusions: split -> int [C, C], rows are true
-    classes; mistakes: those of `mistakes_in`, the most confident first; options: name -> (value, default); environment:
-    what -> text.
+    Attributes:
+        pictures: number of training images, as text.
+        counts: split -> images per class, int `[C]`; not for streamed splits.
+        examples: class name -> some training images.
+        history: Trainer's log records.
+        confusions: split -> int `[C, C]`, rows are true classes.
+        mistakes: the most confident ones of the split `mistakes_in`.
+        options: name -> (value, default).
+        environment: name -> text.
     """
 
     folder: str
@@ -90,22 +96,22 @@ class RunReport:
 
 
 def render(run: RunReport) -> str:
-    """The whole page as HTML."""
+    """Render the page as HTML."""
     return render_template(
         "run.html",
         run=run,
         title=Path(run.folder).name or run.folder,
-        tiles=tiles(run),
-        charts=learning_charts(run),
-        machine_charts=machine_charts(run),
-        readings=readings(run.history),
-        results=[(split, result_of(confusion, run.class_names)) for split, confusion in run.confusions.items()],
-        counts=class_counts(run),
+        tiles=list_tiles(run),
+        charts=build_learning_charts(run),
+        machine_charts=build_machine_charts(run),
+        readings=tabulate_history(run.history),
+        results=[(split, summarize_split(confusion, run.class_names)) for split, confusion in run.confusions.items()],
+        counts=count_classes(run),
         example_side=EXAMPLE_SIDE,
         mistake_side=MISTAKE_SIDE,
         changed={name: pair for name, pair in run.options.items() if pair[0] != pair[1]},
         kept={name: pair for name, pair in run.options.items() if pair[0] == pair[1]},
-        commands=commands(run),
+        commands=list_commands(run),
     )
 
 
@@ -115,7 +121,7 @@ def render(run: RunReport) -> str:
 
 
 def gather_report(
-    options: argparse.Namespace,
+    options: FinetuneOptions,
     images: ImageDataset,
     pictures: str,
     sets: Mapping[str, ImageSet],
@@ -124,22 +130,23 @@ def gather_report(
     device: torch.device,
     seconds: float,
 ) -> RunReport:
-    """Gathers the page of a run whose model is saved in its output folder.
+    """Collect the content of the page from a run whose model is saved in its output folder.
 
     Args:
-        pictures: how many were trained on, or another word for it.
-        predictions: split -> (labels `[N]`, logits `[N, C]`) in the order of `sets[split]`.
-        state: Trainer's, with everything that was logged.
-        device: where the maps of attention are computed.
-        seconds: how long training took.
+        pictures: number of training images, as text.
+        sets: split -> images; a streamed split is not counted.
+        predictions: split -> (labels int `[N]`, logits float `[N, C]`) in the order of `sets[split]`.
+        state: Trainer's state, with its logs.
+        device: device that computes the attention maps.
+        seconds: duration of training.
     """
     model = load_pretrained(options.output_dir).to(device).eval()
     examined = next((split for split in (VALIDATION, TEST) if split in predictions), None)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     config = model.config
     architecture = (
-        f"{config.num_hidden_layers} blocks of width {config.hidden_size}, {parameters:.1f} M parameters,"
-        f" pictures of {'×'.join(map(str, make_pair(config.image_size)))}"
+        f"{config.num_hidden_layers} blocks of hidden size {config.hidden_size}, {parameters:.1f} M parameters,"
+        f" images of {'×'.join(map(str, make_pair(config.image_size)))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
     return RunReport(
@@ -151,7 +158,7 @@ def gather_report(
         counts={
             name: np.bincount(split.labels, minlength=len(images.class_names))
             for name, split in sets.items()
-            if isinstance(split, ImageSet)  # what is streamed is not counted
+            if isinstance(split, ImageSet)  # not a stream
         },
         examples=images.sample_examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
         history=state.log_history,
@@ -161,20 +168,20 @@ def gather_report(
             split: classification.confusion_matrix(labels, logits.argmax(-1), len(images.class_names))
             for split, (labels, logits) in predictions.items()
         },
-        mistakes=[] if examined is None else confident_mistakes(model, sets[examined], *predictions[examined]),
+        mistakes=[] if examined is None else find_confident_mistakes(model, sets[examined], *predictions[examined]),
         mistakes_in=examined,
         options={
-            name: (value, build_parser().get_default(name))
-            for name, value in vars(options).items()
-            if name not in ("config", "overwrite", "resume") and not (name == "model" and options.from_scratch)
+            field.name: (getattr(options, field.name), field.default or None)
+            for field in dataclasses.fields(options)
+            if field.name not in ("overwrite", "resume") and not (field.name == "model" and options.from_scratch)
         },
-        environment=environment_of(device),
+        environment=describe_environment(device),
         finished=datetime.datetime.now().astimezone(),
     )
 
 
-def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np.ndarray) -> list[Mistake]:
-    """The wrong predictions of the highest probability, each with a map of the attention behind it."""
+def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits: np.ndarray) -> list[Mistake]:
+    """Find the wrong predictions of the highest probability, and compute their attention maps."""
     shares = torch.from_numpy(logits).float().softmax(dim=-1).numpy()
     predicted = shares.argmax(-1)
     wrong = np.flatnonzero(predicted != labels)
@@ -182,7 +189,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
     names = model.config.id2label
     found = []
     for index in map(int, worst):
-        pixels = pictures.get_pixels(index)
+        pixels = images.get_pixels(index)
         picture = Image.fromarray(pixels)
         _, maps, grid = classify_with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
@@ -198,7 +205,7 @@ def confident_mistakes(model, pictures: ImageSet, labels: np.ndarray, logits: np
     return found
 
 
-def environment_of(device: torch.device) -> dict[str, str]:
+def describe_environment(device: torch.device) -> dict[str, str]:
     commit, whole = info.read_commit()
     by_answer: dict[str, list[str]] = {}
     for operation in ops.KERNEL_MODULES:
@@ -220,58 +227,58 @@ def environment_of(device: torch.device) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the sections show
+# Sections of the page
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tiles(run: RunReport) -> list[tuple[str, str, str]]:
-    """(what, value, a word about it): the figures that one looks for first."""
+def list_tiles(run: RunReport) -> list[tuple[str, str, str]]:
+    """The main figures of a run: (name, value, note)."""
     found = []
     for split, confusion in run.confusions.items():
         metrics = classification.classification_metrics(confusion)
         found.append(
-            (f"{split.capitalize()} accuracy", format_percent(metrics["accuracy"]), f"{confusion.sum():,} pictures")
+            (f"{split.capitalize()} accuracy", format_percent(metrics["accuracy"]), f"{confusion.sum():,} images")
         )
         found.append((f"{split.capitalize()} macro F1", f"{metrics['macro_f1']:.3f}", "mean over the classes"))
     if run.best_step is not None:
-        found.append(("Best model", f"step {run.best_step:,}", f"of {max_step(run.history):,}"))
-    found.append(("Training took", duration(run.seconds), ""))
+        found.append(("Best model", f"step {run.best_step:,}", f"of {get_last_step(run.history):,}"))
+    found.append(("Training took", format_duration(run.seconds), ""))
     if speeds := [value for _, value in extract_curve(run.history, "images_per_second")]:
-        found.append(("Speed", speed(statistics.median(speeds)), "images a second, median"))
+        found.append(("Speed", format_speed(statistics.median(speeds)), "images per second, median"))
     if memory := [value for _, value in extract_curve(run.history, "peak_memory_gib")]:
         found.append(("Memory", f"{max(memory):.1f} GiB", "peak"))
     return found
 
 
-def learning_charts(run: RunReport) -> list[dict[str, Any]]:
-    """Loss, accuracy and learning rate over the steps; only those that were logged."""
+def build_learning_charts(run: RunReport) -> list[dict[str, Any]]:
+    """Charts of loss, accuracy and learning rate over the steps, as far as they were logged."""
     mark = None if run.best_step is None else (run.best_step, "best")
     loss = [Series("training", extract_curve(run.history, "loss"))]
     loss.append(Series("validation", extract_curve(run.history, "eval_loss"), "second", dots=True))
     accuracy = [Series("validation", extract_curve(run.history, "eval_accuracy"), "second", dots=True)]
     rate = [Series("learning rate", extract_curve(run.history, "learning_rate"))]
-    return charts([
+    return draw_charts([
         ("Loss", loss, {"mark": mark, "format_y": "{:.3g}".format}),
         ("Accuracy", accuracy, {"mark": mark, "format_y": format_percent, "from_zero": False}),
-        ("Learning rate", rate, {"format_y": power}),
+        ("Learning rate", rate, {"format_y": format_power}),
     ])  # fmt: skip
 
 
-def machine_charts(run: RunReport) -> list[dict[str, Any]]:
-    """Speed and memory over the steps."""
+def build_machine_charts(run: RunReport) -> list[dict[str, Any]]:
+    """Charts of speed and memory over the steps."""
     memory = [Series("in use", extract_curve(run.history, "memory_gib"))]
     memory.append(Series("peak so far", extract_curve(run.history, "peak_memory_gib"), "second"))
-    speeds = [Series("images a second", extract_curve(run.history, "images_per_second"))]
-    return charts([
-        ("Images a second", speeds, {"format_y": speed}),
+    speeds = [Series("images per second", extract_curve(run.history, "images_per_second"))]
+    return draw_charts([
+        ("Images per second", speeds, {"format_y": format_speed}),
         ("Memory, GiB", memory, {"format_y": "{:.3g}".format}),
     ])  # fmt: skip
 
 
-def charts(wanted: list[tuple[str, list[Series], dict[str, Any]]]) -> list[dict[str, Any]]:
+def draw_charts(charts: list[tuple[str, list[Series], dict[str, Any]]]) -> list[dict[str, Any]]:
     return [
         {"title": title, "svg": svg, "series": [one for one in series if one.points]}
-        for title, series, settings in wanted
+        for title, series, settings in charts
         if (svg := draw_line_chart(title, series, x_label="step", **settings))
     ]
 
@@ -287,14 +294,14 @@ READINGS = {
 }
 
 
-def readings(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The numbers behind the curves, a row a step; of many steps some, evenly spread, the last among them."""
+def tabulate_history(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """The values of the curves, one row per step; of many steps some, evenly spaced, with the first and the last."""
     steps: dict[int, dict[str, Any]] = {}
     for record in history:
         steps.setdefault(record["step"], {}).update(record)
     rows = [step for step in steps.values() if {"loss", "eval_loss"} & step.keys()]
     names = [name for name in READINGS if any(row.get(name) is not None for row in rows)]
-    shown = rows if len(rows) <= MAX_READINGS else [rows[i] for i in spread(len(rows), MAX_READINGS)]
+    shown = rows if len(rows) <= MAX_READINGS else [rows[i] for i in space_evenly(len(rows), MAX_READINGS)]
     return {
         "header": ["step", *(READINGS[name][0] for name in names)],
         "rows": [
@@ -305,13 +312,13 @@ def readings(history: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of the indices below `count`, evenly spaced, both ends among them."""
-    return [round(index * (count - 1) / (wanted - 1)) for index in range(wanted)]
+def space_evenly(count: int, number: int) -> list[int]:
+    """Select `number` of the indices below `count`, evenly spaced, with the first and the last."""
+    return [round(index * (count - 1) / (number - 1)) for index in range(number)]
 
 
-def result_of(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Per-class metrics and the confusion matrix, or of many classes the worst of either."""
+def summarize_split(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
+    """Metrics per class and the confusion matrix; of many classes the worst, and the most frequent confusions."""
     metrics = classification.classification_metrics(confusion)
     order = np.arange(len(class_names))
     if len(order) > MAX_ROWS:
@@ -337,8 +344,8 @@ def result_of(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
     }
 
 
-def class_counts(run: RunReport) -> dict[str, Any] | None:
-    """Pictures per class and split; of many classes the smallest and the largest by those of the first split."""
+def count_classes(run: RunReport) -> dict[str, Any] | None:
+    """Images per class and split; of many classes the smallest and the largest in the first split."""
     splits = list(run.counts)
     if not splits:
         return None
@@ -355,20 +362,20 @@ def class_counts(run: RunReport) -> dict[str, Any] | None:
     }
 
 
-def commands(run: RunReport) -> list[tuple[str, str]]:
-    """(what for, text to copy): how to use the model next."""
+def list_commands(run: RunReport) -> list[tuple[str, str]]:
+    """Commands and code that use the model: (purpose, text to copy)."""
     folder = shlex.quote(run.folder)
     literal = json.dumps(run.folder, ensure_ascii=False)
     again = shlex.quote(f"{run.folder.rstrip('/')}-again")
     return [
-        ("Name what is in a picture", f"fastvit predict {folder} picture.jpg"),
-        ("Drop pictures on a page on this machine", f"fastvit demo {folder}"),
-        ("Draw where the class token looks", f"fastvit attention {folder} picture.jpg -o attention.png"),
-        ("Measure it on other labelled pictures", f"fastvit evaluate {folder} --data-dir my-pictures"),
+        ("Classify an image", f"fastvit predict {folder} image.jpg"),
+        ("Serve a page on this machine that classifies images", f"fastvit demo {folder}"),
+        ("Draw the attention of the class token", f"fastvit attention {folder} image.jpg -o attention.png"),
+        ("Evaluate it on other labelled images", f"fastvit evaluate {folder} --data-dir my-images"),
         (
             "Use it in Python, with transformers alone",
             "from transformers import pipeline\n\n"
-            f'classify = pipeline("image-classification", {literal})\nprint(classify("picture.jpg"))',
+            f'classify = pipeline("image-classification", {literal})\nprint(classify("image.jpg"))',
         ),
         (
             "Use it in Python, with our kernels on a GPU",
@@ -382,22 +389,22 @@ def commands(run: RunReport) -> list[tuple[str, str]]:
     ]
 
 
-def speed(value: float) -> str:
+def format_speed(value: float) -> str:
     return format_thousands(round(value)) if value >= 10 else f"{value:.2g}"
 
 
-def power(value: float) -> str:
-    """0.00025 as 2.5e-4."""
+def format_power(value: float) -> str:
+    """Format 0.00025 as 2.5e-4."""
     digits, _, exponent = f"{value:.2e}".partition("e")
     return f"{float(digits):g}e{int(exponent)}" if value else "0"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def max_step(history: list[dict[str, Any]]) -> int:
+def get_last_step(history: list[dict[str, Any]]) -> int:
     return max((record["step"] for record in history), default=0)

@@ -1,9 +1,9 @@
-"""What can make a model better, each a switch of `fastvit finetune`: pictures, targets, weights.
+"""Recipes that can improve a model, each an option of `fastvit finetune`.
 
-pictures   RandAugment, mixup, cutmix
-targets    the loss for mixed labels, label smoothing and unequal classes
-weights    their running mean, adapters of low rank
-answers    the mean over a picture and its mirror image
+images        RandAugment, mixup, cutmix
+targets       the loss for mixed labels, label smoothing and unbalanced classes
+weights       their moving average, low-rank adapters
+predictions   the mean over an image and its mirror image
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ from fastvit.train.training import FineTuner
 
 
 def require(library: str, extra: str, option: str) -> Any:
-    """The module `library`; without it, an error that says how it is installed."""
+    """Import the module `library`.
+
+    Raises:
+        InputError: it is not installed; the message has the command that installs it.
+    """
     try:
         return importlib.import_module(library)
     except ImportError as error:
@@ -36,16 +40,16 @@ def require(library: str, extra: str, option: str) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def policy(magnitude: int) -> list[list[tuple[str, float, float]]]:
-    """The operations of RandAugment, each as kornia writes it: its name, and its value at magnitude 0 and 30.
+def build_policy(magnitude: int) -> list[list[tuple[str, float, float]]]:
+    """The operations of RandAugment in kornia's form: a name, and the values at magnitude 0 and 30.
 
-    kornia's own policy, like the paper's code, runs from dark to bright and from solarised to not, so that 15 changes
-    nothing and 1 almost everything. Here a larger magnitude is a larger change: what goes both ways is two operations,
-    and what falls has its one value for this magnitude, since kornia takes no falling range.
+    kornia's own policy, like the paper's code, runs from dark to bright and from solarised to not, so that magnitude 15
+    changes nothing and 1 almost everything. Here a larger magnitude is a larger change. An operation with two
+    directions is two operations, and a falling value is fixed for this magnitude: kornia accepts no falling range.
     """
     strength = magnitude / 30
     rising = {"color": 0.9, "contrast": 0.9, "brightness": 0.5, "sharpness": 0.9}  # kornia's brightness is a sum
@@ -63,19 +67,22 @@ def policy(magnitude: int) -> list[list[tuple[str, float, float]]]:
 
 
 class RandAugment:
-    """Random operations on a picture, all of one strength (Cubuk et al. 2020, arXiv:1909.13719); by kornia.
+    """Random operations of one magnitude on an image (Cubuk et al. 2020, arXiv:1909.13719), computed by kornia.
 
-    operations: how many; magnitude: their strength, above 0 and below 30; first: what is done before.
+    Args:
+        operations: number of operations per image.
+        magnitude: above 0 and below 30.
+        first: augmentation that is applied before.
     """
 
     def __init__(self, operations: int, magnitude: int, first: Callable[[np.ndarray], np.ndarray] | None = None):
         auto = require("kornia.augmentation.auto", "augment", "--randaugment")
-        self.augment = auto.RandAugment(operations, magnitude, policy(magnitude))
+        self.augment = auto.RandAugment(operations, magnitude, build_policy(magnitude))
         self.first = first
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] -> uint8 [height, width, 3]."""
+        """Augment an image: uint8 `[h, w, 3]` -> uint8 `[height, width, 3]`, the size of `first`."""
         if self.first is not None:
             image = self.first(image)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
@@ -83,13 +90,13 @@ class RandAugment:
         return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-class MixPictures:
-    """Collate pictures that bring a seed into a batch of mixed pictures with mixed labels; others as they are.
+class ImageMixer:
+    """Data collator that mixes the images and labels of a batch, if its entries have a seed.
 
-    mixup: x = a x1 + (1 - a) x2 with one a of the batch from Beta(mixup, mixup) (Zhang et al. 2018, arXiv:1710.09412).
-    cutmix: a box of x2 in x1, a from Beta(cutmix, cutmix) for each picture (Yun et al. 2019, arXiv:1905.04899); by
-    kornia, whose mixup knows only the uniform distribution. With both, a coin decides for each batch. Labels become
-    [B, classes]: the shares of what is in the picture.
+    Mixup: x = a x1 + (1 - a) x2 with one a per batch from Beta(mixup, mixup) (Zhang et al. 2018, arXiv:1710.09412).
+    Cutmix: a box of x2 in x1, with one a per image from Beta(cutmix, cutmix) (Yun et al. 2019, arXiv:1905.04899),
+    computed by kornia, whose mixup has only the uniform distribution. With both, each batch uses one at random. Labels
+    become float `[B, classes]`: the share of each class in the image.
     """
 
     def __init__(self, num_classes: int, mixup: float = 0.0, cutmix: float = 0.0):
@@ -113,7 +120,7 @@ class MixPictures:
         return {**batch, "pixel_values": pixels, "labels": labels}
 
     def blend(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, H, W, 3], int64 [B] -> uint8 [B, H, W, 3], float [B, classes]."""
+        """Mixup: images uint8 `[B, H, W, 3]`, labels int64 `[B]` -> uint8 `[B, H, W, 3]`, float `[B, classes]`."""
         share = torch.distributions.Beta(self.mixup, self.mixup).sample()
         order = torch.randperm(len(labels))
         mixed = torch.lerp(pixels[order].float(), pixels.float(), share)
@@ -121,7 +128,7 @@ class MixPictures:
         return mixed.round().to(torch.uint8), torch.lerp(targets[order], targets, share)
 
     def cut_and_paste(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """As `blend`."""
+        """Cutmix, with the shapes and dtypes of `blend`."""
         mixed, mixes = self.paste(pixels.permute(0, 3, 1, 2).float(), labels)
         own, other, share = mixes[0].unbind(-1)  # [B] each
         own, other = (F.one_hot(classes.long(), self.num_classes).float() for classes in (own, other))
@@ -134,24 +141,34 @@ class MixPictures:
 
 
 class TargetLoss:
-    """Cross-entropy with labels [B] or targets [B, classes], weights of classes and label smoothing; Trainer's loss.
+    """Trainer's loss function: cross-entropy with class weights and label smoothing.
 
-    class_weights: float [classes], 1 in the mean over the training pictures: a picture's loss is the sum over the
-    classes of weight x target x -log(probability), and the batch's loss is the mean over its pictures.
+    The loss of an image is the sum over the classes of weight x target x -log(probability), that of a batch the mean
+    over its images.
+
+    Args:
+        class_weights: float `[classes]`, with a mean of 1 over the training images.
+        label_smoothing: share of the target spread over all classes.
     """
 
     def __init__(self, class_weights: Tensor | None = None, label_smoothing: float = 0.0):
         self.class_weights, self.label_smoothing = class_weights, label_smoothing
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """num_items_in_batch: how many numbers the labels of the whole step have, over all batches and devices."""
-        losses = self.of_pictures(outputs["logits"], labels)
+        """Compute the loss of a batch.
+
+        Args:
+            outputs: with "logits", float `[B, classes]`.
+            labels: int64 `[B]`, or targets float `[B, classes]`.
+            num_items_in_batch: number of elements of the labels of the whole step, over all batches and devices.
+        """
+        losses = self.compute_losses(outputs["logits"], labels)
         if num_items_in_batch is None:
             return losses.mean()
         return losses.sum() * (labels.numel() // len(labels)) / num_items_in_batch
 
-    def of_pictures(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[B, classes] -> [B]."""
+    def compute_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each image: logits `[B, classes]` -> float32 `[B]`."""
         targets = F.one_hot(labels, logits.shape[-1]) if labels.dim() == 1 else labels
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         logits = logits.float()
@@ -160,11 +177,17 @@ class TargetLoss:
         )
 
 
-def class_weights(counts: np.ndarray, beta: float) -> Tensor:
-    """Weights float [classes] for classes with these numbers of training pictures: one over the effective number.
+def compute_class_weights(counts: np.ndarray, beta: float) -> Tensor:
+    """Class weights by the inverse of the effective number of images, (1 - beta^n) / (1 - beta) for n images.
 
-    Cui et al. 2019, arXiv:1901.05555: n pictures of a class count as (1 - beta^n) / (1 - beta). beta = 0 weighs all the
-    same, beta = 1 by the inverse of n. Scaled to a mean of 1 over the training pictures.
+    Cui et al. 2019, arXiv:1901.05555. Beta 0 weights all classes equally, beta 1 by the inverse of n.
+
+    Args:
+        counts: int `[classes]`, training images per class.
+        beta: from 0 to 1.
+
+    Returns:
+        float32 `[classes]`, with a mean of 1 over the training images.
     """
     counts = np.asarray(counts, dtype=np.float64)
     effective = counts if beta == 1 else -np.expm1(counts * np.log(beta)) / (1 - beta) if beta else np.ones_like(counts)
@@ -176,10 +199,10 @@ def class_weights(counts: np.ndarray, beta: float) -> Tensor:
 # Weights
 # ---------------------------------------------------------------------------------------------------------------------
 
-AVERAGE = "average.pt"  # in a checkpoint, beside optimizer.pt
+AVERAGE_FILE = "average.pt"  # in a checkpoint, beside optimizer.pt
 
 
-class UpdateAverage(TrainerCallback):
+class AverageUpdater(TrainerCallback):
     def __init__(self, trainer: RecipeTuner):
         self.trainer = trainer
 
@@ -192,11 +215,14 @@ class UpdateAverage(TrainerCallback):
 
 
 class RecipeTuner(FineTuner):
-    """FineTuner that can keep a running mean of the weights, and ask a model about mirror images too.
+    """FineTuner with a moving average of the weights, and predictions over mirror images.
 
-    ema_decay: with d, the mean becomes d x mean + (1 - d) x weights after every step. The mean is what is evaluated,
-        what the best checkpoint is chosen by, and what the model has when training is over; checkpoints hold both.
-    flip: predictions are the mean of the logits for a picture and for its mirror image; may be set at any time.
+    Args:
+        ema_decay: d in average = d x average + (1 - d) x weights after every step. The average is evaluated, selects
+            the best checkpoint, and becomes the model's weights at the end. Checkpoints hold both.
+
+    Attributes:
+        flip: predict the mean of the logits for an image and its mirror image; may be set at any time.
     """
 
     def __init__(self, *args, ema_decay: float | None = None, **kwargs):
@@ -205,8 +231,8 @@ class RecipeTuner(FineTuner):
         super().__init__(*args, **kwargs)
         if ema_decay is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise InputError("--ema: expected whole weights on every device, got weights in shards")
-            self.add_callback(UpdateAverage(self))
+                raise InputError("--ema: expected unsharded weights on every device, got sharded weights")
+            self.add_callback(AverageUpdater(self))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -217,17 +243,17 @@ class RecipeTuner(FineTuner):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.average is not None and self.args.should_save:
-            torch.save(self.average.state_dict(), Path(output_dir) / AVERAGE)
+            torch.save(self.average.state_dict(), Path(output_dir) / AVERAGE_FILE)
 
     def start_average(self) -> None:
-        """Called when the model is on its device; the first update makes the average equal to its weights."""
+        """Start the average once the model is on its device; the first update sets it to the weights."""
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay))
 
     def load_average(self, checkpoint: str) -> None:
         assert self.average is not None
-        path = Path(checkpoint) / AVERAGE
+        path = Path(checkpoint) / AVERAGE_FILE
         if not path.exists():
-            raise InputError(f"--ema: expected a checkpoint with {AVERAGE}, found none in {checkpoint}")
+            raise InputError(f"--ema: expected a checkpoint with {AVERAGE_FILE}, found none in {checkpoint}")
         self.average.load_state_dict(torch.load(path, map_location=self.args.device, weights_only=True))
 
     def _load_best_model(self) -> None:
@@ -236,7 +262,7 @@ class RecipeTuner(FineTuner):
             self.load_average(self.state.best_model_checkpoint)
 
     def train(self, *args, **kwargs):
-        self.average = None  # a sweep trains more than once
+        self.average = None  # a sweep calls train once per trial
         result = super().train(*args, **kwargs)
         if self.average is not None:
             copy_weights(self.average.module, self.model)
@@ -248,7 +274,7 @@ class RecipeTuner(FineTuner):
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the mean of its weights, if one is kept."""
+        """Context in which the model has the moving average of its weights, if there is one."""
         if self.average is None:
             yield
             return
@@ -266,15 +292,15 @@ class RecipeTuner(FineTuner):
         if self.flip and logits is not None:
             mirrored = {**inputs, "pixel_values": inputs["pixel_values"].flip(2)}  # [B, H, W, 3]
             logits = (logits + super().prediction_step(model, mirrored, prediction_loss_only, ignore_keys)[1]) / 2
-            loss_of = self.compute_loss_func or TargetLoss(label_smoothing=self.args.label_smoothing_factor)
-            loss = loss_of({"logits": logits}, labels)
+            compute_loss = self.compute_loss_func or TargetLoss(label_smoothing=self.args.label_smoothing_factor)
+            loss = compute_loss({"logits": logits}, labels)
         return loss, logits, labels
 
 
 @torch.no_grad()
 def copy_weights(source: torch.nn.Module, destination: torch.nn.Module) -> None:
-    for theirs, ours in zip(source.parameters(), destination.parameters(), strict=True):
-        ours.copy_(theirs)
+    for value, parameter in zip(source.parameters(), destination.parameters(), strict=True):
+        parameter.copy_(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,19 +309,19 @@ def copy_weights(source: torch.nn.Module, destination: torch.nn.Module) -> None:
 
 
 def add_adapters(model: Any, rank: int) -> Any:
-    """The model with low-rank adapters on query and value, the only weights that train, and a classifier that does.
+    """Add low-rank adapters to query and value with peft (Hu et al. 2021, arXiv:2106.09685).
 
-    Hu et al. 2021, arXiv:2106.09685; by peft.
+    Only the adapters and the classifier are trained.
     """
     peft = require("peft", "lora", "--lora")
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["query", "value"], modules_to_save=["classifier"])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft's use of an old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses a deprecated name
         return peft.get_peft_model(model, config)
 
 
 def merge_adapters(trainer: RecipeTuner, folder: Path) -> None:
-    """Write the adapters to `folder`, then make them part of the trainer's model, which is then an ordinary one."""
+    """Write the adapters to `folder`, and merge them into the trainer's model."""
     if trainer.args.should_save:
         trainer.model.save_pretrained(folder)
     trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()

@@ -1,8 +1,7 @@
-"""What a training leaves when it comes to its end: model, metrics, reports, model card and page."""
+"""The files of a finished training: model, metrics, reports, model card and page."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -18,21 +17,25 @@ from fastvit.train import page
 from fastvit.train.build import describe_count
 from fastvit.train.distributed import MARKER
 from fastvit.train.folds import summarize_folds
-from fastvit.train.model_card import make_model_card
+from fastvit.train.model_card import build_model_card
+from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import RecipeTuner, merge_adapters
-from fastvit.train.resume import ADAPTER
+from fastvit.train.run_folder import ADAPTER, REPORT_FILE
 
-SPLITS = {VALIDATION: "eval", TEST: "test"}  # evaluated at the end -> how the names of its metrics begin
+SPLITS = {VALIDATION: "eval", TEST: "test"}  # split that is evaluated at the end -> prefix of its metrics
 
 
 def write_results(
-    trainer: RecipeTuner, result: TrainOutput, images: ImageDataset, sets: dict[str, ImageSet], options
+    trainer: RecipeTuner, result: TrainOutput, images: ImageDataset, sets: dict[str, ImageSet], options: FinetuneOptions
 ) -> dict[str, float]:
-    """Write everything that a finished training leaves, and return the metrics of validation and test.
+    """Evaluate the trained model and write its files.
 
     Args:
-        result: what `trainer.train` returned.
-        sets: split -> images; those of `SPLITS` are evaluated.
+        result: returned by `trainer.train`.
+        sets: split -> images; the splits in `SPLITS` are evaluated.
+
+    Returns:
+        Metrics of the evaluated splits.
     """
     output_dir = Path(options.output_dir)
     save_model(trainer, result, options)
@@ -64,40 +67,42 @@ def write_results(
     if trainer.is_world_process_zero():
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
         (output_dir / MARKER).unlink(missing_ok=True)
-    trainer.model_card = make_model_card(options, images, metrics, "\n".join(reports))
+    trainer.model_card = build_model_card(options, images, metrics, "\n".join(reports))
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         seconds = result.metrics["train_runtime"]
-        shown = page.gather_report(
+        report = page.gather_report(
             options, images, describe_count(images), sets, predictions, trainer.state, trainer.args.device, seconds
         )
-        write_text(output_dir / page.REPORT_FILE, page.render(shown))
+        write_text(output_dir / REPORT_FILE, page.render(report))
     if options.push_to_hub:
         trainer.push_to_hub()
     print(f"\nmodel, metrics and model card: {output_dir}")
-    print(f"a page to look at: {output_dir / page.REPORT_FILE}")
+    print(f"report: {output_dir / REPORT_FILE}")
     print(f"try it: fastvit predict {output_dir} IMAGE")
     return metrics
 
 
-def save_model(trainer: RecipeTuner, result: TrainOutput, options: argparse.Namespace) -> None:
-    """The metrics of training, Trainer's state, and the model as one file, adapters merged."""
+def save_model(trainer: RecipeTuner, result: TrainOutput, options: FinetuneOptions) -> None:
+    """Save the metrics of training, Trainer's state, and the model as one file with merged adapters."""
     output_dir = Path(options.output_dir)
-    result.metrics["train_loss"] = average_loss(trainer.state.log_history)  # Trainer's is of this process's steps
+    result.metrics["train_loss"] = compute_mean_loss(
+        trainer.state.log_history
+    )  # Trainer's covers the steps of this process only
     if result.metrics["train_samples_per_second"] > 0 or not (output_dir / "train_results.json").exists():
-        # Else there was nothing left to train, and the speed is known from before.
+        # Otherwise there was nothing left to train, and the file has the speed of the run before.
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if options.lora is not None:
         merge_adapters(trainer, output_dir / ADAPTER)
-    if trainer.is_fsdp_enabled:  # checkpoints were sharded; the result is one file
+    if trainer.is_fsdp_enabled:  # checkpoints are sharded; the result is one file
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
 
 
 def calibrate_model(trainer: RecipeTuner, output: PredictionOutput, output_dir: Path) -> float:
-    """Fit the temperature to predictions, and keep it in the model's config."""
+    """Fit the temperature of the probabilities, and store it in the model's config."""
     temperature = calibration.fit_temperature(output.predictions, output.label_ids)
     trainer.model.config.calibration_temperature = temperature
     if trainer.is_world_process_zero():
@@ -108,7 +113,7 @@ def calibrate_model(trainer: RecipeTuner, output: PredictionOutput, output_dir: 
 def measure_calibration(
     trainer: RecipeTuner, output: PredictionOutput, temperature: float, plot: Path
 ) -> tuple[float, float]:
-    """The expected calibration error without and with the temperature; both reliability diagrams go to `plot`."""
+    """Expected calibration error without and with the temperature; plots both reliability diagrams to `plot`."""
     diagrams = {
         title: calibration.compute_reliability(calibration.softmax(output.predictions, divisor), output.label_ids)
         for title, divisor in (("before", 1.0), ("after", temperature))
@@ -118,8 +123,8 @@ def measure_calibration(
     return diagrams["before"].expected_calibration_error, diagrams["after"].expected_calibration_error
 
 
-def average_loss(log_history: list[dict[str, float]]) -> float:
-    """The mean loss over all steps, from the logs of the means between them."""
+def compute_mean_loss(log_history: list[dict[str, float]]) -> float:
+    """Mean loss over all steps, from the logged means over the steps between two logs."""
     total, last = 0.0, 0.0
     for log in log_history:
         if "loss" in log:
@@ -128,7 +133,7 @@ def average_loss(log_history: list[dict[str, float]]) -> float:
 
 
 def write_fold_summary(output_dir: Path, runs: list[dict[str, float]]) -> dict[str, float]:
-    """Write and print the mean and the spread of the folds' metrics; returns the means."""
+    """Write and print the mean and standard deviation of the folds' metrics; returns the means."""
     summary = summarize_folds(runs)
     write_text(output_dir / "folds.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{len(runs)} folds, mean ± standard deviation")

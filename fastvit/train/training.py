@@ -1,5 +1,5 @@
-"""What `transformers.Trainer` lacks for fine-tuning: layer-wise learning rates, stopping well and going on exactly as
-if nothing had happened, speed and memory in its logs, a progress bar, a log that can be read while it is written."""
+"""`transformers.Trainer` with layer-wise learning rates, atomic checkpoints, exact resumption after any interruption,
+speed and memory in its logs, one progress bar, and a log file that can be read while it is written."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from fastvit.data.streaming import Stream, build_stream_loader
 from fastvit.errors import InputError
 from fastvit.files import PARTIAL, remove_folder, sync, wrap_write_errors, write_atomically, write_text
 from fastvit.report import run_log
-from fastvit.train.distributed import on_any_process
+from fastvit.train.distributed import is_set_on_any_process
 
 
 class NonFiniteLoss(InputError):
-    """The loss or the gradient became NaN or infinite; training cannot go on."""
+    """The loss or the gradient became NaN or infinite; training cannot continue."""
 
 
 class StopOnNonFiniteLoss(TrainerCallback):
-    """Ends training before a checkpoint with NaN weights can replace a good one."""
+    """Stops training before a checkpoint with NaN weights can replace a good one."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        # The loss is looked at before every save. Looking at every step would make a GPU wait at every step.
+        # Check the loss before every save. A check at every step would synchronise with the GPU at every step.
         if control.should_save:
             control.should_log = True
 
@@ -64,16 +64,18 @@ class StopOnNonFiniteLoss(TrainerCallback):
 
 
 class EvaluationStopped(Exception):
-    """A signal came during an evaluation."""
+    """A signal arrived during an evaluation."""
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C, or the SIGTERM of a scheduler: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
+    """On Ctrl-C, or a scheduler's SIGTERM: finish the step, save a checkpoint, stop. A second Ctrl-C stops at once.
 
-    An evaluation is not waited for; `EvaluateWhatIsDue` does it when the run goes on. Before StopOnNonFiniteLoss in the
-    list of callbacks, so that it looks at the loss before this checkpoint too. Several processes agree after each step,
-    so that all stop after the same one.
-    signum: the signal that came, here or to another process, or None.
+    An evaluation is aborted; `OverdueEvaluation` repeats it when the run is resumed. Must precede StopOnNonFiniteLoss
+    in the list of callbacks, so that the loss is checked before this checkpoint as well. Several processes agree after
+    each step, so that all stop after the same one.
+
+    Attributes:
+        signum: the signal that arrived, here or at another process, or None.
     """
 
     def __init__(self):
@@ -95,27 +97,27 @@ class StopOnInterrupt(TrainerCallback):
         name = "interrupted" if signum == signal.SIGINT else f"{signal.Signals(signum).name} received"
         print(f"\n{name}: saving a checkpoint after this step (Ctrl-C to stop at once)", file=sys.stderr)
 
-    def asked_to_stop(self) -> bool:
-        """Whether this process or, of several, any was; all must ask at the same point."""
-        if on_any_process(self.signum is not None):
+    def is_stop_requested(self) -> bool:
+        """Whether a signal has arrived at any process. A collective call."""
+        if is_set_on_any_process(self.signum is not None):
             self.signum = self.signum or signal.SIGTERM
         return self.signum is not None
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked_to_stop():
+        if self.is_stop_requested():
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if self.asked_to_stop():
+        if self.is_stop_requested():
             raise EvaluationStopped
 
 
-class EvaluateWhatIsDue(TrainerCallback):
-    """A checkpoint that a signal asked for may lack its evaluation: the run that goes on from it begins with that.
+class OverdueEvaluation(TrainerCallback):
+    """Evaluates when a run is resumed from a checkpoint whose evaluation a signal prevented.
 
-    It also stops again where early stopping had ended the training.
+    It also stops a run that early stopping had ended before.
     """
 
     def __init__(self, trainer: FineTuner):
@@ -130,22 +132,22 @@ class EvaluateWhatIsDue(TrainerCallback):
         self.trainer.find_best_checkpoint()
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
-                worse = callback.early_stopping_patience_counter
-                control.should_training_stop |= worse >= callback.early_stopping_patience
+                evaluations = callback.early_stopping_patience_counter
+                control.should_training_stop |= evaluations >= callback.early_stopping_patience
 
 
-class FollowEpochs(TrainerCallback):
-    """Tells the training pictures the epoch, which their random numbers depend on."""
+class EpochSetter(TrainerCallback):
+    """Sets the epoch of the training images, which their random numbers depend on."""
 
-    def __init__(self, pictures: ImageSet):
-        self.pictures = pictures
+    def __init__(self, images: ImageSet):
+        self.images = images
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.pictures.set_epoch(int(state.epoch))
+        self.images.set_epoch(int(state.epoch))
 
 
 class Meter(TrainerCallback):
-    """Images a second since the last reading, without evaluations and checkpoints, and memory, for Trainer's logs."""
+    """Measures images per second since the last log, without evaluations and checkpoints, and memory."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -161,17 +163,17 @@ class Meter(TrainerCallback):
         self.start, self.start_step = time.perf_counter(), state.global_step
 
     def read(self, args, state) -> dict[str, float]:
-        used, most = memory_bytes(args.device)
-        readings = {"memory_gib": used / 2**30, "peak_memory_gib": most / 2**30}
-        if state.global_step > self.start_step:  # else it was just restarted
+        used, peak = measure_memory(args.device)
+        readings = {"memory_gib": used / 2**30, "peak_memory_gib": peak / 2**30}
+        if state.global_step > self.start_step:  # otherwise the meter was just restarted
             images = (state.global_step - self.start_step) * self.images_per_step
             readings["images_per_second"] = images / (time.perf_counter() - self.start)
         self.restart(state)
         return readings
 
 
-def memory_bytes(device: torch.device) -> tuple[int, int]:
-    """(now, at most since the process began): what PyTorch holds of a GPU; on other devices what the process holds."""
+def measure_memory(device: torch.device) -> tuple[int, int]:
+    """Current and peak memory in bytes: reserved by PyTorch on a GPU, resident in the process on other devices."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
     info = psutil.Process().memory_info()
@@ -179,12 +181,12 @@ def memory_bytes(device: torch.device) -> tuple[int, int]:
         return info.rss, info.peak_wset
     import resource
 
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return info.rss, most * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return info.rss, peak * (1 if sys.platform == "darwin" else 1024)  # bytes on macOS, KiB elsewhere
 
 
 class Progress(ProgressCallback):
-    """Trainer's progress bar, with the loss and images a second in it, and a line for each evaluation."""
+    """Trainer's progress bar with the loss and images per second, and a line for each evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None:
@@ -196,26 +198,26 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: {result}", file=sys.stdout)
 
     def close(self) -> None:
-        """Take the bars off the terminal, so that nothing is drawn after an error message."""
+        """Close the bars, so that nothing is drawn after an error message."""
         for bar in (self.training_bar, self.prediction_bar):
             if bar is not None:
                 bar.close()
 
 
-class WriteLog(TrainerCallback):
-    """Writes `log.jsonl` (`fastvit.report.run_log`), which `fastvit watch` reads; as a context also the end."""
+class RunLogWriter(TrainerCallback):
+    """Writes `log.jsonl` (`fastvit.report.run_log`), which `fastvit watch` reads; as a context, also errors."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.step = 0
-        self.writes = False  # one process of several does
+        self.is_writer = False  # one of several processes is
 
     def append(self, event: str, **values) -> None:
-        if self.writes:
+        if self.is_writer:
             run_log.append_record(self.folder, event, self.step, **values)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.writes, self.step = state.is_world_process_zero, state.global_step
+        self.is_writer, self.step = state.is_world_process_zero, state.global_step
         self.append(
             "start",
             max_steps=state.max_steps,
@@ -243,64 +245,68 @@ class WriteLog(TrainerCallback):
 
 
 class FineTuner(Trainer):
-    """Trainer that can be killed at any moment, with a learning rate for each depth.
+    """Trainer that can be killed at any moment, with layer-wise learning rates.
 
-    Every folder checkpoint-N is whole, and a run that goes on from one ends with the bits of a run that never stopped:
-    what Trainer keeps (weights, optimizer, schedule, random numbers, order of the pictures) needs only that pictures
-    draw their random numbers for themselves (`ImageSet`) and that evaluations draw none.
-    Layer-wise decay: Clark et al. 2020, arXiv:2003.10555.
-    keep_checkpoints: how many stay, the newest and the best always; 0: all. Instead of `save_total_limit`, by which
-        Trainer deletes them file by file under their names.
-    model_card: once set, the text that `create_model_card` (and so `push_to_hub`) writes.
+    Every folder checkpoint-N is complete, and a resumed run has the same bits as an uninterrupted one. Trainer stores
+    weights, optimizer, schedule, random numbers and the order of the images. In addition, images draw random numbers of
+    their own (`ImageSet`), and evaluations draw none.
+
+    Args:
+        layer_decay: learning rate of a block relative to the block above (Clark et al. 2020, arXiv:2003.10555).
+        keep_checkpoints: number of checkpoints to keep, always with the newest and the best; 0 keeps all. It replaces
+            `save_total_limit`, with which Trainer deletes a checkpoint file by file under its own name.
+
+    Attributes:
+        model_card: once set, written by `create_model_card`, and so by `push_to_hub`.
     """
 
     def __init__(self, *args, layer_decay: float = 1.0, keep_checkpoints: int = 0, **kwargs):
         self.layer_decay = layer_decay
         self.model_card: ModelCard | None = None
         self.keep_checkpoints = keep_checkpoints
-        self.checkpoint_home: Path | None = None  # where a checkpoint is written, while it is
+        self.checkpoint_home: Path | None = None  # folder of the checkpoint that is being written
         self.meter = Meter()
         super().__init__(*args, **kwargs)
         self.add_callback(self.meter)
         if isinstance(self.train_dataset, ImageSet):
-            self.add_callback(FollowEpochs(self.train_dataset))
-        self.add_callback(EvaluateWhatIsDue(self))
+            self.add_callback(EpochSetter(self.train_dataset))
+        self.add_callback(OverdueEvaluation(self))
 
     def train(self, *args, **kwargs) -> TrainOutput:
         try:
             return super().train(*args, **kwargs)
         except EvaluationStopped:
-            # The step is over, and nothing of its evaluation has been noted.
-            if not self.checkpoint_of(self.state.global_step).is_dir():  # else this run goes on from it
+            # The step is complete, and its evaluation has left nothing in the state.
+            if not self.get_checkpoint_dir(self.state.global_step).is_dir():  # else this run was resumed from it
                 self._save_checkpoint(self.model_wrapped, trial=None)
             return TrainOutput(self.state.global_step, math.nan, {})
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # Trainer would take one more step before it looks.
+        # Trainer would train one more step before it checks.
         self.control.should_training_stop |= self.state.global_step >= self.state.max_steps
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
     def _get_dataloader(self, *args, **kwargs):
-        return with_lasting_workers(super()._get_dataloader(*args, **kwargs))
+        return protect_workers(super()._get_dataloader(*args, **kwargs))
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # a loader of pictures draws a seed for its workers
+        with torch.random.fork_rng(devices):  # a data loader draws a seed for its workers
             return super().evaluate(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self.checkpoint_home is None else str(self.checkpoint_home)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Trainer's checkpoint, written in another folder and moved to its place once it is whole."""
+        """Write Trainer's checkpoint in another folder, and rename it once it is complete."""
         home = Path(self._get_output_dir(trial))
         checkpoint = home / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         partial = home / PARTIAL / checkpoint.name
         with wrap_write_errors(checkpoint):
             try:
                 if self.args.should_save:
-                    shutil.rmtree(home / PARTIAL, ignore_errors=True)  # of a process that was killed
+                    shutil.rmtree(home / PARTIAL, ignore_errors=True)  # left by a process that was killed
                 self.accelerator.wait_for_everyone()
                 self.checkpoint_home = partial.parent
                 super()._save_checkpoint(model, trial)
@@ -322,7 +328,7 @@ class FineTuner(Trainer):
                     shutil.rmtree(home / PARTIAL, ignore_errors=True)
 
     def remove_old_checkpoints(self, home: Path) -> None:
-        """Leave `keep_checkpoints`, among them the newest and the best."""
+        """Keep `keep_checkpoints` checkpoints, among them the newest and the best."""
         checkpoints = sort_checkpoints(str(home))
         old = [folder for folder in checkpoints[:-1] if folder != self.state.best_model_checkpoint]
         if self.keep_checkpoints:
@@ -330,11 +336,11 @@ class FineTuner(Trainer):
                 remove_folder(Path(folder))
 
     def find_best_checkpoint(self) -> None:
-        """The best checkpoint where it is now: the run's folder may have been moved."""
-        if self.state.best_global_step and (best := self.checkpoint_of(self.state.best_global_step)).is_dir():
+        """Update the path of the best checkpoint: the folder of the run may have been moved."""
+        if self.state.best_global_step and (best := self.get_checkpoint_dir(self.state.best_global_step)).is_dir():
             self.state.best_model_checkpoint = str(best)
 
-    def checkpoint_of(self, step: int) -> Path:
+    def get_checkpoint_dir(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -367,7 +373,7 @@ class FineTuner(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
         shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        with unreadable_checkpoint_is_input_error(folder):
+        with report_unreadable_checkpoint(folder):
             check_trainer_state(folder / TRAINER_STATE_NAME)
             check_shard_metadata(folder)
             if (folder / SAFE_WEIGHTS_NAME).is_file():
@@ -375,17 +381,17 @@ class FineTuner(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        with unreadable_checkpoint_is_input_error(checkpoint):
+        with report_unreadable_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
-        with unreadable_checkpoint_is_input_error(checkpoint):
+        with report_unreadable_checkpoint(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
-            # accelerate passes over FSDP where the devices are CPUs. PyTorch does not.
+            # accelerate ignores FSDP on CPUs; PyTorch supports it.
             state = self.accelerator.state
             state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
@@ -395,15 +401,15 @@ class FineTuner(Trainer):
 
     def get_train_dataloader(self):
         if isinstance(self.train_dataset, Stream):
-            return with_lasting_workers(
+            return protect_workers(
                 build_stream_loader(self.train_dataset, self._train_batch_size, self.args, self.data_collator)
             )
         return super().get_train_dataloader()
 
     def save_model(self, output_dir=None, _internal_call=False):
         if self.is_fsdp_enabled and _internal_call:
-            # Shards are written later. Without their folder some processes would find the best checkpoint, some not;
-            # with the config in it, `accelerate merge-weights` makes a model of them.
+            # The shards are written later. The folder must exist before, or only some processes find the best
+            # checkpoint. With the config in it, `accelerate merge-weights` can merge the shards into a model.
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             if self.args.should_save:
                 self.model.config.save_pretrained(output_dir)
@@ -423,7 +429,7 @@ class FineTuner(Trainer):
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                scale = self.layer_decay ** depth_from_top(name, self.model.config.num_hidden_layers)
+                scale = self.layer_decay ** get_depth_from_top(name, self.model.config.num_hidden_layers)
                 weight_decay = self.args.weight_decay if name in decayed else 0.0
                 groups.setdefault((scale, weight_decay), []).append(parameter)
         optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -438,24 +444,28 @@ class FineTuner(Trainer):
 
 
 @contextlib.contextmanager
-def unreadable_checkpoint_is_input_error(folder: str | Path | None) -> Iterator[None]:
-    """What Trainer raises for a damaged or hostile checkpoint, of no common class, as one line that names the folder.
+def report_unreadable_checkpoint(folder: str | Path | None) -> Iterator[None]:
+    """Report the errors of a damaged or hostile checkpoint, which have no common class, as one line with its folder.
 
-    Trainer reads the files there with safetensors or torch's weights_only, which run no code; but for the pickle of a
-    sharded checkpoint, which is looked at first.
+    Trainer reads the files with safetensors or torch's weights_only, which run no code. The exception is the pickle of
+    a sharded checkpoint, which `check_shard_metadata` checks first.
     """
     try:
         yield
     except InputError:
         raise
-    except pickle.UnpicklingError as error:  # its advice is to run the code
+    except pickle.UnpicklingError as error:  # PyTorch's message advises to run the code
         raise InputError(f"--resume: {folder}: a file is damaged, or holds objects that could run code") from error
     except Exception as error:
         raise InputError(f"--resume: {folder}: cannot be loaded ({format_error(error)})") from error
 
 
 def check_trainer_state(path: Path) -> None:
-    """Whether trainer_state.json holds the numbers that Trainer counts with."""
+    """Check the numbers of trainer_state.json that Trainer computes with.
+
+    Raises:
+        InputError: a number is missing, or has another type or range.
+    """
     state = read_json(path)
     for name in ("global_step", "max_steps"):
         if not is_integer(state.get(name)) or not 0 <= state[name] < 2**53:
@@ -466,17 +476,20 @@ def check_trainer_state(path: Path) -> None:
     TrainerState.load_from_json(str(path))
 
 
-def with_lasting_workers(loader):
-    """`loader`, as accelerate made it, with processes that a signal does not end at once."""
+def protect_workers(loader):
+    """Let the worker processes of a loader made by accelerate survive the signals that stop a run."""
     loader.base_dataloader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
     return loader
 
 
 def start_worker(start: Callable[[int], None] | None, worker_id: int) -> None:
-    """What a process that prepares batches does first; `start` is what Trainer has it do.
+    """Initialise a worker process that prepares batches.
 
-    Schedulers and terminals send signals to all processes of a run. The main one still needs batches for its last step,
-    and ends the others; should it be gone, they end by themselves.
+    Schedulers and terminals send signals to all processes of a run. The main process still needs batches for its last
+    step, and then ends the workers. If it is gone, they end by themselves after 30 seconds.
+
+    Args:
+        start: Trainer's own initialisation.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
@@ -485,8 +498,8 @@ def start_worker(start: Callable[[int], None] | None, worker_id: int) -> None:
         start(worker_id)
 
 
-def depth_from_top(name: str, num_layers: int) -> int:
-    """0 for the head and the final norm, 1 for the last block, num_layers + 1 for the embeddings."""
+def get_depth_from_top(name: str, num_layers: int) -> int:
+    """Depth of a parameter: 0 for the head and the final norm, 1 for the last block, num_layers + 1 for embeddings."""
     if "embeddings." in name:
         return num_layers + 1
     if ".layer." in name:
