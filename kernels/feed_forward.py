@@ -1,4 +1,4 @@
-"""The feed-forward of a block as one operation, so that as little as possible is saved for backward.
+"""The feed-forward of a block as one operation, which saves as little as possible for backward.
 
     residual' = x + residual
     pre       = layer_norm(residual') @ weight1^T + bias1            (`feed_forward`: x @ weight1^T + bias1)
@@ -6,14 +6,14 @@
 
     x, residual [..., D], weight1 [F, D], weight2 [E, F]  ->  out [..., E]
 
-The first layer is that of `layer_norm_gelu`, the second cuBLAS's. Saved for backward, per token: residual' (D values,
-which the residual stream holds anyway), mean and rstd (8 bytes), pre (F values). Not saved: the normalised rows, which
-LayerNorm's backward writes for weight1's gradient, and the activation, which the pass that multiplies by its derivative
-writes for weight2's. PyTorch's chain saves all four, 2 D + 2 F. With F = 4 D, and attention's residual', query, key,
-value and output (PyTorch: and its normalised rows), a block saves 10 D where PyTorch saves 16 D.
+The first layer is computed as in `layer_norm_gelu`, the second by cuBLAS. Saved for backward, per token: residual' (D
+values, which the residual stream holds anyway), mean and rstd (8 bytes) and pre (F values). Two intermediates are
+recomputed: LayerNorm's backward writes the normalised rows for weight1's gradient, and the pass that applies the
+activation's derivative writes the activation for weight2's gradient. PyTorch saves all four, 2 D + 2 F values. With
+F = 4 D, a block including its attention (residual', query, key, value, output) saves 10 D; PyTorch saves 16 D.
 
-In backward the pass for derivative, bias gradient and activation is a kernel of its own behind cuBLAS, or part of the
-fused product, by the `candidate` (`fastvit.kernels.linear`).
+In backward, the `candidate` decides whether derivative, bias gradient and activation are a separate kernel after cuBLAS
+or the epilogue of a fused matmul (`fastvit.kernels.linear`).
 
 Vaswani et al. 2017, arXiv:1706.03762, eq. 2; Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
@@ -45,7 +45,7 @@ def _backward_fallback(
     grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight1, weight2, eps, activation,
     x_dtype, residual_dtype, output_mask, candidate,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`_feed_forward_backward` in plain PyTorch, for a GPU on which a kernel fails."""
+    """`_feed_forward_backward` in plain PyTorch, used on a GPU where a kernel fails."""
     *first_mask, needs_weight2, needs_bias2 = output_mask
     grad_rows, nothing = as_rows(grad_out), weight2.new_empty(0)
     grad_pre, _ = gelu.backward_fallback(grad_rows @ weight2, pre, None, activation, False)
@@ -62,7 +62,7 @@ def _feed_forward(
     weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None,
     activation: str, keep_pre: bool, candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """residual', statistics, pre, as in `layer_norm_linear.launch_forward`, and out [..., E]."""
+    """Returns residual', statistics and pre as `layer_norm_linear.launch_forward` does, and out [..., E]."""
     first = (x, residual, norm_weight, norm_bias, eps, weight1, bias1, activation, keep_pre, candidate)
     *saved, hidden = first_layer.launch_forward(*first)
     return *saved, F.linear(hidden, weight2, bias2)
@@ -75,9 +75,9 @@ def _feed_forward_backward(
     norm_weight: Tensor | None, norm_bias: Tensor | None, weight1: Tensor, weight2: Tensor, eps: float,
     activation: str, x_dtype: torch.dtype, residual_dtype: torch.dtype, output_mask: list[bool], candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The five of `layer_norm_linear.launch_backward`, and gradients of weight2 and bias2.
+    """The five gradients of `layer_norm_linear.launch_backward`, then those of weight2 and bias2.
 
-    output_mask: gradients of the inputs, the norm, weight1, bias1, weight2, bias2. Those masked out have no elements.
+    output_mask: whether to compute the gradients of the inputs, the norm, weight1, bias1, weight2, bias2; empty if not.
     """
     *first_mask, needs_bias1, needs_weight2, needs_bias2 = output_mask
     grad_rows, options = as_rows(grad_out), {"bias_grad": needs_bias1, "with_y": needs_weight2}
@@ -86,7 +86,7 @@ def _feed_forward_backward(
         grad_rows, weight2.contiguous(), pre, activation, **options, candidate=candidate
     )
     grad_weight2 = grad_rows.t() @ hidden if needs_weight2 else weight2.new_empty(0)
-    del hidden  # F values per token, and the largest temporaries are still to come
+    del hidden  # F values per token; the largest temporaries are still to be allocated
     first = (summed, statistics, pre, norm_weight, norm_bias, weight1, eps, None, x_dtype, residual_dtype)
     *grads, _ = first_layer.launch_backward(grad_pre, grad_sum, *first, [*first_mask, False])
     return *grads, grad_bias1, grad_weight2, grad_bias2
@@ -117,19 +117,19 @@ def feed_forward(
 ) -> Tensor:  # fmt: skip
     """activation(x @ weight1^T + bias1) @ weight2^T + bias2.
 
-    x and x @ weight1^T + bias1 are saved for backward, the activation is not. Second derivatives are not supported.
+    x and x @ weight1^T + bias1 are saved for backward, the activation is not. Not twice differentiable.
 
     Args:
-        x: [..., D], float32, bfloat16 or float16; all others are of its dtype, or autocast casts all to its own.
+        x: [..., D], float32, bfloat16 or float16. All other tensors have its dtype, except that autocast casts all.
         weight1, bias1, weight2, bias2: [F, D], [F] or None, [E, F], [E] or None.
         activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-        candidate: how the product with the activation is computed, see `fastvit.kernels.linear`.
+        candidate: the implementation of the matmul with the activation, see `fastvit.kernels.linear`.
 
     Returns:
         [..., E], contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit, or the activation is unknown.
+        ValueError: if shapes, dtypes or devices do not match, or the activation is unknown.
     """
     check_tensors(x=x)
     (x,) = first_layer.cast_for_autocast(x, x)
@@ -142,12 +142,15 @@ def add_layer_norm_feed_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + residual, and `feed_forward` of its LayerNorm: a block from its attention's output to its last residual add.
 
-    The sum, 8 bytes per token and the input of the activation are saved for backward. Second derivatives are not
-    supported.
+    Saves the sum, 8 bytes per token and the input of the activation for backward. Not twice differentiable.
 
-    x, residual, norm_weight, norm_bias and eps as in `layer_norm_linear.add_layer_norm_linear`, the others as in
-    `feed_forward`, but of any one dtype. Returns the sum [..., D], in the dtype that x and residual promote to, and
-    [..., E] in weight1's dtype.
+    Args:
+        x, residual, norm_weight, norm_bias, eps: as in `layer_norm_linear.add_layer_norm_linear`.
+        weight1, bias1, weight2, bias2, activation, candidate: as in `feed_forward`; all weights have one dtype.
+
+    Returns:
+        The sum [..., D] in the dtype that x and residual promote to, and [..., E] in weight1's dtype. Raises as
+        `feed_forward`.
     """
     check_tensors(x=x, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
     return _apply(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, candidate)

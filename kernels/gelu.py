@@ -1,15 +1,15 @@
-"""Bias and activation in one pass over memory, and all their gradients in one.
+"""Bias and activation in one pass over memory, and all their gradients in another.
 
     y = activation(x + bias)         [..., F] -> [..., F]      GELU (exact, or its tanh form), quick-GELU
     y = silu(x1 + b1) * (x2 + b2)    [..., 2 F] -> [..., F]    SwiGLU: [x1, x2] = x and [b1, b2] = bias, in halves
 
-Backward reads the gradient and x and writes the gradient of x. The bias gradient, a pass of its own in PyTorch, is
-summed by the same kernel: each of a fixed number of programs sums its rows, and PyTorch sums over the programs, without
-atomics, so two runs give the same bits. The activation is not saved for backward: where backward needs it again, as
-the second layer of a feed-forward does for its weight gradient, this same pass writes it.
+Backward reads the gradient and x, and writes the gradient of x. The same kernel computes the bias gradient, which takes
+PyTorch a pass of its own: a fixed number of programs each sum their rows, and PyTorch sums over the programs. There are
+no atomics, so two runs are bitwise equal. The activation is not saved for backward. Where backward needs it, as the
+weight gradient of a feed-forward's second layer does, this pass writes it again.
 
-All arithmetic is float32. Exact GELU takes erf for float32, and for half precision a polynomial: the pass compiles to
-22 instructions an element on sm_90 where erf's took 39 and bounded the pass, not memory.
+All arithmetic is float32. Exact GELU uses erf for float32 and a polynomial for half precision, with which the pass
+compiles to 22 instructions per element on sm_90; with erf it takes 39 and is bound by instructions instead of memory.
 
 GELU: Hendrycks & Gimpel 2016, arXiv:1606.08415. SwiGLU: Shazeer 2020, arXiv:2002.05202.
 """
@@ -29,24 +29,24 @@ from fastvit.kernels.checks import DTYPES, check_optional, check_tensor, make_co
 from fastvit.kernels.operators import is_fake, register, select_gradients
 from fastvit.kernels.tuning import cdiv, describe_rows, next_power_of_2
 
-# The names of the configuration files, to the formula that the kernels know.
+# Activation names of transformers' configs, and the formulas that the kernels implement.
 FORMULAS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 
 
 def get_formula(activation: str, dtype: torch.dtype) -> str:
-    """What kernels take as FORMULA; "gelu_half" where the result is rounded to, or x was, half precision."""
+    """The kernels' FORMULA; "gelu_half" where the result is rounded to half precision, or x was half precision."""
     formula = "silu" if activation == "swiglu" else FORMULAS[activation]
     return "gelu_half" if formula == "gelu" and dtype != torch.float32 else formula
 
 
-# Half precision's exact GELU, with t = |x|. Before rounding, results and derivatives are within 0.08 units in the last
-# place of bfloat16 and float16 (tests/test_gelu.py tries every number of both types). The coefficients are minimax fits
-# on [0, 13.6], where bfloat16's results end (tests/gelu_coefficients.py has the fit and prints them).
+# Exact GELU for half precision, t = |x|. Before rounding, results and derivatives are within 0.08 units in the last
+# place of bfloat16 and float16 (tests/test_gelu.py checks every number of both). The coefficients are a minimax fit on
+# [0, 13.6], the range of nonzero bfloat16 results (tests/gelu_coefficients.py computes and prints them).
 @triton.jit
 def _normal_tail(t):
-    """P(normal variable > t) = 2 ** polynomial(t). Beyond 13.6 the polynomial falls to -inf and this to 0.
+    """P(normal variable > t) = 2 ** polynomial(t). Beyond 13.6 the polynomial falls to -inf and the result to 0.
 
-    24 is added to the exponent and taken off again: NVIDIA's exp2 flushes results below 2 ** -126 to 0.
+    The exponent is computed with an offset of 24: NVIDIA's exp2 flushes results below 2 ** -126 to 0.
     """
     p = 1.52230143e-07 - 2.10761542e-09 * t
     p = ((p * t - 4.81986444e-06) * t + 8.86188718e-05) * t - 0.00106114056
@@ -56,7 +56,7 @@ def _normal_tail(t):
 
 @triton.jit
 def _slope_from_tail(t, tail):
-    """GELU's derivative at -t. Its zero is a factor, so no digits beside it are cancelled."""
+    """GELU's derivative at -t. Its zero is factored out, so that there is no cancellation near it."""
     u = tl.minimum(t, 13.6)  # a polynomial of 1e38 would be infinite, and NaN with a tail of 0
     q = 1.20755485e-05 - 2.35477088e-07 * u
     q = ((q * u - 0.000256690226) * u + 0.00297435117) * u - 0.0209625531
@@ -71,7 +71,7 @@ def _gate(x, FORMULA: tl.constexpr):
         gate = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
         slope = 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
-        if FORMULA == "gelu_tanh":  # 0.5 * (1 + tanh(z / 2)) is sigmoid(z), which keeps its digits as the tanh nears -1
+        if FORMULA == "gelu_tanh":  # 0.5 * (1 + tanh(z / 2)) = sigmoid(z), which loses no digits as tanh nears -1
             z = 1.5957691216057308 * (x + 0.044715 * x * x * x)
             inner_slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         elif FORMULA == "quick_gelu":
@@ -81,7 +81,7 @@ def _gate(x, FORMULA: tl.constexpr):
             tl.static_assert(FORMULA == "silu")
             z = x
             inner_slope = 1.0
-        shrunk = tl.exp(-tl.abs(z))  # at most 1: nothing overflows, and 1 - gate keeps its digits as gate nears 1
+        shrunk = tl.exp(-tl.abs(z))  # at most 1: no overflow, and 1 - gate loses no digits as gate nears 1
         larger = 1.0 / (1.0 + shrunk)
         gate = tl.where(z < 0, shrunk * larger, larger)
         slope = shrunk * larger * larger * inner_slope
@@ -101,7 +101,7 @@ def activate(x, FORMULA: tl.constexpr):
 
 @triton.jit
 def activate_with_slope(x, FORMULA: tl.constexpr):
-    """activation(x) and its derivative at x, in float32; what both need is computed once."""
+    """activation(x) and its derivative at x, in float32, sharing their common terms."""
     if FORMULA == "gelu_half":
         tail = _normal_tail(tl.abs(x))
         slope = _slope_from_tail(tl.abs(x), tail)
@@ -129,11 +129,11 @@ def _activation_fwd(
     stride_x, rows,
     DIM: tl.constexpr, FORMULA: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    col_tiles: tl.constexpr = (DIM + COLS - 1) // COLS  # one axis for all: a grid's second ends at 65,535
+    col_tiles: tl.constexpr = (DIM + COLS - 1) // COLS  # a grid of one axis: the second is limited to 65,535
     first_row = tl.program_id(0) // col_tiles * ROWS
     first_col = tl.program_id(0) % col_tiles * COLS
-    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # rows * dim passes 2**31
-    # Columns are repeated for each row, so that bias comes out in the layout of x, 16 bytes a thread.
+    row = (first_row + tl.arange(0, ROWS)).to(tl.int64)[:, None]  # rows * dim exceeds 2**31
+    # Columns are repeated per row so that bias is loaded in the layout of x, 16 bytes per thread.
     cols = tl.broadcast_to((first_col + tl.arange(0, COLS))[None, :], [ROWS, COLS])
     mask = (row < rows) & (cols < DIM)
     x_rows = x_ptr + row * stride_x
@@ -158,7 +158,7 @@ def _activation_bwd(
     cols = tl.broadcast_to((tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :], [ROWS, COLS])
     sums = tl.zeros([ROWS, COLS], tl.float32)
     linear_sums = tl.zeros([ROWS, COLS], tl.float32)
-    # STAGES of 2 or more: the next rows are copied to shared memory (cp.async) while these are computed.
+    # STAGES >= 2: the next rows are copied to shared memory (cp.async) while these are computed.
     for first in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (row < rows) & (cols < DIM)
@@ -186,8 +186,9 @@ def _activation_bwd(
 
 
 def disable_autocast(function):
-    """An operator's body in the dtypes that it is given. The public functions have cast what autocast casts; in a
-    backward under autocast, which the forward was not, the products inside would come out in another dtype than said.
+    """Run an operator's body in the dtypes of its inputs: the public functions have already applied autocast.
+
+    A backward under autocast whose forward was not would otherwise return another dtype than the operator declares.
     """
 
     @functools.wraps(function)
@@ -201,15 +202,15 @@ def disable_autocast(function):
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[..., dim] as [rows, dim] with a stride of 1 along dim; copied only where one stride does not reach every row."""
-    if is_fake(tensor):  # whether a view is possible would be a question to strides that are symbols
+    """[..., dim] viewed as [rows, dim] with a last stride of 1; copied only if the rows need more than one stride."""
+    if is_fake(tensor):  # reshape would guard on symbolic strides
         return tensor.new_empty(tensor.numel() // tensor.shape[-1], tensor.shape[-1])
     tensor = tensor if tensor.stride(-1) == 1 else tensor.contiguous()
     return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _size_tile(dim: int, dtype: torch.dtype, activation: str, choice: tuning.Choice) -> dict[str, object]:
-    """What the kernels take by name."""
+    """The kernels' keyword arguments."""
     columns = min(choice["columns"], next_power_of_2(dim))
     rows = max(1, choice["rows"] * choice["columns"] // columns)
     formula = {"FORMULA": get_formula(activation, dtype), "GATED": activation == "swiglu"}
@@ -219,7 +220,7 @@ def _size_tile(dim: int, dtype: torch.dtype, activation: str, choice: tuning.Cho
 def launch_forward(
     x: Tensor, bias: Tensor | None, activation: str, candidate: int = 0, out: Tensor | None = None
 ) -> Tensor:
-    """activation(x + bias) [..., F], contiguous; `out` may be x itself, if that is."""
+    """activation(x + bias) [..., F], contiguous; `out` may be x itself if x is contiguous."""
     dim = x.shape[-1] // 2 if activation == "swiglu" else x.shape[-1]
     out = x.new_empty(*x.shape[:-1], dim) if out is None else out
     if is_fake(x) or out.numel() == 0:
@@ -236,9 +237,9 @@ def launch_backward(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int = 0,
     *, with_y: bool = False, grad_x: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and of a bias, and y again, contiguous; the last two have no elements unless they are wanted.
+    """Gradients of x and bias, and y recomputed; all contiguous. The last two are empty unless requested.
 
-    The first is written to `grad_x`, which may be grad_y itself, if that is contiguous.
+    The gradient of x is written to `grad_x`, which may be grad_y itself if grad_y is contiguous.
     """
     width = x.shape[-1]
     dim = width // 2 if activation == "swiglu" else width
@@ -262,21 +263,20 @@ def launch_backward(
 
 
 def compute_activation(x: Tensor, activation: str) -> Tensor:
-    """The definition, for fallbacks."""
+    """activation(x) in plain PyTorch, for fallbacks."""
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
     return F.gelu(x, approximate="none" if activation == "gelu" else "tanh")
 
 
 def compute_activation_gradient(grad_y: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient of x. An operator's body runs below autograd, which cannot be asked for it there."""
+    """The gradient of x in plain PyTorch. Autograd is not available inside an operator's body."""
     if activation == "quick_gelu":
         return torch.ops.aten.silu_backward(grad_y, 1.702 * x)
     return torch.ops.aten.gelu_backward(grad_y, x, approximate="none" if activation == "gelu" else "tanh")
 
 
 def forward_fallback(x: Tensor, bias: Tensor | None, activation: str, candidate: int = 0) -> Tensor:
-    """`launch_forward` in plain PyTorch."""
     z = x.float() if bias is None else x.float() + bias.float()
     if activation == "swiglu":
         gate, linear = z.chunk(2, -1)
@@ -287,7 +287,7 @@ def forward_fallback(x: Tensor, bias: Tensor | None, activation: str, candidate:
 def backward_fallback(
     grad_y: Tensor, x: Tensor, bias: Tensor | None, activation: str, bias_grad: bool, candidate: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The first two of `launch_backward` in plain PyTorch."""
+    """The first two results of `launch_backward` in plain PyTorch."""
     z, grad_y = x.float() if bias is None else x.float() + bias.float(), grad_y.float()
     if activation == "swiglu":
         gate, linear = z.chunk(2, -1)
@@ -325,21 +325,21 @@ _activation.register_autograd(_backward, setup_context=_setup_context)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *, candidate: int = 0) -> Tensor:
-    """activation(x + bias), elementwise over the last dimension's bias.
+    """activation(x + bias) in one pass.
 
-    The sum is not rounded before the activation. x is saved for backward. Second derivatives are not supported.
+    The sum is not rounded before the activation. x is saved for backward. Not twice differentiable.
 
     Args:
-        x: [..., F], float32, bfloat16 or float16; copied where one stride does not reach every row.
-        bias: [F] or None, any of these dtypes.
+        x: [..., F], float32, bfloat16 or float16; copied only if its rows need more than one stride.
+        bias: [F] or None; any of these dtypes.
         activation: a key of `FORMULAS`.
-        candidate: which tile of the table, forward and backward.
+        candidate: number of the tile in the tuning table, for forward and backward.
 
     Returns:
         [..., F] in x's dtype, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not match, or the activation is unknown.
     """
     check_activation(activation)
     _check_inputs(x, bias)
@@ -347,9 +347,14 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *
 
 
 def swiglu(x: Tensor, bias: Tensor | None = None, *, candidate: int = 0) -> Tensor:
-    """silu(x1 + b1) * (x2 + b2), the gated unit of DINOv2 (giant) and DINOv3: both halves from one GEMM.
+    """silu(x1 + b1) * (x2 + b2), the gated unit of DINOv2 (giant) and DINOv3; one GEMM computes both halves.
 
-    As `bias_gelu`, but x: [..., 2 F], the gate's half first, and bias: [2 F] or None.
+    Args:
+        x: [..., 2 F], the gate's half first; dtypes and strides as in `bias_gelu`.
+        bias, candidate: [2 F] or None; as in `bias_gelu`.
+
+    Returns:
+        [..., F] in x's dtype, contiguous. Raises as `bias_gelu`, and if x's last dimension is odd.
     """
     _check_inputs(x, bias)
     if x.shape[-1] % 2:

@@ -3,16 +3,16 @@
     residual' = residual + row_scale * scale * x        (scale: LayerScale; row_scale: drop path; both optional)
     y         = (residual' - mean) * rstd * weight + bias,    rstd = 1 / sqrt(variance + eps), over the last dimension
 
-Add and LayerNorm apart read and write 7 row-lengths of memory, together 4. Backward reads the two incoming gradients
-and residual' once each and writes their common gradient once: 4 instead of 3 + 1 + 3; the normalised rows are computed
-again from mean and rstd, not kept, and y with them where a product's weight gradient asks for it.
+Separately, add and LayerNorm move 7 row-lengths through memory; together 4. Backward reads the two incoming gradients
+and residual' once and writes their common gradient once: 4 instead of 3 + 1 + 3. The normalised rows are not saved but
+recomputed from mean and rstd; backward also writes y where the weight gradient of the GEMM that read it needs it.
 
-An elementwise activation behind the norm (`layer_norm_act`) is part of the same two kernels.
+The same two kernels compute an elementwise activation after the norm (`layer_norm_act`).
 
-A program holds whole rows in registers, cut into `CHUNKS` pieces of `CHUNK` columns: 768 is 3 x 256, where one power of
-two would leave a quarter of the threads idle. Sums are float32, the variance is that of the centred values (two passes
-over registers cost no memory traffic). Weight gradients take two steps without atomics, so two runs give the same bits:
-a fixed number of programs each add up their own rows, and PyTorch adds up the programs.
+A program holds whole rows in registers, in `CHUNKS` chunks of `CHUNK` columns: 768 is 3 x 256, where one power of two
+would leave a quarter of the threads idle. Sums are float32. The variance is that of the centred values: the second pass
+is over registers and causes no memory traffic. Weight gradients are summed in two stages without atomics, so two runs
+are bitwise equal: a fixed number of programs each sum their own rows, and PyTorch sums over the programs.
 
 Ba, Kiros & Hinton 2016, arXiv:1607.06450; LayerScale: Touvron et al. 2021, arXiv:2103.17239; drop path: Huang et al.
 2016, arXiv:1603.09382.
@@ -38,20 +38,20 @@ E4M3_MAX = tl.constexpr(448.0)
 SMALLEST_SCALE = tl.constexpr(2.0**-126)  # float32's smallest normal number, whose reciprocal is still finite
 
 
-# Rows are [outer, inner]: a view such as tokens[:, 1:] has another step from image to image than from token to token.
-# Where one step reaches every row, inner is 1 and the division below is gone at compile time.
+# Rows are [outer, inner]: in a view such as tokens[:, 1:] the stride between images differs from that between tokens.
+# Where one stride reaches every row, inner is 1 and the compiler removes the division.
 @triton.jit
 def _row_offsets(row, inner, stride_outer, stride_inner):
-    row = row.to(tl.int64)  # rows * dim passes 2**31 at large batches
+    row = row.to(tl.int64)  # rows * dim exceeds 2**31 at large batches
     return ((row // inner) * stride_outer + (row % inner) * stride_inner)[:, None]
 
 
 @triton.jit
 def _chunk(index: tl.constexpr, row_mask, DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns [ROWS, CHUNK] of one piece, and which of its elements exist.
+    """Columns [ROWS, CHUNK] of one chunk, and the mask of those that exist.
 
-    Columns are repeated for each row, so that the loads of weight and bias come out in the layout of the rows: 16 bytes
-    a thread, and no exchange through shared memory.
+    Columns are repeated per row so that weight and bias are loaded in the layout of the rows: 16 bytes per thread, no
+    exchange through shared memory.
     """
     cols = tl.broadcast_to((index * CHUNK + tl.arange(0, CHUNK))[None, :], [ROWS, CHUNK])
     mask = tl.broadcast_to(row_mask[:, None], [ROWS, CHUNK])
@@ -64,7 +64,7 @@ def _chunk(index: tl.constexpr, row_mask, DIM: tl.constexpr, ROWS: tl.constexpr,
 def _mean_and_rstd(
     values, row_mask, eps, DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """[ROWS] each, of rows whose columns beyond DIM are 0."""
+    """Mean and rstd, [ROWS] each, of rows whose columns beyond DIM are 0."""
     total = tl.zeros([ROWS], tl.float32)
     for i in tl.static_range(CHUNKS):
         total += tl.sum(values[i], 1)
@@ -85,7 +85,7 @@ def _store_e4m3(
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Quantise rows held as a tuple of float32 [ROWS, CHUNK] whose columns beyond DIM are 0."""
-    # As an integer a positive float32 is ordered like itself, and NaN is the largest: a maximum that NaN survives.
+    # The bits of positive float32 numbers are ordered as integers, NaN the largest: this maximum propagates NaN.
     largest = tl.zeros([ROWS], tl.int32)
     for i in tl.static_range(CHUNKS):
         magnitude = pieces[i].to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -109,7 +109,7 @@ def _layer_norm_fwd(
     stride_x_outer, stride_x_inner, stride_residual_outer, stride_residual_inner,
     rows, inner, eps,
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    FORMULA: tl.constexpr,                          # of an activation behind it, or None
+    FORMULA: tl.constexpr,                          # of the activation after the norm, or None
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = row < rows
@@ -130,13 +130,13 @@ def _layer_norm_fwd(
             value = value + tl.load(residual_rows + cols, mask, other=0.0).to(tl.float32)
             rounded = value.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + row.to(tl.int64)[:, None] * DIM + cols, rounded, mask)
-            value = rounded.to(tl.float32)  # normalise what the next layer will read
+            value = rounded.to(tl.float32)  # normalise the values that the next layer reads
         values = values + (value,)
 
     mean, rstd = _mean_and_rstd(values, row_mask, eps, DIM, ROWS, CHUNK, CHUNKS)
     y_rows = y_ptr + row.to(tl.int64)[:, None] * DIM
     pieces = ()
-    for i in tl.static_range(CHUNKS):  # beyond DIM weight and bias are 0, and so is y
+    for i in tl.static_range(CHUNKS):  # beyond DIM, weight, bias and therefore y are 0
         cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
         weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32)
         y = (values[i] - mean[:, None]) * rstd[:, None] * weight
@@ -167,8 +167,8 @@ def _layer_norm_bwd(
     DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     FORMULA: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """x is given where the gradient of scale is wanted, bias where y is or an activation (FORMULA) follows; partial
-    sums are those of weight, bias and then scale."""
+    """x is passed if scale needs a gradient, bias if y is written or an activation (FORMULA) follows. The rows of
+    partial are the sums of weight, bias and scale."""
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     weight_sums, bias_sums, scale_sums, weights, biases = (), (), (), (), ()
@@ -180,7 +180,7 @@ def _layer_norm_bwd(
         zero = tl.zeros([ROWS, CHUNK], tl.float32)
         weight_sums, bias_sums, scale_sums = weight_sums + (zero,), bias_sums + (zero,), scale_sums + (zero,)
 
-    # STAGES of 2 or more: the next rows are copied to shared memory (cp.async) while these are computed.
+    # STAGES >= 2: the next rows are copied to shared memory (cp.async) while these are computed.
     for first in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         row_mask = row < rows
@@ -252,21 +252,21 @@ def _layer_norm_bwd(
 
 
 def _size_tile(dim: int, itemsize: int, choice: tuning.Choice) -> dict[str, int]:
-    """Compile-time sizes for rows of `dim` values, the widest of `itemsize` bytes, from a choice of the table."""
+    """The kernels' compile-time sizes for rows of `dim` values, the widest of `itemsize` bytes."""
     vector = 16 // itemsize  # values in one load of 16 bytes
     chunk = next_power_of_2(cdiv(dim, choice["elements"] // vector))
     chunk = max(chunk, min(64, next_power_of_2(dim)))
-    num_warps = max(choice["num_warps"], chunk // (32 * vector))  # so that a thread holds `elements` and no more
-    num_warps = max(1, min(num_warps, 16 * chunk // (32 * vector)))  # of 16 rows at most, 16 bytes a thread
+    num_warps = max(choice["num_warps"], chunk // (32 * vector))  # a thread holds at most `elements` values
+    num_warps = max(1, min(num_warps, 16 * chunk // (32 * vector)))  # at most 16 rows, 16 bytes per thread
     rows = max(1, min(16, num_warps * 32 * vector // chunk))
     return {"DIM": dim, "ROWS": rows, "CHUNK": chunk, "CHUNKS": cdiv(dim, chunk), "num_warps": num_warps}
 
 
 def _view_rows(*tensors: Tensor | None, per_sample: bool) -> tuple[int, list[Tensor | None], list[int]]:
-    """How to step through the rows of tensors of one shape [..., D]: `inner`, the tensors, two strides for each.
+    """Row addressing for tensors of one shape [..., D]: `inner`, the tensors, and two strides for each.
 
-    Strided rows are read where they lie. A tensor is copied only where its last dimension is not contiguous, or where
-    its rows need more than two strides. per_sample: rows must be told apart by sample, the first dimension.
+    A tensor is copied only if its last dimension is not contiguous or its rows need more than two strides. per_sample:
+    the outer index must be the sample, the first dimension.
     """
     shape = next(tensor.shape for tensor in tensors if tensor is not None)
     dim = shape[-1]
@@ -289,11 +289,10 @@ def launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, row_scale: Tensor | None,
     eps: float, y_dtype: torch.dtype | None = None, activation: str | None = None, candidate: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(residual', or an empty tensor where there is no residual; y; mean and rstd [2, rows] float32).
+    """Returns residual' (empty without residual), y, and the statistics [2, rows] float32: mean and rstd.
 
-    y is in residual's dtype unless another is named: the GEMM that reads it may want half precision, or e4m3 with a
-    float32 scale for each row, [..., 1], which comes in place of mean and rstd. activation: one that follows, whose
-    result y is.
+    y has the dtype of residual' unless y_dtype is given: the GEMM that reads y may need half precision. If it is e4m3,
+    the statistics are y's scale per row, [..., 1], instead. activation: applied after the norm.
     """
     dim = x.shape[-1]
     rows = x.numel() // dim
@@ -321,9 +320,9 @@ def launch_backward(
     residual_dtype: torch.dtype, parameter_grads: bool,
     y_dtype: torch.dtype | None = None, activation: str | None = None, candidate: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of residual, x, and of weight, bias and scale; and y again, if its dtype is given.
+    """Gradients of residual, x, and (weight, bias, scale), and y recomputed if its dtype is given.
 
-    See `_empty_gradients` for those that are left out. activation: one that followed. It and y take the norm's bias.
+    See `_empty_gradients` for those left empty. bias is required for y and for an activation after the norm.
     """
     options = (x_dtype, residual_dtype, parameter_grads, y_dtype)
     grads = grad_residual, grad_x, grad_parameters, y = _empty_gradients(summed, x, weight, scale, row_scale, *options)
@@ -349,8 +348,8 @@ def launch_backward(
 def _empty_gradients(
     summed, x, weight, scale, row_scale, x_dtype, residual_dtype, parameter_grads, y_dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What backward returns, uninitialised. What is not wanted has no elements; the gradient of x has none where it is,
-    value and dtype, that of residual. Those of weight, bias and (where x is given) scale are rows of one tensor."""
+    """The results of backward, uninitialised. Those not needed are empty; so is the gradient of x where it equals that
+    of residual in value and dtype. Those of weight, bias and, where x is given, scale are rows of one tensor."""
     x_differs = scale is not None or row_scale is not None or x_dtype != residual_dtype
     shape = (2 if x is None else 3, *weight.shape) if parameter_grads else (0,)
     return (
@@ -370,7 +369,6 @@ def _scale_branch(x: Tensor, scale: Tensor | None, row_scale: Tensor | None) -> 
 def forward_fallback(
     x, residual, weight, bias, scale, row_scale, eps, y_dtype=None, activation=None, candidate=0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`launch_forward` in plain PyTorch."""
     dtype = x.dtype if residual is None else torch.result_type(x, residual)
     summed = _scale_branch(x, scale, row_scale) + (0 if residual is None else residual.float())
     summed = summed.to(dtype).contiguous()
@@ -384,7 +382,7 @@ def backward_fallback(
     grad_y, grad_sum, summed, x, weight, bias, scale, row_scale, statistics, x_dtype, residual_dtype, parameter_grads,
     y_dtype=None, activation=None, candidate=0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`launch_backward` in plain PyTorch, by formula: autograd does not record below an operator."""
+    """`launch_backward` in plain PyTorch, by formula: autograd is not available inside an operator."""
     mean, rstd = statistics.view(2, *summed.shape[:-1], 1)
     grad_y, normal = grad_y.float(), (summed.float() - mean) * rstd
     affine = None if bias is None else normal * weight.float() + bias.float()
@@ -419,9 +417,9 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad_sum, grad_y, _):
     if grad_sum is None and grad_y is None:
         return select_gradients(ctx)
-    if grad_y is None:  # only the sum was used, which hardly happens: not worth a kernel of its own
+    if grad_y is None:  # only the sum was used: too rare for a kernel of its own
         grad_y = torch.zeros_like(grad_sum)
-    saved = _, _, weight, _, scale, row_scale, _ = ctx.saved_tensors  # once: checkpointing computes them at each access
+    saved = _, _, weight, _, scale, row_scale, _ = ctx.saved_tensors  # once: checkpointing recomputes at each access
     options = (*ctx.dtypes, any(ctx.needs_input_grad[2:5]), None, ctx.activation, ctx.candidate)
     grad_residual, grad_x, grads, _ = _layer_norm_backward(grad_y, grad_sum, *saved, *options)
     if scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]:
@@ -430,7 +428,7 @@ def _backward(ctx, grad_sum, grad_y, _):
 
 
 def split_parameter_gradients(grads: Tensor, weight: Tensor, scale: Tensor | None = None) -> list[Tensor | None]:
-    """Those of weight, bias and scale in the parameters' dtypes, None for those that were not computed."""
+    """The gradients of weight, bias and scale in the parameters' dtypes; None for those not computed."""
     dtypes = (weight.dtype, weight.dtype, weight.dtype if scale is None else scale.dtype)
     found = [grad.to(dtype) for grad, dtype in zip(grads.unbind(), dtypes, strict=False)]
     return [*found, *[None] * (3 - len(found))]
@@ -442,22 +440,22 @@ _layer_norm.register_autograd(_backward, setup_context=_setup_context)
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension.
 
-    Autocast changes nothing: the sums are float32 whatever the dtype, so unlike PyTorch's own LayerNorm on CUDA it has
-    no reason to return float32. x and 8 bytes a row are saved for backward. Second derivatives are not supported.
+    Sums are float32 in every dtype, so under autocast the result keeps x's dtype, where PyTorch's LayerNorm on CUDA
+    returns float32. x and 8 bytes per row are saved for backward. Not twice differentiable.
 
     Args:
         x: [..., D], float32, bfloat16 or float16, D at most 8,192. Rows may be strided (tokens[:, 1:], a slice of
-            columns); where the last dimension is not contiguous, or the rows need more than two strides, x is copied.
-        weight: [D], which may be of another dtype than x.
+            columns); x is copied if its last dimension is not contiguous or its rows need more than two strides.
+        weight: [D], any of these dtypes.
         bias: [D], of weight's dtype.
-        eps: what is added to the variance.
-        candidate: which tile of the table, forward and backward.
+        eps: added to the variance.
+        candidate: number of the tile in the tuning table, for forward and backward.
 
     Returns:
         [..., D] in x's dtype, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not match.
     """
     check_norm(x, weight, bias)
     return _layer_norm(x, None, weight, bias, None, None, eps, None, None, candidate)[1]
@@ -466,9 +464,14 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate
 def layer_norm_act(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str = "gelu", *, candidate: int = 0
 ) -> Tensor:
-    """activation(layer_norm(x)), elementwise, with nothing rounded in between.
+    """activation(layer_norm(x)), elementwise, with no rounding in between.
 
-    Arguments, result and what is saved as of `layer_norm`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+    Args:
+        x, weight, bias, eps, candidate: as in `layer_norm`, which also lists the errors.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+
+    Returns:
+        [..., D] in x's dtype, contiguous.
     """
     gelu.check_activation(activation)
     check_norm(x, weight, bias)
@@ -479,19 +482,19 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
     *, scale: Tensor | None = None, row_scale: Tensor | None = None, candidate: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """residual + row_scale * scale * x, and the LayerNorm of that; errors as in `layer_norm`.
+    """residual + row_scale * scale * x, and the LayerNorm of the sum.
 
     Args:
         x: the branch, as in `layer_norm`.
-        residual: of x's shape; its dtype may be another.
+        residual: x's shape, any of the dtypes.
         weight, bias, eps, candidate: as in `layer_norm`.
-        scale: [D], LayerScale's factor.
-        row_scale: [B] float32, drop path's factor for each sample (0, or 1 / keep probability), with x [B, ..., D]; it
-            has no gradient.
+        scale: LayerScale's factor [D], any of the dtypes.
+        row_scale: drop path's factor for each sample (0, or 1 / keep probability), [B] float32 for x [B, ..., D]; not
+            differentiable.
 
     Returns:
-        (the sum, its LayerNorm), each [..., D] and contiguous, in the dtype that x and residual promote to. The sum is
-        rounded to that dtype once, and the rounded sum is normalised.
+        (sum, its LayerNorm), each [..., D], contiguous, in the dtype that x and residual promote to. The sum is rounded
+        to that dtype before it is normalised. Raises as `layer_norm`.
     """
     check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)
@@ -501,7 +504,7 @@ def add_layer_norm(
 
 
 def check_norm(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-    """Raise ValueError unless rows x can be normalised with this weight and bias."""
+    """Raise ValueError unless x, weight and bias fit a LayerNorm over x's last dimension."""
     if x.ndim == 0 or not 1 <= x.shape[-1] <= MAX_DIM:
         raise ValueError(f"x: expected [..., D] with D from 1 to {MAX_DIM}, got {list(x.shape)}")
     check_tensor("x", x, x.shape, DTYPES, x.device)

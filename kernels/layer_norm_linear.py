@@ -1,17 +1,17 @@
-"""LayerNorm into the linear layer that reads it, with or without an activation behind it.
+"""LayerNorm and the linear layer that reads it, optionally followed by an activation.
 
     residual' = x + residual                                          (optional)
     pre       = layer_norm(residual') @ weight^T + bias
     out       = activation(pre)                                       `layer_norm_gelu`, half a feed-forward
-    out       = pre                                                   `layer_norm_linear`: query, key and value, say
+    out       = pre                                                   `layer_norm_linear`, as for query, key and value
 
     x, residual [..., D], weight [F, D]  ->  out [..., F]
 
-LayerNorm (with the residual add) is a kernel of its own, `fastvit.kernels.layer_norm`. The product and its activation
-follow: cuBLAS and a pass for the activation, or one fused kernel, by the `candidate` (`fastvit.kernels.linear`).
+LayerNorm (with the residual add) is a kernel of its own, `fastvit.kernels.layer_norm`. The `candidate` decides whether
+cuBLAS and a separate activation pass follow, or one fused kernel (`fastvit.kernels.linear`).
 
-Saved for backward: residual' (or x), mean and rstd, and, with an activation, pre. The normalised rows are not: where
-the weight gradient needs them, LayerNorm's backward, which has them in registers, writes them, D values per token.
+Saved for backward: residual' (or x), mean and rstd, and, with an activation, pre. The normalised rows are not saved: if
+the weight gradient needs them, LayerNorm's backward, which holds them in registers, writes D values per token.
 
 Ba, Kiros & Hinton 2016, arXiv:1607.06450; Hendrycks & Gimpel 2016, arXiv:1606.08415.
 """
@@ -32,10 +32,10 @@ def launch_forward(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float,
     weight: Tensor, bias: Tensor | None, activation: str | None, keep_pre: bool, candidate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """residual', statistics [2, rows] (mean and rstd, float32), pre [rows, F] and out [..., F].
+    """Returns residual', statistics [2, rows] (mean and rstd, float32), pre [rows, F] and out [..., F].
 
-    residual' has no elements without residual, statistics none without norm, pre none unless it is kept, which takes an
-    activation. `fastvit.kernels.feed_forward` calls it too, without a norm where it has none.
+    residual' is empty without residual, statistics without norm, and pre unless keep_pre is set, which requires an
+    activation. Also called by `fastvit.kernels.feed_forward`, possibly without a norm.
     """
     summed, normed, statistics = x.new_empty(0), x, x.new_empty(0, dtype=torch.float32)
     if norm_weight is not None:
@@ -54,10 +54,9 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of residual, x, the norm's weight and bias (rows of one tensor, float32), weight and bias.
 
-    output_mask: of the inputs, the norm, weight, bias. What is masked out has no elements, nor has the gradient of x
-    where it is, value and dtype, that of residual. summed is residual', or x where nothing was added.
-
-    There is one way only: cuBLAS and the kernels of LayerNorm and activation. So there is no candidate.
+    output_mask: whether to compute the gradients of the inputs, the norm, weight, bias; those not computed are empty.
+    The gradient of x is also empty if it equals that of residual in value and dtype. summed is residual', or x without
+    residual. cuBLAS and the kernels of LayerNorm and activation are the only implementation: there is no candidate.
     """
     inputs, norm_grads, weight_grad, bias_grad = output_mask
     grad_pre, grad_bias = as_rows(grad_out), weight.new_empty(0)
@@ -87,7 +86,6 @@ def _empty_gradients(summed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def forward_fallback(
     x, residual, norm_weight, norm_bias, eps, weight, bias, activation, keep_pre, candidate
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`launch_forward` in plain PyTorch."""
     summed, normed, statistics = x.new_empty(0), x, x.new_empty(0, dtype=torch.float32)
     if norm_weight is not None:
         norm = (norm_weight, norm_bias, None, None, eps)
@@ -102,7 +100,6 @@ def backward_fallback(
     grad_out, grad_sum, summed, statistics, pre, norm_weight, norm_bias, weight, eps, activation,
     x_dtype, residual_dtype, output_mask,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`launch_backward` in plain PyTorch."""
     inputs, norm_grads, weight_grad, bias_grad = output_mask
     grad_pre, rows, grads = as_rows(grad_out), summed, _empty_gradients(summed)
     if activation is not None:
@@ -125,7 +122,7 @@ _layer_norm_linear_backward = register("layer_norm_linear_backward", fallback=ba
 
 
 def save_for_backward(ctx, x: Tensor, residual: Tensor | None, outputs, *weights: Tensor | None) -> None:
-    """What backward needs of an operator whose first outputs are those of `launch_forward`."""
+    """Save what backward needs, for an operator whose first outputs are those of `launch_forward`."""
     summed, statistics, pre, _ = outputs
     ctx.mark_non_differentiable(statistics, pre, *([summed] if residual is None else []))
     ctx.set_materialize_grads(False)
@@ -134,7 +131,7 @@ def save_for_backward(ctx, x: Tensor, residual: Tensor | None, outputs, *weights
 
 
 def collect_sum_gradients(ctx, grad_sum: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of all inputs where nothing but residual' was used."""
+    """Gradients of all inputs when only residual' was used."""
     return select_gradients(ctx, *(None if grad_sum is None else grad_sum.to(dtype) for dtype in ctx.dtypes))
 
 
@@ -167,24 +164,24 @@ def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor | None,
     *, candidate: int = 0,
 ) -> Tensor:  # fmt: skip
-    """layer_norm(x) @ weight^T + bias: a block's first norm and its query, key and value, say.
+    """layer_norm(x) @ weight^T + bias, as for a block's query, key and value.
 
-    Second derivatives are not supported. x and 8 bytes per row are saved for backward.
+    x and 8 bytes per row are saved for backward. Not twice differentiable.
 
     Args:
         x: [..., D], float32, bfloat16 or float16, D at most 8,192; rows may be strided.
         norm_weight, norm_bias: [D], of one dtype.
         eps: added to the variance.
-        weight: [F, D]. Its dtype may be another than x's: the normalised rows are rounded to it. Under autocast weight
-            and bias are cast as a linear layer's are; the norm is computed in float32 throughout.
+        weight: [F, D], any of the dtypes: the normalised rows are rounded to it. Autocast casts weight and bias as in a
+            linear layer; the norm is computed in float32.
         bias: [F], of weight's dtype, or None.
-        candidate: how the product is computed, see `fastvit.kernels.linear`.
+        candidate: the implementation of the matmul, see `fastvit.kernels.linear`.
 
     Returns:
         [..., F] in weight's dtype, contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not match.
     """
     return _apply(x, None, norm_weight, norm_bias, eps, weight, bias, None, candidate)[1]
 
@@ -195,8 +192,13 @@ def add_layer_norm_linear(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + residual, and `layer_norm_linear` of the sum, which is saved for backward.
 
-    Arguments as there, and residual: [..., D], of x's shape; its dtype may be another. Returns the sum as well, first:
-    [..., D], in the dtype that x and residual promote to.
+    Args:
+        x, norm_weight, norm_bias, eps, weight, bias, candidate: as in `layer_norm_linear`.
+        residual: [..., D], x's shape, any of the dtypes.
+
+    Returns:
+        The sum [..., D] in the dtype that x and residual promote to, and [..., F] in weight's dtype. Raises as
+        `layer_norm_linear`.
     """
     check_tensors(residual=residual)
     return _apply(x, residual, norm_weight, norm_bias, eps, weight, bias, None, candidate)
@@ -208,10 +210,15 @@ def layer_norm_gelu(
 ) -> Tensor:  # fmt: skip
     """activation(layer_norm(x) @ weight^T + bias): the first half of a feed-forward.
 
-    Saved for backward are x, 8 bytes per row and the input of the activation. Where the second half follows,
-    `fastvit.kernels.feed_forward` keeps the activation out of memory too.
+    x, 8 bytes per row and the input of the activation are saved for backward. `fastvit.kernels.feed_forward`, which
+    includes the second half, does not store the activation either.
 
-    Arguments and result as of `layer_norm_linear`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+    Args:
+        x, norm_weight, norm_bias, eps, weight, bias, candidate: as in `layer_norm_linear`.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+
+    Returns:
+        [..., F] in weight's dtype, contiguous. Raises as `layer_norm_linear`, and if the activation is unknown.
     """
     check_activation(activation)
     return _apply(x, None, norm_weight, norm_bias, eps, weight, bias, activation, candidate)[1]
@@ -230,7 +237,7 @@ def _apply(x, residual, norm_weight, norm_bias, eps, weight, bias, activation, c
 
 
 def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Weights and biases in autocast's dtype where it is on, differentiably: their gradients come back in their own."""
+    """Cast weights and biases to autocast's dtype if it is enabled; differentiable, so gradients keep their dtypes."""
     if not torch.is_autocast_enabled(x.device.type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -238,7 +245,7 @@ def cast_for_autocast(x: Tensor, *tensors: Tensor | None) -> list[Tensor | None]
 
 
 def check_norm(x: Tensor, residual: Tensor | None, norm_weight: Tensor, norm_bias: Tensor) -> None:
-    """Raise ValueError unless these fit x [..., D]."""
+    """Raise ValueError unless residual and the norm's parameters match x [..., D]."""
     if x.shape[-1] > layer_norm.MAX_DIM:
         raise ValueError(f"x: expected [..., D] with D at most {layer_norm.MAX_DIM}, got {list(x.shape)}")
     check_tensor("norm_weight", norm_weight, x.shape[-1:], DTYPES, x.device)

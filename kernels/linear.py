@@ -1,23 +1,23 @@
-"""Matrix products with an activation done on the way out, so that it costs no pass over memory of its own.
+"""Matmuls with an activation in the epilogue, so that it needs no pass over memory of its own.
 
     pre      = x @ weight^T + bias,  out = activation(pre)          forward; bias and activation are optional
-    grad_pre = (grad_out @ weight) * activation'(pre)               backward through a linear layer and what it read
+    grad_pre = (grad_out @ weight) * activation'(pre)               backward of a linear layer and its activation
 
     x [rows, depth], weight [units, depth]  ->  pre, out [rows, units]
     grad_out [rows, depth], weight [depth, units], pre [rows, units]  ->  grad_pre [rows, units]
 
-The forward writes pre only where backward needs it. The backward also returns activation(pre), which the second layer's
-weight gradient needs and nobody saved, and the gradient of bias: each tile writes the sum of grad_pre over its rows,
-PyTorch adds up the tiles. No atomics: two runs give the same bits.
+The forward writes pre only if backward needs it. The backward also returns activation(pre), which was not saved but is
+needed for the weight gradient of the second layer, and the bias gradient: each tile writes the sum of grad_pre over its
+rows, and PyTorch sums over the tiles. There are no atomics: two runs are bitwise equal.
 
-Three ways to the same result, the candidates of `fastvit.kernels.tuning`:
-    0   cuBLAS, then the activation as a pass of its own (`fastvit.kernels.gelu`)
-    1   one fused kernel, a program for each tile; programs of neighbouring tiles share their operands in L2
-    2   one fused kernel, persistent: as many programs as fit on the GPU work through tile after tile, their operands
-        copied by the GPU's copy engine (TMA: sm_90 and newer), so that no thread computes an address
+Three implementations, the candidates of `fastvit.kernels.tuning`:
+    0   cuBLAS, then the activation as a separate pass (`fastvit.kernels.gelu`)
+    1   one fused kernel, one program per tile; programs of neighbouring tiles share their operands in L2
+    2   one fused persistent kernel: as many programs as fit on the GPU process tile after tile; the GPU's copy engine
+        loads the operands (TMA: sm_90 and newer), so that no thread computes an address
 
-Fusing saves, on ViT-B at batch 256 (computed for an H100's 3.0 TB/s): forward 207 us, or 103 us in training, where pre
-is written all the same; backward 207 us. The price: our product may be slower than cuBLAS's.
+Computed for ViT-B at batch 256 and an H100's 3.0 TB/s, fusing saves 207 us in forward (103 us in training, which writes
+pre) and 207 us in backward, unless our matmul is slower than cuBLAS's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fastvit.kernels.tuning import cdiv
 
 @triton.jit
 def _locate_tile(tile, rows, UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr):
-    """Row and column of a tile by its number: GROUP tiles of rows for one of columns, then the next of columns, ..."""
+    """Row and column of a tile by its number. Tiles are numbered in groups of GROUP row tiles, column by column."""
     row_tiles = tl.cdiv(rows, ROWS)
     col_tiles: tl.constexpr = (UNITS + COLS - 1) // COLS
     first = tile // (GROUP * col_tiles) * GROUP
@@ -55,7 +55,7 @@ def _matmul(
     """A tile of a [rows, depth] @ b [units, depth]^T in float32, [ROWS, COLS]."""
     row = row_tile * ROWS + tl.arange(0, ROWS)
     unit = col_tile * COLS + tl.arange(0, COLS)
-    a_rows = a_ptr + row.to(tl.int64)[:, None] * stride_a  # rows * depth passes 2**31 at large batches
+    a_rows = a_ptr + row.to(tl.int64)[:, None] * stride_a  # rows * depth exceeds 2**31 at large batches
     b_units = b_ptr + unit[None, :] * stride_b_unit
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, DEPTH, STEP):
@@ -76,7 +76,7 @@ def _matmul_by_descriptor(
     a, b, row_tile, col_tile,  # descriptors of [rows, depth] and [units, depth]
     DEPTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, DEPTH_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """As `_matmul`. DEPTH_FIRST: b is [depth, units]. What lies outside is read as 0."""
+    """As `_matmul`. DEPTH_FIRST: b is [depth, units]. Elements out of bounds are read as 0."""
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, DEPTH, STEP):
         left = a.load([row_tile * ROWS, start])
@@ -90,7 +90,7 @@ def _matmul_by_descriptor(
 
 @triton.jit
 def _split_quarters(acc, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """acc [ROWS, COLS] by columns: a whole tile's sums fill the registers, and what is done to them would spill."""
+    """acc [ROWS, COLS] in four parts by columns: acc fills the registers, so an epilogue over all of it would spill."""
     HALF: tl.constexpr = COLS // 2
     QUARTER: tl.constexpr = COLS // 4
     left, right = tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, HALF)), (0, 2, 1)))
@@ -105,7 +105,6 @@ def _fused_tile(
     BACKWARD: tl.constexpr, PERSISTENT: tl.constexpr, UNITS: tl.constexpr, DEPTH: tl.constexpr, FORMULA: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Tile number `tile` of what `_linear` writes."""
     row_tile, col_tile = _locate_tile(tile, rows, UNITS, ROWS, COLS, GROUP)
     if PERSISTENT:
         acc = _matmul_by_descriptor(a, b, row_tile, col_tile, DEPTH, ROWS, COLS, STEP, BACKWARD)
@@ -129,7 +128,7 @@ def _fused_tile(
             if bias_ptr is not None:
                 out += tl.load(bias_ptr + unit, unit < UNITS, other=0.0).to(tl.float32)[None, :]
             if FORMULA is not None:
-                rounded = out.to(out_ptr.dtype.element_ty)  # backward starts from it; without backward the same numbers
+                rounded = out.to(out_ptr.dtype.element_ty)  # as backward reads it; the same result in inference
                 if pre_ptr is not None:
                     tl.store(pre_ptr + at, rounded, mask)
                 out = activate(rounded.to(tl.float32), FORMULA)
@@ -163,10 +162,10 @@ def _linear(
 
 
 def make_descriptor(choice: tuning.Choice, matrix: Tensor, *block: int) -> TensorDescriptor | None:
-    """A descriptor that copies `block` = (rows, columns) of `matrix` at a time, where the choice is persistent.
+    """A descriptor that copies tiles `block` = (rows, columns) of `matrix`, if the choice is persistent.
 
-    None where the hardware cannot: rows that are not contiguous, do not begin on 16-byte boundaries, or overlap (a
-    stride of 0, say). The plain kernel, which computes addresses, then takes the choice's tile.
+    None where the hardware cannot: rows that are not contiguous, not aligned to 16 bytes, or overlapping (a stride of
+    0). The kernel that computes addresses then uses the choice's tile.
     """
     fits = (
         matrix.stride(1) == 1
@@ -178,7 +177,7 @@ def make_descriptor(choice: tuning.Choice, matrix: Tensor, *block: int) -> Tenso
 
 
 def _launch(choice, a, b, outputs, activation: str | None, backward: bool) -> None:
-    """The kernel on a [rows, depth] and b, which is [depth, units] backward, otherwise [units, depth]."""
+    """Launch the kernel for a [rows, depth] and b: [depth, units] in backward, [units, depth] in forward."""
     (rows, depth), units = a.shape, b.shape[1 if backward else 0]
     height, width, step = choice["rows"], choice["columns"], choice["depth"]
     tiles, block = cdiv(rows, height) * cdiv(units, width), (step, width) if backward else (width, step)
@@ -197,8 +196,8 @@ def _launch(choice, a, b, outputs, activation: str | None, backward: bool) -> No
 
 
 def _find_fused_tile(operation: str, rows: int, weight: Tensor, candidate: int) -> tuning.Choice | None:
-    """The fused kernel's tile, or None where cuBLAS computes: the candidate is 0, or there is nothing to compute, or
-    shapes only are asked for, which PyTorch's own operations tell."""
+    """The fused kernel's tile, or None where cuBLAS is used: for candidate 0, for no rows, and for fake tensors, whose
+    shapes PyTorch's own operations compute."""
     if is_fake(weight) or rows == 0:
         return None
     shape = f"{weight.shape[1]} to {weight.shape[0]}"
@@ -209,17 +208,10 @@ def _find_fused_tile(operation: str, rows: int, weight: Tensor, candidate: int) 
 def launch_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, keep_pre: bool, candidate: int
 ) -> tuple[Tensor, Tensor]:
-    """pre, which has no elements unless it is kept, and out = activation(pre), for pre = x @ weight^T + bias.
+    """Returns pre = x @ weight^T + bias (empty unless keep_pre) and out = activation(pre), both [rows, units].
 
-    Args:
-        x: [rows, depth], rows strided or not.
-        weight: [units, depth], contiguous, of x's dtype.
-        bias: [units], contiguous, of x's dtype.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`; without it out is pre, and pre is not kept.
-        candidate: the way, see above.
-
-    Returns:
-        pre and out, [rows, units], contiguous, of weight's dtype.
+    x is [rows, depth], its rows may be strided; weight [units, depth] and bias [units] are contiguous and of x's dtype.
+    With activation None, out is pre and the first result is empty.
     """
     if (choice := _find_fused_tile("linear_forward", x.shape[0], weight, candidate)) is None:
         pre = F.linear(x, weight, bias)
@@ -236,18 +228,10 @@ def launch_forward(
 def launch_backward(
     grad_out: Tensor, weight: Tensor, pre: Tensor, activation: str, *, bias_grad: bool, with_y: bool, candidate: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of pre and of the bias within it, and activation(pre), for out = activation(pre) @ weight^T.
+    """Returns the gradients of pre [rows, units] and of its bias [units], and activation(pre), for
+    out = activation(pre) @ weight^T. The last two are empty unless bias_grad and with_y are set.
 
-    Args:
-        grad_out: [rows, depth], rows strided or not.
-        weight: [depth, units], contiguous.
-        pre: [rows, units], contiguous.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-        bias_grad, with_y: whether the second and third are wanted; they have no elements otherwise.
-        candidate: the way, see above.
-
-    Returns:
-        [rows, units], [units] and [rows, units], contiguous, of pre's dtype.
+    grad_out is [rows, depth], its rows may be strided; weight [depth, units] and pre [rows, units] are contiguous.
     """
     rows, units = pre.shape
     if (choice := _find_fused_tile("linear_backward", rows, weight.t(), candidate)) is None:
@@ -261,7 +245,7 @@ def launch_backward(
 
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "") -> None:
-    """Raise ValueError unless weight is [units, x's last dimension] and bias [units]; suffix: of their names."""
+    """Raise ValueError unless weight is [units, x's last dimension] and bias [units]. suffix: of their names."""
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., D] with D at least 1, got {list(x.shape)}")
     check_tensor("x", x, x.shape, DTYPES, x.device)

@@ -1,13 +1,13 @@
-"""Registration of a launcher as a PyTorch operator, and the safety net under it.
+"""Registration of launchers as PyTorch operators, with a fallback for kernels that fail.
 
-`@operator("attention", fallback=...)` registers the decorated launcher as `fastvit::attention` with
-`torch.library.custom_op`: eager mode, autograd, `torch.compile`, export and dispatch modes all call the same operator.
-For compilers, which ask for shapes and dtypes alone, the launcher returns as soon as outputs are allocated (`is_fake`).
+`@register("attention", fallback=...)` registers the decorated launcher as `fastvit::attention` with
+`torch.library.custom_op`, which eager mode, autograd, `torch.compile`, export and dispatch modes all call. For fake
+tensors the launcher returns once the outputs are allocated (`is_fake`).
 
-The fallback has the launcher's signature and is plain PyTorch. On a GPU, under backend "auto", a launch that fails for
-any reason but a lack of memory (Triton cannot compile it, ptxas or the driver refuses it) is logged once with its
-cause, and from then on the fallback computes calls of the same class: same dtypes, last dimensions and options. Under
-backend "triton", and wherever kernels are interpreted, the exception propagates: a test must never pass on a fallback.
+The fallback is plain PyTorch with the launcher's signature. On a GPU, under backend "auto", a launch that fails for any
+reason but out of memory (Triton cannot compile it, or ptxas or the driver rejects it) is logged once, and from then on
+the fallback runs for calls of the same dtypes, last dimensions and options. Under backend "triton", and wherever
+kernels are interpreted, the exception propagates: a test must never pass on a fallback.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 logger = logging.getLogger("fastvit")
 
-FALLBACK_DEVICES = ("cuda",)  # elsewhere kernels are interpreted, to be tested
+FALLBACK_DEVICES = ("cuda",)  # on other devices kernels are interpreted, for tests
 
 
 class Failure(NamedTuple):
-    """A kernel that could not be compiled or launched, and what it was called with."""
+    """A kernel that could not be compiled or launched, and the inputs it was called with."""
 
     operator: str
     inputs: str
@@ -38,11 +38,11 @@ class Failure(NamedTuple):
     versions: str
 
 
-failures: dict[tuple, Failure] = {}  # by operator and class of call; read by `fastvit info` and the run report
+failures: dict[tuple, Failure] = {}  # by operator and kind of call; read by `fastvit info` and the run report
 
 
 def is_strict() -> bool:
-    """Whether a failing kernel is an error. `fastvit.ops` replaces this: it is one under backend "triton"."""
+    """Whether a failing kernel is an error. `fastvit.ops` replaces this function: it is one under backend "triton"."""
     return False
 
 
@@ -83,18 +83,18 @@ def register(name: str, *, fallback: Callable[..., Any]) -> Callable[[Callable[.
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a compiler or an export asks for shapes. Tensors on "meta" are launched, to be recorded in tests."""
+    """Whether only shapes are computed, for a compiler or an export. "meta" tensors are launched: tests record them."""
     return isinstance(tensor, FakeTensor)
 
 
 def select_gradients(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """A gradient for each input: None where none is needed, and for the inputs after the last of `grads`."""
+    """One gradient per input: None where none is needed, and for the inputs after the last of `grads`."""
     padded = (*grads, *[None] * (len(ctx.needs_input_grad) - len(grads)))
     return tuple(grad if needs else None for grad, needs in zip(padded, ctx.needs_input_grad, strict=True))
 
 
 def _describe_argument(name: str, value: Any) -> Any:
-    """What calls have in common that compile to the same binary, or nearly: not the rows, nor an image's size."""
+    """The part of an argument that decides which binary is compiled: neither the number of rows nor the image size."""
     if name == "max_seqlen":
         return None
     if isinstance(value, Tensor):
@@ -103,14 +103,14 @@ def _describe_argument(name: str, value: Any) -> Any:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch's, Python's, and what the driver and cuBLAS say; Triton's OutOfResources is of a multiprocessor's."""
+    """Out of memory in PyTorch, Python, the driver or cuBLAS. Triton's OutOfResources concerns a multiprocessor's."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "out of memory" in text or "alloc_failed" in text
 
 
 def _describe_failure(name: str, args: tuple[Any, ...], error: BaseException) -> Failure:
     inputs = ", ".join(f"{str(arg.dtype)[6:]} {list(arg.shape)}" for arg in args if isinstance(arg, Tensor))
-    while error.__cause__ is not None:  # a compilation error wraps the one that says why
+    while error.__cause__ is not None:  # a compilation error wraps its reason
         error = error.__cause__
     text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     return Failure(name, inputs, text, f"torch {torch.__version__}, triton {triton.__version__}")

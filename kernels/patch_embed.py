@@ -1,24 +1,22 @@
-"""Patch embedding: from pixels, where they lie, to the tokens that the encoder reads.
+"""Patch embedding: from pixels, read in place, to the tokens that the encoder reads.
 
     tokens = [prefix tokens ; patches @ weight^T + bias] + pos_embed              Dosovitskiy et al. 2021, eq. 1
 
     pixels [B, C, H, W] or [B, H, W, C]  ->  tokens [B, N, D],   N = T prefix tokens + P patches
 
-One matmul over B * N rows, whose left operand is never built: row (b, t) gathers the K = C * ph * pw pixels of patch
-t - T from the image; uint8 pixels are normalised in registers. A prefix row (class token, registers) gathers nothing,
-so its sum is zero, and the epilogue puts the token there instead of the bias: the output is written in whole tiles.
+One matmul over B * N rows, whose left operand is never materialised: row (b, t) gathers the K = C * ph * pw pixels of
+patch t - T from the image, and uint8 pixels are normalised in registers. A prefix row (class token, registers) gathers
+nothing, and the epilogue adds the token instead of the bias, so that the output is written in whole tiles. Pixels are
+read once from memory (and again from L2 for each tile of hidden units), tokens are written once. PyTorch makes 4 to 6
+passes: cast and normalisation, the convolution's layout change, convolution, concatenation and addition.
 
-Op by op PyTorch makes 4 to 6 passes: the pixels cast (and normalised), the convolution's layout change, the
-convolution, the concatenation and the addition, each written and read again. Here the pixels are read once from memory
-(and again from L2 for each tile of hidden units) and the tokens are written once.
+Backward: the weight gradient is the transposed matmul, again over pixels read in place; its rows are split between
+programs and summed in a second stage. The gradients of bias, prefix, position embedding and mask token are sums of the
+output gradient over images, then over patches. There are no atomics: two runs are bitwise equal. The gradient of float
+pixels, rarely needed, is plain PyTorch.
 
-Backward: the weight gradient is the transposed product, again over pixels read in place, the rows split between
-programs and summed in a second stage; the gradients of bias, prefix, position embedding and mask token are sums of the
-output gradient over images, then over patches. No atomics: the same bits every time. The gradient of float pixels,
-rarely asked for, is plain PyTorch.
-
-K = C * ph * pw values of a patch are walked in the order of memory, so that a patch's row is one run of wide loads:
-(channel, row, column) for channels-first memory, (row, column, channel) for channels-last.
+The K values of a patch are visited in memory order, so that one row of a patch is a run of wide loads: (channel, row,
+column) for channels-first memory, (row, column, channel) for channels-last.
 """
 
 from __future__ import annotations
@@ -38,7 +36,7 @@ from fastvit.kernels.operators import is_fake, register
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MIN_LARGE_TILES = 100  # large tiles fill a device
-MULTIPROCESSORS = 132  # multiprocessors of an H100; the same number everywhere: the same sums everywhere
+MULTIPROCESSORS = 132  # an H100's; the same on every GPU, so that sums have the same order
 
 
 @triton.jit
@@ -46,7 +44,7 @@ def patch_origin(
     image, patch, columns, stride_batch, stride_row, stride_column,
     PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Offset of a patch's first pixel, [rows]. 64 bit: a large batch of images passes 2**31 pixels."""
+    """Offset of a patch's first pixel, [rows]. 64 bit: a large batch has more than 2**31 pixels."""
     row = patch // columns * PATCH_HEIGHT
     column = patch % columns * PATCH_WIDTH
     return image.to(tl.int64) * stride_batch + row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
@@ -57,8 +55,8 @@ def within_patch(
     k, stride_channel, stride_row, stride_column,
     CHANNELS: tl.constexpr, PATCH_HEIGHT: tl.constexpr, PATCH_WIDTH: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
-    """Offset of a patch's k-th value from its first, and that value's channel, both [k]."""
-    if CHANNELS_LAST:  # the pw * C values of a patch's row lie side by side
+    """Offset of a patch's k-th value from its first, and the value's channel, both [k]."""
+    if CHANNELS_LAST:  # the pw * C values of a patch's row are contiguous
         channel = k % CHANNELS
         offset = (k // (PATCH_WIDTH * CHANNELS)).to(tl.int64) * stride_row + k % (PATCH_WIDTH * CHANNELS)
     else:
@@ -71,7 +69,7 @@ def within_patch(
 
 @triton.jit
 def load_pixels(pointers, mask, channel, dtype: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr):
-    """Pixels [rows, k] in the dtype of the product; normalised with SCALE and SHIFT (C floats each) in float32."""
+    """Pixels [rows, k] in the matmul's dtype; normalised in float32 if SCALE and SHIFT (C floats each) are given."""
     pixels = tl.load(pointers, mask, other=0)
     if SCALE is not None:
         scale = tl.zeros(channel.shape, tl.float32)
@@ -79,7 +77,7 @@ def load_pixels(pointers, mask, channel, dtype: tl.constexpr, SCALE: tl.constexp
         for c in tl.static_range(len(SCALE)):
             scale = tl.where(channel == c, SCALE[c], scale)
             shift = tl.where(channel == c, SHIFT[c], shift)
-        # Lanes that were not loaded become `shift`: finite, and multiplied by zeros or not stored.
+        # Masked lanes become `shift`: finite, and multiplied by zeros or not stored.
         pixels = pixels.to(tl.float32) * scale[None, :] + shift[None, :]
     return pixels.to(dtype)
 
@@ -89,7 +87,7 @@ def _store_tokens(
     acc, units, rows, token, is_masked, bias_ptr, cls_token_ptr, pos_embed_ptr, mask_token_ptr, out_ptr,
     total_rows, hidden, PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """acc [rows, units] + bias, the class token or the mask token in its place, + position embedding -> out."""
+    """Store acc [rows, units] + bias, replaced by class or mask token where they apply, + position embedding."""
     unit_mask = units < hidden
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + units, unit_mask, other=0.0).to(tl.float32)[None, :]
@@ -122,7 +120,7 @@ def _patch_embed_fwd(
     BLOCK_ROWS: tl.constexpr, BLOCK_HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
-    # Programs that follow each other read the same pixels: all but the first find them in L2.
+    # Consecutive programs read the same pixels: all but the first find them in L2.
     hidden_blocks = tl.cdiv(hidden, BLOCK_HIDDEN)
     rows = tl.program_id(0) // hidden_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first_unit = tl.program_id(0) % hidden_blocks * BLOCK_HIDDEN
@@ -160,7 +158,7 @@ def _patch_embed_fwd(
         weight = tl.load(weight_ptrs + k[:, None], weight_mask, other=0.0)
         acc = tl.dot(pixels, weight, acc, input_precision="ieee")
 
-    # Half a tile at a time: the sums of a whole one fill the registers, and what is added to them would spill.
+    # Half a tile at a time: the sums of a whole tile fill the registers, and the epilogue would spill.
     HALF: tl.constexpr = BLOCK_HIDDEN // 2
     left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_ROWS, 2, HALF)), (0, 2, 1)))
     units = first_unit + tl.arange(0, HALF)
@@ -190,7 +188,7 @@ def _patch_embed_weight_bwd(
     K: tl.constexpr = CHANNELS * PATCH_HEIGHT * PATCH_WIDTH
     k_blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     hidden_blocks = tl.cdiv(hidden, BLOCK_HIDDEN)
-    # Programs that follow each other read the same patches and gradients.
+    # Consecutive programs read the same patches and gradients.
     k = tl.program_id(0) % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     units = tl.program_id(0) // k_blocks % hidden_blocks * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     split = tl.program_id(0) // k_blocks // hidden_blocks
@@ -228,9 +226,9 @@ def _patch_embed_tokens_bwd(
     PREFIX: tl.constexpr,
     BLOCK_IMAGES: tl.constexpr, BLOCK_HIDDEN: tl.constexpr,
 ):  # fmt: skip
-    """Sums of grad_out over the images where a token is shown, and over those where it is masked.
+    """Sums of grad_out over the images where a token is not masked, and over those where it is masked.
 
-    One token and BLOCK_HIDDEN hidden units a program.
+    Each program handles one token and BLOCK_HIDDEN hidden units.
     """
     token = tl.program_id(0)
     units = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
@@ -258,7 +256,6 @@ def _patch_embed_tokens_bwd(
 
 
 def view_channels_first(pixels: Tensor, channels: int) -> Tensor:
-    """Pixels, given in either layout, as a [B, C, H, W] view."""
     return pixels if pixels.shape[1] == channels else pixels.permute(0, 3, 1, 2)
 
 
@@ -268,16 +265,16 @@ def compute_grid(pixels: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def is_channels_last(pixels: Tensor) -> bool:
-    """Whether all values of a row of a [B, C, H, W] image lie side by side, channel by channel."""
+    """Whether the values of a row of a [B, C, H, W] image are contiguous, channel by channel."""
     channels = pixels.shape[1]
     return channels > 1 and pixels.stride(1) == 1 and pixels.stride(3) == channels
 
 
 def list_constants(pixels: Tensor, weight: Tensor, mean: list[float] | None, std: list[float] | None) -> dict:
-    """What the kernels are compiled for: the patch, the layout of [B, C, H, W] pixels and their normalisation.
+    """The kernels' compile-time constants: the patch, the layout of [B, C, H, W] pixels, and their normalisation.
 
-    (pixels / 255 - mean) / std of uint8 pixels is pixels * SCALE + SHIFT. These are compile-time constants: there is no
-    table to copy to the device at each call, and a data set has one mean and std.
+    (pixels / 255 - mean) / std of uint8 pixels is pixels * SCALE + SHIFT. As constants they need no copy to the device
+    per call, and a data set has one mean and std.
     """
     _, channels, height, width = weight.shape
     scale = shift = None
@@ -294,21 +291,21 @@ def as_bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def describe_tiles(rows: int, columns: int) -> str:
-    """The tuning table's word for a product of [rows, columns]: whether large tiles fill a device."""
+    """The tuning table's shape class for an output [rows, columns]: whether large tiles fill a device."""
     return "many tiles" if cdiv(rows, 128) * cdiv(columns, 128) >= MIN_LARGE_TILES else "few tiles"
 
 
 def promote_dtypes(weight: Tensor, *others: Tensor | None) -> torch.dtype:
-    """What concatenation and addition promote to: float32 tokens where bfloat16 meets a float32 position embedding."""
+    """The dtype that concatenation and addition promote to, such as float32 for a float32 position embedding."""
     dtypes = [other.dtype for other in others if other is not None]
     return functools.reduce(torch.promote_types, dtypes, weight.dtype)
 
 
 def _choose_split(total_patches: int, tiles: int, block_rows: int) -> int:
-    """Patches that one program of the weight gradient sums over.
+    """The number of patches that one program of the weight gradient sums over.
 
-    Of the numbers of splits that fill a device once, or of up to four, the one that leaves it idle least: 72 tiles are
-    half a device, and 144 take as long as two, but 216 (three splits) or 528 (four splits of 132) fill it.
+    Chooses the number of splits, up to one full device or up to four, that wastes the least time: 72 tiles fill half a
+    device and 144 need two rounds, but 216 (three splits) or 528 (four splits of 132) leave little idle.
     """
     most = max(4, MULTIPROCESSORS // tiles)
     splits = min(range(1, most + 1), key=lambda splits: cdiv(tiles * splits, MULTIPROCESSORS) / splits)
@@ -316,7 +313,7 @@ def _choose_split(total_patches: int, tiles: int, block_rows: int) -> int:
 
 
 def _make_row_major(grad_out: Tensor) -> Tensor:
-    """grad_out with its hidden units side by side: the gradient of a plain sum, say, is one number expanded."""
+    """grad_out with contiguous hidden units: the gradient of a plain sum is one expanded number."""
     return grad_out if grad_out.stride(2) == 1 else grad_out.contiguous()
 
 
@@ -333,7 +330,7 @@ def launch_forward(
     if is_fake(out) or out.numel() == 0:
         return out
     vectors = (bias, cls_token if prefix else None, pos_embed, None if mask is None else mask_token)
-    # [D, K] with K in the order in which the pixels lie; a view wherever weight already has that order.
+    # [D, K] with K in the pixels' memory order; a view wherever weight already has that order.
     matrix = (weight.permute(0, 2, 3, 1) if is_channels_last(pixels) else weight).contiguous()
     shape = describe_tiles(batch * tokens, hidden)
     tile = tuning.select("patch_embed_forward", shape, weight.dtype, pixels.device, candidate)
@@ -360,7 +357,7 @@ def launch_weight_backward(
         return weight.new_zeros(weight.shape)
     rows, columns = compute_grid(pixels, weight)
     patches, total_patches = rows * columns, batch * rows * columns
-    # Every program of a split reads these rows; float32 ones (autocast) would be transposed 4 bytes at a time.
+    # Read by every program of a split; float32 rows (autocast) would be transposed 4 bytes at a time.
     grad_out = _make_row_major(grad_out).to(weight.dtype)
     shape = describe_tiles(hidden * cdiv(total_patches, 4096), size_k)  # splits sum over 4096 patches or more
     tile = tuning.select("patch_embed_weight", shape, weight.dtype, pixels.device, candidate)
@@ -398,7 +395,7 @@ def launch_tokens_backward(grad_out: Tensor, mask: Tensor | None, prefix: int) -
 
 
 def _view_patches(pixels: Tensor, weight: Tensor) -> Tensor:
-    """Pixels as a view [B, rows, columns, C, ph, pw], without what is left over at the edges."""
+    """Pixels as a view [B, rows, columns, C, ph, pw], without the remainder at the edges."""
     _, channels, height, width = weight.shape
     pixels = view_channels_first(pixels, channels)
     rows, columns = compute_grid(pixels, weight)
@@ -407,12 +404,11 @@ def _view_patches(pixels: Tensor, weight: Tensor) -> Tensor:
 
 
 def _zero_masked(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Zero where masked, [B, P, ..]."""
     return values if mask is None else values.masked_fill(mask.unsqueeze(-1), 0)
 
 
 def _gather_patches(pixels, weight, mask, mean, std) -> Tensor:
-    """The matrix that the kernels never build: patches [B, P, C * ph * pw] in weight's dtype, zero where masked."""
+    """The matrix that the kernels never store: patches [B, P, C * ph * pw] in weight's dtype, zero where masked."""
     patches = _view_patches(pixels, weight)
     if pixels.dtype == torch.uint8:
         mean, std = (pixels.new_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
@@ -421,7 +417,6 @@ def _gather_patches(pixels, weight, mask, mean, std) -> Tensor:
 
 
 def forward_fallback(pixels, weight, bias, cls_token, pos_embed, mask_token, mask, mean, std, candidate):
-    """`launch_forward` in plain PyTorch."""
     dtype = promote_dtypes(weight, cls_token, pos_embed)
     tokens = F.linear(_gather_patches(pixels, weight, mask, mean, std), weight.flatten(1), bias).to(dtype)
     if mask is not None:
@@ -432,14 +427,12 @@ def forward_fallback(pixels, weight, bias, cls_token, pos_embed, mask_token, mas
 
 
 def weight_fallback(grad_out, pixels, weight, mask, mean, std, candidate):
-    """`launch_weight_backward` in plain PyTorch."""
     patches = _gather_patches(pixels, weight, mask, mean, std)  # [B, P, K]
     grad = _zero_masked(grad_out[:, grad_out.shape[1] - patches.shape[1] :].to(weight.dtype), mask)
     return (grad.flatten(0, 1).T @ patches.flatten(0, 1)).view(weight.shape)
 
 
 def tokens_fallback(grad_out: Tensor, mask: Tensor | None, prefix: int) -> Tensor:
-    """`launch_tokens_backward` in plain PyTorch."""
     grad = grad_out.float()
     if mask is None:
         return grad.sum(0, keepdim=True)
@@ -448,12 +441,11 @@ def tokens_fallback(grad_out: Tensor, mask: Tensor | None, prefix: int) -> Tenso
 
 
 def pixels_backward(grad_out: Tensor, pixels: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
-    """Gradient of float pixels, in their shape and dtype: rarely asked for, so plain PyTorch.
+    """Gradient of float pixels, in their shape and dtype, in plain PyTorch because it is rarely needed.
 
-    A transposed convolution whose stride is its kernel, which is a matmul: written as one because cuDNN would round
-    float32 to TF32.
+    It is a transposed convolution whose stride equals its kernel size, written as a matmul: cuDNN rounds to TF32.
     """
-    grad_pixels = torch.zeros_like(pixels)  # what is left over at the edges was not read
+    grad_pixels = torch.zeros_like(pixels)  # the remainder at the edges was not read
     view = _view_patches(grad_pixels, weight)
     grad = grad_out[:, grad_out.shape[1] - view.shape[1] * view.shape[2] :].to(weight.dtype)
     view.copy_((_zero_masked(grad, mask) @ weight.flatten(1)).view(view.shape))
@@ -482,7 +474,7 @@ def _backward(ctx, grad_out: Tensor):
     if needs_weight:
         grad_weight = _weight_backward(grad_out, pixels, weight, mask, ctx.mean, ctx.std, ctx.candidate)
     if any(needs):
-        sums = _tokens_backward(grad_out, mask, ctx.prefix)  # [1 or 2, N, D], where shown and where masked
+        sums = _tokens_backward(grad_out, mask, ctx.prefix)  # [1 or 2, N, D], where not masked and where masked
         grads = [
             sums[0, ctx.prefix :].sum(0),  # bias [D]
             sums[:1, : ctx.prefix],  # cls_token [1, T, D]
@@ -503,28 +495,27 @@ def patch_embed(
 ) -> Tensor:  # fmt: skip
     """Cut images into patches, project each to the hidden size, prepend the class token, add the position embedding.
 
-    Sums are in float32 throughout. Under autocast weight and bias are cast like a convolution's. Differentiable once in
-    everything but uint8 pixels and mask. Dosovitskiy et al. 2021, arXiv:2010.11929.
+    Sums are float32. Autocast casts weight and bias as for a convolution. Not twice differentiable, and not in uint8
+    pixels and mask. Dosovitskiy et al. 2021, arXiv:2010.11929.
 
     Args:
         pixels: [B, C, H, W] or [B, H, W, C], any strides; float32, bfloat16, float16, or uint8, which is normalised. B
-            may be 0. What is left over at the right and bottom edge when H or W is no multiple of the patch size is not
-            read.
+            may be 0. If H or W is not a multiple of the patch size, the right and bottom remainder is not read.
         weight: [D, C, ph, pw], float32, bfloat16 or float16; pixels are cast to its dtype.
         bias: [D], of weight's dtype.
-        cls_token: [1, T, D], the tokens before the patches, in any of these float dtypes, as the next two.
+        cls_token: [1, T, D], the tokens before the patches; like the next two, in any of these float dtypes.
         pos_embed: [1, T + P, D].
         patch_size: (ph, pw).
-        mean, std: one float per channel, std none of 0, for values in 0..1, to normalise uint8 pixels by.
-        mask_token: [1, 1, D], what stands in the place of masked patches, which are not read.
+        mean, std: one float per channel for values in 0..1, to normalise uint8 pixels; std without zeros.
+        mask_token: [1, 1, D], replaces masked patches, which are not read.
         mask: bool [B, P].
-        candidate: which of the tuning table's tiles.
+        candidate: number of the tile in the tuning table.
 
     Returns:
         Tokens [B, T + P, D] in the dtype that weight, cls_token and pos_embed promote to.
 
     Raises:
-        ValueError: for anything else, before any launch.
+        ValueError: if shapes, dtypes or devices do not match; before any launch.
     """
     _check_inputs(pixels, weight, bias, cls_token, pos_embed, tuple(patch_size), mean, std, mask_token, mask)
     if torch.is_autocast_enabled(pixels.device.type):

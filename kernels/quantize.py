@@ -1,21 +1,20 @@
-"""Rows in 8 bits, for inference: what stands between two e4m3 matrix products, each in one pass over memory.
+"""Rows in 8 bits for inference: the operations between two e4m3 matmuls, each in one pass over memory.
 
-    scale  = max(max|row| / 448, 2^-126)                    float32, one a row
+    scale  = max(max|row| / 448, 2^-126)                    float32, one per row
     values = round_e4m3(row * (1 / scale))
 
     quantize_rows        row = x                            e.g. attention's output
     layer_norm_fp8       row = layer_norm(x)
     add_layer_norm_fp8   row = layer_norm(residual'),       residual' = x + residual
     bias_gelu_fp8        row = activation(x + bias)
-    linear_fp8           (values * scale) @ (weight * weight_scale)^T + bias, PyTorch's own product on e4m3 tensor cores
+    linear_fp8           (values * scale) @ (weight * weight_scale)^T + bias, PyTorch's matmul on e4m3 tensor cores
 
     x, residual [rows, D]  ->  values [rows, D] e4m3, scale [rows, 1]
 
-The row's maximum must be known before its first value can be written: a program holds whole rows in registers, as the
-LayerNorm of `fastvit.kernels.layer_norm` does anyway, and so does the activation here. Nothing is rounded between
-LayerNorm or activation, in float32, and e4m3.
+No value of a row can be written before the row's maximum is known, so a program holds whole rows in registers, as in
+`fastvit.kernels.layer_norm`. Nothing is rounded between the float32 LayerNorm or activation and e4m3.
 
-NVIDIA's sm_89 (RTX 40, L4), sm_90 (H100) and newer: older GPUs have neither the conversion to e4m3 nor a product of it.
+Needs NVIDIA's sm_89 (RTX 40, L4), sm_90 (H100) or newer; older GPUs have neither the e4m3 conversion nor the matmul.
 
 Micikevicius et al. 2022, arXiv:2209.05433.
 """
@@ -35,7 +34,7 @@ from fastvit.kernels.operators import is_fake, register
 from fastvit.kernels.tuning import cdiv, describe_rows
 
 FP8 = torch.float8_e4m3fn
-MAX_WIDTH = 16384  # of a row that is not normalised: forward holds its values once
+MAX_WIDTH = 16384  # of a row without a norm; forward holds its values once
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def _activation_e4m3(
         if bias_ptr is not None:
             value += tl.load(bias_ptr + cols, mask, other=0.0).to(tl.float32)
         if FORMULA is not None:
-            value = activate(value, FORMULA)  # 0 for the 0 beyond DIM
+            value = activate(value, FORMULA)  # beyond DIM, activation(0) = 0
         pieces = pieces + (value,)
     _store_e4m3(pieces, values_ptr, scale_ptr, row, row_mask, DIM, ROWS, CHUNK, CHUNKS)
 
@@ -81,16 +80,16 @@ def _launch_activation(
 def _launch_layer_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """residual' (an empty tensor where there is no residual), values, scale."""
+    """Returns residual' (empty without residual), values and scale."""
     return layer_norm.launch_forward(x, residual, weight, bias, None, None, eps, FP8, None, candidate)
 
 
 def scaled_matmul(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """[rows, K] x [F, K] -> [rows, F] bfloat16, by PyTorch's product with a factor for each row of both.
+    """[rows, K] x [F, K] -> [rows, F] bfloat16, by PyTorch's matmul with a scale per row of both operands.
 
-    It wants the left operand in rows and the right one in columns, which is weight's own layout, K and F multiples of
-    16, and a bias of the output's dtype. Fast accumulation is off: on Hopper it would keep a sum in about 14 bits, an
-    error that the stated one does not contain. Without it, sums of 128 products are added up in float32.
+    It requires a row-major left operand and a column-major right one, which weight.t() is, K and F multiples of 16, and
+    a bias of the output's dtype. Fast accumulation is off: on Hopper it keeps sums in about 14 bits, an error that the
+    documented bound does not include. Without it, sums of 128 terms are accumulated in float32.
     """
     return torch._scaled_mm(
         values, weight.t(), scale, weight_scale.t(), bias, out_dtype=torch.bfloat16, use_fast_accum=False
@@ -98,7 +97,6 @@ def scaled_matmul(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: T
 
 
 def _quantize_in_pytorch(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition, for fallbacks."""
     scale = (x.abs().amax(-1, keepdim=True) / 448).clamp(min=2.0**-126)
     return (x * (1 / scale)).to(FP8).contiguous(), scale.contiguous()
 
@@ -118,27 +116,27 @@ _layer_norm_fp8 = register("layer_norm_fp8", fallback=_layer_norm_fallback)(_lau
 
 
 def gpu_unsupported_reason(major: int, minor: int) -> str | None:
-    """Why a GPU of this compute capability cannot, or None."""
+    """The reason why a GPU of this compute capability does not support fp8, or None."""
     if torch.version.hip is not None:
-        return "the e4m3 product is written for NVIDIA GPUs"
+        return "the e4m3 matmul is written for NVIDIA GPUs"
     if (major, minor) < (8, 9):
-        return f"this GPU (sm_{major}{minor}) has no fp8 matrix product; sm_89 and newer do"
+        return f"this GPU (sm_{major}{minor}) has no fp8 matmul; sm_89 and newer have one"
     return None
 
 
 def quantize_rows(x: Tensor, *, candidate: int = 0) -> tuple[Tensor, Tensor]:
-    """x as values * scale, row by row. It has no gradient, like the other operations here.
+    """Quantise x row by row: x ~ values * scale. Like the other operations here it has no gradient.
 
     Args:
         x: [..., D], float32, bfloat16 or float16, D at most 16,384; rows may be strided.
-        candidate: which tile of the table.
+        candidate: number of the tile in the tuning table.
 
     Returns:
-        values [..., D], torch.float8_e4m3fn, and scale [..., 1], float32, both contiguous. The scale of a row with NaN
+        values [..., D] float8_e4m3fn and scale [..., 1] float32, both contiguous. The scale of a row that contains NaN
         or an infinity is NaN or infinite.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: if shapes or dtypes are not supported.
     """
     _check_rows(x)
     return _activation_fp8(x, None, None, candidate)
@@ -147,9 +145,15 @@ def quantize_rows(x: Tensor, *, candidate: int = 0) -> tuple[Tensor, Tensor]:
 def bias_gelu_fp8(
     x: Tensor, bias: Tensor | None = None, activation: str = "gelu", *, candidate: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """quantize_rows(activation(x + bias)), with nothing rounded in between.
+    """quantize_rows(activation(x + bias)), with no rounding in between.
 
-    As `quantize_rows`, and bias: [D] or None; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+    Args:
+        x, candidate: as in `quantize_rows`.
+        bias: [D] or None.
+        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
+
+    Returns:
+        As `quantize_rows`. Raises as it does, and if bias does not match or the activation is unknown.
     """
     check_activation(activation)
     _check_rows(x)
@@ -158,9 +162,9 @@ def bias_gelu_fp8(
 
 
 def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0) -> tuple[Tensor, Tensor]:
-    """quantize_rows(layer_norm(x)), with nothing rounded in between.
+    """quantize_rows(layer_norm(x)), with no rounding in between.
 
-    Arguments as of `fastvit.kernels.layer_norm.layer_norm`, results as of `quantize_rows`.
+    Args, Raises: as in `fastvit.kernels.layer_norm.layer_norm`. Returns: as in `quantize_rows`.
     """
     check_norm(x, weight, bias)
     _, values, scale = _layer_norm_fp8(x, None, weight, bias, eps, candidate)
@@ -170,9 +174,9 @@ def layer_norm_fp8(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candi
 def add_layer_norm_fp8(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, *, candidate: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + residual, in the dtype that both promote to, and `layer_norm_fp8` of the rounded sum.
+    """x + residual in the dtype that both promote to, and `layer_norm_fp8` of the rounded sum.
 
-    residual: of x's shape; its dtype may be another.
+    Args, Raises: as in `fastvit.kernels.layer_norm.add_layer_norm`. Returns: the sum [..., D], values, scale.
     """
     check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)
@@ -182,20 +186,18 @@ def add_layer_norm_fp8(
 def linear_fp8(
     values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """(values * scale) @ (weight * weight_scale)^T + bias, in bfloat16.
+    """(values * scale) @ (weight * weight_scale)^T + bias.
 
     Args:
-        values: [..., K], as from `quantize_rows`; K is a multiple of 16.
-        scale: [..., 1], likewise.
-        weight: [F, K], quantised in the same way; F is a multiple of 16.
-        weight_scale: [F, 1].
+        values, scale: [..., K] e4m3 and [..., 1] float32, as from `quantize_rows`; K is a multiple of 16.
+        weight, weight_scale: [F, K] e4m3 and [F, 1] float32, likewise; F is a multiple of 16.
         bias: [F] bfloat16, or None.
 
     Returns:
         [..., F] bfloat16.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not match.
     """
     if values.ndim == 0:
         raise ValueError("values: expected [..., K], got []")

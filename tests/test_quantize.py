@@ -634,7 +634,7 @@ def test_gpus_without_fp8_are_told_so(monkeypatch):
     monkeypatch.setattr(ops, "kernel_unavailable_reason", why_not)
     for operation in ("linear_fp8", "layer_norm_fp8", "quantize_rows"):
         reason = why_not(operation, "cuda", 0, torch.float32)
-        assert reason == "this GPU (sm_80) has no fp8 matrix product; sm_89 and newer do"
+        assert reason == "this GPU (sm_80) has no fp8 matmul; sm_89 and newer have one"
     assert why_not("layer_norm", "cuda", 0, torch.float32) is None
     assert "an error (this GPU (sm_80)" in info.describe_backend("linear_fp8", torch.device("cuda", 0))
     with pytest.raises(fastvit.InputError, match=r"linear_fp8: this GPU \(sm_80\) has no fp8 .*backend\('reference'\)"):

@@ -5,27 +5,24 @@
     query [B, Nq, H, D], key and value [B, Nk, H, D], any strides  ->  out [B, Nq, H * D]
     or qkv [B, N, 3, H, D] as one GEMM wrote it                    ->  out [B, N, H * D]
 
-The inputs are read where they lie, and out is written as the output projection reads it: no transpose, no copy. The
-gradient of qkv is one tensor too, its three parts written in place by strides.
+Inputs are read in place, and out is written in the output projection's layout, without transposes or copies. qkv's
+gradient is also one tensor, whose three parts are written in place. `kernels.py` has the kernels, this file the
+launchers, their fallbacks, the operators (for three tensors and for the packed form) and the public functions.
 
-`kernels.py` has the kernels; here are the launchers, what replaces one that fails, the operators (for three tensors and
-for the packed form, whose gradient is one tensor) and the public functions.
+At N = 197, D = 64 (ViT-B/16, batch 256, bfloat16) forward is memory-bound: it moves 310 MB, 103 microseconds at 3 TB/s,
+and computes for 38. So with up to 256 keys (`short`) a program reads the keys and values of one head once into shared
+memory and loops over the queries; all scores of a query are in registers at once, and the softmax needs no second pass.
+Keys are split into powers of two, 197 into 128 + 64 + 16, so that 208 columns are computed instead of 256, and so are
+head dims, 80 into 64 + 16. With more keys, with a mask, or with too few heads to fill a GPU, the softmax is computed
+online (`long`; Milakov & Gimelshein 2018).
 
-At N = 197, D = 64 (ViT-B/16, batch 256, bfloat16) forward moves 310 MB, 103 microseconds at 3 TB/s, and computes for
-38: it is bound by memory. So a program takes one head, reads its keys and values once into shared memory, and passes
-over the queries; all scores of a query are in registers at once and the softmax needs no second look (`short`: up to
-256 keys). The keys are cut into powers of two, 197 into 128 + 64 + 16, so that 208 columns are computed and not 256;
-head dims too, 80 into 64 + 16. With more keys, with a mask, or with too few heads for a GPU, the softmax runs along
-(`long`; Milakov & Gimelshein 2018).
+Saved for backward: qkv, out, and one float32 per row, the base-2 log-sum-exp, from which probabilities are recomputed
+(Dao et al. 2022): besides qkv 0.31 MB per image of ViT-B, where the probabilities would take 0.93. Backward of `short`
+is one launch, which holds the gradients of all keys and values of a head in registers and writes each query's gradient
+once: 620 MB, 207 microseconds. `long` needs two launches, one by queries and one by keys. Sums have a fixed order,
+without atomics: two runs are bitwise equal. Scores are float32, multiplied once by scale * log2(e), for exp2.
 
-Saved for backward: qkv, out, and one float32 a row, the log-sum-exp in base 2, from which the probabilities are
-computed again (Dao et al. 2022): beside qkv 0.31 MB an image of ViT-B, where the probabilities would take 0.93.
-Backward of `short` is one launch: it computes the probabilities once, holds the gradients of all keys and values of its
-head in registers, and writes each query's gradient once: 620 MB, 207 microseconds. `long` takes two, one by queries and
-one by keys. Every sum has one place and one order, without atomics: two runs give the same bits. Scores are float32,
-scaled by scale * log2(e) in one multiplication for exp2.
-
-Dropout of probabilities and the gradient of an additive mask are left to PyTorch.
+Dropout of probabilities and the gradient of an additive mask are not supported here: PyTorch computes them.
 
 Vaswani et al. 2017, arXiv:1706.03762; Dao et al. 2022, arXiv:2205.14135; Dao 2023, arXiv:2307.08691.
 """
@@ -51,13 +48,13 @@ from fastvit.kernels.operators import is_fake, register
 from fastvit.kernels.tuning import cdiv, next_power_of_2
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
-SHORT_KEYS = 256  # keys whose scores fit into registers at once
-MIN_PROGRAMS = 256  # about two on each multiprocessor of an H100
-MAX_FALLBACK_SCORES = 2**28  # that a fallback computes at once: 1 GiB in float32
+SHORT_KEYS = 256  # the most keys whose scores fit in registers at once
+MIN_PROGRAMS = 256  # about two per multiprocessor of an H100
+MAX_FALLBACK_SCORES = 2**28  # scores that a fallback computes at once: 1 GiB in float32
 
 
 def _get_sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> tuple[int, ...]:
-    """Images, heads, queries of the whole batch, and queries and keys of one image, the largest."""
+    """Images, heads, queries in the batch, and queries and keys of one image (the largest)."""
     if cu_seqlens is not None:
         return cu_seqlens.numel() - 1, query.shape[1], query.shape[0], max_seqlen, max_seqlen
     batch, queries, heads, _ = query.shape
@@ -65,8 +62,8 @@ def _get_sizes(query: Tensor, key: Tensor, cu_seqlens: Tensor | None, max_seqlen
 
 
 def _split(size: int, most: int, largest: int = MAX_HEAD_DIM) -> tuple[tuple[int, int], ...]:
-    """`size` rounded up to a multiple of 16 and cut into powers of two, (first, length) each: at most `most` of them,
-    for which it may be rounded up further."""
+    """`size` rounded up to a multiple of 16 and split into at most `most` powers of two, (first, length) each; it is
+    rounded up further if they do not suffice."""
     size = cdiv(size, 16) * 16
     while size.bit_count() > most:
         size += 16
@@ -79,15 +76,15 @@ def _split(size: int, most: int, largest: int = MAX_HEAD_DIM) -> tuple[tuple[int
 
 
 def _fit_tile(length: int, tokens: int) -> int:
-    """A tile's length: a few tokens, or the class token alone, do not pay for `length`; a matrix unit takes 16."""
+    """A tile's length: at most `length`, less for few tokens such as the class token alone; matrix units need 16."""
     return min(length, max(16, next_power_of_2(tokens)))
 
 
 def _describe_shape(programs: int, keys: int, dim: int, mask: Tensor | None) -> str:
-    """By number of keys, and by head dim as it is padded.
+    """The shape class: by number of keys and padded head dim.
 
-    "short" are those for which the kernels that hold all keys of a head are made. With few heads, one program each does
-    not fill a GPU; with a mask they would spill registers.
+    "short" selects the kernels that hold all keys of a head. Few heads, one program each, do not fill a GPU, and with a
+    mask these kernels would spill registers.
     """
     looped = programs < MIN_PROGRAMS or mask is not None
     length = "long" if keys > SHORT_KEYS else "short, looped" if looped else "short"
@@ -95,19 +92,17 @@ def _describe_shape(programs: int, keys: int, dim: int, mask: Tensor | None) -> 
 
 
 def _make_readable(tensor: Tensor) -> Tensor:
-    """The tensor where it lies; a copy only where its last dimension is not contiguous, or where its tokens lie so far
-    apart that a tile's offsets would pass 2**31."""
+    """The tensor; a copy only if its last dimension is not contiguous, or a tile's offsets could exceed 2**31."""
     return tensor if tensor.stride(-1) == 1 and tensor.stride(-3) < 2**31 // SHORT_KEYS else tensor.contiguous()
 
 
 def _list_strides(*tensors: Tensor) -> list[int]:
-    """Of each tensor the steps from image to image (none where they follow each other unevenly), token to token and
-    head to head."""
+    """The strides of each tensor over images (0 with cu_seqlens), tokens and heads."""
     return [step for t in tensors for step in ((0, *t.stride()[:2]) if t.ndim == 3 else t.stride()[:3])]
 
 
 def _prepare_mask(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
-    """The mask as bytes if boolean, and its strides: none along what it is broadcast over."""
+    """The mask, as bytes if boolean, and its strides: 0 along broadcast dimensions."""
     if mask is None:
         return None, [0, 0, 0, 0]
     strides = [0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True)]
@@ -115,8 +110,7 @@ def _prepare_mask(mask: Tensor | None) -> tuple[Tensor | None, list[int]]:
 
 
 def _check_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
-    """cu_seqlens as the kernels read it. On a GPU its values are not looked at, which would wait for it: kernels take
-    no token beyond the last, whatever it says."""
+    """cu_seqlens, contiguous. On a GPU its values are not checked, which would synchronise; the kernels clamp them."""
     if cu_seqlens is None:
         return None
     if cu_seqlens.device.type == "cpu":
@@ -127,7 +121,7 @@ def _check_bounds(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
 
 
 def _alloc(like: Tensor, shape: tuple[int, ...], cu_seqlens: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a result; zeros with cu_seqlens, for tokens that belong to no image."""
+    """Memory for a result; with cu_seqlens zeros, for tokens that belong to no image."""
     return like.new_empty(shape, dtype=dtype) if cu_seqlens is None else like.new_zeros(shape, dtype=dtype)
 
 
@@ -135,7 +129,7 @@ def _launch_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
     scale: float, candidate: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The output [B, Nq, H * D] or [tokens, H * D], and the base-2 log-sum-exp of the scores [H, rows].
+    """Returns out [B, Nq, H * D] or [tokens, H * D], and the base-2 log-sum-exp of the scores [H, rows].
 
     mask: bool or floating [B or 1, H or 1, Nq or 1, Nk or 1].
     """
@@ -156,7 +150,7 @@ def _launch_forward(
     tile = dict(tuning.select("attention_forward", shape, query.dtype, query.device, candidate))
     tile |= {"DIM": dim, "DIMS": _split(dim, 2), "ROWS": _fit_tile(tile.pop("rows"), queries)}
     if "piece" in tile:
-        if bounds is not None:  # then every piece is masked, and to prefetch queries as well would spill
+        if bounds is not None:  # every piece is masked, and prefetching queries as well would spill
             tile["num_stages"] = 1
         tile |= {"KEYS": _split(keys, 3, tile.pop("piece")), "FULL": 0 if bounds is not None else keys // 16 * 16}
         tile["BLOCKS"] = min(tile.pop("blocks"), cdiv(queries, tile["ROWS"]))
@@ -174,7 +168,7 @@ def _launch_backward(
     grads: tuple[Tensor, ...], mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, scale: float,
     candidate: int,
 ) -> None:  # fmt: skip
-    """Writes the gradients of query, key and value: three tensors, or parts of one."""
+    """Write the gradients of query, key and value, which are three tensors or parts of one."""
     if is_fake(out):
         return
     bounds = _check_bounds(cu_seqlens, query.shape[0])
@@ -201,8 +195,8 @@ def _launch_backward(
         }  # fmt: skip
 
     if "keys_per_warp" in choice:
-        num_warps = max(4, _fit_tile(SHORT_KEYS, keys) // choice["keys_per_warp"])  # registers hold the keys' gradients
-        # A head dim of 48 cut into 32 + 16 spills, padded to 64 it does not.
+        num_warps = max(4, _fit_tile(SHORT_KEYS, keys) // choice["keys_per_warp"])  # registers hold the key gradients
+        # A head dim of 48 spills as 32 + 16, but not padded to 64.
         arguments = tile(1, choice["rows"], SHORT_KEYS, num_warps) | {"TRANSPOSED": choice["transposed"]}
         _attention_bwd_key_value[(programs,)](
             *inputs, out, lse, grad_query, None, grad_key, grad_value, *numbers, **arguments
@@ -220,9 +214,9 @@ def _launch_backward(
 def _split_images(
     tensors: tuple[Tensor, ...], mask: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None
 ) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-    """Some images at a time, whose scores are few enough to be written to memory: tensors as views [b, N, ...].
+    """Chunks of images whose scores fit in MAX_FALLBACK_SCORES: tensors as views [b, N, ...], and their mask.
 
-    tensors: [B, N, ...] or [tokens, ...] each; first query and key.
+    tensors: [B, N, ...] or [tokens, ...] each; query and key come first.
     """
     if cu_seqlens is None:
         (batch, queries, heads), keys = tensors[0].shape[:3], tensors[1].shape[1]
@@ -237,7 +231,7 @@ def _split_images(
 
 
 def _compute_scores(query: Tensor, key: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """float32 [b, H, Nq, Nk], natural logarithms."""
+    """float32 [b, H, Nq, Nk], in natural units."""
     scores = torch.einsum("bqhd,bkhd->bhqk", query.float(), key.float()) * scale
     if mask is None:
         return scores
@@ -251,7 +245,7 @@ def _forward_fallback(query, key, value, mask, cu_seqlens, max_seqlen, scale, ca
     for (q, k, v, o, level), own_mask in _split_images((query, key, value, out, lse), mask, cu_seqlens, max_seqlen):
         scores = _compute_scores(q, k, own_mask, scale)
         highest = scores.logsumexp(-1, keepdim=True)
-        highest = highest.masked_fill(highest == float("-inf"), 0.0)  # every key is hidden: the row is zeros
+        highest = highest.masked_fill(highest == float("-inf"), 0.0)  # every key is masked: the row is zeros
         o.copy_(torch.einsum("bhqk,bkhd->bqhd", (scores - highest).exp(), v.float()))
         level.copy_(highest.squeeze(-1).transpose(1, 2) / math.log(2))
     return out.flatten(-2), lse.flatten(0, -2).t().contiguous()
@@ -320,7 +314,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_out, _):
-    """For both operators: query, key, value or qkv come first among their inputs, then five without gradients."""
+    """For both operators, whose inputs are query, key, value or qkv, then five without gradients."""
     saved = ctx.saved_tensors
     if grad_out is None:
         return (None,) * (len(saved) + 1)
@@ -337,31 +331,30 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, candidate: int = 0,
 ) -> Tensor:  # fmt: skip
-    """softmax(query key^T * scale + mask) value for each head, heads side by side.
+    """softmax(query key^T * scale + mask) value for each head; the heads' outputs are concatenated.
+
+    Float32 inputs are cast under autocast as for PyTorch's scaled_dot_product_attention. Not twice differentiable.
 
     Args:
-        query: [B, Nq, H, D], float32, bfloat16 or float16; D a multiple of 8 from 16 to 128. Any strides, read where
-            they lie; a tensor is copied only where its last dimension is not contiguous, or its tokens lie 2**23
-            elements apart.
+        query: [B, Nq, H, D], float32, bfloat16 or float16, any strides; D a multiple of 8 from 16 to 128. A tensor is
+            copied only if its last dimension is not contiguous, or its tokens are 2**23 elements apart.
         key, value: [B, Nk, H, D], query's dtype.
         scale: 1 / sqrt(D) if None.
         mask: broadcastable to [B, H, Nq, Nk]; boolean (True: may be attended to), or floating and added to the scores,
-            without a gradient. A row whose every key is hidden gives zeros. A key is hidden too by a number that in
-            base 2 is below float32's range, such as the lowest float32.
+            not differentiable. A row in which every key is masked returns zeros. An added number that in base 2 is
+            below float32's range, such as the lowest float32, also masks a key.
         cu_seqlens: int32 [B + 1], for images of different sizes in one batch: query, key and value are [tokens, H, D],
-            image i has the tokens from cu_seqlens[i] to cu_seqlens[i + 1] and attends to itself alone. A token of no
-            image gives zeros. On a GPU the values are not checked, which would wait for it; none leads beyond the
-            tensors.
-        max_seqlen: with cu_seqlens, at least the tokens of the largest image; those beyond are not computed and give
-            zeros. mask is then broadcastable to [B, H, max_seqlen, max_seqlen].
-        candidate: which of the tuning table's candidates runs.
+            and image i attends to its own tokens, from cu_seqlens[i] to cu_seqlens[i + 1]. Tokens of no image return
+            zeros. On a GPU the values are not checked, which would synchronise, but never lead out of bounds.
+        max_seqlen: with cu_seqlens, at least the largest image's number of tokens; tokens beyond it return zeros. mask
+            is then broadcastable to [B, H, max_seqlen, max_seqlen].
+        candidate: number of the candidate in the tuning table.
 
     Returns:
-        [B, Nq, H * D] or [tokens, H * D], contiguous. Under autocast float32 inputs are cast as PyTorch's
-        scaled_dot_product_attention casts them. Differentiable once.
+        [B, Nq, H * D] or [tokens, H * D], contiguous.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        ValueError: if an argument does not fit; the message names it.
     """
     query, key, value = (_cast(tensor) for tensor in (query, key, value))
     options = _check_arguments(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate)
@@ -372,19 +365,16 @@ def attention_packed(
     qkv: Tensor, *, num_heads: int | None = None, scale: float | None = None, mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, max_seqlen: int | None = None, candidate: int = 0,
 ) -> Tensor:  # fmt: skip
-    """`attention` of the three parts of one tensor, as a GEMM with the joined weights gives it.
+    """`attention` of the three parts of one tensor, as the GEMM with concatenated weights writes it.
 
     Args:
-        qkv: [B, N, 3, H, D], or [B, N, 3 * H * D] with num_heads; with cu_seqlens the same without B, N being all
-            tokens. Its gradient is one tensor as well.
-        num_heads: H, needed where qkv's last dimension is flat.
+        qkv: [B, N, 3, H, D], or [B, N, 3 * H * D] with num_heads; with cu_seqlens [tokens, ...] instead of [B, N, ...].
+            Its gradient is one tensor as well.
+        num_heads: H, required if qkv's last dimension is flat.
         scale, mask, cu_seqlens, max_seqlen, candidate: as in `attention`.
 
     Returns:
-        [B, N, H * D] or [tokens, H * D], contiguous.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+        [B, N, H * D] or [tokens, H * D], contiguous. Raises as `attention`.
     """
     qkv = _cast(qkv)
     packed_rank = 4 if cu_seqlens is None else 3
@@ -407,7 +397,7 @@ def supports_head_dim(dim: int) -> bool:
 
 
 def _cast(tensor: Tensor) -> Tensor:
-    """As PyTorch's autocast casts. Kernels run on GPUs, or interpreted on CPUs; it knows no "meta" device."""
+    """Cast as PyTorch's autocast does, which does not know the device "meta"."""
     device = tensor.device.type
     if tensor.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
@@ -415,11 +405,7 @@ def _cast(tensor: Tensor) -> Tensor:
 
 
 def _check_arguments(query, key, value, scale, mask, cu_seqlens, max_seqlen, candidate) -> tuple:
-    """The operators' arguments after their tensors: defaults filled in, and the mask of four dimensions.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
-    """
+    """The operators' arguments after their tensors, with defaults and a mask of four dimensions; raises ValueError."""
     if cu_seqlens is None:
         for name, tensor, size, what in (("query", query, "Nq", "query"), ("key", key, "Nk", "key")):
             if tensor.ndim != 4 or tensor.shape[1] == 0:

@@ -1,18 +1,18 @@
-"""Attention's kernels: pieces that they share, two forward kernels and two backward.
+"""Attention's kernels: shared helpers, two forward kernels and two backward kernels.
 
-`_attention_fwd_short` holds all keys of a head, `_attention_fwd_long` passes over them. Backward:
+`_attention_fwd_short` holds all keys of a head, `_attention_fwd_long` loops over them. Backward:
 
     grad_value = probabilities^T grad_out,   grad_scores = probabilities * (grad_out value^T - delta)
     grad_key = grad_scores^T query * scale,  grad_query = grad_scores key * scale
 
-with delta = the row's sum of grad_out * out. `_attention_bwd_key_value` does all of it where one tile has all keys of a
-head; otherwise `_attention_bwd_query` runs first, for delta and grad_query.
+with delta = sum(grad_out * out) per row. `_attention_bwd_key_value` computes all three where one tile holds all keys of
+a head; otherwise `_attention_bwd_query` runs first and computes delta and grad_query.
 
-A tile is a tuple of blocks: its columns, the head dim, are cut into powers of two. `DIMS` and `KEYS` are such cuts,
-(first, length) for each piece.
+A tile is a tuple of blocks: its columns, the head dim, are split into powers of two. `DIMS` and `KEYS` are such splits,
+(first, length) per block.
 
-Steps from head to head are compile-time constants of the kernels: at a head dim like 72, which 16 does not divide,
-their value alone tells the compiler that rows begin at multiples of 16 bytes (34 loads instead of 300).
+Strides between heads are compile-time constants: at a head dim such as 72, which is not a multiple of 16, only their
+values tell the compiler that rows are aligned to 16 bytes (34 loads instead of 300).
 """
 
 import triton
@@ -23,11 +23,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _locate(pair, heads, cu_seqlens_ptr, rows, num_queries, num_keys):
-    """Image and head of a program: (image, first token, head, queries, keys).
+    """A program's (image, first token, head, queries, keys).
 
-    A tensor's head begins at image * stride_batch + first * stride_token + head * stride_head. Without cu_seqlens,
-    first is 0; with it, image is 0 and the tokens of all images follow one another. 64 bit: a large batch passes 2**31
-    elements. No bounds, whatever they say, lead beyond the `rows` tokens that there are.
+    A tensor's head begins at image * stride_batch + first * stride_token + head * stride_head, in 64 bit: a large batch
+    has more than 2**31 elements. Without cu_seqlens first is 0; with it image is 0 and all images' tokens follow one
+    another. Its values are clamped to the `rows` tokens that exist.
     """
     image = (pair // heads).to(tl.int64)
     first = image * 0
@@ -45,7 +45,7 @@ def _locate(pair, heads, cu_seqlens_ptr, rows, num_queries, num_keys):
 def _load(
     ptr, start, count, stride_token, MASKED: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr
 ):
-    """ROWS tokens of a head from `start` on, as a tile; zeros for tokens that do not exist."""
+    """ROWS tokens of a head from `start` as a tile; zeros for tokens that do not exist."""
     token = start + tl.arange(0, ROWS)
     pointers = ptr + tl.cast(start, tl.int64) * stride_token + (tl.arange(0, ROWS) * stride_token)[:, None]
     tile = ()
@@ -86,7 +86,7 @@ def _zeros(ROWS: tl.constexpr, DIMS: tl.constexpr):
 
 @triton.jit
 def _transpose(tile):
-    """What is transposed before a loop stays in shared memory for all of it; inside, it would be written there anew."""
+    """Transposed blocks. Those made before a loop stay in shared memory; inside they would be written every time."""
     turned = ()
     for i in tl.static_range(len(tile)):
         turned = turned + (tl.trans(tile[i]),)
@@ -133,14 +133,14 @@ def _finish_scores(
     mask_ptr, mask_start, stride_mask_query, stride_mask_key,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2; -inf where a key is hidden or, if MASKED, beyond the last.
+    """Scores in base 2; -inf where a key is masked or, if MASKED, out of bounds.
 
-    query and key are indices of shapes [R, 1] and [1, K], or [1, R] and [K, 1] for a transposed product. mask_start:
-    where the mask of this image and head begins.
+    query and key are indices of shapes [R, 1] and [1, K], or [1, R] and [K, 1] for transposed scores. mask_start:
+    offset of the mask of this image and head.
     """
     scores = product * (scale * LOG2E)
     if mask_ptr is not None:
-        # Every element is asked for, also where the mask is one row for all queries: then its stride is zero.
+        # Every element is loaded, even if the mask is one row for all queries: its stride is then zero.
         offset = mask_start + query.to(tl.int64) * stride_mask_query + key.to(tl.int64) * stride_mask_key
         exists = (query < queries) & (key < keys)
         if mask_ptr.dtype.element_ty == tl.uint8:
@@ -164,7 +164,7 @@ def _attention_fwd_short(
     heads, rows, num_queries, num_keys, scale,      # rows: queries of the whole batch
     DIM: tl.constexpr, DIMS: tl.constexpr,
     KEYS: tl.constexpr, FULL: tl.constexpr,         # keys below FULL exist in every image
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr,       # a program takes BLOCKS times ROWS queries
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr,       # a program processes BLOCKS times ROWS queries
 ):  # fmt: skip
     blocks = tl.cdiv(num_queries, ROWS * BLOCKS)
     pair = tl.program_id(0) // blocks
@@ -200,7 +200,7 @@ def _attention_fwd_short(
             )  # fmt: skip
             highest = tl.maximum(highest, tl.max(chunk, 1))
             scores = scores + (chunk,)
-        if mask_ptr is not None:  # a row whose every key is hidden has probabilities of zero, not NaN
+        if mask_ptr is not None:  # a row in which every key is masked has probabilities of zero, not NaN
             highest = tl.where(highest == float("-inf"), 0.0, highest)
 
         total = tl.zeros([ROWS], tl.float32)
@@ -286,7 +286,7 @@ def _attention_bwd_query(
     DIM: tl.constexpr, DIMS: tl.constexpr,
     MASKED: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of ROWS queries, and their delta, which the gradient of keys needs."""
+    """The gradient of ROWS queries, and their delta, which the keys' gradient needs."""
     blocks = tl.cdiv(num_queries, ROWS)
     pair = tl.program_id(0) // blocks
     image, first, head, queries, keys = _locate(pair, heads, cu_seqlens_ptr, rows, num_queries, num_keys)
@@ -339,12 +339,12 @@ def _attention_bwd_key_value(
     stride_grad_token, heads, rows, num_queries, num_keys, scale,
     DIM: tl.constexpr, DIMS: tl.constexpr,          # DIMS: one piece if there is a grad_query
     MASKED: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,                       # how the product for grad_query is taken
+    TRANSPOSED: tl.constexpr,                       # compute grad_query by the transposed matmul
 ):  # fmt: skip
-    """The gradients of KEYS keys and values; with grad_query, KEYS are all keys of a head, and queries' as well.
+    """The gradients of KEYS keys and values; with grad_query, of all keys of a head, and of its queries as well.
 
-    Scores are computed transposed, [keys, queries]: so the probabilities go from registers straight into the products
-    with grad_out and query, whose sums, one row a key, stay in registers while the loop passes over the queries.
+    Scores are computed transposed, [keys, queries]: the probabilities go directly from registers into the matmuls with
+    grad_out and query, whose sums, one row per key, stay in registers while the loop runs over the queries.
     """
     blocks = 1 if grad_query_ptr is not None else tl.cdiv(num_keys, KEYS)
     pair = tl.program_id(0) // blocks
@@ -380,7 +380,7 @@ def _attention_bwd_key_value(
             delta = _row_dot(grad_out, _load(out_ptr, start, queries, heads * DIM, True, ROWS, DIM, DIMS))
         else:
             delta = tl.load(delta_ptr + at_query, at_query < queries, other=0.0)
-        # Only grad_query sums over keys; what other keys than there are get is not stored.
+        # Only grad_query sums over keys; the values of keys out of bounds are otherwise not stored.
         scores = _finish_scores(
             _matmul(key, _transpose(query)), at_query[None, :], at[:, None], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED and grad_query_ptr is not None,
@@ -391,7 +391,7 @@ def _attention_bwd_key_value(
         grad_scores = (probabilities * (grad - delta[None, :])).to(query[0].dtype)
         grad_key = _add_matmul(grad_key, grad_scores, query)
         if grad_query_ptr is not None:
-            if TRANSPOSED:  # wgmma takes 64 rows, which the head dim has and the queries have not
+            if TRANSPOSED:  # wgmma needs 64 rows: the head dim has them, the queries do not
                 grad_query = (tl.trans(tl.dot(tl.trans(key[0]), grad_scores, input_precision="ieee")),)
             else:
                 grad_query = _add_matmul(_zeros(ROWS, DIMS), tl.trans(grad_scores), key)
