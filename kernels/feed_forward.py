@@ -120,7 +120,7 @@ def feed_forward(
     x and x @ weight1^T + bias1 are saved for backward, the activation is not. Not twice differentiable.
 
     Args:
-        x: [..., D], float32, bfloat16 or float16. All other tensors have its dtype, except that autocast casts all.
+        x: [..., D], float32, bfloat16 or float16. All other tensors have its dtype, or autocast casts them all.
         weight1, bias1, weight2, bias2: [F, D], [F] or None, [E, F], [E] or None.
         activation: a key of `fastvit.kernels.gelu.FORMULAS`.
         candidate: the implementation of the matmul with the activation, see `fastvit.kernels.linear`.
@@ -149,8 +149,10 @@ def add_layer_norm_feed_forward(
         weight1, bias1, weight2, bias2, activation, candidate: as in `feed_forward`; all weights have one dtype.
 
     Returns:
-        The sum [..., D] in the dtype that x and residual promote to, and [..., E] in weight1's dtype. Raises as
-        `feed_forward`.
+        The sum [..., D] in the dtype that x and residual promote to, and [..., E] in weight1's dtype.
+
+    Raises:
+        ValueError: as in `feed_forward`.
     """
     check_tensors(x=x, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
     return _apply(x, residual, norm_weight, norm_bias, eps, weight1, bias1, weight2, bias2, activation, candidate)

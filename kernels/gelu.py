@@ -351,10 +351,14 @@ def swiglu(x: Tensor, bias: Tensor | None = None, *, candidate: int = 0) -> Tens
 
     Args:
         x: [..., 2 F], the gate's half first; dtypes and strides as in `bias_gelu`.
-        bias, candidate: [2 F] or None; as in `bias_gelu`.
+        bias: [2 F] or None.
+        candidate: as in `bias_gelu`.
 
     Returns:
-        [..., F] in x's dtype, contiguous. Raises as `bias_gelu`, and if x's last dimension is odd.
+        [..., F] in x's dtype, contiguous.
+
+    Raises:
+        ValueError: as in `bias_gelu`, or if x's last dimension is odd.
     """
     _check_inputs(x, bias)
     if x.shape[-1] % 2:

@@ -466,12 +466,7 @@ def layer_norm_act(
 ) -> Tensor:
     """activation(layer_norm(x)), elementwise, with no rounding in between.
 
-    Args:
-        x, weight, bias, eps, candidate: as in `layer_norm`, which also lists the errors.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-
-    Returns:
-        [..., D] in x's dtype, contiguous.
+    Args, Returns, Raises: as in `layer_norm`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     """
     gelu.check_activation(activation)
     check_norm(x, weight, bias)
@@ -494,7 +489,10 @@ def add_layer_norm(
 
     Returns:
         (sum, its LayerNorm), each [..., D], contiguous, in the dtype that x and residual promote to. The sum is rounded
-        to that dtype before it is normalised. Raises as `layer_norm`.
+        to that dtype before it is normalised.
+
+    Raises:
+        ValueError: as in `layer_norm`.
     """
     check_norm(x, weight, bias)
     check_tensor("residual", residual, x.shape, DTYPES, x.device)

@@ -197,8 +197,10 @@ def add_layer_norm_linear(
         residual: [..., D], x's shape, any of the dtypes.
 
     Returns:
-        The sum [..., D] in the dtype that x and residual promote to, and [..., F] in weight's dtype. Raises as
-        `layer_norm_linear`.
+        The sum [..., D] in the dtype that x and residual promote to, and [..., F] in weight's dtype.
+
+    Raises:
+        ValueError: as in `layer_norm_linear`.
     """
     check_tensors(residual=residual)
     return _apply(x, residual, norm_weight, norm_bias, eps, weight, bias, None, candidate)
@@ -213,12 +215,7 @@ def layer_norm_gelu(
     x, 8 bytes per row and the input of the activation are saved for backward. `fastvit.kernels.feed_forward`, which
     includes the second half, does not store the activation either.
 
-    Args:
-        x, norm_weight, norm_bias, eps, weight, bias, candidate: as in `layer_norm_linear`.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-
-    Returns:
-        [..., F] in weight's dtype, contiguous. Raises as `layer_norm_linear`, and if the activation is unknown.
+    Args, Returns, Raises: as in `layer_norm_linear`; activation: a key of `fastvit.kernels.gelu.FORMULAS`.
     """
     check_activation(activation)
     return _apply(x, None, norm_weight, norm_bias, eps, weight, bias, activation, candidate)[1]

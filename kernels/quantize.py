@@ -147,13 +147,8 @@ def bias_gelu_fp8(
 ) -> tuple[Tensor, Tensor]:
     """quantize_rows(activation(x + bias)), with no rounding in between.
 
-    Args:
-        x, candidate: as in `quantize_rows`.
-        bias: [D] or None.
-        activation: a key of `fastvit.kernels.gelu.FORMULAS`.
-
-    Returns:
-        As `quantize_rows`. Raises as it does, and if bias does not match or the activation is unknown.
+    Args, Returns, Raises: as in `quantize_rows`; bias: [D] or None; activation: a key of
+    `fastvit.kernels.gelu.FORMULAS`.
     """
     check_activation(activation)
     _check_rows(x)

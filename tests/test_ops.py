@@ -179,10 +179,10 @@ def test_attention_with_dropout_is_pytorchs_or_an_error():
 @needs_triton
 @pytest.mark.parametrize("name", ["separate", "fused", "persistent"])
 def test_the_model_is_the_same_whichever_way_its_products_are_computed(name):
-    from operations import variant
+    from operations import use_variants
 
     model, pixels = small_model()
-    with variant(name):
+    with use_variants(name):
         assert_same_model(model, pixel_values=pixels, labels=torch.tensor([0, 1], device=DEVICE))
 
 

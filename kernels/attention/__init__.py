@@ -374,7 +374,10 @@ def attention_packed(
         scale, mask, cu_seqlens, max_seqlen, candidate: as in `attention`.
 
     Returns:
-        [B, N, H * D] or [tokens, H * D], contiguous. Raises as `attention`.
+        [B, N, H * D] or [tokens, H * D], contiguous.
+
+    Raises:
+        ValueError: as in `attention`.
     """
     qkv = _cast(qkv)
     packed_rank = 4 if cu_seqlens is None else 3
