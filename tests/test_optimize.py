@@ -380,7 +380,7 @@ def said(caplog):
     """The reasons that were logged."""
     caplog.set_level(logging.INFO, "fastvit")
     blocks._log_fallback.cache_clear()
-    yield lambda: [record.getMessage() for record in caplog.records if "computes itself" in record.getMessage()]
+    yield lambda: [record.getMessage() for record in caplog.records if "runs its own forward" in record.getMessage()]
     blocks._log_fallback.cache_clear()
 
 
@@ -452,11 +452,11 @@ def test_lora_computes_itself_and_what_it_does_not_touch_is_ours(said):
     report = fastvit.optimize(adapted)
     assert [name.endswith("layers.1") for name in report.replaced] == [True]
     (reason,) = report.left.values()
-    assert reason.startswith("a linear layer is wrapped, watched or quantised: peft.tuners.lora")
+    assert reason.startswith("a linear layer is wrapped, hooked or quantised: peft.tuners.lora")
     with fastvit.backend("reference"):
         for _ in range(2):
             assert_close(results(adapted), expected)
-        assert said() == [f"optimize: a block of ViT computes itself: {reason}"]
+        assert said() == [f"optimize: a block of ViT runs its own forward: {reason}"]
         merged = adapted.merge_and_unload()
         with only_ours(merged):
             assert relative_error(main_tensor(called(merged)), expected["output"]) < 1e-5
@@ -494,10 +494,10 @@ def parametrized(linear: nn.Linear) -> nn.Linear:
 
 CHANGES = {
     "another projection": ("attention.o_proj", doubled, "test_optimize.Doubled"),
-    "a parametrisation": ("mlp.fc1", parametrized, "wrapped, watched or quantised"),
+    "a parametrisation": ("mlp.fc1", parametrized, "wrapped, hooked or quantised"),
     "no norm": ("layernorm_after", lambda norm: nn.Identity(), "no plain LayerNorm"),
     "a norm without bias": ("layernorm_before", lambda norm: nn.LayerNorm(48, bias=False), "no plain LayerNorm"),
-    "a hook": ("attention", hooked, "a hook watches transformers.models.vit.modeling_vit.ViTAttention"),
+    "a hook": ("attention", hooked, "there is a hook on transformers.models.vit.modeling_vit.ViTAttention"),
     "another feed-forward": ("mlp", lambda mlp: nn.Sequential(mlp), "its parts are not where they were expected"),
     "another activation": ("mlp.activation_fn", lambda _: nn.Mish(), "no operation for the activation torch.nn"),
 }

@@ -557,7 +557,7 @@ def test_a_record_that_is_not_whole_is_left_out():
 def test_records_that_cannot_be_kept_are_reported_and_used(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTVIT_CACHE_DIR", str(tmp_path / "file" / "cache"))  # no folder can be made there
-    with pytest.warns(UserWarning, match="tuning records are not kept"):
+    with pytest.warns(UserWarning, match="tuning records are not saved"):
         (record,) = tune(Norm(), batch_size=2, timer=timer(ours_0=1.0), progress=False)
     assert records.find(record.case, "interpreter", "layer_norm") == record
 

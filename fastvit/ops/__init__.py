@@ -1,13 +1,13 @@
-"""The one seam between the model and what computes it: each operation once, and the choice of who computes it.
+"""Dispatch between the model and its implementations: each operation once, and the choice of backend.
 
-    auto        our Triton kernels on a GPU that they run on, plain PyTorch (`fastvit.ops.reference`) anywhere else
-    triton      our kernels, or an error that says why they cannot run
+    auto        our Triton kernels on GPUs that support them, plain PyTorch (`fastvit.ops.reference`) elsewhere
+    triton      our kernels, or an error with the reason why they cannot run
     reference   plain PyTorch everywhere
 
-`FASTVIT_BACKEND` says which when the program starts, `with fastvit.backend("reference"):` for a part of it. On a GPU,
-`auto` goes by the records of what was measured there (`fastvit.tuning`): our kernel with the candidate that was the
-fastest, or PyTorch's own operation. Without a record it is our kernel with the first candidate of the tile table. What
-`auto` chose and why is logged once for each operation (logger "fastvit", level INFO) and printed by `fastvit info`.
+`FASTVIT_BACKEND` selects the backend for a process, `with fastvit.backend("reference"):` for a part of it. On a GPU,
+`auto` follows the measurements recorded there (`fastvit.tuning`): our kernel with its fastest candidate, or PyTorch's
+own operation. Without a record it uses our kernel with the first candidate of the tuning table. The choice and its
+reason are logged once per operation (logger "fastvit", level INFO) and printed by `fastvit info`.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ KERNEL_MODULES = {
 }
 
 
-# On a GPU that lacks it, plain PyTorch is many times slower than what fp8 is to replace: an error, not a fallback.
+# On a GPU without fp8, plain PyTorch is many times slower than the model that fp8 replaces: an error, not a fallback.
 NO_FALLBACK = ("linear_fp8",)
-_kernels: dict[str, Callable[..., Any]] = {}  # their functions, all or none: a compiler looks once for all operations
+_kernels: dict[str, Callable[..., Any]] = {}  # by operation; all or none, so that a compiler guards on one lookup
 
 _backend = os.environ.get("FASTVIT_BACKEND") or "auto"
 if _backend not in BACKENDS:
@@ -71,10 +71,14 @@ if _backend not in BACKENDS:
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Inside, operations are computed by "triton", "reference" or, as usual, "auto": whichever fits the device.
+    """Context manager that selects the backend of all operations in the process, for all threads.
 
-    It holds for the whole process, all threads. Raises InputError for another name, or for "triton" where no kernel can
-    run at all; an operation raises it for "triton" where its kernel cannot run on the tensors that it is given.
+    Args:
+        name: "auto", "triton" or "reference".
+
+    Raises:
+        InputError: if the name is unknown, or for "triton" if no kernel can run here. Inside, an operation raises it
+            for "triton" if its kernel does not support the tensors.
     """
     global _backend
     if name not in BACKENDS:
@@ -82,7 +86,7 @@ def backend(name: str) -> Iterator[None]:
     if name == "triton":
         if reason := triton_unavailable_reason():
             raise InputError(f"backend: 'triton' cannot run here: {reason}")
-        import_kernels()  # they are to know that a failing one is an error
+        import_kernels()  # so that a failing kernel is an error
     before, _backend = _backend, name
     try:
         yield
@@ -91,19 +95,19 @@ def backend(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    """What was asked for: "auto", "triton" or "reference"."""
+    """The selected backend: "auto", "triton" or "reference"."""
     return _backend
 
 
 def is_interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU, step by step, to test them: TRITON_INTERPRET=1."""
+    """Whether Triton interprets kernels on the CPU, for tests: TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false")
 
 
 def triton_unavailable_reason() -> str | None:
-    """Why no kernel can run on this machine, or None."""
+    """The reason why no kernel can run on this machine, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (it has no build for this platform, or was left out)"
+        return "the package triton is not installed (there is no build for this platform, or it was not selected)"
     if torch.cuda.is_available() or is_interpreting():
         return None
     return "there is no GPU that this PyTorch can use"
@@ -113,7 +117,7 @@ def triton_unavailable_reason() -> str | None:
 def kernel_unavailable_reason(
     operation: str, device_type: str, device_index: int | None, dtype: torch.dtype
 ) -> str | None:
-    """Why the kernel of `operation` cannot run on tensors of this device and dtype, or None. Imports the kernels."""
+    """The reason why `operation`'s kernel does not support this device and dtype, or None. Imports the kernels."""
     if reason := triton_unavailable_reason():
         return reason
     if device_type != "cuda" and not (device_type == "cpu" and is_interpreting()):
@@ -138,7 +142,7 @@ def import_kernels() -> dict[str, Any]:
     return modules
 
 
-# A compiler that traces an operation takes the answers as constants; they depend on nothing that was not asked about.
+# The results depend on the arguments alone, so a compiler may treat them as constants.
 @torch.compiler.assume_constant_result
 def _choose_implementation(
     operation: str,
@@ -149,7 +153,7 @@ def _choose_implementation(
     unsupported_reason: str | None,
     case: tuple | None,
 ) -> int | str:
-    """Who computes: our kernel with candidate number so-and-so, or PyTorch with this SDPA backend ("default")."""
+    """The implementation: a candidate number of our kernel, or PyTorch with this SDPA backend ("default")."""
     reason = kernel_unavailable_reason(operation, device_type, device_index, dtype) or unsupported_reason
     record = _find_record(device_type, device_index, case) if reason is None else None
     if requested == "triton":
@@ -161,7 +165,7 @@ def _choose_implementation(
     if record is not None:
         used_records[case] = record
         return record.choice
-    # The interpreter proves kernels; it is no way to compute anything unless asked for.
+    # The interpreter is for tests: it runs only on request.
     uses_kernel = reason is None and device_type == "cuda"
     _log_choice(operation, device_type, uses_kernel, reason)
     if uses_kernel and operation in SIZE_READERS:
@@ -169,7 +173,7 @@ def _choose_implementation(
     return 0 if uses_kernel else "default"
 
 
-used_records: dict[tuple | None, records.Record] = {}  # by case, those that this process has gone by
+used_records: dict[tuple | None, records.Record] = {}  # by case; the records that this process has used
 
 
 @torch.compiler.assume_constant_result
@@ -186,8 +190,8 @@ def _find_record(device_type: str, device_index: int | None, case: tuple | None)
 @functools.cache
 def _suggest_tuning() -> None:
     logger.warning(
-        "fastvit has not measured these shapes on this GPU and takes its own kernels with their first tile;"
-        " `fastvit tune`, or fastvit.tuning.tune(model, batch_size=...), measures what is fastest"
+        "fastvit has not measured these shapes on this GPU and uses its own kernels with their first tile;"
+        " `fastvit tune`, or fastvit.tuning.tune(model, batch_size=...), measures which implementation is fastest"
     )
 
 
@@ -202,14 +206,14 @@ def _log_choice(operation: str, device_type: str, uses_kernel: bool, reason: str
     logger.info("%s on %s is computed by %s", operation, device_type, by)
 
 
-_pytorch_operations: dict[str, Callable[..., Any]] = {}  # each operation by PyTorch
-# Calls are handed to it and computed by PyTorch while `fastvit.tuning` collects what a model asks for.
+_pytorch_operations: dict[str, Callable[..., Any]] = {}  # by operation
+# While `fastvit.tuning` collects a model's calls, they are passed to the collector and computed by PyTorch.
 _collector: Callable[[Case, tuple, dict], None] | None = None
 
 
 @contextlib.contextmanager
 def intercept_calls(collector: Callable[[Case, tuple, dict], None]) -> Iterator[None]:
-    """Inside, `collector` is told of each call that could be tuned: case, arguments, keyword arguments."""
+    """Context manager that passes each tunable call to `collector`: case, arguments, keyword arguments."""
     global _collector
     before, _collector = _collector, collector
     try:
@@ -224,10 +228,10 @@ def _make_dispatcher(
     tensor_index: int = 0,
     unsupported: Callable[P, str | None] = lambda *args, **kwargs: None,
 ) -> Callable[P, R]:
-    """`definition`, a function of `fastvit.ops.reference`, or its kernel of the same name and signature.
+    """A function that calls `definition`, from `fastvit.ops.reference`, or the kernel of the same name and signature.
 
-    Which is decided at each call by the device and dtype of the tensor that is argument number `tensor_index`, by
-    `unsupported`, which says what of these arguments the kernel does not have, and by the record that holds for them.
+    The choice is made per call, by the device and dtype of argument number `tensor_index`, by `unsupported`, which
+    returns why the kernel does not support these arguments, and by the matching record.
     """
     operation = definition.__name__
     plain = _pytorch_operations[operation] = getattr(eager, operation, definition)
@@ -237,7 +241,7 @@ def _make_dispatcher(
         if _backend == "reference":
             return definition(*args, **kwargs)
         x: Any = args[tensor_index]
-        if x.is_cpu and _backend == "auto":  # kept short: a small model takes 70 operations a pass
+        if x.is_cpu and _backend == "auto":  # a short path: even a small model calls 70 operations per forward
             _log_cpu_choice(operation, x.dtype)
             return plain(*args, **kwargs)
         transforms = "torch.func and forward-mode derivatives need PyTorch's"
@@ -255,19 +259,19 @@ def _make_dispatcher(
     return function
 
 
-# Arguments that no kernel has: `unsupported` has seen to it that they are at their defaults.
+# Arguments that no kernel has; `unsupported` has checked that they have their defaults.
 PYTORCH_ONLY_ARGUMENTS = ("dropout_p",)
 
 
 def run_implementation(choice: int | str, operation: str, args: Any, kwargs: Any) -> Any:
-    """The operation by candidate `choice` of our kernel; or by PyTorch, with `choice` as its SDPA backend."""
+    """Call our kernel with candidate `choice`, or PyTorch's operation with `choice` as its SDPA backend."""
     if isinstance(choice, int):
         options = {name: value for name, value in kwargs.items() if name not in PYTORCH_ONLY_ARGUMENTS}
-        number = {"candidate": choice} if choice else {}  # linear_fp8 has one way only
+        number = {"candidate": choice} if choice else {}  # linear_fp8 has no candidates
         return _kernels[operation](*args, **options, **number)
     if choice == "default":
         return _pytorch_operations[operation](*args, **kwargs)
-    # The others after it: another call of the same case may have strides that it does not take.
+    # With the others as fallbacks: another call of the same case may have strides that this backend does not support.
     others = [backend for name, backend in SDPA_BACKENDS.items() if name != choice]
     with sdpa_kernel([SDPA_BACKENDS[choice], *others], set_priority=True):
         return _pytorch_operations[operation](*args, **kwargs)
@@ -282,7 +286,7 @@ SDPA_BACKENDS = {
 
 
 def uses_kernels(x: torch.Tensor) -> bool:
-    """Whether our kernels are to compute operations on tensors like `x`, or plain PyTorch, which fuses nothing."""
+    """Whether operations on tensors like `x` run our kernels, and not plain PyTorch, which fuses nothing."""
     return _backend != "reference" and (_backend == "triton" or _device_has_kernels(x.device.type))
 
 
@@ -291,7 +295,7 @@ def _device_has_kernels(device_type: str) -> bool:
     return device_type == "cuda" and _is_triton_available()
 
 
-@functools.cache  # PyTorch asks the driver each time
+@functools.cache  # PyTorch queries the driver each time
 def _is_triton_available() -> bool:
     return triton_unavailable_reason() is None
 
@@ -300,7 +304,7 @@ ACTIVATIONS_WITH_KERNELS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu
 
 
 def _unsupported_activation(*args: Any, activation: str | None = None, **kwargs: Any) -> str | None:
-    """The last of the arguments, "gelu" where it is left out."""
+    """The activation is the last positional argument; the default is "gelu"."""
     name = activation or (args[-1] if isinstance(args[-1], str) else "gelu")
     return None if name in ACTIVATIONS_WITH_KERNELS else f"the kernel has no activation {name!r}"
 
@@ -331,7 +335,7 @@ def _unsupported_head_dim(dim: int) -> str | None:
     return None if 16 <= dim <= 128 and dim % 8 == 0 else f"the kernel has no head dim {dim}: 16 to 128, multiples of 8"
 
 
-# The operations; each is documented where it is defined.
+# The operations, documented in `fastvit.ops.reference`.
 patch_embed = _make_dispatcher(reference.patch_embed, tensor_index=1)
 layer_norm = _make_dispatcher(reference.layer_norm)
 add_layer_norm = _make_dispatcher(reference.add_layer_norm)
@@ -347,7 +351,7 @@ quantize_rows = _make_dispatcher(reference.quantize_rows)
 layer_norm_fp8 = _make_dispatcher(reference.layer_norm_fp8)
 add_layer_norm_fp8 = _make_dispatcher(reference.add_layer_norm_fp8)
 bias_gelu_fp8 = _make_dispatcher(reference.bias_gelu_fp8, unsupported=_unsupported_activation)
-linear_fp8 = _make_dispatcher(reference.linear_fp8, tensor_index=1)  # the scales: float32, as every kernel takes
+linear_fp8 = _make_dispatcher(reference.linear_fp8, tensor_index=1)  # by the scales, whose float32 is in DTYPES
 attention_probabilities = reference.attention_probabilities
 feed_forward = _make_dispatcher(reference.feed_forward, unsupported=_unsupported_activation)
 swiglu = _make_dispatcher(reference.swiglu)

@@ -1,14 +1,14 @@
-"""The pre-LayerNorm block of every Vision Transformer, computed by fused operations. Written once, for all of them.
+"""The pre-LayerNorm block of every Vision Transformer, computed by fused operations.
 
     h = x + drop_path(scale1 * dropout(attention(norm1(x))))
-    y = h + drop_path(scale2 * dropout(feed_forward(norm2(h))))        scales and drop path where a model has them
+    y = h + drop_path(scale2 * dropout(feed_forward(norm2(h))))        scales and drop path if the model has them
 
-An `Adapter` describes where a family's block keeps its parts; `attach` gives a block this forward and `detach` gives it
-its own back. The parts are read again at each call: one that is replaced, wrapped (LoRA, quantisation) or hooked is
-noticed, and then the block runs its own forward.
+An `Adapter` describes where a model family's block stores its parts. `make_block_forward` builds the fused forward that
+replaces the block's own. The parts are read at every call: if one was replaced, wrapped (LoRA, quantisation) or hooked,
+the block runs its own forward.
 
-A block ends with a residual add and the next one begins with a LayerNorm. The two are one operation, so
-`compute_block` accepts and returns an unfinished sum, `Stream`; a caller that runs one block alone finishes it with
+A block ends with a residual add, and the next one begins with a LayerNorm; the two are one operation. `compute_block`
+therefore accepts and returns an unfinished sum, `Stream`; a caller that runs a single block completes it with
 `sum_stream`.
 """
 
@@ -28,18 +28,18 @@ from fastvit.errors import InputError
 from fastvit.ops import reference, varlen
 from fastvit.ops.varlen import Mask, Packing
 
-try:  # transformers collects attention maps through hooks that, once installed, stay
+try:  # transformers collects attention maps with hooks that are never removed
     from transformers.utils.output_capturing import _active_collector
-except ImportError:  # then these hooks count like all others
+except ImportError:  # then they count like all other hooks
     _active_collector = None
 
 logger = logging.getLogger("fastvit")
 
-PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)  # the last is what torch.export shows the model instead
+PLAIN_WEIGHTS = (nn.Parameter, Tensor, FakeTensor)  # FakeTensor: under torch.export
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its forward: hooks, or a forward replaced by a device map."""
+    """Whether calling `module` does more than its class's forward: hooks, or a forward replaced by a device map."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -58,9 +58,9 @@ def is_plain(module: Any, kind: type[nn.Module]) -> bool:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer for inference whose weight and input rows are e4m3 with a float32 factor for each row.
+    """A linear layer for inference with e4m3 weight and input rows, each row with a float32 scale.
 
-    Buffers: weight [F, K] e4m3, scale [F, 1] float32, bias [F] bfloat16 or None. [..., K] -> [..., F] bfloat16.
+    Buffers: weight [F, K] e4m3, scale [F, 1] float32, bias [F] bfloat16 or None. Maps [..., K] to [..., F] bfloat16.
     """
 
     weight: Tensor
@@ -81,10 +81,10 @@ class Fp8Linear(nn.Module):
 
     def check_inference(self, x: Tensor) -> None:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
-            raise InputError("model: quantised to fp8, for inference alone: call eval(), and ask for no gradients")
+            raise InputError("model: quantised to fp8, for inference alone: call eval(), and disable gradients")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        """Part of `.to`, `.float` and the like: the buffers move to another device and keep their dtypes."""
+        """Called by `.to`, `.float` and the like: the buffers move to another device but keep their dtypes."""
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, tensor in before.items():
@@ -98,39 +98,39 @@ class Fp8Linear(nn.Module):
 
 
 class FeedForward(NamedTuple):
-    """second(activation(first(x))); gated: second(silu(gate(x)) * up(x)), where first is (gate, up), or both in one."""
+    """second(activation(first(x))); gated: second(silu(gate(x)) * up(x)), where first is (gate, up) or both in one."""
 
     first: tuple[nn.Module, ...]
     second: nn.Module
     activation: nn.Module | str
     gated: bool = False
-    hidden_dropout: float = 0.0  # between the two layers; our operation has none
+    hidden_dropout: float = 0.0  # between the two layers; the fused operation has none
 
 
 class Branch(NamedTuple):
-    """What happens to a branch before it is added to the residual."""
+    """The operations on a branch before it is added to the residual."""
 
     dropouts: tuple[nn.Module, ...] = ()
     scale: Tensor | None = None  # LayerScale, [D]
-    drop_path: nn.Module | None = None  # one that multiplies each picture by a factor
+    drop_path: nn.Module | None = None  # must multiply each image by a factor
 
 
 class Block(NamedTuple):
     """The parts of one block."""
 
     norm1: nn.Module
-    qkv: tuple[nn.Module, ...]  # query, key and value; or one that has them side by side
+    qkv: tuple[nn.Module, ...]  # query, key and value; or one layer that computes all three
     num_heads: int
     attention_scale: float
-    attention_dropout: float  # now: zero in eval mode
+    attention_dropout: float  # the current rate: zero in eval mode
     projection: nn.Module
     after_attention: Branch
     norm2: nn.Module
     feed_forward: FeedForward
     after_feed_forward: Branch
-    bypassed: tuple[nn.Module, ...]  # modules that have these parts, whose own forward is not called
+    bypassed: tuple[nn.Module, ...]  # the modules that own these parts, whose forward is not called
     attention_implementation: str = "sdpa"
-    unsupported_reason: str | None = None  # what the block has that ours does not
+    unsupported_reason: str | None = None  # why the fused forward does not support this block
 
 
 class Inputs(NamedTuple):
@@ -138,7 +138,7 @@ class Inputs(NamedTuple):
 
     hidden_states: Tensor
     mask: Mask = None
-    options: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    options: dict[str, Any] = {}  # noqa: RUF012 - never modified
     rotate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # of queries and keys [B, H, N, head_dim]
     output_attentions: bool = False
 
@@ -146,28 +146,28 @@ class Inputs(NamedTuple):
 def read_default_inputs(
     layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **options: Any
 ) -> Inputs:
-    """The arguments of most blocks of transformers."""
+    """The arguments of most blocks in transformers."""
     return Inputs(hidden_states, attention_mask, options)
 
 
 class Adapter(NamedTuple):
-    """One family's block: its class, where its parts are, and what it is called with."""
+    """One family's block: its class, where its parts are, and how it is called."""
 
     family: str
-    class_name: str  # with its module; blocks are recognised by it, so that nothing needs importing
+    class_name: str  # qualified; blocks are recognised by name, so that no library has to be imported
     read_block: Callable[[Any], Block]
     read_inputs: Callable[..., Inputs] = read_default_inputs
-    find_refusal: Callable[[Any], str | None] = lambda layer: None  # why a block of this class is not one of the family
+    find_refusal: Callable[[Any], str | None] = lambda layer: None  # why a block of this class is not supported
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether a block may be computed by ours
+# Whether a block supports the fused forward
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Attention functions of transformers that compute attention and nothing else. A user's own may do more.
+# transformers' attention functions that compute attention and nothing else; a user's own may do more.
 STANDARD_ATTENTION = ("eager", "sdpa", "fastvit", "flash_attention_2", "flash_attention_3", "flex_attention")
 
-# Options that models hand to their blocks and that change nothing in them.
+# Options that models pass to their blocks without an effect there.
 HARMLESS_OPTIONS = (
     "interpolate_pos_encoding",
     "num_items_in_batch",
@@ -203,7 +203,7 @@ def get_qualified_name(kind: type) -> str:
 
 
 def find_activation_name(activation: nn.Module | str) -> str | None:
-    """The name of this activation: a key of `ops.ACTIVATIONS`, or "silu"; None if there is none."""
+    """The activation's name, a key of `ops.ACTIVATIONS` or "silu"; None if it has none."""
     if isinstance(activation, str):
         return activation
     if type(activation) is nn.GELU:
@@ -217,13 +217,13 @@ def is_plain_norm(norm: Any) -> bool:
         and type(norm.weight) in PLAIN_WEIGHTS
         and type(norm.bias) in PLAIN_WEIGHTS
         and norm.weight.ndim == 1
-        and not getattr(norm, "_fast_norm", False)  # timm's, which rounds otherwise under autocast
+        and not getattr(norm, "_fast_norm", False)  # timm's, which rounds differently under autocast
         and not is_hooked(norm)
     )
 
 
 def has_active_hooks(module: nn.Module) -> bool:
-    """Whether somebody would notice that `module` is not called; transformers' own hooks only while they collect."""
+    """Whether bypassing `module` would skip a hook; transformers' own hooks count only while they collect."""
     if not is_hooked(module):
         return False
     hooks = module._forward_hooks.values()
@@ -241,12 +241,12 @@ def has_active_hooks(module: nn.Module) -> bool:
 
 
 def find_drop_path(module: nn.Module) -> nn.Module | None:
-    """A block's drop path, which without a rate is an Identity."""
+    """A block's drop path; None for the Identity that replaces it when the rate is 0."""
     return None if type(module) is nn.Identity and not is_hooked(module) else module
 
 
 def examine(adapter: Adapter, layer: nn.Module) -> tuple[Block, None] | tuple[None, str]:
-    """The parts of a block as they are now; or None, and why the block has to compute itself."""
+    """The block's current parts; or None, and the reason why the block has to run its own forward."""
     try:
         block = adapter.read_block(layer)
     except AttributeError:
@@ -263,17 +263,17 @@ def block_unsupported_reason(block: Block) -> str | None:
     if block.unsupported_reason:
         return block.unsupported_reason
     feed_forward = block.feed_forward
-    kind = Fp8Linear if is_fp8(block) else nn.Linear  # in all of a block, or in none of it
+    kind = Fp8Linear if is_fp8(block) else nn.Linear  # all layers of a block are quantised, or none
     for linear in (*block.qkv, block.projection, *feed_forward.first, feed_forward.second):
         if not is_plain(linear, kind):
-            return f"a linear layer is wrapped, watched or quantised: {get_qualified_name(type(linear))}"
+            return f"a linear layer is wrapped, hooked or quantised: {get_qualified_name(type(linear))}"
     for norm in (block.norm1, block.norm2):
         if not is_plain_norm(norm):
-            return f"a norm is watched, or no plain LayerNorm with weight and bias: {get_qualified_name(type(norm))}"
+            return f"a norm is hooked, or not a plain LayerNorm with weight and bias: {get_qualified_name(type(norm))}"
     drop_paths = (block.after_attention.drop_path, block.after_feed_forward.drop_path)
     for module in (*block.bypassed, feed_forward.activation, *drop_paths):
         if isinstance(module, nn.Module) and has_active_hooks(module):
-            return f"attention maps are asked for, or a hook watches {get_qualified_name(type(module))}"
+            return f"attention maps are requested, or there is a hook on {get_qualified_name(type(module))}"
     activation = find_activation_name(feed_forward.activation)
     if activation != "silu" if feed_forward.gated else activation not in ops.ACTIVATIONS:
         return f"there is no operation for the activation {get_qualified_name(type(feed_forward.activation))}"
@@ -285,7 +285,7 @@ def block_unsupported_reason(block: Block) -> str | None:
 
 
 def inputs_unsupported_reason(inputs: Inputs) -> str | None:
-    """Why a call with these arguments is one for the block itself."""
+    """The reason why a call with these arguments needs the block's own forward, or None."""
     for name, value in inputs.options.items():
         if value is not None and value is not False and name not in HARMLESS_OPTIONS:
             return f"it is called with {name}"
@@ -295,16 +295,16 @@ def inputs_unsupported_reason(inputs: Inputs) -> str | None:
     return None
 
 
-# A compiler that traces a block takes this as a constant, and logs nothing at run time.
+# Constant for a compiler that traces a block, which then logs nothing at run time.
 @torch.compiler.assume_constant_result
 def log_fallback(family: str, reason: str) -> None:
-    """Say once that blocks of this family compute themselves."""
+    """Log once per family and reason that blocks run their own forward."""
     _log_fallback(family, reason)
 
 
 @functools.cache
 def _log_fallback(family: str, reason: str) -> None:
-    logger.info("optimize: a block of %s computes itself: %s", family, reason)
+    logger.info("optimize: a block of %s runs its own forward: %s", family, reason)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,19 +313,19 @@ def _log_fallback(family: str, reason: str) -> None:
 
 
 class Stream(NamedTuple):
-    """Hidden states as an unfinished sum, residual + row_scale * scale * branch; branch alone without a residual."""
+    """Hidden states as an unfinished sum, residual + row_scale * scale * branch; just branch if residual is None."""
 
-    branch: Tensor  # [B, N, D], as residual
+    branch: Tensor  # [B, N, D], like residual
     residual: Tensor | None = None
     scale: Tensor | None = None  # LayerScale, [D]
     row_scale: Tensor | None = None  # drop path, float32 [B]
 
 
-Rows = Tensor | tuple[Tensor, Tensor]  # [..., K]; or in fp8 its values and their scale [..., 1]
+Rows = Tensor | tuple[Tensor, Tensor]  # [..., K]; in fp8 the values and their scale [..., 1]
 
 
 def sum_stream(stream: Stream) -> Tensor:
-    """[B, N, D]"""
+    """Complete the sum. Returns [B, N, D]."""
     branch, residual, scale, row_scale = stream
     if residual is None:
         return branch
@@ -335,10 +335,16 @@ def sum_stream(stream: Stream) -> Tensor:
 
 
 def compute_block(block: Block, stream: Stream, inputs: Inputs, class_token_only: bool = False) -> tuple[Stream, Any]:
-    """One block of `stream`, with the arguments in `inputs` but for its hidden states.
+    """Apply one block to `stream`.
 
-    class_token_only: of the class token alone, [B, 1, D].
-    Returns the stream, and the attention maps if inputs ask for them: [B, heads, Nq, N], or one for each packed image.
+    Args:
+        block: the block's parts.
+        stream: the hidden states; those in `inputs` are ignored.
+        inputs: the other arguments.
+        class_token_only: compute the class token alone, [B, 1, D].
+
+    Returns:
+        The stream, and the attention maps if inputs request them: [B, heads, Nq, N], or a list, one per packed image.
     """
     if isinstance(block.projection, Fp8Linear):
         block.projection.check_inference(stream.branch)
@@ -353,11 +359,11 @@ def compute_block(block: Block, stream: Stream, inputs: Inputs, class_token_only
 def attend(
     block: Block, stream: Stream, inputs: Inputs, class_token_only: bool
 ) -> tuple[Tensor, Tensor, Tensor | list[Tensor] | None]:
-    """The residual, the context [B, Nq, heads * head_dim] and, if asked for, the attention maps."""
+    """Returns the residual, the context [B, Nq, heads * head_dim] and, if requested, the attention maps."""
     fp8, mask, heads = is_fp8(block), inputs.mask, block.num_heads
     options: dict[str, Any] = {"scale": block.attention_scale, "dropout_p": block.attention_dropout}
     one_query = class_token_only and not isinstance(mask, Packing)
-    # On a CPU the copy of concatenated weights would cost more than three matmuls instead of one.
+    # On a CPU, concatenating the weights costs more than three matmuls instead of one.
     is_separate = len(block.qkv) == 3 and (one_query or not (fp8 or ops.uses_kernels(stream.branch)))
     if is_separate:
         residual, rows = add_norm(stream, block.norm1, fp8)
@@ -387,7 +393,7 @@ def attend(
 
 
 def feed_forward(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
-    """The residual and the branch."""
+    """Returns the residual and the branch."""
     norm, part = block.norm2, block.feed_forward
     first, second = join_weights(part.first), join_weights((part.second,))
     activation = find_activation_name(part.activation)
@@ -396,7 +402,7 @@ def feed_forward(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
         residual, rows = add_norm(stream, norm, True)
         if part.gated:
             return residual, linear(ops.quantize_rows(ops.swiglu(linear(rows, first))), second)
-        weight, scale, bias = first  # the activation adds the bias, in float32
+        weight, scale, bias = first  # bias_gelu_fp8 adds the bias, in float32
         return residual, linear(ops.bias_gelu_fp8(linear(rows, (weight, scale, None)), bias, activation), second)
     if is_sum and not part.gated:
         arguments: Any = (stream.branch, stream.residual, norm.weight, norm.bias, norm.eps, *first, *second, activation)
@@ -408,7 +414,7 @@ def feed_forward(block: Block, stream: Stream) -> tuple[Tensor, Tensor]:
 
 
 def add_norm(stream: Stream, norm: Any, fp8: bool) -> tuple[Tensor, Any]:
-    """The sum and its LayerNorm, in fp8 as (values, scale), in one pass."""
+    """Returns the sum and its LayerNorm, in fp8 as (values, scale), in one pass."""
     branch, residual, scale, row_scale = stream
     parameters = norm.weight, norm.bias, norm.eps
     if residual is None:
@@ -422,7 +428,7 @@ def add_norm(stream: Stream, norm: Any, fp8: bool) -> tuple[Tensor, Any]:
 
 
 def add_norm_linear(stream: Stream, norm: Any, weights: tuple, fp8: bool) -> tuple[Tensor, Tensor]:
-    """The sum, and a linear layer of its LayerNorm."""
+    """Returns the sum, and a linear layer of its LayerNorm."""
     branch, residual, scale, row_scale = stream
     if fp8 or scale is not None or row_scale is not None:
         residual, rows = add_norm(stream, norm, fp8)
@@ -433,10 +439,10 @@ def add_norm_linear(stream: Stream, norm: Any, weights: tuple, fp8: bool) -> tup
 
 
 def join_weights(layers: Sequence[Any]) -> tuple:
-    """(weight, bias) of one linear layer that computes all of these, or in fp8 (weight, scale, bias).
+    """(weight, bias) of one linear layer that computes all of `layers`; in fp8 (weight, scale, bias).
 
-    Concatenated at each use: checkpoints, optimizers and LoRA see the layers apart. It costs a copy of the weights for
-    each call, 3.5 MB read and written for query, key and value of ViT-B in half precision. Some may have no bias.
+    Concatenated at each use, so that checkpoints, optimizers and LoRA see separate layers. This copies the weights at
+    every call: 3.5 MB read and written for query, key and value of ViT-B in half precision. Biases are optional.
     """
     names = ("weight", "scale") if type(layers[0]) is Fp8Linear else ("weight",)
     if len(layers) == 1:
@@ -451,20 +457,20 @@ def join_weights(layers: Sequence[Any]) -> tuple:
 
 
 def linear(rows: Rows, weights: tuple) -> Tensor:
-    """[..., K] -> [..., F], by `join_weights` linear layers."""
+    """Apply a linear layer from `join_weights`: [..., K] -> [..., F]."""
     return ops.linear(rows, *weights) if isinstance(rows, Tensor) else ops.linear_fp8(*rows, *weights)
 
 
 def select_class_rows(rows: Rows) -> Rows:
-    """The class tokens alone, [B, 1, K]."""
+    """The rows of the class tokens, [B, 1, K]."""
     return rows[:, :1] if isinstance(rows, Tensor) else (rows[0][:, :1], rows[1][:, :1])
 
 
 def build_stream(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) -> Stream:
-    """The stream with a branch that went through dropout, and drop path's factor of each image.
+    """The stream with a branch after dropout, and drop path's factor for each image.
 
-    The factors are drawn by the model's own module, in the dtype that the branch has there, behind the scale: under
-    autocast a float32 scale makes float32 of a bfloat16 branch, and PyTorch 2.11 draws other numbers in bfloat16.
+    The model's own module draws the factors, in the dtype that the branch has after the scale: under autocast a float32
+    scale promotes a bfloat16 branch to float32, and PyTorch 2.11 draws different numbers in bfloat16.
     """
     for dropout in after.dropouts:
         branch = dropout(branch)
@@ -484,13 +490,13 @@ def build_stream(branch: Tensor, residual: Tensor, after: Branch, mask: Mask) ->
 
 
 class FusedModule:
-    """A module whose forward is a fused one; always beside the module's own class."""
+    """Mixin for a module whose forward is fused; always combined with the module's own class."""
 
     _fastvit_original: ClassVar[type[nn.Module]]
     _fastvit_rebuild: ClassVar[Callable[[Any], nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # Generated classes cannot be found by name, and a pickle stores names: it stores the original's.
+        # Pickles store classes by name, and a generated class has none: store the original's.
         reduced: Any = super().__reduce_ex__(protocol)
         return (type(self)._fastvit_rebuild, (self._fastvit_original,), *reduced[2:])
 
@@ -498,13 +504,13 @@ class FusedModule:
 def make_fused_class(original: Any, forward: Callable[..., Any], rebuild: Callable[[Any], nn.Module]) -> Any:
     """A subclass of a module's class, of the same name, that differs in `forward` alone.
 
-    So parameters, hooks, `isinstance`, state dicts and gradient checkpointing stay as they are, and a compiler sees an
-    ordinary module. The name stays because device maps and FSDP's policies name the classes that must not be split.
+    Parameters, hooks, `isinstance`, state dicts and gradient checkpointing therefore stay as they are, and a compiler
+    sees an ordinary module. The name stays because device maps and FSDP policies name the classes not to be split.
 
     Args:
         original: the module's class.
         forward: called with the module and the arguments of its forward.
-        rebuild: makes an empty module of the fused class from `original`, for copies and pickles.
+        rebuild: creates an empty module of the fused class from `original`, for copies and pickles.
     """
     names = {
         "forward": functools.wraps(original.forward)(forward),
@@ -518,7 +524,7 @@ def make_fused_class(original: Any, forward: Callable[..., Any], rebuild: Callab
 
 
 def make_block_forward(adapter: Adapter, original: Any) -> Callable[..., Any]:
-    """The forward of a block of this family: fused where that is possible now, else its own."""
+    """The forward of a block of this family: fused if currently possible, otherwise its own."""
 
     def forward(self, *args, **kwargs):
         block, reason = examine(adapter, self)

@@ -1,7 +1,8 @@
-"""Which measurements hold for a call: its sizes, and the bucket of its rows and tokens.
+"""Cases: the key under which measurements of an operation are recorded.
 
-Read at every call of an operation, also by a compiler: exact sizes become constants of the compiled model, rows and
-tokens only the bounds of their bucket, so that it takes other batches without being compiled again.
+A case has exact sizes, and buckets of rows and tokens. Both are read at every call, also under a compiler. There the
+exact sizes become constants of the compiled model, but rows and tokens only guards on their bucket's bounds, so that
+other batch sizes do not recompile.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from fastvit.ops.tracing import needs_backward
 
 
 class Case(NamedTuple):
-    """What a choice is made for, and what all calls share that it is made for.
+    """The properties shared by all calls for which one choice is made.
 
-    sizes: what must be equal, by name: hidden, units, heads, head_dim, ..., also words such as an activation.
-    rows, tokens: the largest number of the bucket (`row_bucket`, `token_bucket`).
+    sizes: properties that must be equal, by name: hidden, units, heads, head_dim, ..., also an activation's name.
+    rows, tokens: the upper bounds of the buckets (`row_bucket`, `token_bucket`).
     """
 
     operation: str
@@ -32,14 +33,14 @@ class Case(NamedTuple):
 
 
 def make_case(operation: str, x: Tensor, args: Any, kwargs: Any) -> tuple | None:
-    """The fields of the `Case` that a call belongs to; None where nothing is measured for such calls.
+    """The fields of a call's `Case`, or None if such calls are not measured.
 
     x: the argument whose dtype the kernel computes in.
     """
     call = SIZE_READERS[operation](*args, **kwargs) if operation in SIZE_READERS else None
     if call is None:
         return None
-    # operator.index makes a constant of what a compiler calls a symbol; int would not.
+    # operator.index specialises a compiler's symbolic integer to a constant; int does not.
     sizes = {name: value if isinstance(value, str) else operator.index(value) for name, value in call.sizes.items()}
     if torch.is_autocast_enabled(x.device.type):
         sizes["autocast"] = get_dtype_name(torch.get_autocast_dtype(x.device.type))
@@ -50,7 +51,7 @@ def make_case(operation: str, x: Tensor, args: Any, kwargs: Any) -> tuple | None
 
 
 def row_bucket(rows: int) -> int:
-    """The power of two, from 64, that `rows` fits in. By comparisons, which a compiler traces for any number."""
+    """The power of two, at least 64, that `rows` rounds up to. Comparisons, which a compiler traces symbolically."""
     bucket = 64
     while bucket < rows:
         bucket *= 2
@@ -58,7 +59,7 @@ def row_bucket(rows: int) -> int:
 
 
 def token_bucket(tokens: int) -> int:
-    """The multiple of 64, or from 512 on power of two, that `tokens` fit in; 0 for none."""
+    """The multiple of 64, or from 512 on the power of two, that `tokens` rounds up to; 0 for none."""
     bucket = 0
     while bucket < tokens:
         bucket = bucket + 64 if bucket < 512 else bucket * 2
@@ -75,7 +76,7 @@ def get_dtype_name(dtype: torch.dtype) -> str:
 
 
 class CallSizes(NamedTuple):
-    """The sizes of a call: those that must be equal, and those that are put into buckets."""
+    """A call's exact sizes, and the rows and tokens that are put into buckets."""
 
     sizes: dict[str, int | str]
     rows: int
@@ -131,7 +132,7 @@ def _attention_sizes(query, key, value, *, cu_seqlens=None, **options) -> CallSi
         return None
     batch, queries, heads, head_dim = query.shape
     call = _head_sizes(heads, head_dim, batch * queries, key.shape[1], cu_seqlens=None, **options)
-    if call is not None and queries == 1:  # the class token alone, whose batch has as many heads as rows
+    if call is not None and queries == 1:  # the class token alone: as many rows as images
         call.sizes["queries"] = "one"
     return call
 
@@ -143,7 +144,7 @@ def _packed_attention_sizes(qkv, *, num_heads=None, cu_seqlens=None, **options) 
 
 
 def _head_sizes(heads, head_dim, rows, tokens, *, cu_seqlens, mask=None, dropout_p=0.0, **options) -> CallSizes | None:
-    if cu_seqlens is not None:  # by PyTorch it is one image at a time
+    if cu_seqlens is not None:  # PyTorch computes image by image: there is nothing to compare
         return None
     sizes = {"heads": heads, "head_dim": head_dim}
     if mask is not None:
@@ -169,7 +170,7 @@ def _patch_embed_sizes(pixels, weight, *args, patch_size, mask=None, **kwargs) -
     return CallSizes(sizes, pixels.shape[0] * (rows // height) * (columns // width))
 
 
-# Operations that are tuned. Those in fp8 are not: PyTorch has nothing there that could be faster.
+# Tunable operations. Those in fp8 are not: PyTorch has no faster alternative.
 SIZE_READERS: dict[str, Callable[..., CallSizes | None]] = {
     "patch_embed": _patch_embed_sizes,
     "layer_norm": _norm_sizes,

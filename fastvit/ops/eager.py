@@ -1,12 +1,11 @@
-"""PyTorch implementations of the operations that hold a matmul, where no kernel runs.
+"""PyTorch implementations of the operations with a matmul, used where no kernel runs.
 
-Same names, arguments and results as in `fastvit.ops.reference`, and two things that a definition does not have:
+Names, arguments and results are as in `fastvit.ops.reference`, with two optimisations:
 
-- On x86 processors larger float32 matmuls are oneDNN's. PyTorch takes MKL's, which needed about twice as long on one
-  AMD EPYC with AVX-512 and 1.0 to 1.7 times as long on another; Intel's processors were not measured. It is oneDNN's
-  float32 matmul, no lower precision: its error against float64 is within 1.5 times MKL's.
-  `torch.backends.mkldnn.flags(enabled=False)` turns it off.
-- GELU is computed again in backward instead of being saved: a third of what a block saves.
+- On x86 processors, larger float32 matmuls use oneDNN. PyTorch uses MKL, which took about twice as long on one AMD EPYC
+  with AVX-512 and 1.0 to 1.7 times as long on another; Intel's processors were not measured. Precision is the same: the
+  error against float64 is within 1.5 times MKL's. `torch.backends.mkldnn.flags(enabled=False)` disables it.
+- GELU is recomputed in backward instead of being saved, a third of the memory that a block saves for backward.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fastvit.ops.tracing import is_traced_or_transformed, needs_backward
 
 @functools.cache
 def is_onednn_available() -> bool:
-    """Whether this PyTorch has the product, for a processor on which it is worth taking."""
+    """Whether this PyTorch has oneDNN's linear operator, and the processor is one that benefits from it."""
     return (
         torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
@@ -37,12 +36,12 @@ def is_onednn_available() -> bool:
 GELU_APPROXIMATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 PLAIN_TYPES = (Tensor, nn.Parameter)
-MIN_WEIGHTS, MIN_MULTIPLICATIONS = 2**18, 2**24  # either is enough
+MIN_WEIGHTS, MIN_MULTIPLICATIONS = 2**18, 2**24  # reaching either is enough
 
 
 def supports_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are plain tensors on a CPU that has the products, and nobody watches; shapes that do not fit are
-    left to PyTorch, which says so."""
+    """Whether these are plain, untraced tensors on a CPU with oneDNN. Mismatched shapes return False, so that PyTorch
+    raises its error."""
     return (
         not is_traced_or_transformed()
         and type(x) in PLAIN_TYPES
@@ -56,7 +55,7 @@ def supports_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Whether the matmul of these tensors is oneDNN's: float32, and large enough to pay for a longer call."""
+    """Whether to use oneDNN for this matmul: float32, and large enough to outweigh the longer call."""
     return (
         x.dtype is torch.float32
         and weight.dtype is torch.float32
@@ -67,9 +66,15 @@ def prefers_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias, like torch.nn.functional.linear; by oneDNN where it `prefers_onednn` the operands.
+    """x @ weight^T + bias, like torch.nn.functional.linear, by oneDNN if `prefers_onednn`.
 
-    x: [..., D]; weight: [F, D]; bias: [F] or None. Returns [..., F].
+    Args:
+        x: [..., D].
+        weight: [F, D].
+        bias: [F] or None.
+
+    Returns:
+        [..., F].
     """
     if not prefers_onednn(x, weight):
         return F.linear(x, weight, bias)
@@ -79,13 +84,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str | None = None) -> Tensor:
-    """x @ weight^T + bias, then GELU in the form `gelu` ("none" or "tanh", as torch calls them). Not differentiable."""
+    """x @ weight^T + bias, then GELU if `approximate` is torch's "none" or "tanh". Not differentiable."""
     activation, algorithm = ("none", "") if approximate is None else ("gelu", approximate)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """`linear` with all three products by oneDNN."""
+    """`linear` with forward and both matmuls of backward by oneDNN."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # setup_context would take 40 us a call
@@ -102,14 +107,14 @@ class OneDnnLinear(torch.autograd.Function):
 
 
 def disable_onednn_after(error: BaseException) -> None:
-    """Where oneDNN found no memory for the code of a product: PyTorch's other products from now on, with a warning.
+    """Disable oneDNN, with a warning, after it ran out of memory for a matmul's generated code.
 
-    The error flag of its assembler is a thread's own and nothing clears it: in that thread each product of a new shape
-    would fail, however much memory there is by then.
+    Its assembler's error flag is thread-local and never cleared: in that thread every matmul of a new shape would fail,
+    even if memory is available again.
     """
     if str(error) == "could not create a primitive" and torch.backends.mkldnn.enabled:
         torch.backends.mkldnn.set_flags(False)
-        warnings.warn("oneDNN is off from now on: it goes on failing after it once lacked memory", stacklevel=2)
+        warnings.warn("oneDNN is off from now on: it keeps failing once it has run out of memory", stacklevel=2)
 
 
 def patch_embed(
@@ -137,12 +142,12 @@ def feed_forward(
     if activation in GELU_APPROXIMATIONS and not needs_grad and prefers_onednn(x, weight1):
         return linear(onednn_linear(x, weight1, bias1, approximate=GELU_APPROXIMATIONS[activation]), weight2, bias2)
     hidden = linear(x, weight1, bias1)  # [..., F]
-    if activation not in GELU_APPROXIMATIONS or is_traced_or_transformed():  # a compiler decides by itself what to keep
+    if activation not in GELU_APPROXIMATIONS or is_traced_or_transformed():  # a compiler decides what to recompute
         return linear(reference.ACTIVATIONS[activation](hidden), weight2, bias2)
     approximate = GELU_APPROXIMATIONS[activation]
     if not needs_grad:
-        # No other reference to `hidden` exists. Overwriting it matters on a CPU: touching a new tensor of this size for
-        # the first time costs several times the arithmetic.
+        # There is no other reference to `hidden`. In place because on a CPU the first access to a new tensor of this
+        # size costs several times the arithmetic.
         return linear(torch.ops.aten.gelu_.default(hidden, approximate=approximate), weight2, bias2)
     if torch.is_autocast_enabled(hidden.device.type):
         weight2 = weight2.to(hidden.dtype)
@@ -151,7 +156,7 @@ def feed_forward(
 
 
 class GeluLinear(torch.autograd.Function):
-    """gelu(hidden) @ weight^T + bias, saving `hidden` for backward and not gelu(hidden)."""
+    """gelu(hidden) @ weight^T + bias, saving `hidden` for backward instead of gelu(hidden)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -170,7 +175,7 @@ class GeluLinear(torch.autograd.Function):
             grad_bias = rows.sum(0)
         if ctx.needs_input_grad[0]:
             grad_hidden = linear(grad_output, weight.t())
-            if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            if torch.is_grad_enabled():  # double backward
                 grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden, approximate=ctx.approximate)
             else:
                 torch.ops.aten.gelu_backward.grad_input(

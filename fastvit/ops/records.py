@@ -1,9 +1,9 @@
-"""What was measured: for each operation and shape on a GPU, which candidate is the fastest.
+"""Tuning records: the fastest candidate for each operation and shape on a GPU.
 
-A candidate is PyTorch's own operation ("pytorch", or for attention "pytorch flash" and the like) or ours with a number
-of the tile table ("ours 0"). Records are kept in one file in `FASTVIT_CACHE_DIR`, or `~/.cache/fastvit`; those of GPUs
-that were measured by us are files of the package. A record holds for one GPU, for the versions of PyTorch and Triton
-and for the source of the kernel that it was made with. Imports no Triton.
+A candidate is PyTorch's operation ("pytorch", or for attention "pytorch flash" and the like), or ours with a number in
+the tuning table ("ours 0"). Records are stored in one file in `FASTVIT_CACHE_DIR` or `~/.cache/fastvit`; the package
+ships files for GPUs measured by us. A record is valid for one GPU, for the versions of PyTorch and Triton, and for the
+kernel source that it was measured with. This module does not import Triton.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from fastvit.files import wrap_write_errors
 from fastvit.ops.cases import Case
 
 OURS, PYTORCH = "ours", "pytorch"
-MARGIN = 0.97  # ours must take less than this of PyTorch's time: a tie goes to what is tested by more people
+MARGIN = 0.97  # ours must take less than this share of PyTorch's time: a tie goes to the more widely tested one
 SDPA_BACKEND_NAMES = ("flash", "cudnn", "efficient", "math")  # of PyTorch's attention
-MAX_CANDIDATES = 3  # of ours, at most
+MAX_CANDIDATES = 3  # of ours
 KERNELS_FOLDER = Path(__file__).resolve().parents[1] / "kernels"
 SHIPPED = Path(__file__).with_suffix("")  # a folder beside this file
 FILE_NAME = "records.json"
 
 
 class Timing(NamedTuple):
-    """A candidate's median time, or the reason why it has none: it raised, or was wrong."""
+    """A candidate's median time, or the reason why it has none: an exception or a wrong result."""
 
     candidate: str
     ms: float | None
@@ -49,7 +49,7 @@ class Timing(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Who is fastest in one case on one GPU. kernel: the hash of the kernel's source, `hash_kernel`."""
+    """The fastest candidate for one case on one GPU. kernel: `hash_kernel` of its source."""
 
     operation: str
     direction: str
@@ -70,21 +70,21 @@ class Record:
 
     @property
     def choice(self) -> int | str:
-        """Our candidate's number; or "default", or the SDPA backend's name, for PyTorch's."""
+        """The winner: our candidate's number, or for PyTorch "default" or the SDPA backend's name."""
         provider, _, option = self.winner.partition(" ")
         return int(option) if provider == OURS else option or "default"
 
     def best_ms(self, provider: str) -> float | None:
-        """The lowest median of `OURS` or `PYTORCH`, in milliseconds; None where none could be timed."""
+        """The lowest median of `OURS` or `PYTORCH` in milliseconds, or None if none was timed."""
         times = [t.ms for t in self.candidates if t.ms is not None and t.candidate.partition(" ")[0] == provider]
         return min(times, default=None)
 
 
 def choose_winner(timings: Iterable[Timing]) -> str | None:
-    """The fastest candidate; None if nothing was timed.
+    """The fastest candidate, or None if nothing was timed.
 
-    Ours must be 3 % faster than the best of PyTorch's, and another SDPA backend than what PyTorch takes by itself must
-    be as much faster than that: the host spends time on asking for it.
+    Ours must be 3 % faster than PyTorch's best. An SDPA backend must also be 3 % faster than PyTorch's default choice,
+    because selecting it costs time on the host.
     """
     timed = {timing.candidate: timing.ms for timing in timings if timing.ms is not None}
 
@@ -100,18 +100,18 @@ def choose_winner(timings: Iterable[Timing]) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a record holds for
+# The validity of a record
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache  # asking the driver takes longer than choosing
+@functools.cache  # querying the driver takes longer than the choice
 def get_gpu_name(device_type: str, device_index: int | None) -> str:
     return torch.cuda.get_device_name(device_index) if device_type == "cuda" else "interpreter"
 
 
 @functools.cache
 def get_versions() -> tuple[str, str]:
-    """Of PyTorch and Triton."""
+    """The versions of PyTorch and Triton."""
     for package in ("triton", "pytorch-triton", "triton-windows"):
         try:
             return torch.__version__, version(package)
@@ -122,7 +122,7 @@ def get_versions() -> tuple[str, str]:
 
 @functools.cache
 def hash_kernel(module: str) -> str:
-    """Of the code that `fastvit.kernels.<module>` uses, and of its tiles; not of comments and docstrings."""
+    """Hash of the code that `fastvit.kernels.<module>` uses and of its tiles, without comments and docstrings."""
     from fastvit.kernels import tuning
 
     sources = _read_sources(module)
@@ -134,12 +134,12 @@ def hash_kernel(module: str) -> str:
 
 
 def _read_sources(module: str) -> dict[Path, ast.Module]:
-    """A module or package of fastvit.kernels and all those that it imports, directly or not."""
+    """The syntax trees of a module or package of fastvit.kernels and of all its direct and indirect imports."""
     trees: dict[Path, ast.Module] = {}
     pending = [module]
     while pending:
         name = pending.pop()
-        if name in ("tuning", "operators", "checks"):  # rules count one by one; the others launch nothing
+        if name in ("tuning", "operators", "checks"):  # rules are hashed one by one; the others launch nothing
             continue
         for path in (KERNELS_FOLDER / f"{name}.py", *(KERNELS_FOLDER / name).glob("*.py")):
             if path in trees or not path.is_file():
@@ -153,7 +153,7 @@ def _read_sources(module: str) -> dict[Path, ast.Module]:
 
 
 def _strip_comments(path: Path, tree: ast.Module) -> str:
-    """The text of a file without comments, docstrings and empty lines: the same for every version of Python."""
+    """The text of a file without comments, docstrings and empty lines, equal for all versions of Python."""
     lines = path.read_text(encoding="utf-8").splitlines()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None:
@@ -168,22 +168,21 @@ def _strip_comments(path: Path, tree: ast.Module) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where records are kept
+# Storage
 # ---------------------------------------------------------------------------------------------------------------------
 
-_table: dict[str, dict[tuple[Case, str], Record]] | None = (
-    None  # of this process: read once, so that it keeps its answers
-)
+# Read once per process, so that its choices do not change.
+_table: dict[str, dict[tuple[Case, str], Record]] | None = None
 
 
 def find(case: Case, gpu: str, module: str) -> Record | None:
-    """The record that holds for this case, made with the kernel's present source; this process's own answer."""
+    """The valid record for a case, measured with the current kernel source; constant within a process."""
     return get_table().get(gpu, {}).get((case, hash_kernel(module)))
 
 
 def get_table() -> dict[str, dict[tuple[Case, str], Record]]:
-    """By GPU, then by case and kernel hash, for the installed PyTorch and Triton: the package's records, and over them
-    those made here."""
+    """Records for the installed PyTorch and Triton, by GPU, then by case and kernel hash. Local records override those
+    of the package."""
     global _table
     if _table is None:
         shipped = [record for path in sorted(SHIPPED.glob("*.json")) for record in read_or_warn(path, "left out")]
@@ -194,7 +193,7 @@ def get_table() -> dict[str, dict[tuple[Case, str], Record]]:
 
 
 def adopt(records: Iterable[Record]) -> None:
-    """Let this process go by these records from now on."""
+    """Use these records in this process from now on."""
     for record in records:
         if (record.torch, record.triton) == get_versions():
             get_table().setdefault(record.gpu, {})[record.case, record.kernel] = record
@@ -206,7 +205,7 @@ def get_cache_path() -> Path:
 
 
 def read_cache() -> dict[str, Record]:
-    """The records made here. A file that holds none is reported and replaced by an empty one."""
+    """The local records by key. An unreadable file is reported and replaced by an empty one."""
     try:
         return read(get_cache_path())
     except OSError:
@@ -219,7 +218,7 @@ def read_cache() -> dict[str, Record]:
 
 
 def read_or_warn(path: Path, outcome: str) -> list[Record]:
-    """The records of a file that nobody may replace; none, and a warning with the outcome, where it holds none."""
+    """The records of a file that must not be replaced; if it is unreadable, none and a warning with the outcome."""
     try:
         return list(read(path).values())
     except (OSError, ValueError, RecursionError) as error:
@@ -228,19 +227,19 @@ def read_or_warn(path: Path, outcome: str) -> list[Record]:
 
 
 def add_to_cache(records: Iterable[Record]) -> None:
-    """Add to the records on disk, which other processes may be adding to as well."""
+    """Add to the records on disk, which other processes may update at the same time."""
     from filelock import FileLock, Timeout
 
     try:
         get_cache_path().parent.mkdir(parents=True, exist_ok=True)
         with FileLock(get_cache_path().with_suffix(".lock"), timeout=10):
             write(get_cache_path(), read_cache() | {_make_key(record): record for record in records})
-    except (OSError, Timeout) as error:  # a read-only home directory is no reason to stop
-        warnings.warn(f"tuning records are not kept: {error}", stacklevel=2)
+    except (OSError, Timeout) as error:  # a read-only home directory must not stop the program
+        warnings.warn(f"tuning records are not saved: {error}", stacklevel=2)
 
 
 def read(path: Path) -> dict[str, Record]:
-    """The records of a file by name; those that are not whole are left out. Raises OSError or ValueError."""
+    """The records of a file by key, without malformed ones. Raises OSError or ValueError."""
     entries = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(entries, list):
         raise ValueError("expected a list of records")
@@ -249,19 +248,19 @@ def read(path: Path) -> dict[str, Record]:
 
 
 def write(path: Path, records: dict[str, Record]) -> None:
-    """Replace the file in one step: a reader sees the old one or the new one, never a part. Raises OSError."""
+    """Replace the file atomically: readers see the old or the new one. Raises OSError."""
     entries = [dataclasses.asdict(record) | {"candidates": [c._asdict() for c in record.candidates]}
                for _, record in sorted(records.items())]  # fmt: skip
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, prefix=path.name, suffix=".part", delete=False
     ) as file:
         json.dump(entries, file, indent=1)
-    Path(file.name).chmod(0o644)  # a folder of several users is read by all
+    Path(file.name).chmod(0o644)  # readable for all users who share the folder
     Path(file.name).replace(path)
 
 
 def export(path: Path, records: Iterable[Record]) -> None:
-    """Write records as the package holds those of GPUs that were measured; raises WriteError."""
+    """Write records in the format of the package's own files. Raises WriteError."""
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, {_make_key(record): record for record in records})
@@ -280,5 +279,5 @@ def _parse_record(entry: Any) -> Record | None:
 
 
 def _make_key(record: Record) -> str:
-    """What two records share of which one replaces the other."""
+    """The key of a record; a new record replaces one with the same key."""
     return "|".join(map(str, (record.gpu, *record.case, record.torch, record.triton, record.kernel)))

@@ -1,11 +1,11 @@
-"""Images of different sizes as one sequence: their tokens one after the other, without padding.
+"""Images of different sizes as one sequence: their tokens are concatenated without padding.
 
     tokens of image 0 | tokens of image 1 | ...        [1, all tokens, D]
 
-What a Vision Transformer does to each token by itself (LayerNorm, linear layers, activation, residual add) takes such a
-sequence as it takes any other. Attention alone must know where an image ends: a `Packing` goes where an attention mask
-goes, and says that the tokens of an image attend to one another and to nothing else. Dehghani et al. 2023 (NaViT),
-arXiv:2307.06304, pack images for training likewise.
+LayerNorm, linear layers, activation and residual add treat each token by itself and accept such a sequence like any
+other. Attention alone needs to know where an image ends: a `Packing` is passed in place of an attention mask, and the
+tokens of an image attend to one another only. NaViT packs images for training in the same way (Dehghani et al. 2023,
+arXiv:2307.06304).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastvit import ops
 
 
 class Packing(NamedTuple):
-    """Where the images lie in a sequence [1, all tokens, D]. A tuple: what moves the arguments of a module to its
-    device, or goes through them in any other way, knows tuples."""
+    """The positions of the images in a sequence [1, all tokens, D]. A tuple, because code that moves or traverses a
+    module's arguments handles tuples."""
 
     lengths: tuple[int, ...]  # tokens of each image
     cu_seqlens: Tensor  # int32 [B + 1]: image i has the tokens from cu_seqlens[i] to cu_seqlens[i + 1]
@@ -33,25 +33,25 @@ Mask = Tensor | Packing | None  # what may be attended to
 
 
 def pack(lengths: Sequence[int], device: torch.device) -> Packing:
-    """The packing of images with so many tokens each."""
+    """The packing of images with these numbers of tokens."""
     bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return Packing(tuple(lengths), bounds, max(lengths))
 
 
 def split_images(x: Tensor, mask: Mask) -> list[Tensor]:
-    """A batch [B, N, ...] or, with a `Packing`, a sequence [1, all tokens, ...] as a list of [N, ...]; views."""
+    """Split a batch [B, N, ...] or, with a `Packing`, a sequence [1, all tokens, ...] into views [N, ...]."""
     return list(x[0].split(mask.lengths)) if isinstance(mask, Packing) else list(x.unbind())
 
 
 def select_class_tokens(tokens: Tensor, mask: Mask) -> Tensor:
-    """The class token of each image, [B, 1, D], of a batch [B, N, D] or a sequence [1, all tokens, D]."""
+    """The class tokens, [B, 1, D], of a batch [B, N, D] or a sequence [1, all tokens, D]."""
     if isinstance(mask, Packing):
         return tokens[0].index_select(0, mask.cu_seqlens[:-1]).unsqueeze(1)
     return tokens[:, :1]
 
 
 def attend(attention: Callable[..., Tensor], *tensors: Tensor, mask: Mask, **options: Any) -> Tensor:
-    """`attention`, which is `ops.attention` or `ops.attention_packed`, of a batch [B, N, ...] or a packed sequence.
+    """Apply `ops.attention` or `ops.attention_packed` to a batch [B, N, ...] or a packed sequence.
 
     Returns [B, N, D] or [1, all tokens, D].
     """
@@ -75,7 +75,7 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Mask, scale: float
 def attend_with_maps(
     attention: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: Mask, maps: bool
 ) -> tuple[Tensor, Any]:
-    """(context, probabilities) of an attention that computes both, packed images one by one; probabilities if asked."""
+    """(context, probabilities) of an attention that computes both, per image if packed; probabilities if `maps`."""
     if not isinstance(mask, Packing):
         context, probabilities = attention(query, key, value, mask)
         return context, probabilities if maps else None
@@ -85,8 +85,7 @@ def attend_with_maps(
 
 
 def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) -> Tensor:
-    """`embeddings` of images [C, H, W] of any sizes -> [1, tokens of all, D], in their order; those of one size run
-    together."""
+    """`embeddings` of images [C, H, W] of any sizes, [1, tokens of all, D] in order; equal sizes are batched."""
     same: dict[Any, list[int]] = {}
     for index, image in enumerate(images):
         same.setdefault((image.shape, image.dtype), []).append(index)
@@ -98,8 +97,8 @@ def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) ->
 
 
 def stack_or_pack(images: Any, grids: Sequence[tuple[int, int]]) -> tuple[Any, Packing | None]:
-    """A list of images with these (rows, columns) of patches: a batch where all have one size, else the list and its
-    packing."""
+    """Stack a list of images with these (rows, columns) of patches if all have one size; otherwise return the list and
+    its packing."""
     if len({(image.shape, image.dtype) for image in images}) == 1:
         return torch.stack(list(images)), None
     return list(images), pack([1 + rows * columns for rows, columns in grids], images[0].device)
