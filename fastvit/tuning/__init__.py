@@ -1,14 +1,13 @@
-"""A measured choice: is our kernel faster here, or PyTorch's own operation, and with which tile?
+"""Tuning: measure whether our kernel or PyTorch's own operation is faster, and with which tile.
 
-    cases       which measurements hold for a call
-    records     what was measured, where it is kept, and what makes it stale
-    trials      a call made again by any candidate
-    tuner       `tune`: collect a model's calls -> compile side by side -> check each candidate -> time them in turn
-    compiling   the processes that compile
-    startup     what `fastvit finetune` and `Predictor` do when they begin on a GPU
-    command     `fastvit tune`
+    fastvit.ops.cases      the key under which a call's measurements are recorded
+    fastvit.ops.records    the records: storage and validity
+    trials                 one call, repeated with any candidate
+    tuner                  `tune`: collect a model's calls, compile, check each candidate, time them in turn
+    compiling              the processes that compile
+    startup                tuning at the start of `fastvit finetune` and `Predictor` on a GPU
 
-`fastvit.ops` asks the records at each operation; nothing is timed but by `tune`.
+`fastvit.ops` looks up the records at each operation; only `tune` measures.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Record", "Timing", "tune"]
 
 
-def __getattr__(name: str) -> Any:  # the tuner imports the operations, which import the records
+def __getattr__(name: str) -> Any:  # lazy: the tuner imports the operations, which import the records
     if name != "tune":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastvit.tuning.tuner import tune

@@ -1,9 +1,9 @@
-"""Compile candidates side by side: each process runs some of them once, and Triton keeps what it compiled on the disk.
+"""Compile candidates in parallel: each process runs some of them once, and Triton caches the binaries on disk.
 
-A process that fails costs no more than compiling later. What it found out about a candidate that breaks the GPU for the
-process that runs it is worth keeping: the tuner leaves such a candidate out.
+If a process fails, its candidates are compiled later instead. A candidate that breaks the GPU for its process is
+reported, and the tuner excludes it.
 
-    python -m fastvit.tuning.compiling < jobs        prints a JSON line for each job that it has run
+    python -m fastvit.tuning.compiling < jobs        prints a JSON line for each completed job
 """
 
 from __future__ import annotations
@@ -20,19 +20,24 @@ import torch
 
 from fastvit.tuning.trials import Call, Trial
 
-Job = tuple[Call, str]  # and the candidate
+Job = tuple[Call, str]  # a call and a candidate
 
-PROCESS_BYTES = 3 * 2**30  # of the host's memory: PyTorch, its libraries and the compiler
-CONTEXT_BYTES = 2**30  # of the GPU's
-# After these no other kernel runs in the process.
+PROCESS_BYTES = 3 * 2**30  # host memory per process: PyTorch, its libraries and the compiler
+CONTEXT_BYTES = 2**30  # GPU memory per process
+# After these errors no other kernel runs in the process.
 FATAL = ("illegal memory access", "misaligned address", "illegal instruction", "unspecified launch failure")
 
 
 def compile_ahead(jobs: list[Job], device: torch.device, seconds: float) -> dict[int, str]:
-    """Run each job once in another process, as far as `seconds` go.
+    """Run each job once in another process, within the time limit.
+
+    Args:
+        jobs: calls and candidates.
+        device: of the tensors.
+        seconds: the time limit.
 
     Returns:
-        Numbers of the jobs that broke the GPU for their process, and the error.
+        The errors of the jobs that broke the GPU for their process, by index of the job.
     """
     count = count_processes(jobs, device)
     if count < 2:
@@ -64,10 +69,10 @@ def compile_ahead(jobs: list[Job], device: torch.device, seconds: float) -> dict
 
 
 def count_processes(jobs: list[Job], device: torch.device) -> int:
-    """As many as there are cores and memory for."""
+    """The number of processes that cores and memory allow."""
     bounds = [len(jobs), os.cpu_count() or 1, psutil.virtual_memory().available // PROCESS_BYTES]
     if device.type == "cuda":
-        # An operation with its gradients and temporaries: a few times its inputs.
+        # An operation with gradients and temporaries needs a few times its inputs.
         largest = max((6 * call.count_bytes() for call, _ in jobs), default=0)
         bounds.append(torch.cuda.mem_get_info(device)[0] // (CONTEXT_BYTES + largest))
     return int(min(bounds))
@@ -78,13 +83,13 @@ def send_jobs(worker: subprocess.Popen, jobs: list[Job], device: torch.device) -
     try:
         worker.stdin.write(pickle.dumps((jobs, device)))
         worker.stdin.close()
-    except OSError:  # it has ended already
+    except OSError:  # the process has already ended
         pass
     worker.stdin = None
 
 
 def read_results(worker: subprocess.Popen, deadline: float) -> list[str]:
-    """What it has printed when it ends, or is ended."""
+    """The JSON lines that a process has printed when it ends or is killed at the deadline."""
     try:
         printed, _ = worker.communicate(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:

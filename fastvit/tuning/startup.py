@@ -1,4 +1,4 @@
-"""What `fastvit finetune` and `Predictor` do before they begin: measure on a GPU what was not measured before."""
+"""Tuning at the start of `fastvit finetune` and `Predictor`: measure on a GPU the operations that have no record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastvit.tuning.tuner import tune
 
 logger = logging.getLogger("fastvit")
 
-TIME_LIMIT = 60.0  # at most, at a start
+TIME_LIMIT = 60.0  # seconds
 
 
 def tune_at_start(
@@ -26,16 +26,17 @@ def tune_at_start(
     *,
     is_distributed: bool = False,
 ) -> str | None:
-    """Measure what has no record yet, within `TIME_LIMIT`; nothing happens on a CPU, and no failure is an error.
+    """Measure the operations without a record, within `TIME_LIMIT`. Does nothing on a CPU; failures are only logged.
 
     Args:
-        workloads: (batch size, whether to train), the most important first.
+        model: on the GPU to be measured.
+        workloads: (batch size, training), the most important first.
         dtype: of autocast.
-        is_distributed: of several processes that train one model, all of which must call this, the first one
-            measures, and all go by its records.
+        is_distributed: whether several processes train one model. All of them must call this; the first one measures,
+            and all use its records.
 
     Returns:
-        A line that says what was done; None where there was nothing to do.
+        A line that summarises the measurement, or None if there was nothing to measure.
     """
     device = next(model.parameters()).device
     if device.type != "cuda":
@@ -50,9 +51,9 @@ def tune_at_start(
                 made += tune(
                     model, batch_size=batch_size, training=training, dtype=dtype, time_limit=remaining, keep=True
                 )  # fmt: skip
-        except Exception as error:  # it is no reason not to begin
+        except Exception as error:  # the program starts anyway
             logger.warning("tuning at the start failed: %s: %s", type(error).__name__, error)
-        if made:  # what follows has the memory to itself, and its peak is its own
+        if made:  # release the memory, and exclude it from the peak of the following work
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
     if is_distributed:
@@ -62,12 +63,12 @@ def tune_at_start(
     ours = sum(isinstance(record.choice, int) for record in made)
     return (
         f"measured {len(made)} operations on this GPU in {time.monotonic() - begin:.0f} s, at most {TIME_LIMIT:.0f}:"
-        f" our kernels are faster in {ours}; kept for the next time in {records.get_cache_path()}"
+        f" our kernels are faster in {ours}; saved for the next start in {records.get_cache_path()}"
     )
 
 
 def broadcast_records(gpu: str) -> None:
-    """Let all processes go by the records that the first one has for this GPU; they wait for it here."""
+    """Synchronise the processes, and make all use the first one's records for this GPU."""
     box = [list(records.get_table().get(gpu, {}).values())]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     records.adopt(box[0])

@@ -1,4 +1,4 @@
-"""One call of an operation, made again with random inputs by any of its candidates."""
+"""One call of an operation, repeated with random inputs by any of its candidates."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastvit.ops import reference
 from fastvit.ops.cases import Case
 from fastvit.ops.records import MAX_CANDIDATES, OURS, PYTORCH
 
-DEFINITION = "definition"  # that of fastvit.ops.reference, in float32: no candidate
+DEFINITION = "definition"  # `fastvit.ops.reference` in float32; not a candidate
 
 
 class TensorSpec(NamedTuple):
-    """A tensor without its values, but for integers and booleans (masks), which must stay as they are."""
+    """A tensor's metadata. Integers and booleans (masks) keep their values, which must not change."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
-    value: Tensor | None = None  # on the CPU
+    value: Tensor | None = None  # of integers and booleans, on the CPU
 
     @classmethod
     def from_tensor(cls, tensor: Tensor) -> TensorSpec:
@@ -36,7 +36,7 @@ class TensorSpec(NamedTuple):
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, requires_grad, value)
 
     def make_tensor(self, generator: torch.Generator) -> Tensor:
-        """Normal numbers; matrices are scaled as weights are, so that no product of them leaves float16."""
+        """Normally distributed values; matrices are scaled like weights, so that no matmul overflows float16."""
         if self.value is not None:
             return self.value.to(generator.device)
         sizes = [1 if stride == 0 else size for size, stride in zip(self.shape, self.stride, strict=True)]
@@ -54,13 +54,13 @@ class CallInputs(NamedTuple):
     grads: list[Tensor]  # of the outputs, in training
 
     def map(self, kind: type, change: Callable[[Any], Any]) -> CallInputs:
-        """With everything of this kind changed."""
+        """A copy with `change` applied to every value of this kind."""
         changed = [[change(x) if isinstance(x, kind) else x for x in group]
                    for group in (self.args, self.kwargs.values(), self.grads)]  # fmt: skip
         return CallInputs(tuple(changed[0]), dict(zip(self.kwargs, changed[1], strict=True)), changed[2])
 
     def widen(self, dtype: torch.dtype) -> CallInputs:
-        """Floating tensors in a wider dtype, as leaves of their own."""
+        """A copy with floating tensors cast to a wider dtype, as separate leaves."""
 
         def copied(x: Tensor) -> Tensor:
             return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad) if x.is_floating_point() else x
@@ -70,7 +70,7 @@ class CallInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """An operation as it was called, with the specs of its tensors; numbers and words as they were."""
+    """A call of an operation, with the specs of its tensors and its other arguments."""
 
     case: Case
     specs: CallInputs
@@ -80,7 +80,7 @@ class Call:
         return cls(case, CallInputs(args, kwargs, []).map(Tensor, TensorSpec.from_tensor))
 
     def make_inputs(self, device: torch.device) -> CallInputs:
-        """The same numbers at every call."""
+        """Random inputs, the same at every call."""
         generator = torch.Generator(device).manual_seed(0)
         inputs = self.specs.map(TensorSpec, lambda spec: spec.make_tensor(generator))
         if self.case.direction == "training":
@@ -89,7 +89,7 @@ class Call:
         return inputs
 
     def compute_reference(self, inputs: CallInputs) -> list[Tensor]:
-        """What it is in float32, or in float64 where the candidates compute in float32."""
+        """The definition's results in float32, or in float64 if the candidates compute in float32."""
         autocast = dict(self.case.sizes).get("autocast", self.case.dtype)
         wider = torch.float64 if autocast == "float32" else torch.float32
         sizes = tuple(item for item in self.case.sizes if item[0] != "autocast")
@@ -102,14 +102,14 @@ class Call:
 
 
 def list_candidates(case: Case) -> list[str]:
-    """PyTorch's first."""
+    """The names of all candidates, PyTorch's first."""
     backends = [f"{PYTORCH} {name}" for name in ops.SDPA_BACKENDS] if case.operation.startswith("attention") else []
     return [PYTORCH, *backends, *(f"{OURS} {number}" for number in range(MAX_CANDIDATES))]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate of one call with its inputs; calling it computes outputs and, in training, gradients."""
+    """One candidate of one call with its inputs. Calling it computes outputs and, in training, gradients."""
 
     case: Case
     candidate: str
@@ -146,7 +146,7 @@ class Trial:
 
 @contextlib.contextmanager
 def record_tiles() -> Iterator[dict[tuple, Any]]:
-    """What the tile table answers inside, by what it was asked: two candidates with the same answers are one."""
+    """Context manager that records the tiles selected inside, to recognise candidates with equal tiles."""
     from fastvit.kernels import tuning as tiles
 
     used: dict[tuple, Any] = {}

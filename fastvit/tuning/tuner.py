@@ -1,4 +1,4 @@
-"""Measure who is fastest at each operation of a model: collect its calls, compile, check, time in turn, keep."""
+"""Measure the fastest candidate for each operation of a model: collect its calls, compile, check, time and record."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Timer = Callable[[Trial], float]
 
 logger = logging.getLogger("fastvit")
 
-COMPILE_TIME_SHARE = 0.6  # the part of the time that compiling ahead may take
-ROUNDS = (5, 30)  # in which each candidate is timed once: at least, at most
-TIMING_SECONDS = 0.5  # seconds after which an operation is not timed beyond the least number of rounds
-MAX_ERROR_RATIO = 2.0  # how much larger than that of PyTorch's default a candidate's error may be
-MIN_ALLOWED_ERROR = 1e-5  # that is always allowed: float32 sums over many rows, in another order
+COMPILE_TIME_SHARE = 0.6  # the share of the time limit for compiling in parallel
+ROUNDS = (5, 30)  # minimum and maximum; each candidate is timed once per round
+TIMING_SECONDS = 0.5  # per operation; no further rounds after it, once the minimum is reached
+MAX_ERROR_RATIO = 2.0  # largest allowed error of a candidate relative to that of PyTorch's default
+MIN_ALLOWED_ERROR = 1e-5  # always allowed: float32 sums over many rows in another order
 
 
 def tune(
@@ -43,33 +43,33 @@ def tune(
     progress: bool = True,
     keep: bool = False,
 ) -> list[Record]:
-    """Measure who is fastest at each operation of `model`, keep the records, and let this process go by them.
+    """Measure the fastest candidate for each operation of `model`, save the records, and use them in this process.
 
-    Compiled models keep what was chosen when they were traced: tune first, then compile. The model's weights and mode
-    and the random number generators are as before afterwards. As `fastvit.backend`, it holds for the whole process: no
+    Compiled models keep the choices made when they were traced: tune first, then compile. The model's weights and mode
+    and the random number generators are restored afterwards. Like `fastvit.backend` it affects the whole process: no
     other thread may run a model meanwhile.
 
     Args:
         model: on the GPU to be measured.
-        batch_size: images in a batch.
+        batch_size: images per batch.
         image_size: height and width in pixels; the model's own if None.
-        training: forward and backward together, in training mode; else forward alone.
-        dtype: run under autocast to this dtype, as `fastvit finetune` does; None: in the model's own.
-        time_limit: seconds, for compiling and timing; operations that it does not reach have no record.
-        timer: milliseconds of one call of a `Trial`; CUDA events if None. With a timer, kernels that are interpreted on
-            a CPU can be tuned, which only tests want.
-        progress: show a bar.
-        keep: leave out what there is a record of.
+        training: measure forward and backward together, in training mode, instead of forward alone.
+        dtype: run under autocast to this dtype, as `fastvit finetune` does; without autocast if None.
+        time_limit: seconds for compiling and timing; operations not reached in time have no record.
+        timer: returns the milliseconds of one call of a `Trial`; CUDA events if None. With a timer, kernels interpreted
+            on a CPU can be tuned as well, for tests.
+        progress: show a progress bar.
+        keep: skip calls that already have a record.
 
     Returns:
-        The records that were made, one for each operation and shape.
+        The new records, one for each operation and shape.
 
     Raises:
-        InputError: for a model that is not on a GPU, or sizes that do not fit it.
+        InputError: if the model is not on a GPU, or the sizes do not fit it.
     """
     device = next(model.parameters()).device
     if device.type != "cuda" and timer is None:
-        raise InputError(f"tuning: expected a model on a GPU, got one on {device}: only there are kernels timed")
+        raise InputError(f"tuning: expected a model on a GPU, got one on {device}: kernels are timed on GPUs only")
     deadline = time.monotonic() + time_limit
     with measurement_mode(model, device, training):
         calls = collect_calls(model, batch_size, image_size, training, dtype)
@@ -97,7 +97,7 @@ def has_record(call: Call, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def measurement_mode(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
-    """The model in the mode to be measured, an error for each kernel that fails; everything as before afterwards."""
+    """Context manager that sets the model's mode and makes failing kernels errors; restores everything afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     gpus = [device] if device.type == "cuda" else []
     on_device = torch.cuda.device(device) if gpus else contextlib.nullcontext()
@@ -111,22 +111,22 @@ def measurement_mode(model: nn.Module, device: torch.device, training: bool) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a model asks for
+# Collecting a model's calls
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def collect_calls(
     model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None, training: bool, dtype: Any
 ) -> list[Call]:
-    """The calls of one forward pass, one for each case; PyTorch computes it."""
+    """The calls of one forward, one for each case; PyTorch computes them."""
     found: dict[Any, Call] = {}
 
     def add(case: Any, args: tuple, kwargs: dict) -> None:
         if case not in found:
             found[case] = Call.from_arguments(case, args, kwargs)
 
-    eager: Any = getattr(model, "_orig_mod", model)  # of a compiled model, which would not be asked again
-    eager = eager.get_base_model() if hasattr(eager, "get_base_model") else eager  # of one with adapters (peft)
+    eager: Any = getattr(model, "_orig_mod", model)  # a compiled model would not dispatch again
+    eager = eager.get_base_model() if hasattr(eager, "get_base_model") else eager  # a peft model
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
     with ops.intercept_calls(add), torch.set_grad_enabled(training), autocast:
@@ -136,7 +136,7 @@ def collect_calls(
 
 
 def make_pixels(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Images as a model takes them; ours takes bytes as well, and gets them of `fastvit finetune` and `Predictor`."""
+    """Images in the formats that the model accepts; ours also accepts uint8, as used by `finetune` and `Predictor`."""
     from fastvit.checkpoints.configuration import make_pair
     from fastvit.models.pretrained import ViTPreTrainedModel
 
@@ -155,14 +155,14 @@ def make_pixels(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One operation
+# Measuring an operation
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def measure_all(
     calls: list[Call], device: torch.device, timer: Timer, broken: dict[tuple, str], deadline: float, progress: bool
 ) -> list[Record]:
-    """The records of all calls that there is time for."""
+    """The records of as many calls as the deadline allows."""
     made = []
     bar = tqdm(calls, desc="tuning", unit="operation", disable=not progress, leave=False)
     for number, call in enumerate(bar):
@@ -178,9 +178,9 @@ def measure_all(
 
 
 def measure(call: Call, device: torch.device, timer: Timer, broken: dict[tuple, str], deadline: float) -> Record | None:
-    """Check and time every candidate of a call; None where PyTorch itself cannot compute it.
+    """Check and time every candidate of a call; None if PyTorch itself cannot compute it.
 
-    Raises TimeoutError at the deadline, unless all candidates have been checked: then what is left takes a second.
+    Raises TimeoutError at the deadline, unless all candidates have been checked: timing them takes about a second.
     """
     try:
         inputs = call.make_inputs(device)
@@ -202,7 +202,7 @@ def measure(call: Call, device: torch.device, timer: Timer, broken: dict[tuple, 
             with record_tiles() as tiles:
                 reason = find_rejection_reason(trial, exact, pytorch_errors)
             if tiles and tiles in tiles_seen:
-                continue  # the table has no other tile for this number
+                continue  # the table has no further tile
             tiles_seen.append(tiles)
         if reason is None:
             valid_trials.append(trial)
@@ -218,11 +218,11 @@ def measure(call: Call, device: torch.device, timer: Timer, broken: dict[tuple, 
 
 
 def find_rejection_reason(trial: Trial, exact: list[Tensor], pytorch_errors: list[float]) -> str | None:
-    """Why a candidate cannot be used, or None: it raises, or is further from the float32 definition than it may be."""
+    """Why a candidate is rejected, or None: it raises, or its error against the float32 definition is too large."""
     try:
         results = trial()
         errors = compute_errors(results, exact)
-    except Exception as error:  # whatever it is: Triton's, the driver's, out of memory
+    except Exception as error:  # of any kind: Triton's, the driver's, out of memory
         return format_error(error)
     for index, (result, own, pytorch) in enumerate(zip(results, errors, pytorch_errors, strict=True)):
         allowed = max(MAX_ERROR_RATIO * pytorch, torch.finfo(result.dtype).eps / 4, MIN_ALLOWED_ERROR)
@@ -232,15 +232,15 @@ def find_rejection_reason(trial: Trial, exact: list[Tensor], pytorch_errors: lis
 
 
 def compute_errors(results: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """The distance from the definition, relative to its length, for each output and gradient."""
+    """The relative error (Euclidean norm) against the definition for each output and gradient."""
     pairs = zip(results, exact, strict=True)
     norms = [(torch.dist(result.to(right.dtype), right), right.norm()) for result, right in pairs]
     return [float(distance / length) if length > 0 else float(distance) for distance, length in norms]
 
 
 def time_trials(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
-    """Medians over rounds in which each is timed once: what slows the GPU down slows all of them. One that raises is
-    out, and says why."""
+    """Median times over rounds in which each trial runs once, so that a slowdown of the GPU affects all alike. A trial
+    that raises is excluded, with the reason."""
     samples: dict[str, list[float]] = {trial.candidate: [] for trial in trials}
     reasons: dict[str, str] = {}
     begin = time.monotonic()
@@ -263,7 +263,7 @@ def time_trials(trials: list[Trial], timer: Timer) -> dict[str, Timing]:
 
 
 def format_error(error: Exception) -> str:
-    """One line for what a candidate raised: its kind, and of a chain the first cause."""
+    """One line for an exception: its type and message, or those of its first cause."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -272,10 +272,10 @@ def format_error(error: Exception) -> str:
 
 
 class CudaTimer:
-    """Milliseconds of the GPU for one trial, with nothing of it in the cache.
+    """GPU milliseconds of one trial, with a cold cache.
 
-    Memory is written over until the launches are queued, so that the host's time for them is not counted: within a
-    model it is hidden behind the operation before.
+    Memory is overwritten until the launches are queued, so that their time on the host is not counted: in a model it is
+    hidden behind the previous operation.
     """
 
     def __init__(self, device: torch.device):
