@@ -579,7 +579,7 @@ def test_calls_that_ask_for_more_are_the_blocks_own(said):
     twin = copy.deepcopy(layer)
     fastvit.restore(twin)
     assert torch.equal(layer(x, flat), twin(x, flat))
-    assert [message.partition("itself: ")[2] for message in said()] == [
+    assert [message.partition("forward: ")[2] for message in said()] == [
         "it is called with is_causal",
         "its mask is not a tensor [B, heads, queries, keys]",
     ]
