@@ -1,1 +1,1 @@
-"""Files of weights and configs: reading, checking, converting. Nothing here builds a model."""
+"""Reads, validates and converts files of weights and configs, without building a model."""

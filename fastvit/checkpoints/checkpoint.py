@@ -1,4 +1,4 @@
-"""A checkpoint in memory, whatever format it came in, and the account of its tensors: names, shapes and dtypes."""
+"""A checkpoint in memory, independent of its format, and validation of the names, shapes and dtypes of its tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Checkpoint:
     """A Vision Transformer read from any format.
 
-    config: as transformers would read it. state_dict: hub names, those of ViTForImageClassification where there is a
-    classifier, else those of ViTModel. image_mean, image_std: one float a channel, for pixels in 0..1. image_size:
-    (height, width) that pictures are resized to. resample: the filter, a PIL.Image.Resampling number.
+    Attributes:
+        config: The config as transformers would read it.
+        state_dict: Tensors under the names of ViTForImageClassification if there is a classifier, else of ViTModel.
+        image_mean: Mean of each channel, for pixels in [0, 1].
+        image_std: Standard deviation of each channel.
+        image_size: (height, width) to which images are resized.
+        resample: The filter, a PIL.Image.Resampling number.
+        source_format: The format that the checkpoint was read from.
     """
 
     config: ViTConfig
@@ -36,6 +41,7 @@ class Checkpoint:
 
 
 def list_checkpoint_parameters(checkpoint: Checkpoint) -> list[Parameter]:
+    """Lists the parameters of a checkpoint with their names in every format."""
     classifier = CLASSIFIER[0].hf in checkpoint.state_dict
     return list_parameters(
         checkpoint.config.num_hidden_layers,
@@ -47,7 +53,7 @@ def list_checkpoint_parameters(checkpoint: Checkpoint) -> list[Parameter]:
 
 
 def compute_sizes(config: ViTConfig) -> Sizes:
-    """The size of each symbol according to a config."""
+    """Returns the size of each shape symbol (see `names`) according to a config."""
     patch_height, patch_width = make_pair(config.patch_size)
     height, width = make_pair(config.image_size)
     sizes: Sizes = {
@@ -66,9 +72,20 @@ def compute_sizes(config: ViTConfig) -> Sizes:
 def check_tensors(
     tensors: Mapping[str, Tensor], rows: Sequence[Parameter], fmt: Format, sizes: Sizes, source: Path
 ) -> Sizes:
-    """Account for every tensor, and return the size of each symbol of the shapes.
+    """Checks that a checkpoint holds exactly the expected tensors, with matching shapes and floating point dtypes.
 
-    A symbol that `sizes` does not hold takes its value from the first tensor that has it; all others must agree.
+    Args:
+        tensors: The tensors by their names in `fmt`.
+        rows: The parameters of the model.
+        fmt: The format of the names.
+        sizes: Known sizes of shape symbols. Other symbols get their size from the first tensor that has them.
+        source: The file or folder, for error messages.
+
+    Returns:
+        The size of each symbol of the shapes.
+
+    Raises:
+        InputError: If a tensor is missing, unexpected, or of another shape or dtype.
     """
     groups = group_by_name(rows, fmt)
     sizes = {"1": 1, **sizes}

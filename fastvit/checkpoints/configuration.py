@@ -1,8 +1,8 @@
-"""What the config.json of a Vision Transformer may say.
+"""Validation of the config.json of a Vision Transformer.
 
-A checkpoint comes from anywhere. Before transformers reads its config, and before anything is built from it, every size
-is a number within bounds, and no key leads away from the tensors of the checkpoint: to another file, to code, to a
-method of the config itself.
+A checkpoint may come from an untrusted source. Before transformers reads its config, and before a model is built from
+it, these checks ensure that every size is a number within bounds, and that no key refers to another file, to code, or
+to an attribute of the config's class.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import ViTConfig
 
 from fastvit.errors import InputError
 
-# The largest size that a config.json may give, several times that of any published Vision Transformer (ViT-22B: hidden
-# size 6,144, feed-forward 24,576, 48 blocks). What the weights are there for is checked against them as well, by
-# `fastvit.checkpoints.inspection`; these bounds hold for what is new, and before a file of weights is looked at.
+# Upper bounds of the sizes in a config.json, several times those of any published Vision Transformer (ViT-22B: hidden
+# size 6,144, feed-forward 24,576, 48 blocks). `inspection` also compares the sizes with the weights; these bounds apply
+# before any file of weights is read, and to new parameters.
 SIZE_LIMITS = {
     "hidden_size": 2**16,
     "num_hidden_layers": 2**10,
@@ -39,7 +39,7 @@ SIZE_LIMITS = {
 PAIR_KEYS = ("image_size", "patch_size")  # one number, or (height, width)
 NULLABLE_KEYS = ("pooler_output_size", "num_labels")  # may be null
 
-# Numbers, and the least and the greatest that each may be.
+# Least and greatest value of each number.
 NUMBER_RANGES = {
     "layer_norm_eps": (0.0, 1.0),
     "initializer_range": (0.0, 1e3),
@@ -47,14 +47,13 @@ NUMBER_RANGES = {
     "attention_probs_dropout_prob": (0.0, 1.0),
 }
 
-# Keys with which transformers does something else than to read the tensors: loads another file, replaces modules,
-# takes kernels from the hub.
+# Keys that make transformers load another file, replace modules or download kernels from the hub.
 REFUSED_KEYS = ("transformers_weights", "per_layer_config", "fusion_config", "kernel_config", "distributed_config")
 ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 ATTENTION_IMPLEMENTATIONS = (None, "eager", "sdpa", "fastvit")
 QUANTIZERS = ("bitsandbytes", "torchao")
 
-# Keys of a config.json that are no fields of ViTConfig but properties, meant to be set.
+# Keys of a config.json that are settable properties of ViTConfig rather than fields.
 SETTABLE_PROPERTIES = (
     "model_type",
     "num_labels",
@@ -64,16 +63,20 @@ SETTABLE_PROPERTIES = (
     "_attn_implementation",
 )
 
-MAX_JSON_BYTES = 100 * 2**20  # a name for each of the most labels takes a tenth of it
+MAX_JSON_BYTES = 100 * 2**20  # ten times the names of the largest number of labels
 
 
 def make_pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A config's size, one number or (height, width), as (height, width)."""
+    """Returns a size of a config, one number or (height, width), as (height, width)."""
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises InputError for anything else, however deep or long it is."""
+    """Reads the JSON object in a file.
+
+    Raises:
+        InputError: If the file is too large, is not valid JSON, is nested too deeply, or holds no object.
+    """
     try:
         size = path.stat().st_size
         if size > MAX_JSON_BYTES:
@@ -89,10 +92,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def format_value(value: Any) -> str:
-    """A value for an error message: its beginning, should it be long or deep."""
+    """Formats a value for an error message; long and deeply nested values are shortened."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # an integer of more digits than Python converts to text
         return "a number of thousands of digits"
 
 
@@ -101,7 +104,7 @@ def is_integer(value: Any) -> bool:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether it is an ordinary number; a whole one that is too large for a float is not."""
+    """Whether `value` is a number that a finite float can hold."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
     try:
@@ -111,10 +114,17 @@ def is_finite_number(value: Any) -> bool:
 
 
 def parse_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
-    """The config that `stored`, the content of a config.json, describes.
+    """Validates the content of a config.json and builds the config.
 
-    where: the file, for messages. Raises InputError for a key that cannot be followed and a value that is not what it
-    should be, before anything of its size is made.
+    Args:
+        stored: The content of the file.
+        where: The file, for error messages.
+
+    Returns:
+        The config. Nothing of the sizes in it has been allocated.
+
+    Raises:
+        InputError: If a key is not allowed, or a value is of the wrong type or out of bounds.
     """
     check_keys(stored, where)
     for name, limit in SIZE_LIMITS.items():
@@ -136,16 +146,16 @@ def parse_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
 
 
 def format_error(error: Exception) -> str:
-    """The message of an error on one line of bounded length."""
+    """Formats the message of an error as one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse the keys that lead away from the tensors."""
+    """Raises InputError for keys that refer to other files, to code, or to attributes of the config's class."""
     for key in REFUSED_KEYS:
         if stored.get(key) is not None:
-            raise InputError(f"{where}: {key}: a checkpoint may not say this, got {format_value(stored[key])}")
+            raise InputError(f"{where}: {key}: expected none in a checkpoint, got {format_value(stored[key])}")
     for key in ATTENTION_KEYS:
         if stored.get(key) not in ATTENTION_IMPLEMENTATIONS:
             expected = ", ".join(str(name) for name in ATTENTION_IMPLEMENTATIONS[1:])
@@ -160,9 +170,11 @@ def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
             )
     allowed = {field.name for field in dataclasses.fields(ViTConfig)} | set(SETTABLE_PROPERTIES)
     for key in stored:
-        # Set on the config, it would take the place of a method or of what the class says about itself.
+        # Setting it on the config would replace a method or an attribute of the class.
         if key not in allowed and (hasattr(ViTConfig, key) or key.startswith("__")):
-            raise InputError(f"{where}: {format_value(key)}: not a setting but a part of the config's class")
+            raise InputError(
+                f"{where}: {format_value(key)}: expected a setting of a ViT, found an attribute of the config's class"
+            )
     for key in ("dtype", "torch_dtype"):
         dtype = stored.get(key)
         named = getattr(torch, dtype, None) if isinstance(dtype, str) else None
@@ -198,7 +210,7 @@ def check_labels(stored: Mapping[str, Any], where: str | Path) -> None:
 
 
 def check_consistency(config: ViTConfig, where: str | Path) -> None:
-    """What settings must be in view of each other."""
+    """Checks settings that depend on each other."""
     if config.hidden_size % config.num_attention_heads:
         raise InputError(
             f"{where}: hidden_size: expected a multiple of num_attention_heads ({config.num_attention_heads}),"
@@ -213,9 +225,9 @@ def check_consistency(config: ViTConfig, where: str | Path) -> None:
 
 
 def check_channels(name: str, values: Any, channels: int, where: str | Path) -> tuple[float, ...]:
-    """The mean or standard deviation of pixels: a number a channel; a picture is divided by the latter."""
+    """Checks and returns the mean or standard deviation of each channel; images are divided by the latter."""
     if not isinstance(values, (list, tuple)) or len(values) != channels or not all(map(is_finite_number, values)):
-        raise InputError(f"{where}: {name}: expected {channels} values, finite numbers, got {format_value(values)}")
+        raise InputError(f"{where}: {name}: expected {channels} finite numbers, got {format_value(values)}")
     if name.endswith("std") and min(values) <= 0:
         raise InputError(f"{where}: {name}: expected numbers above 0, got {format_value(values)}")
     return tuple(map(float, values))

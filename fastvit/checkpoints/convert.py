@@ -1,11 +1,11 @@
-"""Read a checkpoint of any of three formats, and convert it to another.
+"""Reads checkpoints in three formats and converts between them.
 
     hf    a Hugging Face folder: config.json (model_type "vit"), weights, preprocessor_config.json
     timm  a VisionTransformer of the timm library: a file of tensors, or a folder as on the hub
     npz   the JAX files of the paper's authors (github.com/google-research/vision_transformer)
 
-Everything is read into hub names and written from them (`names`), and every tensor is accounted for (`checkpoint`): one
-that is missing, left over or of the wrong shape stops the conversion.
+A checkpoint in memory has the names of the hub (`names`). A tensor that is missing, unexpected or of the wrong shape
+stops the conversion (`checkpoint`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from fastvit.errors import InputError
 
 
 def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Checkpoint:
-    """Read a checkpoint; the format is recognised.
+    """Reads a checkpoint and detects its format. No code in it is run.
 
-    source: a Hugging Face or timm folder, a timm .safetensors, .pth, .pt or .bin file (torch files are read without
-    running any code in them), or an .npz file. num_heads: attention heads, which a timm file does not record: needed
-    when they are not 64 wide and the architecture is not known; elsewhere it must agree with the checkpoint.
-    Raises InputError when the checkpoint cannot be read or holds what this model cannot express.
+    Args:
+        source: A Hugging Face or timm folder, a timm .safetensors, .pth, .pt or .bin file, or an .npz file.
+        num_heads: The number of attention heads, which a timm file does not record. Required if the head dim is not 64
+            and the architecture is unknown. For other checkpoints it must match the recorded number.
+
+    Returns:
+        The checkpoint, with the tensors under the names of the hub.
+
+    Raises:
+        InputError: If the checkpoint cannot be read, or its model is not supported.
     """
     source = Path(source)
     if source.is_dir():
@@ -60,17 +66,27 @@ def convert(
     num_heads: int | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Convert the checkpoint `source` to another format at `dest`, and return `dest`.
+    """Converts the checkpoint `source` to another format at `dest`.
 
-    to: "hf" writes a folder that transformers loads (config.json, model.safetensors, preprocessor_config.json), "timm"
-    a .safetensors file, "npz" an .npz file; by default told from dest's suffix, a folder when it is neither.
-    source and num_heads: as in `read_checkpoint`. overwrite: replace `dest` where it exists; a folder is replaced only
-    when it is a checkpoint without folders in it.
+    The tensors are copied bit for bit, except that npz, which has no bfloat16, stores float32 instead. timm and npz
+    files do not record labels, image settings, layer_norm_eps and hidden_act; a warning is issued if the last two
+    differ from those of the format. If the conversion fails, nothing is left at `dest` or beside it.
 
-    The tensors are carried over bit for bit (bfloat16 becomes float32 in npz, which has no such type). timm and npz
-    files have no place for labels and picture settings, nor for layer_norm_eps and hidden_act, where a warning says
-    that the model will be computed with others. When the conversion fails, nothing is left at `dest` or beside it.
-    Raises InputError as `read_checkpoint` does, and when dest exists or does not suit the format.
+    Args:
+        source: The checkpoint, as in `read_checkpoint`.
+        dest: The file or folder to write.
+        to: "hf" writes a folder for transformers (config.json, model.safetensors, preprocessor_config.json), "timm" a
+            .safetensors file, "npz" an .npz file. By default the suffix of `dest` decides; without one of these
+            suffixes it is a folder.
+        num_heads: As in `read_checkpoint`.
+        overwrite: Whether to replace an existing `dest`. A folder is replaced only if it holds a checkpoint and no
+            folders.
+
+    Returns:
+        `dest`.
+
+    Raises:
+        InputError: If the checkpoint cannot be read or is not supported, or `dest` exists or does not match the format.
     """
     dest = Path(dest)
     if to is None:
@@ -78,7 +94,7 @@ def convert(
     check_dest(dest, to, overwrite)
     checkpoint = read_checkpoint(source, num_heads=num_heads)
     write = {"hf": write_hf, "timm": write_timm, "npz": write_npz}[to]
-    # The scratch folder stands beside the target, so that the last step is a rename within one file system.
+    # The scratch folder is beside the target, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.absolute().parent) as scratch:
         fresh = Path(scratch) / ("new" + dest.suffix)
         write(checkpoint, fresh)
@@ -101,14 +117,15 @@ def check_dest(dest: Path, to: Format, overwrite: bool) -> None:
     if not overwrite:
         raise InputError(f"dest: {dest} exists already: choose another name, or overwrite it (--overwrite)")
     if dest.is_dir() == bool(suffix):
-        raise InputError(f"dest: {dest} is a {'folder' if suffix else 'file'}: not overwritten by the other kind")
-    # A mistyped name must not cost a home directory or a repository.
+        found, new = ("folder", "file") if suffix else ("file", "folder")
+        raise InputError(f"dest: {dest} is a {found}: not overwritten by a {new}")
+    # A mistyped name must not delete a home directory or a repository.
     if dest.is_dir() and (not (dest / "config.json").is_file() or any(entry.is_dir() for entry in dest.iterdir())):
-        raise InputError(f"dest: {dest} is not a folder that holds a checkpoint alone: not overwritten")
+        raise InputError(f"dest: {dest} is not overwritten: expected a folder with a checkpoint and no folders")
 
 
 def replace_destination(fresh: Path, dest: Path, old: Path) -> None:
-    """Rename `fresh` to `dest`; a folder in the way goes to `old`, and comes back should the rename fail."""
+    """Renames `fresh` to `dest`. An existing folder is moved to `old` first, and restored if the rename fails."""
     if not dest.is_dir():
         fresh.replace(dest)
         return

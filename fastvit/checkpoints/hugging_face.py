@@ -18,6 +18,7 @@ from fastvit.errors import InputError
 
 
 def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
+    """Reads a Hugging Face folder, whose config.json has been read already."""
     model_type = config_json.get("model_type")
     if model_type != "vit":
         raise InputError(
@@ -31,34 +32,37 @@ def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
     prefix = "vit." if "vit." + EMBEDDINGS[0].hf in tensors or classifier else ""
     parts = {
         "qkv_bias": config.qkv_bias,
-        # Beside a classifier a pooler has no place in transformers: it is reported as an unexpected tensor.
+        # transformers has no model with both a classifier and a pooler: the pooler is reported as unexpected.
         "pooler": not classifier and any(prefix + row.hf in tensors for row in POOLER),
         "classifier": classifier,
     }
     depth = config.num_hidden_layers
     if depth > len(tensors):
-        raise InputError(f"{source}: config: num_hidden_layers is {depth}, but there are only {len(tensors)} tensors")
+        raise InputError(
+            f"{source}: num_hidden_layers: expected at most {len(tensors)}, the number of tensors, got {depth}"
+        )
     rows = list_parameters(depth, **parts, prefix=prefix)
     check_tensors(tensors, rows, "hf", sizes, source)
-    # A classification model that was saved without classes is a ViTModel: its names lose their prefix.
+    # A classification model saved without a classifier becomes a ViTModel, whose names have no prefix.
     target = list_parameters(depth, **parts, prefix="vit." if classifier else "")
     state_dict = {new.hf: tensors[old.hf] for new, old in zip(target, rows, strict=True)}
     return Checkpoint(config, state_dict, *read_image_processor(source, config), source_format="hf")
 
 
 def read_image_processor(source: Path, config: ViTConfig) -> ImageSettings:
-    """Mean, std, size and filter from preprocessor_config.json; the defaults of ViTImageProcessor without the file."""
+    """Reads mean, std, size and filter from preprocessor_config.json; its defaults are ViTImageProcessor's."""
     path = source / "preprocessor_config.json"
     return parse_image_settings(read_json(path) if path.is_file() else {}, config, path)
 
 
 def write_hf(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes a checkpoint as a new Hugging Face folder; warns if it has neither classifier nor pooler."""
     config, state_dict = checkpoint.config, checkpoint.state_dict
     classifier = CLASSIFIER[0].hf in state_dict
     if not classifier and POOLER[0].hf not in state_dict:
         warnings.warn(
-            "the checkpoint has neither classifier nor pooler: transformers' ViTModel builds a pooler of random "
-            "weights unless it is loaded with add_pooling_layer=False",
+            "the checkpoint has neither classifier nor pooler: transformers' ViTModel adds a randomly initialized "
+            "pooler unless it is loaded with add_pooling_layer=False",
             stacklevel=2,
         )
     config.architectures = ["ViTForImageClassification" if classifier else "ViTModel"]

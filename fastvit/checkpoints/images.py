@@ -1,4 +1,4 @@
-"""How a checkpoint wants its images: mean, standard deviation, size and resampling filter."""
+"""Image settings of a checkpoint: mean, standard deviation, size and resampling filter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ImageSettings = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int], int
 
 
 def parse_image_settings(settings: Mapping[str, Any], config: ViTConfig, path: Path) -> ImageSettings:
-    """Mean, std, size and filter from the content of a preprocessor_config.json."""
+    """Validates the content of a preprocessor_config.json and returns mean, std, size and filter."""
     if not settings.get("do_rescale", True):
         raise InputError(f"{path}: do_rescale: expected true, got {format_value(settings['do_rescale'])}")
     factor = settings.get("rescale_factor", 1 / 255)
@@ -37,15 +37,16 @@ def parse_image_settings(settings: Mapping[str, Any], config: ViTConfig, path: P
     else:
         mean, std = [0.0] * config.num_channels, [1.0] * config.num_channels
     size = settings.get("size") or config.image_size
-    if isinstance(size, dict):  # by the shortest edge, which a ViT then crops to its image size
+    if isinstance(size, dict):  # otherwise the shortest edge, after which the image is cropped to the model's size
         size = [size["height"], size["width"]] if {"height", "width"} <= size.keys() else config.image_size
     resample = settings.get("resample", Image.Resampling.BILINEAR)
     return check_image_settings(mean, std, size, resample, config.num_channels, path)
 
 
 def check_image_settings(mean: Any, std: Any, size: Any, resample: Any, channels: int, path: Path) -> ImageSettings:
+    """Validates image settings; `size` is one number or (height, width)."""
     mean, std = check_channels("image_mean", mean, channels, path), check_channels("image_std", std, channels, path)
     check_size("image_size", size, SIZE_LIMITS["image_size"], path)
     if not is_integer(resample) or resample not in list(Image.Resampling):
-        raise InputError(f"{path}: resample: expected the number of a filter of Pillow, got {format_value(resample)}")
+        raise InputError(f"{path}: resample: expected the number of a Pillow filter, got {format_value(resample)}")
     return mean, std, make_pair(size), int(resample)

@@ -1,7 +1,7 @@
-"""A look at a checkpoint before it is loaded: its config.json, and whether its weights are the ones described there.
+"""Validation of a checkpoint before it is loaded: its config.json, and whether its weights match the config.
 
-Of the weights only names, shapes and types are read, from the headers of the files, so that a config.json of absurd
-sizes, or a file that claims more than it holds, is refused before memory is taken. No code in a file is ever run.
+Only names, shapes and dtypes of the weights are read, from the headers of the files. A config.json with absurd sizes,
+or a file whose header declares more than the file holds, is refused before memory is allocated. No code is run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastvit.checkpoints.names import list_parameters
 from fastvit.checkpoints.tensors import read_shard_names, read_tensors
 from fastvit.errors import InputError
 
-# A quantised checkpoint packs at most this many weights into an element of a tensor (4-bit types).
+# A quantised checkpoint packs at most this many weights into one element of a tensor (4-bit types).
 MAX_PACKED_WEIGHTS = 2
 
 
 class Header(NamedTuple):
-    """What is known of a tensor without its values; dtype as in its file."""
+    """Shape and dtype of a tensor, without its values. `dtype` is spelled as in the file."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -37,10 +37,18 @@ class Header(NamedTuple):
 
 
 def read_config(model: str | Path, **hub: Any) -> dict[str, Any]:
-    """The content of a checkpoint's config.json, as transformers finds it in a folder or on the hub.
+    """Reads the config.json of a checkpoint in a folder or on the hub.
 
-    hub: where on the hub, as `from_pretrained` takes it. Raises InputError for a file that is no JSON object, and what
-    transformers raises where there is none.
+    Args:
+        model: A folder or hub id.
+        **hub: Options of `from_pretrained` that select the file on the hub.
+
+    Returns:
+        The content of config.json, not validated.
+
+    Raises:
+        InputError: If the file is not a JSON object.
+        OSError: If there is no config.json, from transformers.
     """
     path = Path(model, hub.get("subfolder") or "", "config.json")
     if path.is_file():
@@ -61,11 +69,20 @@ def check_checkpoint(
     variant: str | None = None,
     **hub: Any,
 ) -> None:
-    """Check a config.json on its own, then against the headers of the weights beside it.
+    """Validates a config.json, then compares it with the headers of the weights.
 
-    stored: what `read_config` returned. key_mapping: patterns of names that stand for ours, and what they are replaced
-    by. The other arguments are those of `from_pretrained`. Raises InputError, naming the file. Whether there are
-    weights at all is left to transformers to say.
+    A checkpoint without weights passes; transformers reports it when it loads them.
+
+    Args:
+        model: A folder or hub id.
+        stored: The result of `read_config`.
+        key_mapping: Patterns of names in the files -> replacements that turn them into names of this package.
+        use_safetensors: As in `from_pretrained`.
+        variant: As in `from_pretrained`.
+        **hub: Other options of `from_pretrained` that select files on the hub.
+
+    Raises:
+        InputError: If the config is not valid, or the weights cannot be read or do not match it.
     """
     config = parse_config(stored, f"{model}: config.json")
     headers: dict[str, Header] = {}
@@ -79,7 +96,7 @@ def check_checkpoint(
 def find_weight_files(
     model: str | Path, use_safetensors: bool | None, variant: str | None, hub: Mapping[str, Any]
 ) -> list[Path]:
-    """The files that transformers takes a checkpoint's weights from, all of its shards; none where there are none."""
+    """Returns the files that transformers would load the weights from, with all shards; empty if there are none."""
     names = []
     if use_safetensors is not False:
         names += ["model.safetensors", "model.safetensors.index.json"]
@@ -98,24 +115,25 @@ def find_weight_files(
 
 
 def insert_variant(suffix: str, variant: str) -> str:
-    """The ending of a file of a variant: "fp16.safetensors", "safetensors.index.fp16.json"."""
+    """Inserts a variant into a suffix: "fp16.safetensors", "safetensors.index.fp16.json"."""
     before, dot, last = suffix.rpartition(".")
     return f"{before}{dot}{variant}.{last}"
 
 
 def find_file(model: str | Path, name: str, hub: Mapping[str, Any]) -> Path | None:
+    """Returns the local path of a checkpoint's file, downloaded if necessary; None if there is no such file."""
     found = cached_file(
         str(model),
         name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
-        **{option: value for option, value in hub.items() if option != "force_download"},  # once is enough
+        **{option: value for option, value in hub.items() if option != "force_download"},  # loading downloads again
     )
     return None if found is None else Path(found)
 
 
 def read_headers(path: Path, *, plain: bool = True) -> dict[str, Header]:
-    """Names, shapes and types of the tensors in a .safetensors or torch file; plain: as in `read_tensors`."""
+    """Reads names, shapes and dtypes of the tensors in a .safetensors or torch file; `plain` as in `read_tensors`."""
     if path.suffix != ".safetensors":
         tensors = read_tensors(path, plain=plain)
         return {
@@ -123,7 +141,7 @@ def read_headers(path: Path, *, plain: bool = True) -> dict[str, Header]:
             for name, tensor in tensors.items()
         }
     try:
-        # It checks the header against the length of the file: every byte belongs to one tensor of the right size.
+        # safe_open checks the header: every byte of the file belongs to exactly one tensor of the right size.
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             dtypes = {name: part.get_dtype() for name, part in slices.items()}
@@ -131,7 +149,7 @@ def read_headers(path: Path, *, plain: bool = True) -> dict[str, Header]:
                 name: Header(tuple(part.get_shape()), dtypes[name], dtypes[name].startswith(("F", "BF")))
                 for name, part in slices.items()
             }
-    except Exception as error:  # safetensors' own error, the system's, those of memory mapping
+    except Exception as error:  # SafetensorError, OSError and errors of memory mapping
         raise InputError(f"{path}: not a readable file of tensors: {format_error(error)}") from error
 
 
@@ -142,9 +160,9 @@ def check_headers(
     where: str,
     is_quantized: bool = False,
 ) -> None:
-    """Whether the backbone that `config` describes is the one that the weights hold.
+    """Raises InputError if the weights do not hold the backbone that `config` describes.
 
-    Heads may differ from the config. Names that are not ours are left for the loading itself to report.
+    Heads may differ from the config. Unknown names are reported later, when the weights are loaded.
     """
     tensors = {translate_name(name, key_mapping): header for name, header in headers.items()}
     layers = {match[1] for name in tensors if (match := re.match(r"encoder\.layer\.(\d+)\.", name))}
@@ -170,26 +188,27 @@ def check_headers(
             )
         if not header.is_floating:
             raise InputError(f"{where}: {row.hf}: expected floating point weights, found {header.dtype}")
-    # Whatever the names are: a model is not made that is larger than its weights.
+    # With unknown names, too, no model is built that is larger than its weights.
     held = sum(math.prod(header.shape) for header in headers.values())
     if described > MAX_PACKED_WEIGHTS * held:
         raise InputError(f"{where}: config.json describes a model of {described:,} weights, its files hold {held:,}")
 
 
 def translate_name(name: str, key_mapping: Mapping[str, str]) -> str:
+    """Applies the replacements of `key_mapping` to a name and removes the prefix of the backbone."""
     for pattern, replacement in key_mapping.items():
         name = re.sub(pattern, replacement, name)
     return name.removeprefix("vit.")
 
 
 def check_shapes(headers: Mapping[str, Header], shapes: Mapping[str, Sequence[int]], where: str | Path) -> None:
-    """Whether the tensors of a file that a model knows, `shapes` by name, have the shapes that it has."""
+    """Raises InputError if a tensor in a file and the parameter of the same name differ in shape."""
     for name, header in headers.items():
         if name in shapes and header.shape != tuple(shapes[name]):
             raise InputError(f"{where}: {name}: expected shape {list(shapes[name])}, found {list(header.shape)}")
 
 
-# What the .metadata file of a sharded checkpoint consists of, by module; and types of torch by name.
+# Classes that the .metadata file of a sharded checkpoint may refer to, by module. torch dtypes are allowed as well.
 SHARD_CLASSES = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -211,20 +230,20 @@ SHARD_CLASSES = {
 
 
 class ShardUnpickler(pickle.Unpickler):
-    """Unpickles the .metadata file of a sharded checkpoint, and no class that such a file has no use for."""
+    """Unpickles the .metadata file of a sharded checkpoint; refuses every class that is not in `SHARD_CLASSES`."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_type = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_type and name not in SHARD_CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} has no place here")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
         return super().find_class(module, name)
 
 
 def check_shard_metadata(folder: Path) -> None:
-    """Read the .metadata files below a run's folder before torch.distributed does, which would run any code in them."""
+    """Raises InputError if a .metadata file below `folder` refers to code, which torch.distributed would run."""
     for path in sorted(folder.rglob("*.metadata")):
         try:
             with path.open("rb") as file:
                 ShardUnpickler(file).load()
-        except Exception as error:  # a damaged pickle raises anything
-            raise InputError(f"{path}: expected parts of a sharded checkpoint alone: {format_error(error)}") from error
+        except Exception as error:  # a damaged pickle may raise any error
+            raise InputError(f"{path}: expected only parts of a sharded checkpoint: {format_error(error)}") from error

@@ -1,8 +1,8 @@
 """The names and shapes of a Vision Transformer's parameters in three formats: Hugging Face, timm and JAX (npz).
 
-The rows of `Parameter` below are the whole map: one for each parameter, with its name in each format.
+The `Parameter` rows below are the complete mapping: one row per parameter, with its name in each format.
 
-Shapes: D hidden size, F feed-forward size, H heads of K features, C channels, h x w pixels a patch, N tokens (class
+Shape symbols: D hidden size, F feed-forward size, H heads, K head dim, C channels, h x w patch size, N tokens (class
 token and patches), L labels, O pooler size.
 """
 
@@ -17,9 +17,9 @@ Sizes = dict[str, int]
 
 
 class Parameter(NamedTuple):
-    """One parameter's name in each format, with `{}` for the layer, and its shape in PyTorch and in JAX.
+    """Name of a parameter in each format, with `{}` for the layer, and its shape in PyTorch and in JAX.
 
-    Rows that share a timm name are stored there as one tensor, one below the other along the first dimension.
+    Rows with the same timm name are stored as one tensor, concatenated along the first dimension.
     """
 
     hf: str
@@ -30,6 +30,7 @@ class Parameter(NamedTuple):
 
 
 def block_parameter(hf: str, timm: str, npz: str, shape: str, npz_shape: str) -> Parameter:
+    """A parameter of a block, named relative to the block."""
     return Parameter(
         "encoder.layer.{}." + hf, "blocks.{}." + timm, "Transformer/encoderblock_{}/" + npz, shape, npz_shape
     )
@@ -79,13 +80,13 @@ CLASSIFIER = (
 )
 # fmt: on
 
-# JAX keeps a kernel as [in, out] and a convolution as [h, w, in, out]: the order of PyTorch's dimensions in JAX,
-# by their number.
+# JAX stores a kernel as [in, out] and a convolution as [h, w, in, out]. Number of dimensions -> order of PyTorch's
+# dimensions in JAX.
 JAX_ORDER = {1: (0,), 2: (1, 0), 3: (0, 1, 2), 4: (2, 3, 1, 0)}
 
 
 def list_parameters(depth: int, *, qkv_bias: bool, pooler: bool, classifier: bool, prefix: str) -> list[Parameter]:
-    """The rows of one model, layers numbered; `prefix` goes before the hub names of all but the classifier."""
+    """Lists the parameters of a model of `depth` layers; `prefix` precedes all hub names except the classifier's."""
     block = BLOCK + QKV_BIAS if qkv_bias else BLOCK
     rows = list(EMBEDDINGS)
     for layer in range(depth):
@@ -96,17 +97,19 @@ def list_parameters(depth: int, *, qkv_bias: bool, pooler: bool, classifier: boo
 
 
 def contains_any(names: Mapping[str, Any], rows: Sequence[Parameter], fmt: Format) -> bool:
+    """Whether `names` has one of the parameters, for parameters of a block that of the first block."""
     return any(getattr(row, fmt).format(0) in names for row in rows)
 
 
 def count_layers(names: Mapping[str, Any], fmt: Format) -> int:
-    """How many different layers are named, at least one: `check_tensors` then names what is missing."""
+    """Counts the layers in `names`, at least one, so that `check_tensors` reports the tensors of a missing layer."""
     stem = getattr(BLOCK[0], fmt).partition("{}")[0]
     layers = (re.match(re.escape(stem) + r"(\d+)\b", name) for name in names)
     return max(1, len({match[1] for match in layers if match}))
 
 
 def group_by_name(rows: Sequence[Parameter], fmt: Format) -> dict[str, list[Parameter]]:
+    """Groups parameters by their name in a format: query, key and value share one name in timm."""
     groups: dict[str, list[Parameter]] = {}
     for row in rows:
         groups.setdefault(getattr(row, fmt), []).append(row)

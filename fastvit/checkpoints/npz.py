@@ -20,7 +20,7 @@ from fastvit.checkpoints.names import JAX_ORDER, count_layers, list_parameters
 from fastvit.checkpoints.tensors import read_arrays
 from fastvit.errors import InputError
 
-# What this model cannot express, by a part of the array's name.
+# Unsupported features, by a pattern of the array's name.
 UNSUPPORTED = {
     r"^(conv_root|gn_root|block\d)/": "a convolutional stem",
     r"^MAPHead_0/": "attention pooling",
@@ -29,6 +29,7 @@ UNSUPPORTED = {
 
 
 def read_npz(source: Path) -> Checkpoint:
+    """Reads an .npz file and infers its config."""
     tensors = read_arrays(source)
     reject_unsupported_parts(tensors, "npz", UNSUPPORTED, source)
     parts, tensors = detect_optional_parts(tensors, "npz", source)
@@ -37,7 +38,7 @@ def read_npz(source: Path) -> Checkpoint:
     sizes = check_tensors(tensors, rows, "npz", {}, source)
     if sizes["H"] * sizes["K"] != sizes["D"]:
         raise InputError(
-            f"{source}: expected heads x head size = hidden size, found {sizes['H']} x {sizes['K']} and {sizes['D']}"
+            f"{source}: expected heads x head dim = hidden size, found {sizes['H']} x {sizes['K']} and {sizes['D']}"
         )
 
     state_dict = {}
@@ -47,13 +48,14 @@ def read_npz(source: Path) -> Checkpoint:
         jax_order_shape = [sizes[symbols[dim]] for dim in order]
         state_dict[row.hf] = tensors[row.npz].reshape(jax_order_shape).permute(*np.argsort(order).tolist())
     config = infer_config(sizes, "npz", depth, parts["qkv_bias"], None, source)
-    # The authors' input pipeline: bilinear, pixels in -1..1.
+    # The authors' input pipeline resizes bilinearly and scales pixels to [-1, 1].
     half = (0.5,) * config.num_channels
     size = make_pair(config.image_size)
     return Checkpoint(config, state_dict, half, half, size, int(Image.Resampling.BILINEAR), source_format="npz")
 
 
 def write_npz(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes a checkpoint as an .npz file; bfloat16 becomes float32."""
     check_writable_config(checkpoint.config, "npz")
     sizes = {"1": 1, **compute_sizes(checkpoint.config)}
     arrays = {}
@@ -63,4 +65,4 @@ def write_npz(checkpoint: Checkpoint, path: Path) -> None:
             tensor = tensor.float()
         tensor = tensor.permute(JAX_ORDER[tensor.ndim])
         arrays[row.npz] = tensor.reshape([sizes[symbol] for symbol in row.npz_shape.split()]).numpy()
-    np.savez(path, **arrays)  # type: ignore[arg-type]  # a name could be that of an option; none of these is
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # no name equals an option of savez

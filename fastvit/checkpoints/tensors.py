@@ -1,4 +1,4 @@
-"""Files of tensors, read without running code in them and without believing the sizes they claim, and written."""
+"""Reads and writes files of tensors. No code in a file is run, and the sizes in its header are checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TORCH_SUFFIXES = (".bin", ".pth", ".pt")
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder, from the first of `WEIGHT_FILES` that it has."""
+    """Reads the tensors of a folder, from the first of `WEIGHT_FILES` that exists."""
     path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if path is None:
         raise InputError(f"{folder}: expected one of {', '.join(WEIGHT_FILES)}, found none")
@@ -33,10 +33,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_shard_names(index: Path) -> list[str]:
-    """The files that an index of shards names; they stand beside it."""
+    """Reads the names of the shards from an index; raises InputError unless they are beside the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise InputError(f"{index}: expected a weight_map of tensors to files, got {format_value(weight_map)}")
+        raise InputError(f"{index}: expected a weight_map from tensors to files, got {format_value(weight_map)}")
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise InputError(f"{index}: expected the names of files beside it, got {format_value(shard)}")
@@ -44,20 +44,27 @@ def read_shard_names(index: Path) -> list[str]:
 
 
 def read_tensors(path: Path, *, plain: bool = True) -> dict[str, Tensor]:
-    """A .safetensors or torch file; training scripts' wrappers around the state dict are taken off.
+    """Reads a .safetensors or torch file, memory-mapped if possible, and unwraps a state dict of a training script.
 
-    The values are read from the file when they are used. plain: refuse tensors other than ordinary ones, which may
-    claim any size at no cost: sparse ones, those without values, one value seen as a million.
+    Args:
+        path: The file.
+        plain: Whether to refuse tensors whose shape may exceed the file: sparse, meta and expanded tensors.
+
+    Returns:
+        The tensors by name, without a "module." prefix.
+
+    Raises:
+        InputError: If the file cannot be read, or holds anything but tensors.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Of torch's formats only the newer, a zip archive, can be mapped.
+        # Of torch's two formats only the newer one, a zip archive, can be memory-mapped.
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:  # its advice is to run the code
-        raise InputError(f"{path}: expected tensors alone: damaged, or with objects that could run code") from error
-    except Exception as error:  # no common class: a missing shard, a cut-off file, ...
-        raise InputError(f"{path}: not a readable file of tensors alone: {format_error(error)}") from error
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the code
+        raise InputError(f"{path}: expected only tensors, found damage or objects that could run code") from error
+    except Exception as error:  # no common class: a missing shard, a truncated file, ...
+        raise InputError(f"{path}: not a readable file of tensors: {format_error(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapper), Mapping):
             tensors = tensors[wrapper]
@@ -73,7 +80,7 @@ def read_tensors(path: Path, *, plain: bool = True) -> dict[str, Tensor]:
 
 
 def is_plain_tensor(tensor: Tensor) -> bool:
-    """Whether it is an ordinary tensor on the CPU, with a place in memory for each of its values."""
+    """Whether `tensor` is a strided CPU tensor whose storage holds each of its values."""
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
@@ -83,25 +90,26 @@ def is_plain_tensor(tensor: Tensor) -> bool:
     )
 
 
-# An .npz file may be compressed. Weights are noise, of which little can be saved: what grows more would fill memory.
+# An .npz file may be compressed. Weights hardly compress, so a file that expands further is made to exhaust memory.
 MAX_EXPANSION = 50
-UNCHECKED_EXPANSION = 2**26  # bytes: small files of equal numbers do no harm
+UNCHECKED_EXPANSION = 2**26  # bytes; small files of equal numbers are harmless
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
-    """The parameters of an .npz file; where they stand below a prefix, what is outside is the optimiser's state."""
+    """Reads the parameters of an .npz file; if they have a prefix, arrays without it are the optimizer's state."""
     try:
         with zipfile.ZipFile(path) as archive:
             expanded = sum(entry.file_size for entry in archive.infolist())
         if expanded > max(UNCHECKED_EXPANSION, MAX_EXPANSION * path.stat().st_size):
-            raise InputError(f"{path}: expected weights, found {path.stat().st_size:,} bytes that grow to {expanded:,}")
+            size = path.stat().st_size
+            raise InputError(f"{path}: expected weights, found {size:,} bytes that expand to {expanded:,}")
         with np.load(path, allow_pickle=False) as archive:
             prefixes = ("params/", "opt/target/")
             prefix = next((p for p in prefixes if any(name.startswith(p) for name in archive.files)), "")
             arrays = {name.removeprefix(prefix): archive[name] for name in archive.files if name.startswith(prefix)}
     except InputError:
         raise
-    except Exception as error:  # numpy and zipfile raise each their own
+    except Exception as error:  # NumPy and zipfile have no common class
         raise InputError(f"{path}: not a readable .npz file of plain arrays: {format_error(error)}") from error
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32, np.float64):
@@ -113,9 +121,10 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # Copies, because safetensors refuses tensors that share storage, as the parts of one fused tensor do.
+    """Writes a .safetensors file with the permissions of the umask."""
+    # safetensors refuses tensors that share storage, such as parts of one fused tensor.
     copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     path.touch()
-    mode = path.stat().st_mode  # safetensors creates files that the owner alone can read, whatever the umask says
+    mode = path.stat().st_mode  # safetensors ignores the umask: only the owner could read the file
     save_file(copies, path, metadata={"format": "pt"})
     path.chmod(mode)

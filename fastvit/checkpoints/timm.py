@@ -1,4 +1,4 @@
-"""A VisionTransformer of the timm library: a file of tensors, or a folder as on the hub."""
+"""VisionTransformers of the timm library: a file of tensors, or a folder as on the hub."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastvit.checkpoints.names import EMBEDDINGS, count_layers, group_by_name, l
 from fastvit.checkpoints.tensors import save_tensors
 from fastvit.errors import InputError
 
-# Heads of timm models whose heads are not 64 wide: by architecture, else by hidden size (huge, giant, gigantic).
+# Number of heads where the head dim is not 64: by architecture, else by hidden size (huge, giant, gigantic).
 TIMM_HEADS_BY_ARCHITECTURE = {"test_vit": 2}
 TIMM_HEADS_BY_HIDDEN_SIZE = {1280: 16, 1408: 16, 1664: 16}
 
-# What this model cannot express, by a part of the tensor's name.
+# Unsupported features, by a pattern of the tensor's name.
 UNSUPPORTED = {
     r"\bls[12]\.gamma|\bgamma_[12]$": "LayerScale",
     r"\b[qk]_norm\.": "query and key normalisation",
@@ -41,7 +41,7 @@ UNSUPPORTED = {
     r"\bmlp\.(fc1_[gx]|w12|w[123])\.": "a SwiGLU feed-forward",
     r"^patch_embed\.backbone\.": "a convolutional stem",
 }
-# Options in a timm config.json that change the mathematics and leave no trace in the tensors.
+# Options of a timm config.json that change the outputs but not the tensors, and their supported values.
 TIMM_DEFAULTS = {
     "act_layer": ("gelu",), "norm_layer": ("layernorm",), "pos_embed": ("learn",), "global_pool": ("", "token"),
     "no_embed_class": (False,), "final_norm": (True,),
@@ -49,8 +49,11 @@ TIMM_DEFAULTS = {
 
 
 def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_heads: int | None) -> Checkpoint:
+    """Builds a checkpoint from the tensors and the config.json ({} without one) of a timm model."""
     if any(name.removeprefix("vit.") == EMBEDDINGS[0].hf for name in tensors):
-        raise InputError(f"{source}: these are Hugging Face names: give the folder that holds its config.json")
+        raise InputError(
+            f"{source}: expected timm names, found Hugging Face names: pass the folder with their config.json"
+        )
     reject_unsupported_parts(tensors, "timm", UNSUPPORTED, source)
     options = merge_timm_options(config_json, source)
     parts, tensors = detect_optional_parts(tensors, "timm", source)
@@ -72,22 +75,22 @@ def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_h
 
 
 def reject_gated_mlp(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """A packed SwiGLU has the names of a plain feed-forward, but fc1 is twice as high as fc2 is wide."""
+    """Raises InputError for a packed SwiGLU, where fc1 has twice the features that fc2 expects."""
     first, second = tensors.get("blocks.0.mlp.fc1.weight"), tensors.get("blocks.0.mlp.fc2.weight")
     if first is not None and second is not None and first.shape[:1] == (2 * second.shape[-1],):
         raise InputError(
             f"{source}: blocks.0.mlp.fc1.weight {list(first.shape)} with fc2 {list(second.shape)}: "
-            "a SwiGLU feed-forward: this model cannot express it"
+            "a SwiGLU feed-forward is not supported by this model"
         )
 
 
 def merge_timm_options(config_json: dict[str, Any], source: Path) -> dict[str, Any]:
-    """The three levels of a timm config.json as one; options that this model cannot follow are refused."""
+    """Merges the three levels of a timm config.json; raises InputError for unsupported options."""
     levels = [config_json, *(config_json.get(level) or {} for level in ("pretrained_cfg", "model_args"))]
     if not all(isinstance(level, dict) for level in levels):
         raise InputError(f"{source / 'config.json'}: expected pretrained_cfg and model_args to be JSON objects")
     options = {key: value for level in levels for key, value in level.items()}
-    for key in ("num_classes", "label_names", "global_pool"):  # timm lets the top level win here
+    for key in ("num_classes", "label_names", "global_pool"):  # timm prefers the top level for these
         options.update({key: config_json[key]} if key in config_json else {})
     for key, accepted in TIMM_DEFAULTS.items():
         if options.get(key) not in (None, *accepted):
@@ -103,6 +106,7 @@ def merge_timm_options(config_json: dict[str, Any], source: Path) -> dict[str, A
 
 
 def infer_timm_heads(hidden_size: int, options: dict[str, Any], source: Path) -> int:
+    """Returns the recorded number of heads, else that of a known architecture, else hidden_size / 64."""
     heads = (
         options.get("num_heads")
         or TIMM_HEADS_BY_ARCHITECTURE.get(str(options.get("architecture")))
@@ -110,13 +114,14 @@ def infer_timm_heads(hidden_size: int, options: dict[str, Any], source: Path) ->
     )
     if heads is None and hidden_size % 64:
         raise InputError(
-            f"num_heads: {source} does not record it, and its hidden size {hidden_size} is not a multiple of the usual "
-            "64 a head: name the number of heads (--heads)"
+            f"num_heads: expected the number of heads (--heads): {source} does not record it, and its hidden size "
+            f"{hidden_size} is not a multiple of the usual head dim, 64"
         )
     return int(heads or hidden_size // 64)
 
 
 def read_timm_labels(options: dict[str, Any], num_labels: int | None, source: Path) -> list[str] | None:
+    """Returns the names of the labels; None, with a warning, if their number differs from `num_labels`."""
     names = options.get("label_names")
     if not names or num_labels is None:
         return None
@@ -131,19 +136,20 @@ def read_timm_labels(options: dict[str, Any], num_labels: int | None, source: Pa
 
 
 def read_timm_image_settings(options: dict, config: ViTConfig, source: Path) -> ImageSettings:
-    """Mean, std, size and filter; timm's crop_pct is left out, a ViTImageProcessor resizes the whole picture."""
+    """Returns mean, std, size and filter. crop_pct is ignored: a ViTImageProcessor resizes the whole image."""
     mean, std = options.get("mean"), options.get("std")
     if mean is None or std is None:
-        warnings.warn(f"{source} does not record mean and std of its pictures: 0.5 is assumed", stacklevel=2)
+        warnings.warn(f"{source} does not record mean and std of its images: 0.5 is assumed", stacklevel=2)
         mean = std = [0.5] * config.num_channels
     name = options.get("interpolation") or "bicubic"
     resample = Image.Resampling.__members__.get(str(name).upper())
     if resample is None:
-        raise InputError(f"{source}: interpolation: expected a filter of Pillow, got {format_value(name)}")
+        raise InputError(f"{source}: interpolation: expected a Pillow filter, got {format_value(name)}")
     return check_image_settings(mean, std, config.image_size, resample, config.num_channels, source)
 
 
 def write_timm(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes a checkpoint as a .safetensors file with the names of timm."""
     check_writable_config(checkpoint.config, "timm")
     groups = group_by_name(list_checkpoint_parameters(checkpoint), "timm")
     state_dict = checkpoint.state_dict
