@@ -1,7 +1,7 @@
-"""Where labelled pictures come from: the hub, an image folder, or leaves drawn by code.
+"""Labelled images from the hub, from an image folder, or drawn by code.
 
-Whatever the source, the result is an `ImageDataset`: class names, and for each split the labels and a way to load one
-picture. What is on the hub is read and cached by the `datasets` library.
+Every source becomes an `ImageDataset`: class names, and for each split the labels and a function that loads one image.
+The `datasets` library reads and caches data sets of the hub.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 @dataclass
 class Split:
-    """labels: int64 [n]; load(i): picture i, upright RGB; key: changes whenever the pictures do."""
+    """Labels and images of one split.
+
+    Attributes:
+        labels: int64 [num_images].
+        load: Index -> upright RGB image. Raises InputError if the image cannot be decoded.
+        key: A fingerprint that changes whenever the images do.
+    """
 
     labels: np.ndarray
     load: Callable[[int], Image.Image]
@@ -40,30 +46,40 @@ class Split:
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> Split:
-        """The pictures at `indices`, in that order."""
+        """Returns the split of the images at `indices`, in that order."""
         return Split(self.labels[indices], lambda i: self.load(int(indices[i])), f"{self.key}{indices.tolist()}")
 
 
 @dataclass
 class ImageDataset:
+    """A data set in memory or on disk: its name, class names, and splits by name."""
+
     name: str
     class_names: list[str]
     splits: dict[str, Split]
 
     def count_labels(self) -> dict[str, np.ndarray]:
-        """Pictures per class [C] for each split."""
+        """Counts the images of each class, [num_classes], by split."""
         return {name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()}
 
     def sample_examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
-        """The first training pictures of the first classes that can be decoded, at most `side` pixels high and wide:
-        whole photographs of many classes would fill a memory."""
+        """Returns the first decodable training images of the first classes.
+
+        Args:
+            num_classes: The number of classes.
+            per_class: The largest number of images of a class.
+            side: The largest height and width in pixels: full-size images of many classes could exhaust memory.
+
+        Returns:
+            The images by class name.
+        """
         train, found = self.load_example_split(), {}
         for label, name in enumerate(self.class_names[:num_classes]):
             found[name] = list(islice(_make_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
         return found
 
     def load_example_split(self) -> Split:
-        """What examples are taken from."""
+        """Returns the split that examples are taken from."""
         return self.splits[TRAIN]
 
 
@@ -86,10 +102,24 @@ def load_images(
     image_size: int = 64,
     generated_images: int = 2000,
 ) -> ImageDataset:
-    """Load `dataset` (a hub id, or "generated") or the image folder `data_dir`.
+    """Loads a data set of the hub, an image folder or the generated data set.
 
-    Without a validation split, `validation_fraction` of the training pictures of every class is set aside, drawn by
-    `seed`. image_size and generated_images say how the generated set is drawn.
+    Args:
+        dataset: A hub id, or "generated".
+        data_dir: An image folder; either this or `dataset`.
+        image_column: The column with the images [found by name or type].
+        label_column: The column with the labels [found by name or type].
+        validation_fraction: The share of the training images of each class that becomes the validation split if there
+            is none; 0 for no such split.
+        seed: Seed of that choice and of the generated images.
+        image_size: Height and width of the generated images.
+        generated_images: Number of generated images.
+
+    Returns:
+        The data set, with a training split.
+
+    Raises:
+        InputError: If the data set cannot be read, or lacks training images, labels or classes.
     """
     if (dataset is None) == (data_dir is None):
         raise InputError("dataset: expected either a data set or an image folder (data_dir), got both or neither")
@@ -107,7 +137,7 @@ def load_images(
 
 
 def generate_dataset(num_images: int, image_size: int, seed: int) -> ImageDataset:
-    """The built-in set: drawn leaves, a fifth of them for validation (`fastvit.data.leaves`)."""
+    """Generates the built-in data set: drawn leaves, a fifth of them for validation (`fastvit.data.leaves`)."""
 
     def split(count: int, seed: int) -> Split:
         images, labels = leaves.draw_leaves(count, image_size=image_size, seed=seed)
@@ -124,7 +154,20 @@ def generate_dataset(num_images: int, image_size: int, seed: int) -> ImageDatase
 def split_stratified(
     labels: np.ndarray, fraction: float, seed: int, class_names: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held out): `fraction` of every class, at least one picture and never all of them, is held out."""
+    """Splits off a fraction of every class, at least one image and never all of them.
+
+    Args:
+        labels: int64 [num_images].
+        fraction: The share to hold out, between 0 and 1.
+        seed: Seed of the choice.
+        class_names: For error messages.
+
+    Returns:
+        Sorted indices of the remaining and of the held-out images.
+
+    Raises:
+        InputError: If `fraction` is out of bounds or a class has a single image.
+    """
     if not 0 < fraction < 1:
         raise InputError(f"validation_fraction: expected a number between 0 and 1, got {fraction}")
     generator = np.random.default_rng(seed)
@@ -133,7 +176,7 @@ def split_stratified(
         members = generator.permutation(np.flatnonzero(labels == label))
         if len(members) < 2:
             raise InputError(
-                f"class {class_names[label]!r}: expected at least 2 pictures, to train on one and validate on another,"
+                f"class {class_names[label]!r}: expected at least 2 images, one to train on and one to validate on,"
                 f" found {len(members)}"
             )
         drawn.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
@@ -143,12 +186,12 @@ def split_stratified(
 
 def _check_folder(data_dir: str | Path) -> Path:
     if not Path(data_dir).is_dir():
-        raise InputError(f"data_dir: expected a folder of pictures, found none at {data_dir}")
+        raise InputError(f"data_dir: expected a folder of images, found none at {data_dir}")
     return Path(data_dir)
 
 
 def _read_folder(root: Path, image_column: str | None, label_column: str | None) -> ImageDataset:
-    """Pictures in a folder for each class (`fastvit.data.folders`)."""
+    """Reads a folder with one sub-folder per class (`fastvit.data.folders`)."""
     for kind, given in (("image", image_column), ("label", label_column)):
         if given not in (None, kind):
             raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
@@ -164,9 +207,9 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
 
         def load(index: int) -> Image.Image:
             path = Path(paths[index])
-            if not path.is_file():  # to open a pipe would wait for someone to fill it
+            if not path.is_file():  # opening a pipe would block
                 raise InputError(
-                    f"{escape_unprintable(str(path))}: expected a picture, found a broken link or no plain file"
+                    f"{escape_unprintable(str(path))}: expected an image, found a broken link or no regular file"
                 )
             return decode_image(path)
 
@@ -176,17 +219,17 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
 
 
 def _check_classes(names: list[str], trained: set[str], source: str) -> None:
-    """There must be at least two classes, and training pictures of each."""
+    """Raises InputError unless there are at least two classes with training images of each."""
     untrained = [name for name in names if name not in trained]
     if untrained:
-        raise InputError(f"{source}: no training pictures for {len(untrained)} class(es): {', '.join(untrained[:10])}")
+        raise InputError(f"{source}: no training images for {len(untrained)} class(es): {', '.join(untrained[:10])}")
     if len(names) < 2:
         raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
 
 
 @contextlib.contextmanager
 def wrap_read_errors(source: str) -> Iterator[None]:
-    """Turn what the `datasets` library raises for a missing or broken data set into one clear line."""
+    """Turns errors of the `datasets` library for a missing or broken data set into an InputError of one line."""
     import datasets
 
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
@@ -197,17 +240,17 @@ def wrap_read_errors(source: str) -> Iterator[None]:
     except ConnectionError:
         raise InputError(
             f"dataset: cannot reach the hub for {source!r}; without a network use --data-dir FOLDER (a folder of"
-            " pictures, one sub-folder a class) or --dataset generated"
+            " images, one sub-folder per class) or --dataset generated"
         ) from None
     except (datasets.exceptions.DatasetGenerationError, ValueError, FileNotFoundError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{source}: expected pictures, one folder a class ({reason})") from None
+        raise InputError(f"{source}: expected images, one folder per class ({reason})") from None
 
 
 def _read_with_datasets(
     hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
 ) -> ImageDataset:
-    """A hub data set, or an image folder with a file of labels, through the `datasets` library."""
+    """Reads a data set of the hub, or an image folder with a metadata file, with the `datasets` library."""
     import datasets
 
     source = hub_id or str(data_dir)
@@ -223,7 +266,7 @@ def _read_with_datasets(
     features = splits[TRAIN].features
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
-    # Test splits on the hub often come without labels: -1 everywhere.
+    # Test splits on the hub often have no labels: all are -1.
     splits = {name: split for name, split in splits.items() if -1 not in split[label_column][:]}
     class_names = _list_class_names(splits, label_column, source)
     return ImageDataset(
@@ -234,11 +277,12 @@ def _read_with_datasets(
 
 
 def normalize_split_name(name: str) -> str:
+    """Maps the usual names of a validation split to "validation"."""
     return VALIDATION if name in ("val", "valid", "dev", "eval") else name
 
 
 def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
-    """The column for images or labels: the one given, or one with the usual name or type."""
+    """Returns the column of images or labels: the given one, else the first with a usual name, else one of the type."""
     if given is not None:
         if given not in features:
             raise InputError(f"{kind}_column: expected one of {', '.join(features)}, got {given!r}")
@@ -252,7 +296,7 @@ def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], 
 
 
 def _list_class_names(splits, label_column: str, source: str) -> list[str]:
-    """Names of the classes in the order of their labels; every one must have training pictures."""
+    """Returns the class names in the order of their labels; raises InputError if one has no training images."""
     import datasets
 
     feature = splits[TRAIN].features[label_column]
@@ -277,6 +321,6 @@ def _build_split(split, image_column: str, label_column: str, class_names: list[
     def load(index: int) -> Image.Image:
         cell = raw[index][image_column]
         path = cell["path"]
-        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"picture {index}")
+        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}")
 
     return Split(np.asarray(labels, dtype=np.int64), load, split._fingerprint)

@@ -1,9 +1,9 @@
-"""Pictures in folders: FOLDER/CLASS/*.jpg, or FOLDER/SPLIT/CLASS/*.jpg with a split called train.
+"""Image folders: FOLDER/CLASS/*.jpg, or FOLDER/SPLIT/CLASS/*.jpg with a split called train.
 
-A class is a folder, whatever it and its files are called: "train" is a class beside "bus" and "car", and a split when
-it holds folders of pictures itself. What lies deeper belongs to the class above it. Links are followed, each folder is
-gone through once. What begins with "." is left out, folders that begin with "__", and files that by their ending are no
-pictures.
+A folder of images is a class, whatever its name: "train" is a class beside "bus" and "car", and a split if it holds
+folders of images itself. Images in deeper folders belong to the class above. Links are followed, and each folder is
+visited once. Ignored are names that begin with ".", folders that begin with "__", and files without the suffix of an
+image.
 """
 
 from __future__ import annotations
@@ -30,19 +30,26 @@ SPLIT_FOLDERS = {
 }
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
-Classes = dict[str, list[str]]  # class -> its picture files, sorted
+Classes = dict[str, list[str]]  # class -> its image files, sorted
 
 
 def has_metadata(root: Path) -> bool:
-    """Whether labels stand in a file beside the pictures, as the `datasets` library reads them."""
+    """Whether the folder, or a folder in it, has a metadata file of the `datasets` library with the labels."""
     folders = [root, *(Path(entry.path) for entry in list_entries(root) if is_folder(entry))]
     return any((folder / name).is_file() for folder in folders for name in METADATA_FILES)
 
 
 def list_images(root: Path) -> dict[str, Classes]:
-    """{split: {class: paths}} of a folder; without split folders everything is in "train".
+    """Lists the images of a folder by split and class.
 
-    Raises InputError where there are no pictures, or where some lie outside the folders of the classes.
+    Args:
+        root: The folder.
+
+    Returns:
+        {split: {class: paths}}; without folders of splits, every image is in "train".
+
+    Raises:
+        InputError: If there are no images, or some are outside the folders of the classes.
     """
     splits: dict[str, Classes] = {}
     outside = [find_images(root, recursive=False)]
@@ -61,15 +68,15 @@ def list_images(root: Path) -> dict[str, Classes]:
     stray = next(itertools.chain(*outside), None)
     if stray is not None:
         raise InputError(
-            f"{root}: expected every picture in the folder of a class, found {escape_unprintable(stray)} outside"
+            f"{root}: expected every image in the folder of a class, found {escape_unprintable(stray)} outside"
         )
     if not any(splits.values()):
-        raise InputError(f"{root}: expected pictures, one folder a class, found none")
+        raise InputError(f"{root}: expected images, one folder per class, found none")
     return splits
 
 
 def find_classes(folder: Path) -> Classes:
-    """The sub-folders of a folder that hold pictures."""
+    """Returns the sub-folders of a folder that hold images."""
     ancestors = {get_folder_id(folder.parent), get_folder_id(folder)}
     classes: Classes = {}
     for entry in list_entries(folder):
@@ -84,10 +91,17 @@ def find_classes(folder: Path) -> Classes:
 def find_images(
     folder: str | Path, *, ancestors: set[tuple[int, int]] | None = None, recursive: bool = True
 ) -> Iterator[str]:
-    """The picture files in a folder, and unless `recursive` is false in those below it.
+    """Yields the image files of a folder.
 
-    ancestors: folders not to enter, should a link lead back there. What has a picture's name is listed, whatever it is:
-    a broken link is reported when it is decoded.
+    Every entry with the suffix of an image is listed; a broken link is reported when it is decoded.
+
+    Args:
+        folder: The folder.
+        ancestors: Ids of folders that links must not lead back to.
+        recursive: Whether to visit the folders below as well.
+
+    Yields:
+        Paths in no particular order.
     """
     visited = (ancestors or set()) | {get_folder_id(folder)}
     waiting = [str(folder)]
@@ -102,7 +116,7 @@ def find_images(
 
 
 def list_entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder, by name; hidden entries are left out."""
+    """Lists the entries of a folder by name, without hidden ones."""
     try:
         with os.scandir(folder) as found:
             return sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
@@ -111,20 +125,21 @@ def list_entries(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one, that is not ignored."""
     try:
         return entry.is_dir() and not entry.name.startswith("__")
-    except OSError:  # a link in a circle
+    except OSError:  # a link to itself
         return False
 
 
 def get_folder_id(folder: str | Path) -> tuple[int, int]:
-    """The same number for a folder under each of its names."""
+    """Returns device and inode: the same for every path of a folder."""
     status = Path(folder).stat()
     return status.st_dev, status.st_ino
 
 
 def compute_fingerprint(paths: list[str]) -> str:
-    """Changes whenever one of the files does: a digest of their names, sizes and times of change."""
+    """Computes a digest of the names, sizes and modification times of files."""
     digest = hashlib.sha256()
     for path in paths:
         try:

@@ -1,7 +1,7 @@
-"""From pictures in any form to uint8 arrays: decode, resize, cache, augment.
+"""Converts images of any form to uint8 arrays: decoding, resizing, caching and augmentation.
 
-Pictures are decoded and resized once and kept as uint8; the model normalises them on its device. Resizing is Pillow's,
-as in transformers' PIL image processors, so that a model sees the same pixels in training and in a pipeline.
+Images are decoded and resized once and stored as uint8; the model normalises them on its device. Pillow resizes, as in
+transformers' PIL image processors, so that a model sees the same pixels in training and in a pipeline.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from tqdm import tqdm
 from fastvit.checkpoints.configuration import format_error
 from fastvit.errors import InputError, escape_unprintable
 
-# Above this many bytes of pixels a split is kept in a file that the system pages in, not in memory.
+# Above this many bytes of pixels a split is cached in a memory-mapped file instead of memory.
 MEMORY_CACHE_BYTES = 4 * 2**30
 
 
-# What is read. Pillow knows more formats, some of which start other programs (EPS: Ghostscript) or are seldom attacked
-# and seldom mended. Phones' MPO is read as the JPEG that it begins with.
+# Formats that are decoded. Pillow supports more; some start other programs (EPS: Ghostscript), others are rarely tested
+# against malicious files. MPO, the format of phones, is decoded as the JPEG that it starts with.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# The EXIF orientation -> what makes the picture upright.
+# EXIF orientation -> the transpose that turns the image upright.
 UPRIGHT_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,24 +52,35 @@ UPRIGHT_TRANSPOSES = {
 
 @functools.cache
 def list_readable_formats() -> tuple[str, ...]:
-    """Those of `FORMATS` that this Pillow has."""
+    """Lists the `FORMATS` that the installed Pillow supports."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @functools.cache
 def list_image_suffixes() -> frozenset[str]:
-    """The endings of picture files, in lower case."""
+    """Returns the suffixes of image files in lower case."""
     formats = list_readable_formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO"))
 
 
 def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """An upright RGB picture from a file or its bytes; raises InputError naming the file (or `name`).
+    """Decodes an image file to an upright RGB image.
 
-    The format is told from the content. Of an animation it is the first frame; what is transparent is laid on white; of
-    16 bits a channel the upper 8 are kept. A picture of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million
-    pixels in all, unless it was changed) is refused before memory is taken for its pixels.
+    The content determines the format. An animation becomes its first frame, transparent pixels are composited on white,
+    and 16-bit channels are reduced to their upper 8 bits.
+
+    Args:
+        source: A path, or the bytes of a file.
+        name: The name of the image in error messages [the path, or "image"].
+
+    Returns:
+        An RGB image of 8 bits per channel.
+
+    Raises:
+        InputError: If the file does not exist or cannot be decoded, or if it has more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (179 million by default). The latter is raised before memory is
+            allocated for the pixels.
     """
     name = escape_unprintable(name or (str(source) if not isinstance(source, bytes) else "image"))
     try:
@@ -87,43 +98,47 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         raise InputError(f"{name}: expected an image, found a file that is none (of {formats})") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise InputError(f"{name}: expected a picture of at most {limit:,} pixels, to fit into memory") from None
+        raise InputError(f"{name}: expected an image of at most {limit:,} pixels, to fit into memory") from None
     except Exception as error:  # decoders have no common class: struct.error, EOFError, MemoryError, ...
         raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
 
 
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture as its EXIF orientation says, in RGB; raises InputError for 32 bits a channel."""
+    """Converts an image to RGB and applies its EXIF orientation; raises InputError for 32 bits per channel."""
     method = UPRIGHT_TRANSPOSES.get(read_orientation(image))
     rgb = convert_to_rgb(image)
     return rgb if method is None else rgb.transpose(method)
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) where none can be read: broken metadata leaves the pixels whole."""
+    """Returns the EXIF orientation, 1 (upright) if there is none or the metadata is broken."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # parsers of EXIF and XMP, no common class
+    except Exception:  # the parsers of EXIF and XMP have no common class
         return 1
     return orientation if isinstance(orientation, int) else 1
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded picture of any mode as RGB of 8 bits a channel."""
+    """Converts an image of any mode to RGB of 8 bits per channel, with transparent pixels composited on white.
+
+    Raises:
+        InputError: If the image has 32 bits per channel.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # The upper byte, as Pillow reads 16-bit colour. Its own conversion of grey cuts off what is above 255.
+        # The upper byte, as Pillow decodes 16-bit colour. Its own conversion of grey clips values above 255.
         grey = np.asarray(image).clip(0, 2**16 - 1) >> 8
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise InputError("expected 8 or 16 bits a channel, found 32, which leave open what is black and what is white")
+        raise InputError("expected 8 or 16 bits per channel, found 32, whose values of black and white are unknown")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-# Pillow decodes a file when its pixels are first asked for; two threads must not do that to one picture, nor read one
-# file object.
+# Pillow decodes a file when its pixels are first accessed. Two threads must not do that with the same image, nor read
+# the same file object.
 _read_lock = threading.Lock()
 
 
@@ -132,15 +147,23 @@ def _renew_lock() -> None:
     _read_lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):  # where a thread held it, the fork has no such thread to release it
+if hasattr(os, "register_at_fork"):  # a forked child has no thread that would release the lock
     os.register_at_fork(after_in_child=_renew_lock)
 
 
 def to_image(source: Any, name: str | None = None) -> Image.Image:
-    """An upright RGB picture from anything that holds one; raises InputError naming it (`name`, or the file).
+    """Converts any representation of an image to an upright RGB image.
 
-    source: a path; the bytes of a file, or an open one; a PIL image, for which the same holds as for a file; an array
-    or tensor, as `array_to_image` takes it; or a function without arguments that returns one of these.
+    Args:
+        source: A path, the bytes of a file, a file object, a PIL image, an array or tensor as in `array_to_image`, or a
+            function without arguments that returns one of these. A PIL image is converted like a decoded file.
+        name: The name of the image in error messages [the path, or "image"].
+
+    Returns:
+        An RGB image of 8 bits per channel.
+
+    Raises:
+        InputError: If `source` is of another type or cannot be decoded.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     if isinstance(source, (str, Path)):
@@ -154,7 +177,7 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
                 return convert_to_upright_rgb(source)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
-        except Exception as error:  # see `decode_image`
+        except Exception as error:  # as in `decode_image`
             raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
     if isinstance(source, torch.Tensor):
         return array_to_image(source.detach().cpu().numpy(), name)
@@ -174,9 +197,18 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
 
 
 def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
-    """An RGB picture from [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels; the fourth is laid on white.
+    """Converts an array to an RGB image.
 
-    uint8, or floating between 0 and 1. Raises InputError for any other, and where either end may be the channels.
+    Args:
+        array: [height, width], [height, width, channels] or [channels, height, width] with 1, 3 or 4 channels; uint8,
+            or floating point in [0, 1]. Pixels with a fourth channel, alpha, are composited on white.
+        name: The name of the image in error messages.
+
+    Returns:
+        An RGB image of 8 bits per channel.
+
+    Raises:
+        InputError: For other shapes, dtypes and values, and if both the first and the last dimension may be channels.
     """
     channels_first, channels_last = (array.ndim == 3 and array.shape[end] in (1, 3, 4) for end in (0, 2))
     if not (array.ndim == 2 or channels_first != channels_last) or 0 in array.shape:
@@ -198,9 +230,11 @@ def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
 
 @dataclass
 class ImageCache:
-    """Decoded pictures of one split.
+    """Decoded images of one split.
 
-    images: uint8 [count, height, width, 3]; skipped: for the index of each picture that could not be decoded, why.
+    Attributes:
+        images: uint8 [count, height, width, 3].
+        skipped: Index of each image that could not be decoded -> the error message.
     """
 
     images: np.ndarray
@@ -219,11 +253,24 @@ def cache_images(
     memory_limit: int = MEMORY_CACHE_BYTES,
     description: str = "decoding",
 ) -> ImageCache:
-    """Decode and resize `count` pictures, `load(0)` to `load(count - 1)`, with as many threads as there are cores.
+    """Decodes and resizes images with one thread per core.
 
-    image_size: (height, width). Up to `memory_limit` bytes they are held in memory, above it in a file in `cache_dir`
-    that later runs with the same `key` use again. A picture that cannot be decoded raises InputError, or with
-    `skip_bad` is left out and listed.
+    Args:
+        load: Index -> image.
+        count: The number of images; `load` is called with 0 to `count - 1`.
+        image_size: (height, width).
+        resample: The filter.
+        skip_bad: Whether to skip and list images that cannot be decoded.
+        key: Identifies the images: later runs with the same key reuse the cached file.
+        cache_dir: The folder of cached files.
+        memory_limit: Above this many bytes, the pixels are cached in a file in `cache_dir` instead of memory.
+        description: Label of the progress bar.
+
+    Returns:
+        The pixels, and the images that were skipped.
+
+    Raises:
+        InputError: If an image cannot be decoded and `skip_bad` is false, or `cache_dir` has too little space.
     """
     shape = (count, *image_size, 3)
     if cache_dir is None or np.prod(shape) <= memory_limit:
@@ -235,9 +282,9 @@ def cache_images(
     if not finished.exists():
         cache_dir.mkdir(parents=True, exist_ok=True)
         needed, free = int(np.prod(shape)), shutil.disk_usage(cache_dir).free
-        if needed > free:  # writing to a mapped file on a full disk is no exception but the end of the process
+        if needed > free:  # writing to a memory-mapped file on a full disk kills the process
             raise InputError(
-                f"{description}: the pictures need {needed / 2**30:.1f} GiB in {cache_dir}, {free / 2**30:.1f} GiB are"
+                f"{description}: the images need {needed / 2**30:.1f} GiB in {cache_dir}, {free / 2**30:.1f} GiB are"
                 " free; FASTVIT_CACHE_DIR names another folder"
             )
         with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".decoding-", ignore_cleanup_errors=True) as partial:
@@ -245,7 +292,7 @@ def cache_images(
             skipped = _decode_all(load, images, resample, skip_bad, description)
             images.flush()
             Path(partial, "skipped.json").write_text(json.dumps(skipped))
-            # Another run may have finished first: then its folder stays and this one's is removed.
+            # If another run finished first, its folder remains and this one is removed.
             with contextlib.suppress(OSError):
                 Path(partial).rename(finished)
     skipped = {int(index): reason for index, reason in json.loads((finished / "skipped.json").read_text()).items()}
@@ -255,7 +302,7 @@ def cache_images(
 def _decode_all(
     load: Callable[[int], Image.Image], images: np.ndarray, resample: int, skip_bad: bool, description: str
 ) -> dict[int, str]:
-    """Fill `images`; returns what was skipped and why."""
+    """Decodes all images into `images`; returns the index and error of each image that was skipped."""
     height, width = images.shape[1:3]
 
     def decode(index: int) -> str | None:
@@ -282,7 +329,9 @@ def _decode_all(
 class Augment:
     """Random resized crop and horizontal flip (Szegedy et al. 2015, arXiv:1409.4842), drawn from torch's generator.
 
-    min_area: the smallest part of the picture that a crop may show.
+    Args:
+        image_size: (height, width) of the output.
+        min_area: The smallest share of the image's area in a crop.
     """
 
     def __init__(self, image_size: tuple[int, int], min_area: float = 0.5):
@@ -290,7 +339,7 @@ class Augment:
         self.min_area = min_area
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [h, w, 3] -> uint8 [height, width, 3]."""
+        """Augments an image, uint8 [h, w, 3] -> uint8 [height, width, 3]."""
         height, width = image.shape[:2]
         area, log_ratio, top, left, flip = torch.rand(5).tolist()
         area = self.min_area + area * (1 - self.min_area)
@@ -308,7 +357,7 @@ class Augment:
 
 @contextlib.contextmanager
 def seed_rng(seed: int) -> Iterator[None]:
-    """Inside, torch's generator on the CPU draws what `seed` says; afterwards it goes on as if nothing had happened."""
+    """Context manager that seeds torch's generator of the CPU and restores its state afterwards."""
     state = torch.get_rng_state()
     try:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also set the generators of GPUs
@@ -318,12 +367,15 @@ def seed_rng(seed: int) -> Iterator[None]:
 
 
 class ImageSet(torch.utils.data.Dataset):
-    """Cached pictures with labels, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}.
+    """Cached images with labels, for a Trainer: {"pixel_values": uint8 [height, width, 3], "labels": int}.
 
-    augment: changes a picture, uint8 [h, w, 3] -> uint8 [H, W, 3], with random numbers of torch's generator. They are
-        those of (seed, epoch, picture), whoever asks for the picture and whatever was asked for before, so that a run
-        that goes on from a checkpoint sees what it would have seen.
-    with_seeds: each picture brings its seed ("seed": int), for what is drawn for a batch.
+    Args:
+        cache: The images; skipped ones are left out.
+        labels: The label of each image in `cache`, skipped ones included.
+        augment: uint8 [h, w, 3] -> uint8 [height, width, 3], with random numbers of torch's generator. It is seeded
+            with (seed, epoch, index), so that a resumed run, or another order of access, produces the same images.
+        seed: Seed of the augmentation.
+        with_seeds: Whether each item also has its seed ("seed": int), for augmentations of a whole batch.
     """
 
     def __init__(
@@ -345,9 +397,11 @@ class ImageSet(torch.utils.data.Dataset):
         return len(self.indices)
 
     def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch that the augmentation is seeded with."""
         self.epoch = epoch
 
     def compute_seed(self, item: int) -> int:
+        """Computes the seed of an item in the current epoch."""
         return int(np.random.SeedSequence([self.seed, self.epoch, item]).generate_state(1)[0])
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
@@ -360,7 +414,7 @@ class ImageSet(torch.utils.data.Dataset):
         return entry
 
     def get_pixels(self, item: int) -> np.ndarray:
-        """uint8 [H, W, 3], augmented if the set augments; its memory is nobody else's."""
+        """Returns a copy of an image, augmented if `augment` is set: uint8 [height, width, 3]."""
         image = self.images[self.indices[item]]
         if self.augment is not None:
             with seed_rng(self.compute_seed(item)):

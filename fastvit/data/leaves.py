@@ -1,17 +1,17 @@
-"""A data set of bean leaves drawn by code: something to learn from where there is no network.
+"""A data set of bean leaves drawn by code, for training without a network.
 
-It stands in for the `beans` photographs and has their three classes, under their names and in their order:
+It replaces the photographs of the `beans` data set and has its three classes, with the same names and order:
 
     angular_leaf_spot   brown and tan patches with straight sides, bounded by the veins, in a yellow halo
     bean_rust           many small round reddish-orange pustules, each in a pale halo
     healthy             neither
 
-Only the lesions tell the classes apart. Leaf, veins, yellowing, chewed holes, background and light are drawn from one
-random stream that does not know the class, the lesions from a second one, so the same seed gives the same leaf in all
-three conditions. Lesions shift the mean colour of a picture a little, and the light shifts it far more.
+Only the lesions distinguish the classes. Leaf, veins, yellowing, chewed holes, background and light are drawn from a
+random stream that does not depend on the class, the lesions from a second one, so that a seed draws the same leaf in
+all three conditions. Lesions shift the mean colour of an image slightly; the light shifts it far more.
 
-The leaf is computed for each pixel in its own coordinates: `along` runs from 0 at the stalk to 1 at the tip, `across`
-is the signed distance from the midrib in leaf lengths. Every random number is drawn before the size matters.
+Each pixel is computed in the coordinates of the leaf: `along` is 0 at the stalk and 1 at the tip, `across` is the
+signed distance from the midrib in leaf lengths. The random numbers do not depend on the size of the image.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ CLASSES = ("angular_leaf_spot", "bean_rust", "healthy")
 MIN_SIZE = 16
 _BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 _SCENE_STREAM, _SHUFFLE_STREAM, _LESION_STREAM = 0, 1, 2
-_MAX_IMAGES = 2**32  # picture i of data set s has the seed s * 2**32 + i
+_MAX_IMAGES = 2**32  # image i of data set s has the seed s * 2**32 + i
 
-# Areoles are the fields of the net of fine veins. Each leaf half has a lattice of them: rows follow the side veins, two
-# to the interval between a vein and the next, and columns count from the midrib.
+# Areoles are the cells of the net of fine veins. Each leaf half has a lattice of them: rows follow the side veins, two
+# per interval between neighbouring veins, and columns are numbered from the midrib.
 _ROWS, _COLUMNS = 32, 14
 _INTERVALS_BELOW_BASE = 6  # side veins rise towards the tip, so the lowest intervals start below the leaf's base
 _AREOLE_WIDTH = 0.045  # in leaf lengths
@@ -43,16 +43,16 @@ def draw_leaf(label: str, *, seed: int, size: int = 64) -> Image.Image:
     """Draws one bean leaf.
 
     Args:
-        label: one of `CLASSES`.
-        seed: any integer >= 0. The same label and seed give the same picture, at any size up to resampling; the same
-            seed with another label gives the same leaf in another condition.
-        size: height and width in pixels, at least 16.
+        label: One of `CLASSES`.
+        seed: An integer >= 0. The same label and seed draw the same image, at any size up to resampling; the same seed
+            with another label draws the same leaf in another condition.
+        size: Height and width in pixels, at least 16.
 
     Returns:
-        An RGB picture of `size` x `size` pixels.
+        An RGB image of `size` x `size` pixels.
 
     Raises:
-        InputError: an unknown label, a negative seed or a size below 16.
+        InputError: If the label is unknown, the seed negative or the size below 16.
     """
     if label not in CLASSES:
         raise InputError(f"label: expected one of {', '.join(CLASSES)}, got {label!r}")
@@ -77,21 +77,21 @@ def draw_leaf(label: str, *, seed: int, size: int = 64) -> Image.Image:
 
 
 def draw_leaves(num_images: int, *, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a data set: as many pictures of each class, give or take one, in random order.
+    """Draws a balanced data set in random order.
 
-    Different seeds share no picture, so one seed can serve for training and another for testing.
+    Data sets of different seeds have no image in common, so one can serve for training and another for testing.
 
     Args:
-        num_images: how many pictures, at least 0.
-        image_size: their height and width in pixels, at least 16.
-        seed: any integer >= 0.
+        num_images: The number of images, from 0 to 2**32.
+        image_size: Height and width in pixels, at least 16.
+        seed: An integer >= 0.
 
     Returns:
-        pictures, uint8 `[num_images, image_size, image_size, 3]`, and labels, int64 `[num_images]`, indices into
-        `CLASSES`.
+        Images, uint8 [num_images, image_size, image_size, 3], and labels, int64 [num_images], indices into `CLASSES`.
+        The numbers of images of two classes differ by at most one.
 
     Raises:
-        InputError: a negative number of pictures or seed, or a size below 16.
+        InputError: If the number of images or the seed is out of bounds, or the size is below 16.
     """
     _check_at_least("num_images", num_images, 0)
     _check_at_least("image_size", image_size, MIN_SIZE)
@@ -111,7 +111,7 @@ def _check_at_least(name: str, value: int, least: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small tools: colours are floats from 0 to 1, distances are in leaf lengths unless said otherwise.
+# Helpers. Colours are floats in [0, 1]; distances are in leaf lengths unless noted.
 
 
 def _rgb(*components: int) -> np.ndarray:
@@ -119,17 +119,17 @@ def _rgb(*components: int) -> np.ndarray:
 
 
 def _mix(a: np.ndarray, b: np.ndarray, amount: np.ndarray) -> np.ndarray:
-    """Colours [..., 3]: `a` where `amount` [...] is 0, `b` where it is 1."""
+    """Interpolates colours [..., 3]: `a` where `amount` [...] is 0, `b` where it is 1."""
     return a + amount[..., None] * (b - a)
 
 
 def _ramp(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """0 up to `low`, 1 from `high` on, linear between."""
+    """0 up to `low`, 1 from `high`, linear in between."""
     return np.clip((values - low) / (high - low), 0, 1)
 
 
 def _line(distance: np.ndarray, width: np.ndarray | float, pixel: float) -> np.ndarray:
-    """How much of a pixel a line covers, from the distance to its middle; lines below a pixel fade, none flickers."""
+    """Coverage of pixels by a line, from the distance to its middle; lines narrower than a pixel fade."""
     drawn_width = np.maximum(width, pixel)
     return np.clip((drawn_width / 2 - distance) / pixel + 0.5, 0, 1) * (width / drawn_width)
 
@@ -151,7 +151,7 @@ def _choose_supersampling(size: int) -> int:
 
 
 def _blur(mask: np.ndarray, radius: float) -> np.ndarray:
-    """`mask` [size, size] from 0 to 1, Gaussian-blurred; `radius` as a fraction of the picture's side."""
+    """`mask` [size, size] from 0 to 1, Gaussian-blurred; `radius` as a fraction of the image's side."""
     image = Image.fromarray((mask * 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius * len(mask))), dtype=np.float32) / 255
 
@@ -162,23 +162,23 @@ def _blur(mask: np.ndarray, radius: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Shape:
-    """Where the leaf lies in the picture and what outline it has; the picture's side is 1."""
+    """Position and outline of the leaf; the side of the image is 1."""
 
     centre: np.ndarray  # [2], x and y
     axis: np.ndarray  # [2], unit vector from the stalk to the tip
     length: float
-    half_width: float  # of the leaf, in leaf lengths, as are the others below
+    half_width: float  # in leaf lengths, as are the other lengths below
     bend: float
-    lopsided: float  # one half is broader, as in a bean's outer leaflets
+    lopsided: float  # one half is broader, as in the outer leaflets of beans
     wave_count: float
     wave_phase: float
-    vein_rise: float  # side veins leave the midrib with this slope towards the tip,
-    vein_curl: float  # bend further that way,
-    vein_spacing: float  # stand so far apart
-    vein_offsets: np.ndarray  # [2], and do not meet at the midrib
+    vein_rise: float  # slope of the side veins towards the tip at the midrib
+    vein_curl: float  # further bend of the side veins towards the tip
+    vein_spacing: float  # distance between side veins
+    vein_offsets: np.ndarray  # [2], of the two halves: their veins do not meet at the midrib
 
     def width(self, along: np.ndarray, side: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distance from midrib to margin, and its slope: a round base, widest at a third, a drawn-out tip.
+        """Distance from midrib to margin, and its slope: a round base, widest at a third, an elongated tip.
 
         `side` is -1 for one leaf half and 1 for the other.
         """
@@ -189,13 +189,13 @@ class _Shape:
         return width * wave * (1 + self.lopsided * side), slope
 
     def interval(self, along: np.ndarray, across: np.ndarray) -> np.ndarray:
-        """A number that is whole on the side veins and grows by 1 from each to the next."""
+        """A coordinate that is an integer on each side vein and grows by 1 from one vein to the next."""
         from_midrib = np.abs(across)
         foot = along - self.vein_rise * from_midrib - self.vein_curl * from_midrib**2
         return foot / np.float32(self.vein_spacing) + self.vein_offsets[(across > 0).astype(np.intp)]
 
     def leaf_coordinates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """`along` and `across` [size, size] of every pixel's middle."""
+        """`along` and `across` [size, size] of the centre of each pixel."""
         steps = (np.arange(size) + 0.5) / size
         x = ((steps - self.centre[0]) / self.length).astype(np.float32)[None, :]
         y = ((steps - self.centre[1]) / self.length).astype(np.float32)[:, None]
@@ -204,7 +204,7 @@ class _Shape:
         return along, y * cosine - x * sine - np.float32(4 * self.bend) * along * (1 - along)
 
     def to_image_points(self, along: np.ndarray, across: np.ndarray) -> np.ndarray:
-        """Points [n, 2], x and y: the inverse of `leaf_coordinates`."""
+        """Maps leaf coordinates to points [n, 2], x and y: the inverse of `leaf_coordinates`."""
         across = across + 4 * self.bend * along * (1 - along)
         normal = np.array([-self.axis[1], self.axis[0]])
         return self.centre + self.length * ((along[:, None] - 0.5) * self.axis + across[:, None] * normal)
@@ -212,20 +212,20 @@ class _Shape:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """The pixels that the leaf and its stalk touch, and what is known about each: arrays [pixels]."""
+    """The pixels covered by the leaf and its stalk, with one array [pixels] per property."""
 
     shape: _Shape
-    size: int  # of the picture, in pixels
-    pixel: float  # its side, in leaf lengths
+    size: int  # of the image, in pixels
+    pixel: float  # side of a pixel, in leaf lengths
     pixels: tuple[np.ndarray, ...]  # row and column indices
-    coverage: np.ndarray  # how much of the pixel is leaf
+    coverage: np.ndarray  # share of the pixel that is leaf
     along: np.ndarray
     across: np.ndarray
     depth: np.ndarray  # distance from the margin, positive inside
     main_veins: np.ndarray  # 0 to 1: midrib, side veins and stalk
     between_veins: np.ndarray  # 0 to 1: position between one side vein and the next
-    areoles: np.ndarray  # [6, pixels]: numbers of the areoles nearby, from 0 to 2 * _ROWS * _COLUMNS
-    areole_distances: np.ndarray  # [6, pixels]: to their middles
+    areoles: np.ndarray  # [6, pixels]: indices of the areoles nearby, below 2 * _ROWS * _COLUMNS
+    areole_distances: np.ndarray  # [6, pixels]: to their centres
 
 
 def _grow_leaf(rng: Generator, size: int) -> _Leaf:
@@ -288,10 +288,10 @@ def _locate_in_lattice(shape: _Shape, along: np.ndarray, across: np.ndarray) -> 
 def _find_areoles(
     rng: Generator, shape: _Shape, along: np.ndarray, across: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each pixel the 6 areoles around it: their numbers and the distances to their middles, both [6, pixels].
+    """Finds the 6 areoles around each pixel: their indices and the distances to their centres, both [6, pixels].
 
     Cellular noise (Worley 1996) on a lattice that follows the veins. Only areoles between the same two side veins
-    count, that is 2 rows and 3 columns of the lattice, so nothing made of areoles crosses a side vein.
+    count, 2 rows and 3 columns of the lattice, so that no group of areoles crosses a side vein.
     """
     row_jitter, column_jitter = rng.uniform(0.1, 0.9, (2, 2, _ROWS, _COLUMNS)).astype(np.float32)
     middle_rows = (row_jitter + np.arange(_ROWS, dtype=np.float32)[:, None]).reshape(-1)
@@ -305,7 +305,7 @@ def _find_areoles(
 
 
 def _colour_lamina(rng: Generator, leaf: _Leaf) -> np.ndarray:
-    """The colour of a leaf without lesions, [pixels, 3]: green, veins, yellowing, light and shade."""
+    """Colours a leaf without lesions, [pixels, 3]: green, veins, yellowing, light and shade."""
     green = _colour_from_hsv(rng.uniform(74, 122), rng.uniform(0.45, 0.75), rng.uniform(0.36, 0.66))
     vein_colour = _mix(green, _rgb(214, 222, 150), np.array(rng.uniform(0.25, 0.55), dtype=np.float32))
     yellow = _colour_from_hsv(rng.uniform(48, 66), rng.uniform(0.5, 0.75), rng.uniform(0.65, 0.85))
@@ -325,18 +325,18 @@ def _colour_lamina(rng: Generator, leaf: _Leaf) -> np.ndarray:
         1 + bulge * np.sin(2 * np.pi * leaf.between_veins) + fold * np.sign(across) + 0.15 * light_direction * across
     )
     shade += 0.16 * (mottle - 0.5) + 0.16 * (grain - 0.5) - 0.12 * (1 - _ramp(leaf.depth, 0, 0.03))
-    shade -= 0.18 * (_line(np.abs(leaf.across - 0.012), 0.02, leaf.pixel))  # the midrib stands in a groove
+    shade -= 0.18 * (_line(np.abs(leaf.across - 0.012), 0.02, leaf.pixel))  # the midrib lies in a groove
     return _mix(colour * shade[:, None], vein_colour, leaf.main_veins)
 
 
 def _draw_chewed_holes(rng: Generator, leaf: _Leaf) -> np.ndarray:
-    """What insects ate, in healthy and sick leaves alike: 0 to 1 per pixel of the leaf."""
+    """Holes eaten by insects, in healthy and sick leaves alike: 0 to 1 per pixel of the leaf."""
     count = int(rng.integers(1, 6)) if rng.random() < 0.35 else 0
     return _draw_spots(rng, leaf, *_place_spots(rng, leaf.shape, count), rng.uniform(0.008, 0.028, count))
 
 
 def _place_spots(rng: Generator, shape: _Shape, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` random places on the leaf as `along` and `across`, away from midrib and margin."""
+    """Draws `count` random positions on the leaf, `along` and `across`, away from midrib and margin."""
     along = rng.beta(1.6, 2.2, count) * 0.86 + 0.04
     side = rng.choice([-1.0, 1.0], count)
     width = shape.width(along, side)[0]
@@ -344,7 +344,7 @@ def _place_spots(rng: Generator, shape: _Shape, count: int) -> tuple[np.ndarray,
 
 
 def _draw_spots(rng: Generator, leaf: _Leaf, along: np.ndarray, across: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Roundish spots of the given radii (in leaf lengths), antialiased: 0 to 1 per pixel of the leaf."""
+    """Draws antialiased ellipses of the given radii (in leaf lengths): 0 to 1 per pixel of the leaf."""
     scale = _choose_supersampling(leaf.size)
     side = leaf.size * scale
     stretch = rng.uniform(0.8, 1.25, (len(radius), 2))
@@ -364,7 +364,7 @@ def _draw_spots(rng: Generator, leaf: _Leaf, along: np.ndarray, across: np.ndarr
 def _add_angular_spots(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.ndarray:
     """Infects groups of neighbouring areoles, so that the patches end at the veins."""
     count = int(rng.integers(4, 20))
-    spread = rng.uniform(0.2, 0.75)  # how readily a patch takes the neighbouring areole
+    spread = rng.uniform(0.2, 0.75)  # probability that a patch spreads to a neighbouring areole
     brown = _colour_from_hsv(rng.uniform(18, 34), rng.uniform(0.5, 0.75), rng.uniform(0.28, 0.48))
     tan = _colour_from_hsv(rng.uniform(26, 42), rng.uniform(0.15, 0.4), rng.uniform(0.5, 0.72))
     yellow, halo_strength = _rgb(222, 206, 84), rng.uniform(0.5, 0.95)
@@ -391,7 +391,7 @@ def _add_angular_spots(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.nd
 
 
 def _add_pustules(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.ndarray:
-    """Strews small round pustules over the leaf; close ones run together."""
+    """Scatters small round pustules over the leaf; close ones merge."""
     count = int(rng.integers(30, 130))
     radius = rng.uniform(0.007, 0.013) * rng.lognormal(0, 0.25, count)
     orange = _colour_from_hsv(rng.uniform(14, 26), rng.uniform(0.7, 0.88), rng.uniform(0.5, 0.72))
@@ -405,7 +405,7 @@ def _add_pustules(rng: Generator, leaf: _Leaf, colour: np.ndarray) -> np.ndarray
 
 
 def _draw_halo(leaf: _Leaf, lesions: np.ndarray, radius: float) -> np.ndarray:
-    """A soft border of about `radius` (in leaf lengths) around what `lesions` [pixels] covers."""
+    """A soft border of about `radius` (in leaf lengths) around `lesions` [pixels]."""
     mask = np.zeros((leaf.size, leaf.size), dtype=np.float32)
     mask[leaf.pixels] = lesions
     return np.clip(3 * _blur(mask, radius * leaf.shape.length)[leaf.pixels], 0, 1)
@@ -416,7 +416,7 @@ def _draw_halo(leaf: _Leaf, lesions: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _draw_background(rng: Generator, size: int) -> np.ndarray:
-    """Soil, sky or foliage out of focus, [size, size, 3]."""
+    """Draws soil, sky or foliage out of focus, [size, size, 3]."""
     return (_draw_soil, _draw_sky, _draw_foliage, _draw_foliage)[rng.integers(4)](rng, size)
 
 
@@ -436,7 +436,7 @@ def _draw_sky(rng: Generator, size: int) -> np.ndarray:
 
 
 def _draw_foliage(rng: Generator, size: int) -> np.ndarray:
-    """Blurred leaves, some of them yellow or withered, drawn small and enlarged."""
+    """Draws blurred leaves, some of them yellow or withered, at a small size and enlarges them."""
     side = 48
     image = Image.new(
         "RGB", (side, side), _to_bytes(_colour_from_hsv(rng.uniform(60, 130), 0.5, rng.uniform(0.12, 0.4)))
@@ -461,7 +461,7 @@ def _to_bytes(colour: np.ndarray) -> tuple[int, ...]:
 
 
 def _cast_shadow(rng: Generator, leaf: _Leaf, opacity: np.ndarray) -> np.ndarray:
-    """How much light the leaf takes from the background, [size, size]."""
+    """Share of the light that the leaf blocks from the background, [size, size]."""
     offset, strength = rng.uniform(-0.03, 0.03, 2), rng.uniform(0, 0.55)
     mask = np.zeros((leaf.size, leaf.size), dtype=np.float32)
     mask[leaf.pixels] = opacity
@@ -472,7 +472,7 @@ def _cast_shadow(rng: Generator, leaf: _Leaf, opacity: np.ndarray) -> np.ndarray
 
 
 def _apply_light(rng: Generator, image: np.ndarray) -> np.ndarray:
-    """Exposure, white balance, uneven light and the sensor's noise, over the whole picture; clips to 0 to 1."""
+    """Applies exposure, white balance, uneven light and sensor noise to the image; clips to [0, 1]."""
     size = len(image)
     exposure, contrast = rng.uniform(0.7, 1.3), rng.uniform(0.85, 1.15)
     warmth, tint = rng.uniform(-0.12, 0.12), rng.uniform(-0.05, 0.05)

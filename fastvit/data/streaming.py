@@ -1,9 +1,9 @@
-"""Pictures that are read while training goes on, for data larger than memory or disk.
+"""Images that are read during training, for data sets larger than memory or disk.
 
-From the hub, from a folder of pictures, or from WebDataset shards (tar files with NAME.jpg and NAME.cls side by side).
-The `datasets` library reads, shuffles and splits. Each process gets its own endless `Stream` of decoded pictures: pass
-after pass over its part, in an order drawn from the seed and the number of the pass. The n-th picture and its crop
-depend on nothing else, so that a resumed run reads past what it has seen and goes on with the same pictures.
+Sources are the hub, image folders and WebDataset shards (tar files with NAME.jpg and NAME.cls side by side). The
+`datasets` library reads, shuffles and splits them. Each process has its own endless `Stream` of decoded images: pass
+after pass over its part, in an order that depends on the seed and the number of the pass. The n-th image and its crop
+depend on nothing else, so that a resumed run skips the images it has seen and continues with the same ones.
 """
 
 from __future__ import annotations
@@ -44,10 +44,14 @@ from fastvit.errors import InputError, ProcessError
 
 @dataclass
 class StreamedDataset(ImageDataset):
-    """Validation and test pictures are in `splits`, as elsewhere; the training pictures are in `train`.
+    """A data set whose training images are streamed; `splits` holds the validation and test images.
 
-    train: a `datasets.IterableDataset` of encoded pictures. image_column, label_column: what to take from its rows.
-    labels: the class of each value of the label column. num_train: how many pictures there are, if it is known.
+    Attributes:
+        train: A `datasets.IterableDataset` of encoded images.
+        image_column: The column with the images.
+        label_column: The column with the labels.
+        labels: Value of the label column -> class.
+        num_train: The number of training images; None if unknown.
     """
 
     train: Any
@@ -57,13 +61,13 @@ class StreamedDataset(ImageDataset):
     num_train: int | None
 
     def read_encoded(self, row: dict[str, Any]) -> tuple[str, bytes]:
-        """Name and bytes of a row's picture."""
-        from datasets.utils.file_utils import xopen  # a file here, on the hub, or in an archive there
+        """Returns the name and the bytes of the image in a row; raises ProcessError if it cannot be read."""
+        from datasets.utils.file_utils import xopen  # opens local files, files on the hub and members of archives
 
         cell = row[self.image_column]
         if cell is None:
-            raise ProcessError(f"{self.name}: expected a picture in column {self.image_column!r}, found a row without")
-        name = cell["path"] or "picture"
+            raise ProcessError(f"{self.name}: expected an image in column {self.image_column!r}, found an empty row")
+        name = cell["path"] or "image"
         if cell["bytes"] is not None:
             return name, cell["bytes"]
         try:
@@ -73,6 +77,7 @@ class StreamedDataset(ImageDataset):
             raise ProcessError(f"{name}: cannot be read ({error})") from None
 
     def get_label(self, row: dict[str, Any], name: str) -> int:
+        """Returns the class of a row; `name` is the image in the error message."""
         value = row[self.label_column]
         if value not in self.labels:
             raise ProcessError(f"{name}: expected one of {len(self.class_names)} classes, found {value!r}")
@@ -81,7 +86,7 @@ class StreamedDataset(ImageDataset):
     def load_example_split(self) -> Split:
         split = _read_into_memory(self, itertools.islice(self.train, 256))
         if split is None:
-            raise InputError(f"{self.name}: expected labels with the training pictures, found -1")
+            raise InputError(f"{self.name}: expected labels of the training images, found -1")
         return split
 
 
@@ -97,12 +102,25 @@ def stream_images(
     need_length: bool = False,
     need_validation: bool = True,
 ) -> StreamedDataset:
-    """Open `dataset` (a hub id) or `data_dir`: a folder of pictures or of tar shards, or a pattern of tar files.
+    """Opens a data set for streaming; its encoded validation and test images are read into memory.
 
-    class_names: the classes in the order of their numbers, as "a,b,c" or a file with one a line. Without it they are
-    the data set's own, or a pass over the training labels collects them. Validation and test pictures, up to
-    `max_eval_samples` drawn by `seed`, are read into memory as they are in the files. need_length, need_validation:
-    raise InputError where it is not known how many training pictures there are, or where there is no validation split.
+    Args:
+        dataset: A hub id.
+        data_dir: A folder of images or of tar shards, or a glob pattern of tar files; either this or `dataset`.
+        image_column: The column with the images [found by name or type].
+        label_column: The column with the labels [found by name or type].
+        class_names: The classes in the order of their numbers, as "a,b,c" or a file with one per line. By default they
+            are those of the data set, or are collected by a pass over the training labels.
+        max_eval_samples: The largest number of validation and of test images, drawn with `seed`.
+        seed: Seed of that choice.
+        need_length: Whether to raise InputError if the number of training images is unknown.
+        need_validation: Whether to raise InputError if there is no validation split.
+
+    Returns:
+        The data set.
+
+    Raises:
+        InputError: If the data set cannot be read, or lacks training images, labels or classes.
     """
     import datasets
 
@@ -110,18 +128,18 @@ def stream_images(
     splits = _open_splits(source, data_dir)
     if need_validation and VALIDATION not in splits:
         raise InputError(
-            f"{source}: expected a split called 'validation', found {', '.join(splits)}; from a stream none can be set"
-            " aside: --validation-fraction 0 trains without one"
+            f"{source}: expected a split called 'validation', found {', '.join(splits)}; a stream cannot be split:"
+            " --validation-fraction 0 trains without one"
         )
     sizes = splits[TRAIN].info.splits or {}
     num_train = sizes[TRAIN].num_examples if TRAIN in sizes else None
     if need_length and not num_train:
         raise InputError(
-            f"--max-steps: expected with --streaming, because {source} does not say how many pictures it has"
+            f"--max-steps: expected with --streaming, because {source} does not record how many images it has"
         )
     features = splits[TRAIN].features
     if features is None:
-        raise InputError(f"{source}: expected pictures and labels, found rows whose columns are not declared")
+        raise InputError(f"{source}: expected images and labels, found rows whose columns are not declared")
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
     splits = {
@@ -143,7 +161,7 @@ def stream_images(
 
 
 def _open_splits(source: str, data_dir: str | Path | None) -> dict[str, Any]:
-    """The splits of a hub data set, or of `data_dir`, as iterable data sets by their usual names."""
+    """Opens the splits of a hub data set or of `data_dir` as iterable data sets, by their normalised names."""
     import datasets
 
     shards = None if data_dir is None else _find_tar_shards(str(data_dir))
@@ -163,7 +181,7 @@ def _open_splits(source: str, data_dir: str | Path | None) -> dict[str, Any]:
 def _resolve_classes(
     train, feature, label_column: str, class_names: str | None, source: str
 ) -> tuple[list[str], dict[Any, int]]:
-    """The names of the classes, and the class of each value of the label column; arguments as in `stream_images`."""
+    """Returns the class names, and the class of each value of the label column; arguments as in `stream_images`."""
     import datasets
 
     labels: dict[Any, int]
@@ -184,12 +202,12 @@ def _resolve_classes(
 
 
 def _find_tar_shards(data_dir: str) -> dict[str, Any] | None:
-    """Where tar files are, for the `datasets` library: those of a folder, split by their names, or of a pattern."""
+    """Finds tar files for the `datasets` library: those of a folder, split by their names, or of a glob pattern."""
     if Path(data_dir).is_dir():
         return {"data_dir": data_dir} if any(Path(data_dir).rglob("*.tar")) else None
     files = sorted(glob.glob(data_dir, recursive=True))  # noqa: PTH207 (the pattern is a whole path)
     if not files or not all(file.endswith(".tar") for file in files):
-        raise InputError(f"data_dir: expected a folder, or a pattern that names .tar files, got {data_dir}")
+        raise InputError(f"data_dir: expected a folder, or a pattern of .tar files, got {data_dir}")
     return {"data_files": {TRAIN: files}}
 
 
@@ -203,17 +221,17 @@ def _read_class_names(given: str) -> list[str]:
 
 
 def _collect_labels(train, label_column: str, source: str) -> list[Any]:
-    """All values of the label column, sorted. The first process reads; the others are told."""
+    """Collects the sorted values of the label column. The first process reads and broadcasts them."""
     values: list[Any] = []
     if PartialState().is_main_process:
-        print(f"{source}: reading all of it for the names of its classes; --class-names makes that unnecessary")
+        print(f"{source}: reading all of it for its class names; --class-names makes that unnecessary")
         found = {row[label_column] for row in train.select_columns([label_column])}
         values = sorted(found, key=None if all(isinstance(value, int) for value in found) else str)
     return broadcast_object_list([values])[0]
 
 
 def _read_into_memory(images: StreamedDataset, rows) -> Split | None:
-    """A split of encoded pictures that are held in memory; None without labels, which test splits have as -1."""
+    """Reads the encoded images of a split into memory; returns None for a split without labels, where they are -1."""
     digest, encoded, labels = hashlib.sha256(), [], []
     for row in rows:
         if row[images.label_column] == -1:
@@ -231,9 +249,18 @@ def _read_into_memory(images: StreamedDataset, rows) -> Split | None:
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Training pictures without end, as a Trainer reads them: {"pixel_values": uint8 [H, W, 3], "labels": int}.
+    """Endless training images for a Trainer: {"pixel_values": uint8 [height, width, 3], "labels": int}.
 
-    decode_size: (height, width) that pictures are resized to before `augment`. rank, world_size: which process's part.
+    Args:
+        images: The data set.
+        decode_size: (height, width) to which images are resized before `augment`.
+        augment: uint8 [h, w, 3] -> uint8 [height, width, 3], with random numbers of torch's generator.
+        resample: The filter.
+        seed: Seed of the order and of the augmentation.
+        shuffle_buffer: The number of images among which the order is random.
+        skip_bad: Whether to skip images that cannot be decoded instead of raising ProcessError.
+        rank: The process, whose part of the images this is.
+        world_size: The number of processes.
     """
 
     def __init__(
@@ -260,11 +287,11 @@ class Stream(torch.utils.data.IterableDataset):
         self.skipped = (0, 0)
 
     def resume_after(self, batches: int, batch_size: int) -> None:
-        """The first `batches` will be thrown away: Trainer skips what was trained on. They need not be decoded."""
+        """Marks the first `batches` as seen: a resumed Trainer discards them, so they are not decoded."""
         self.skipped = (batches, batch_size)
 
     def iterate_rows(self) -> Iterator[dict[str, Any]]:
-        """Rows of this process, and in a worker of this worker, pass after pass."""
+        """Yields the rows of this process, or of this worker of a DataLoader, pass after pass."""
         from datasets.distributed import split_dataset_by_node
 
         for number in itertools.count():
@@ -273,21 +300,21 @@ class Stream(torch.utils.data.IterableDataset):
             try:
                 for row in split_dataset_by_node(shuffled, self.rank, self.world_size):
                     yield row
-            except Exception as error:  # whatever a file system, a network or an archive may raise
+            except Exception as error:  # file systems, networks and archives have no common class
                 raise ProcessError(
-                    f"{self.images.name}: cannot be read on ({type(error).__name__}: {error})"
+                    f"{self.images.name}: cannot be read further ({type(error).__name__}: {error})"
                 ) from error
             if row is None:
-                raise ProcessError(f"{self.images.name}: found no training pictures for process {self.rank}")
+                raise ProcessError(f"{self.images.name}: found no training images for process {self.rank}")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:
         worker = torch.utils.data.get_worker_info()
         worker_id, num_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         batches, batch_size = self.skipped
-        unseen = len(range(worker_id, batches, num_workers)) * batch_size  # workers take turns, batch by batch
+        unseen = len(range(worker_id, batches, num_workers)) * batch_size  # workers alternate, one batch each
         number = 0
         for row in self.iterate_rows():
-            # With skip_bad only decoding tells which rows count.
+            # With skip_bad, only decoding determines which rows count.
             if number < unseen and not self.skip_bad:
                 yield self.make_placeholder()
                 number += 1
@@ -302,7 +329,7 @@ class Stream(torch.utils.data.IterableDataset):
                 print(f"skipped: {error}", file=sys.stderr)
                 continue
             if self.augment is not None:
-                # Drawn from the picture's number, not from the generator that dropout shares.
+                # Seeded with the image's number: the global generator is shared with dropout.
                 with torch.random.fork_rng(devices=[]):
                     key = np.random.SeedSequence((self.seed, self.rank, worker_id, number))
                     torch.default_generator.manual_seed(int(key.generate_state(1, np.uint64)[0]))
@@ -311,18 +338,18 @@ class Stream(torch.utils.data.IterableDataset):
             number += 1
 
     def make_placeholder(self) -> dict[str, torch.Tensor | int]:
-        """In place of a picture that is thrown away. Its class does not exist: it cannot be trained on unnoticed."""
+        """Builds an item to be discarded. Its label, -1, is no class, so that training on it raises an error."""
         size = self.augment.image_size if isinstance(self.augment, Augment) else self.decode_size
         return {"pixel_values": torch.zeros(*size, 3, dtype=torch.uint8), "labels": -1}
 
 
 def build_stream_loader(stream: Stream, batch_size: int, args: TrainingArguments, collate: Callable):
-    """Batches of this process's part. (accelerate's own way would have every process read everything.)"""
+    """Builds a loader of this process's part. (By default accelerate would have every process read everything.)"""
     loader = torch.utils.data.DataLoader(
         stream,
         batch_size=batch_size,
         collate_fn=collate,
-        # A worker without a shard would have nothing to do.
+        # A worker without a shard would be idle.
         num_workers=min(args.dataloader_num_workers, max(1, stream.images.train.num_shards // stream.world_size)),
         pin_memory=args.dataloader_pin_memory,
     )
