@@ -1,6 +1,6 @@
 """Figures of a run: sheets of examples, heat maps and attention rollout.
 
-Only NumPy and Pillow. Attention arrives as arrays, `[layers, heads, tokens, tokens]` with the class token first.
+Attention arrives as arrays, `[layers, heads, tokens, tokens]` with the class token first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from fastvit.data.images import convert_to_rgb
 from fastvit.errors import InputError
 from fastvit.report.classification import replace_unprintable
 
@@ -83,15 +84,7 @@ def draw_example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: in
 
 def _pad_to_square(image: Image.Image, side: int) -> Image.Image:
     """The whole picture in a square, on light grey."""
-    return ImageOps.pad(flatten_to_rgb(image), (side, side), color=(238, 238, 238))
-
-
-def flatten_to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; what is transparent becomes white."""
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (*_PAPER, 255)), rgba).convert("RGB")
-    return image.convert("RGB")
+    return ImageOps.pad(convert_to_rgb(image), (side, side), color=(238, 238, 238))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +122,7 @@ def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
     anchors = np.linspace(0, 1, len(_HEAT_COLOURS))
     colours = np.stack([np.interp(enlarged, anchors, channel) for channel in _HEAT_COLOURS.T], axis=-1)
     overlay = Image.fromarray((colours + 0.5).astype(np.uint8))
-    return Image.blend(flatten_to_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
+    return Image.blend(convert_to_rgb(image).convert("L").convert("RGB"), overlay, _HEAT_OPACITY)
 
 
 def attention_rollout(attentions: np.ndarray) -> np.ndarray:
@@ -200,7 +193,7 @@ def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple
         _draw_text(ImageDraw.Draw(sheet), (left, top), title, width=side)
         sheet.paste(_pad_to_square(content, side), (left, top + label))
 
-    image = ImageOps.contain(flatten_to_rgb(image), (large, large))
+    image = ImageOps.contain(convert_to_rgb(image), (large, large))
     place("picture", image, _GAP, _GAP, large)
     place("rollout of all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, _GAP, large)
     for index, heat in enumerate(of_layers):
@@ -226,7 +219,7 @@ def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise InputError(f"path: expected an existing folder, {path.parent} is none")
     if image_format == "JPEG":
-        image = flatten_to_rgb(image)  # the format has no transparency
+        image = convert_to_rgb(image)  # the format has no transparency
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         image.save(temporary, format=image_format)

@@ -18,7 +18,8 @@ import jinja2
 from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
-from fastvit.report import classification, figures
+from fastvit.data.images import convert_to_rgb
+from fastvit.report import classification
 
 MAX_NAME_LENGTH = 80
 
@@ -68,7 +69,7 @@ def format_percent(value: float) -> str:
 
 def encode_thumbnail(image: Image.Image, side: int) -> str:
     """The picture, no larger than `side` either way, as a data URI."""
-    image = figures.flatten_to_rgb(image)
+    image = convert_to_rgb(image)
     if max(image.size) > side:
         image = ImageOps.contain(image, (side, side))
     buffer = io.BytesIO()
