@@ -8,7 +8,7 @@ from fastvit.data import leaves
 
 
 def write_shard(path: Path, samples: list[tuple[str, bytes, bytes]], extension: str = "cls") -> None:
-    """samples: (name, picture, label), as bytes."""
+    """Writes `samples`: name, encoded image and encoded label of each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, image, label in samples:
@@ -25,7 +25,7 @@ def encode_leaf(label: int, seed: int, size: int = 16) -> bytes:
 
 
 def make_shards(root: Path, shards: int = 2, per_shard: int = 12, validation: int = 9) -> Path:
-    """train-N.tar, and validation-0.tar where `validation` is not 0; classes take turns, numbered by .cls."""
+    """Writes train-N.tar, and validation-0.tar unless `validation` is 0; .cls holds the number of the class."""
     for shard in range(shards):
         numbers = range(shard * per_shard, (shard + 1) * per_shard)
         samples = [(f"{number:04}", encode_leaf(number % 3, number), str(number % 3).encode()) for number in numbers]

@@ -301,11 +301,11 @@ def make_broken_folder(kind: str, root: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty folder", "expected pictures, one folder a class"),
+        ("empty folder", "expected images, one folder per class"),
         ("one class", "expected at least 2 classes, found 1: healthy"),
-        ("a class with one image", "class 'lonely': expected at least 2 pictures"),
-        ("more classes in validation", "no training pictures for 1 class(es): angular_leaf_spot"),
-        ("no classes", "expected every picture in the folder of a class, found"),
+        ("a class with one image", "class 'lonely': expected at least 2 images"),
+        ("more classes in validation", "no training images for 1 class(es): angular_leaf_spot"),
+        ("no classes", "expected every image in the folder of a class, found"),
         ("no image", "0.png: expected an image, found a file that is none"),
         ("truncated", "0.png: cannot be decoded"),
     ],

@@ -1,4 +1,4 @@
-"""The drawn leaves: the same for the same seed, balanced, honest, and with the lesions that their labels promise."""
+"""Drawn leaves: reproducible, balanced, with the lesions of their labels, and not separable by their mean colour."""
 
 import numpy as np
 import pytest
@@ -12,30 +12,30 @@ def pixels(label: str, seed: int, size: int = 64) -> np.ndarray:
 
 
 def lesion_pixels(label: str, seed: int, size: int = 224) -> np.ndarray:
-    """Colours [n, 3] of the pixels that the disease changed strongly, halos left out."""
+    """Colours [n, 3] of the pixels that the disease changed strongly, without the halos."""
     sick, healthy = pixels(label, seed, size), pixels("healthy", seed, size)
     return sick[np.abs(sick - healthy).max(axis=2) > 60]
 
 
-def test_classes_are_those_of_the_beans_data_set_in_its_order():
+def test_classes_match_the_beans_data_set_and_its_order():
     assert CLASSES == ("angular_leaf_spot", "bean_rust", "healthy")
 
 
 @pytest.mark.parametrize("label", CLASSES)
 @pytest.mark.parametrize("size", [16, 64, 65, 224])
-def test_image_has_the_asked_size_and_mode(label, size):
+def test_image_has_the_requested_size_and_mode(label, size):
     image = draw_leaf(label, seed=3, size=size)
     assert image.mode == "RGB"
     assert image.size == (size, size)
 
 
 @pytest.mark.parametrize("label", CLASSES)
-def test_same_label_and_seed_give_the_same_image(label):
+def test_same_label_and_seed_draw_the_same_image(label):
     assert np.array_equal(pixels(label, 7), pixels(label, 7))
 
 
 @pytest.mark.parametrize("label", CLASSES)
-def test_other_seed_gives_another_image(label):
+def test_another_seed_draws_another_image(label):
     assert np.abs(pixels(label, 7) - pixels(label, 8)).mean() > 5
 
 
@@ -50,7 +50,7 @@ def test_image_is_the_same_at_any_size_up_to_resampling(label, seed):
 
 
 @pytest.mark.parametrize("label", ["angular_leaf_spot", "bean_rust"])
-def test_only_lesions_tell_sick_leaves_from_healthy_ones(label):
+def test_only_lesions_distinguish_sick_leaves_from_healthy_ones(label):
     for seed in range(20):
         changed = np.abs(pixels(label, seed) - pixels("healthy", seed)).max(axis=2) > 2
         assert 0.005 < changed.mean() < 0.6
@@ -118,7 +118,7 @@ def test_no_two_generated_images_are_equal_within_or_between_seeds():
     assert len({image.tobytes() for image in images}) == 180
 
 
-def test_mean_colour_does_not_give_the_class_away():
+def test_mean_colour_does_not_reveal_the_class():
     def mean_colours(seed: int) -> tuple[np.ndarray, np.ndarray]:
         images, labels = draw_leaves(600, image_size=16, seed=seed)
         means = images.reshape(600, -1, 3).mean(axis=1) / 255
@@ -153,6 +153,6 @@ def test_bad_argument_of_draw_leaf_is_named(arguments, name):
         ({"num_images": 3, "seed": -2}, "seed"),
     ],
 )
-def test_bad_argument_of_generate_is_named(arguments, name):
+def test_bad_argument_of_draw_leaves_is_named(arguments, name):
     with pytest.raises(InputError, match=f"^{name}: expected .*got"):
         draw_leaves(**arguments)

@@ -171,7 +171,7 @@ def test_unusual_normalisation_reaches_the_model(kind, folder, files):
         ({"size": {"shortest_edge": 32}}, "one height and width, got size 32 and crop_size None"),
         ({"do_resize": False}, "one height and width"),
         ({"do_pad": True}, "do_pad"),
-        ({"image_mean": [0.5], "image_std": [0.5]}, "expected 3 values"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "expected 3 finite numbers"),
         ({"size": {"longest_edge": 30, "shortest_edge": 20}}, "size: expected height and width, or shortest_edge"),
         ({"image_processor_type": "ConvNextImageProcessor"}, "got 'ConvNextImageProcessor'"),
     ],
