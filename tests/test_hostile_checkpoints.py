@@ -7,7 +7,6 @@ import math
 import pickle
 import re
 import struct
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -137,25 +136,13 @@ def test_a_config_is_checked_against_the_weights_before_memory_is_allocated(mode
     assert "config.json describes a model of 6,446,170,112 weights, its files hold 23,619" in report
 
 
-OVERRIDES = {
-    "image size": ({"image_size": 32}, lambda model: model.vit.embeddings.position_embeddings.shape == (1, 17, 32)),
-    "head": ({"num_labels": 7, "ignore_mismatched_sizes": True}, lambda model: model.classifier.out_features == 7),
-    "config": (
-        {"config": ViTConfig(**hostile.CONFIG, hidden_act="relu")},
-        lambda model: model.config.hidden_act == "relu",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", OVERRIDES)
-def test_the_caller_may_override_the_config(kind, model):
-    options, is_applied = OVERRIDES[kind]
-    assert is_applied(ViTForImageClassification.from_pretrained(model, **options))
-
-
-def test_the_caller_may_not_leave_out_layers(model):
+def test_the_caller_may_override_the_config_but_not_leave_out_layers(model):
+    override = partial(ViTForImageClassification.from_pretrained, model)
+    assert override(image_size=32).vit.embeddings.position_embeddings.shape == (1, 17, 32)
+    assert override(num_labels=7, ignore_mismatched_sizes=True).classifier.out_features == 7
+    assert override(config=ViTConfig(**hostile.CONFIG, hidden_act="relu")).config.hidden_act == "relu"
     with pytest.raises(InputError, match="unexpected keys"):
-        ViTForImageClassification.from_pretrained(model, num_hidden_layers=1)
+        override(num_hidden_layers=1)
 
 
 def test_renamed_weights_are_checked_too(model):
@@ -171,14 +158,17 @@ def test_renamed_weights_are_checked_too(model):
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def change_token(folder: Path, **values) -> None:
+def rewrite_weights(folder: Path, edit) -> None:
     path = folder / "model.safetensors"
-    path.write_bytes(hostile.edit_header(path.read_bytes(), lambda header: header[hostile.TOKEN].update(values)))
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def change_token(folder: Path, **values) -> None:
+    rewrite_weights(folder, partial(hostile.edit_header, edit=lambda header: header[hostile.TOKEN].update(values)))
 
 
 def change_header_length(folder: Path, length: int) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    rewrite_weights(folder, lambda data: struct.pack("<Q", length) + data[8:])
 
 
 def save_raw(obj: object, path: Path) -> None:
@@ -252,19 +242,12 @@ def test_code_in_a_lone_torch_file_is_not_run(suffix, save):
     assert not Path("ran").exists() and not Path("converted").exists()
 
 
-def test_an_npz_with_objects_is_refused():
+def test_an_npz_with_objects_or_of_extreme_compression_is_refused():
     np.savez("a.npz", cls=np.array([hostile.RunsCode()], dtype=object))
     with pytest.raises(InputError, match=r"a\.npz: not a readable \.npz file of plain arrays"):
         convert("a.npz", "converted")
     assert not Path("ran").exists()
-
-
-def test_an_npz_that_expands_in_memory_is_refused():
-    header = {"descr": "<f4", "fortran_order": False, "shape": (1, 1, 100 * 2**18)}
-    with zipfile.ZipFile("a.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("cls.npy", "w") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for _ in range(100):
-            file.write(bytes(2**20))
+    np.savez_compressed("a.npz", cls=np.zeros((1, 1, 100 * 2**18), np.float32))
     with pytest.raises(InputError, match=r"a\.npz: expected weights, found [\d,]+ bytes that expand to 104,857,728"):
         convert("a.npz", "converted")
 

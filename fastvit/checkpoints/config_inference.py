@@ -31,7 +31,7 @@ def reject_unsupported_parts(
     for pattern, meaning in unsupported.items():
         for name in names:
             if re.search(pattern, name):
-                raise InputError(f"{source}: {name}: {meaning} is not supported by this model")
+                raise InputError(f"{source}: {name}: {meaning}: not supported by this model")
     cls_token = getattr(EMBEDDINGS[2], fmt)
     if contains_any(names, EMBEDDINGS[:1], fmt) and cls_token not in names:
         raise InputError(f"{source}: tensor {cls_token} is missing: models without a class token are not supported")
