@@ -17,7 +17,7 @@ def lesion_pixels(label: str, seed: int, size: int = 224) -> np.ndarray:
     return sick[np.abs(sick - healthy).max(axis=2) > 60]
 
 
-def test_classes_match_the_beans_data_set_and_its_order():
+def test_classes_match_the_beans_dataset_and_its_order():
     assert CLASSES == ("angular_leaf_spot", "bean_rust", "healthy")
 
 
@@ -107,7 +107,7 @@ def test_generated_labels_are_shuffled_by_the_seed():
     assert not np.array_equal(labels, draw_leaves(60, image_size=16, seed=1)[1])
 
 
-def test_generated_data_set_is_the_same_for_the_same_seed():
+def test_generated_dataset_is_the_same_for_the_same_seed():
     first, second = draw_leaves(12, image_size=32, seed=5), draw_leaves(12, image_size=32, seed=5)
     assert np.array_equal(first[0], second[0])
     assert np.array_equal(first[1], second[1])

@@ -146,7 +146,7 @@ def test_labels_may_be_strings_in_a_column_of_any_name(tmp_path):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A data set as on the hub: Parquet files, with a card that records the number of images."""
+    """A dataset as on the hub: Parquet files, with a card that records the number of images."""
     features = datasets.Features({"image": datasets.Image(), "labels": datasets.ClassLabel(names=list(leaves.CLASSES))})
     for split, count in (("train", 20), ("validation", 5)):
         rows = {
@@ -163,7 +163,7 @@ def repository(tmp_path):
     return "./repository"
 
 
-def test_a_data_set_of_known_size_can_be_trained_for_epochs(repository, tmp_path, monkeypatch):
+def test_a_dataset_of_known_size_can_be_trained_for_epochs(repository, tmp_path, monkeypatch):
     # `datasets` waits for 5 s if a Parquet file is not read to its end.
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     images = stream_images(repository, need_length=True, max_eval_samples=4)

@@ -1,1 +1,1 @@
-"""Images: decoding, folders, data sets of the hub, streams, and leaves drawn by code."""
+"""Images: decoding, folders, datasets of the hub, streams, and leaves drawn by code."""

@@ -1,7 +1,7 @@
 """Labelled images from the hub, from an image folder, or drawn by code.
 
 Every source becomes an `ImageDataset`: class names, and for each split the labels and a function that loads one image.
-The `datasets` library reads and caches data sets of the hub.
+The `datasets` library reads and caches datasets of the hub.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastvit.data.folders import Classes, compute_fingerprint, has_metadata, lis
 from fastvit.data.images import decode_image
 from fastvit.errors import InputError, escape_unprintable
 
-# Short names of data sets on the hub.
+# Short names of datasets on the hub.
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
@@ -52,7 +52,7 @@ class Split:
 
 @dataclass
 class ImageDataset:
-    """A data set in memory or on disk: its name, class names, and splits by name."""
+    """A dataset in memory or on disk: its name, class names, and splits by name."""
 
     name: str
     class_names: list[str]
@@ -102,7 +102,7 @@ def load_images(
     image_size: int = 64,
     generated_images: int = 2000,
 ) -> ImageDataset:
-    """Loads a data set of the hub, an image folder or the generated data set.
+    """Loads a dataset of the hub, an image folder or the generated dataset.
 
     Args:
         dataset: A hub id, or "generated".
@@ -116,13 +116,13 @@ def load_images(
         generated_images: Number of generated images.
 
     Returns:
-        The data set, with a training split.
+        The dataset, with a training split.
 
     Raises:
-        InputError: If the data set cannot be read, or lacks training images, labels or classes.
+        InputError: If the dataset cannot be read, or lacks training images, labels or classes.
     """
     if (dataset is None) == (data_dir is None):
-        raise InputError("dataset: expected either a data set or an image folder (data_dir), got both or neither")
+        raise InputError("dataset: expected either a dataset or an image folder (data_dir), got both or neither")
     if dataset == "generated":
         images = generate_dataset(generated_images, image_size, seed)
     elif data_dir is not None and not has_metadata(_check_folder(data_dir)):
@@ -137,7 +137,7 @@ def load_images(
 
 
 def generate_dataset(num_images: int, image_size: int, seed: int) -> ImageDataset:
-    """Generates the built-in data set: drawn leaves, a fifth of them for validation (`fastvit.data.leaves`)."""
+    """Generates the built-in dataset: drawn leaves, a fifth of them for validation (`fastvit.data.leaves`)."""
 
     def split(count: int, seed: int) -> Split:
         images, labels = leaves.draw_leaves(count, image_size=image_size, seed=seed)
@@ -229,7 +229,7 @@ def _check_classes(names: list[str], trained: set[str], source: str) -> None:
 
 @contextlib.contextmanager
 def wrap_read_errors(source: str) -> Iterator[None]:
-    """Turns errors of the `datasets` library for a missing or broken data set into an InputError of one line."""
+    """Turns errors of the `datasets` library for a missing or broken dataset into an InputError of one line."""
     import datasets
 
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
@@ -250,7 +250,7 @@ def wrap_read_errors(source: str) -> Iterator[None]:
 def _read_with_datasets(
     hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
 ) -> ImageDataset:
-    """Reads a data set of the hub, or an image folder with a metadata file, with the `datasets` library."""
+    """Reads a dataset of the hub, or an image folder with a metadata file, with the `datasets` library."""
     import datasets
 
     source = hub_id or str(data_dir)

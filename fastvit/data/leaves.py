@@ -1,6 +1,6 @@
-"""A data set of bean leaves drawn by code, for training without a network.
+"""A dataset of bean leaves drawn by code, for training without a network.
 
-It replaces the photographs of the `beans` data set and has its three classes, with the same names and order:
+It replaces the photographs of the `beans` dataset and has its three classes, with the same names and order:
 
     angular_leaf_spot   brown and tan patches with straight sides, bounded by the veins, in a yellow halo
     bean_rust           many small round reddish-orange pustules, each in a pale halo
@@ -30,7 +30,7 @@ CLASSES = ("angular_leaf_spot", "bean_rust", "healthy")
 MIN_SIZE = 16
 _BILINEAR, _BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 _SCENE_STREAM, _SHUFFLE_STREAM, _LESION_STREAM = 0, 1, 2
-_MAX_IMAGES = 2**32  # image i of data set s has the seed s * 2**32 + i
+_MAX_IMAGES = 2**32  # image i of dataset s has the seed s * 2**32 + i
 
 # Areoles are the cells of the net of fine veins. Each leaf half has a lattice of them: rows follow the side veins, two
 # per interval between neighbouring veins, and columns are numbered from the midrib.
@@ -77,9 +77,9 @@ def draw_leaf(label: str, *, seed: int, size: int = 64) -> Image.Image:
 
 
 def draw_leaves(num_images: int, *, image_size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a balanced data set in random order.
+    """Draws a balanced dataset in random order.
 
-    Data sets of different seeds have no image in common, so one can serve for training and another for testing.
+    Datasets of different seeds have no image in common, so one can serve for training and another for testing.
 
     Args:
         num_images: The number of images, from 0 to 2**32.

@@ -1,4 +1,4 @@
-"""Images that are read during training, for data sets larger than memory or disk.
+"""Images that are read during training, for datasets larger than memory or disk.
 
 Sources are the hub, image folders and WebDataset shards (tar files with NAME.jpg and NAME.cls side by side). The
 `datasets` library reads, shuffles and splits them. Each process has its own endless `Stream` of decoded images: pass
@@ -44,7 +44,7 @@ from fastvit.errors import InputError, ProcessError
 
 @dataclass
 class StreamedDataset(ImageDataset):
-    """A data set whose training images are streamed; `splits` holds the validation and test images.
+    """A dataset whose training images are streamed; `splits` holds the validation and test images.
 
     Attributes:
         train: A `datasets.IterableDataset` of encoded images.
@@ -102,7 +102,7 @@ def stream_images(
     need_length: bool = False,
     need_validation: bool = True,
 ) -> StreamedDataset:
-    """Opens a data set for streaming; its encoded validation and test images are read into memory.
+    """Opens a dataset for streaming; its encoded validation and test images are read into memory.
 
     Args:
         dataset: A hub id.
@@ -110,17 +110,17 @@ def stream_images(
         image_column: The column with the images [found by name or type].
         label_column: The column with the labels [found by name or type].
         class_names: The classes in the order of their numbers, as "a,b,c" or a file with one per line. By default they
-            are those of the data set, or are collected by a pass over the training labels.
+            are those of the dataset, or are collected by a pass over the training labels.
         max_eval_samples: The largest number of validation and of test images, drawn with `seed`.
         seed: Seed of that choice.
         need_length: Whether to raise InputError if the number of training images is unknown.
         need_validation: Whether to raise InputError if there is no validation split.
 
     Returns:
-        The data set.
+        The dataset.
 
     Raises:
-        InputError: If the data set cannot be read, or lacks training images, labels or classes.
+        InputError: If the dataset cannot be read, or lacks training images, labels or classes.
     """
     import datasets
 
@@ -161,7 +161,7 @@ def stream_images(
 
 
 def _open_splits(source: str, data_dir: str | Path | None) -> dict[str, Any]:
-    """Opens the splits of a hub data set or of `data_dir` as iterable data sets, by their normalised names."""
+    """Opens the splits of a hub dataset or of `data_dir` as iterable datasets, by their normalised names."""
     import datasets
 
     shards = None if data_dir is None else _find_tar_shards(str(data_dir))
@@ -252,7 +252,7 @@ class Stream(torch.utils.data.IterableDataset):
     """Endless training images for a Trainer: {"pixel_values": uint8 [height, width, 3], "labels": int}.
 
     Args:
-        images: The data set.
+        images: The dataset.
         decode_size: (height, width) to which images are resized before `augment`.
         augment: uint8 [h, w, 3] -> uint8 [height, width, 3], with random numbers of torch's generator.
         resample: The filter.
