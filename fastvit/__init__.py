@@ -1,6 +1,6 @@
-"""fastvit: a Vision Transformer that is a drop-in for the `transformers` ViT classes.
+"""fastvit: a Vision Transformer that is a drop-in replacement for the ViT classes of `transformers`.
 
-Names are imported when first used, so that `import fastvit` costs next to nothing.
+Names are imported on first use, so that `import fastvit` loads neither torch nor transformers.
 """
 
 from importlib import import_module

@@ -249,7 +249,7 @@ def test_models_that_need_more_are_an_error(name, backend):
     option, _ = REFUSED[name]
     model = build(name)
     model.set_attn_implementation("fastvit")
-    with pytest.raises(fastvit.InputError, match=rf"'fastvit' has no {option}, which \w+Attention asks for"):
+    with pytest.raises(fastvit.InputError, match=rf"'fastvit' does not support {option}, which \w+Attention passes"):
         model(**text())
 
 
@@ -360,7 +360,7 @@ def test_what_is_not_supported_is_named(backend):
     """Whatever is not known to be harmless: what it would change is not known either."""
     tensor = torch.randn(1, 1, 2, 16, device=DEVICE)
     for option, value in (("softcap", 30.0), ("cu_seq_lens_q", torch.tensor([0, 1, 2])), ("new_idea", True)):
-        with pytest.raises(fastvit.InputError, match=f"'fastvit' has no {option}, which Identity asks for"):
+        with pytest.raises(fastvit.InputError, match=f"'fastvit' does not support {option}, which Identity passes"):
             attention_forward(torch.nn.Identity(), tensor, tensor, tensor, None, **{option: value})
     attention_forward(torch.nn.Identity(), tensor, tensor, tensor, None, softcap=None, use_cache=True, new_idea=False)
 

@@ -158,7 +158,7 @@ def test_one_hidden_state_is_the_same_whatever_else_is_asked_for():
     [
         (0, "n: expected 1 to 3 blocks, got 0"),
         (4, "n: expected 1 to 3 blocks, got 4"),
-        ([], "n: expected rising indices of 3 blocks, from 0 to 2, got []"),
+        ([], "n: expected increasing block indices from 0 to 2, got []"),
         ([3], "got [3]"),
         ([-4], "got [-4]"),
         ([1, 0], "got [1, 0]"),

@@ -1,1 +1,1 @@
-"""The Vision Transformer: `vit` is the plain model, `fused` attaches the fused operations to it."""
+"""The Vision Transformer: `vit` is the plain model, `heads` adds the heads, `fused` attaches the fused operations."""

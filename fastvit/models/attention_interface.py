@@ -1,12 +1,12 @@
-"""`attn_implementation="fastvit"`: our attention in transformers' own models.
+"""`attn_implementation="fastvit"`: fastvit's attention in transformers' own models.
 
     fastvit.register_attention()
     model = AutoModel.from_pretrained("facebook/dinov2-base", attn_implementation="fastvit")
 
-transformers keeps two registries: of attention functions, and of functions that make the masks for them. A name that
-stands in the first alone would get no mask, and a user's attention mask would be dropped without a word. The masks are
-those of its eager attention, zero or the most negative number: some models have blocks that take no attention function
-but a mask, and add it to their scores, where a boolean one would be taken for zeros and ones.
+transformers has two registries: one of attention functions and one of functions that build their masks. A name that is
+only in the first gets no mask: the user's attention mask would be dropped silently. We register the masks of eager
+attention, which hold zero or the most negative number. Some models have blocks that ignore the attention function but
+add the mask to their scores; a boolean mask would be added there as zeros and ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastvit.errors import InputError
 
 NAME = "fastvit"
 
-# What models hand to an attention function beside what it computes with: for their other parts, for functions without
-# a mask (the mask has the window already), or for the call as a whole. Of any other option we cannot know that leaving
-# it out leaves the result right: `softcap` and `s_aux` change the softmax, `indices` say which keys may be seen.
+# Options that models pass to an attention function but that do not change its result: they are meant for other parts of
+# the model, for functions without a mask (the mask already includes the window), or for the call as a whole. Any other
+# option may change the result, so it is an error: `softcap` and `s_aux` change the softmax, `indices` selects keys.
 IGNORED_OPTIONS = (
     "cache_position",
     "deterministic",
@@ -42,10 +42,10 @@ IGNORED_OPTIONS = (
 
 
 def register_attention() -> None:
-    """From now on, in this process, every transformers model that takes an attention function takes "fastvit".
+    """Register "fastvit" as an attention implementation of transformers, for this process.
 
-    At load time, `from_pretrained(..., attn_implementation="fastvit")`, or later, `model.set_attn_implementation(...)`.
-    May be called twice. fastvit's own models always use it.
+    Select it with `from_pretrained(..., attn_implementation="fastvit")` or `model.set_attn_implementation("fastvit")`.
+    Calling this twice is harmless. fastvit's own models need no registration.
     """
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, eager_mask)
@@ -63,16 +63,30 @@ def attention_forward(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls an attention function, by `fastvit.ops.attention`.
+    """Compute attention with `fastvit.ops.attention`, behind transformers' interface of an attention function.
 
-    query: [B, H, Nq, D]; key, value: [B, H or fewer, Nk, D]; read by their strides. attention_mask: boolean, or added
-    to the scores. Returns the output [B, Nq, H, D], and the probabilities [B, H, Nq, Nk] with output_attentions. Raises
-    InputError for an option that is not known to leave the result as it is.
+    Args:
+        module: the attention module of the model, read for `is_causal`.
+        query: [B, H, Nq, D]. No copy is made of non-contiguous inputs.
+        key: [B, Hk, Nk, D], where Hk divides H (grouped heads).
+        value: [B, Hk, Nk, D].
+        attention_mask: boolean, or added to the scores; broadcastable to [B, H, Nq, Nk].
+        dropout: probability of dropping an attention probability.
+        scaling: factor of the scores; None for 1 / sqrt(D).
+        is_causal: apply a causal mask if `attention_mask` is None; None for the module's own setting.
+        position_bias: added to the scores, broadcastable to [B, H, Nq, Nk].
+        **kwargs: other options of the model; `output_attentions` requests the probabilities.
+
+    Returns:
+        The output [B, Nq, H, D] and, with output_attentions, the probabilities [B, H, Nq, Nk], else None.
+
+    Raises:
+        InputError: for an option that might change the result.
     """
     for option, given in kwargs.items():
         if given is not None and given is not False and option not in IGNORED_OPTIONS:
             raise InputError(
-                f"attn_implementation: 'fastvit' has no {option}, which {type(module).__name__} asks for;"
+                f"attn_implementation: 'fastvit' does not support {option}, which {type(module).__name__} passes;"
                 ' "sdpa" or "eager" may'
             )
     groups = query.shape[1] // key.shape[1]
@@ -93,7 +107,7 @@ def attention_forward(
 
 
 def add_bias_to_mask(mask: Tensor | None, bias: Tensor) -> Tensor:
-    """A mask and a position bias, [.., Nq, Nk], as one that is added to the scores."""
+    """Combine a mask and a position bias, both [..., Nq, Nk], into one tensor that is added to the scores."""
     if mask is None:
         return bias
     return torch.where(mask, bias, float("-inf")) if mask.dtype == torch.bool else bias + mask

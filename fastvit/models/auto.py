@@ -1,4 +1,4 @@
-"""transformers' Auto classes, made to load our classes for checkpoints of model type "vit"."""
+"""Registration of fastvit's classes with the Auto classes of transformers, for checkpoints of model type "vit"."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ AUTO_CLASSES = {
 
 
 def register() -> None:
-    """From now on, in this process, `AutoModel`, `AutoModelForImageClassification` and
-    `AutoModelForMaskedImageModeling`, and `pipeline` through them, load fastvit's classes for every ViT checkpoint.
+    """Make the Auto classes of transformers load fastvit's classes for ViT checkpoints, for this process.
 
-    Models that exist already stay what they are. `fastvit.unregister()` ends it; either may be called twice.
+    It affects `AutoModel`, `AutoModelForImageClassification`, `AutoModelForMaskedImageModeling` and `pipeline`, but not
+    models that are already loaded. `fastvit.unregister()` undoes it. Calling this twice is harmless.
     """
     _register_classes(heads)
 
 
 def unregister() -> None:
-    """Undo `fastvit.register()`: the Auto classes load transformers' own ViT again."""
+    """Undo `fastvit.register()`: the Auto classes load transformers' own ViT classes again."""
     _register_classes(transformers)
 
 
@@ -32,5 +32,5 @@ def _register_classes(source: object) -> None:
         auto_class, model = getattr(transformers, name), getattr(source, model_class)
         auto_class.register(transformers.ViTConfig, model, exist_ok=True)
         if auto_class._model_mapping[transformers.ViTConfig] is not model:
-            # Before transformers 5.2x `register` passes over transformers' own configs.
+            # Before transformers 5.2x `register` ignores transformers' own configs.
             auto_class._model_mapping._extra_content[transformers.ViTConfig] = model

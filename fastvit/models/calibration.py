@@ -1,9 +1,9 @@
-"""Whether 90 % sure means right nine times in ten: measure it, correct it, draw it.
+"""Calibration of a classifier's probabilities: measure it, correct it, plot it.
 
-A model is calibrated if, of all pictures that it answers with probability p, the part p is answered rightly. Trained
-networks are mostly too sure. Dividing the logits by one number, the temperature, changes no answer, only how sure it
-is (Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599). The temperature stands in
-config.json as `calibration_temperature`.
+A model is calibrated if a fraction p of the images that it classifies with probability p is classified correctly.
+Trained networks are usually overconfident. Temperature scaling divides the logits by one number, which changes the
+probabilities but no prediction (Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv:1706.04599). The
+temperature is saved in config.json as `calibration_temperature`.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 BINS = 15  # as in the paper
-TEMPERATURES = (0.01, 100.0)  # where a fit ends that finds no minimum, as when every answer is right
+TEMPERATURES = (0.01, 100.0)  # bounds of a fit; without them it would diverge if every prediction were correct
 
 
 def get_temperature(config: Any) -> float:
-    """What the logits of a model with this config are divided by; 1 where it was not calibrated."""
+    """Return the temperature that divides the logits of a model with this config; 1 if it was not calibrated."""
     return getattr(config, "calibration_temperature", None) or 1.0
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature T with the smallest cross-entropy of softmax(logits / T), from 0.01 to 100.
+    """Find the temperature T between 0.01 and 100 that minimises the cross-entropy of softmax(logits / T).
 
-    logits: [N, classes], of pictures that the model was not trained on; labels: integers [N].
+    Args:
+        logits: [N, classes], for images that the model was not trained on.
+        labels: class indices, integers [N].
     """
     scores, targets = torch.as_tensor(logits, dtype=torch.float64), torch.as_tensor(labels).long()
-    # In 1 / T the loss is convex: the minimum is where its slope changes sign, and bisection finds it.
+    # The loss is convex in 1 / T: bisection finds the minimum, where the slope changes sign.
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     for _ in range(80):
         middle = torch.tensor((low * high) ** 0.5, dtype=torch.float64, requires_grad=True)
@@ -42,9 +44,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 @dataclass
 class Reliability:
-    """How sure and how right a model was: the pictures sorted by confidence into bins of equal width.
+    """Confidence and accuracy of a model, over images sorted by confidence into bins of equal width.
 
-    counts: pictures in each bin [bins]; confidence, accuracy: their means in each bin [bins], 0 where there is none.
+    Attributes:
+        counts: number of images per bin [bins].
+        confidence: mean confidence per bin [bins], 0 for an empty bin.
+        accuracy: mean accuracy per bin [bins], 0 for an empty bin.
     """
 
     counts: np.ndarray
@@ -53,17 +58,17 @@ class Reliability:
 
     @property
     def expected_calibration_error(self) -> float:
-        """The mean over the pictures of |accuracy - confidence| of their bin (Naeini et al. 2015)."""
+        """Mean over the images of |accuracy - confidence| of their bin (Naeini et al. 2015)."""
         return float((self.counts * np.abs(self.accuracy - self.confidence)).sum() / max(self.counts.sum(), 1))
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """[N, classes] -> probabilities float64 [N, classes]."""
+    """softmax(logits / temperature): [N, classes] -> probabilities float64 [N, classes]."""
     return torch.as_tensor(logits, dtype=torch.float64).div(temperature).softmax(-1).numpy()
 
 
 def compute_reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Reliability:
-    """probabilities: [N, classes]; labels: integers [N]."""
+    """Sort predictions into `bins` by confidence, from probabilities [N, classes] and integer labels [N]."""
     confidence, right = probabilities.max(-1), probabilities.argmax(-1) == np.asarray(labels)
     index = np.minimum((confidence * bins).astype(int), bins - 1)
     counts = np.bincount(index, minlength=bins)
@@ -85,9 +90,10 @@ _BAR, _GAP_COLOUR = (70, 110, 170), (226, 140, 90)
 
 
 def plot_reliability(diagrams: dict[str, Reliability]) -> Image.Image:
-    """Accuracy over confidence, one diagram beside the other: a bar as high as the accuracy in its bin, and in orange
-    what lies between it and the confidence. Bars of a calibrated model end on the diagonal. The darker the strip under
-    a bar, the more pictures are in the bin.
+    """Plot accuracy over confidence, one diagram per title, side by side.
+
+    The height of a bar is the accuracy of its bin; the gap to the confidence is orange. The bars of a calibrated model
+    end on the diagonal. The strip under a bar is darker the more images the bin holds.
     """
     width = _MARGIN + len(diagrams) * (_SIDE + _MARGIN)
     sheet = Image.new("RGB", (width, _SIDE + 2 * _MARGIN + 24), _PAPER)
@@ -104,7 +110,7 @@ def plot_reliability(diagrams: dict[str, Reliability]) -> Image.Image:
             x = (left + round(index * step) + 1, left + round((index + 1) * step) - 1)
             heights = [bottom - round(part * _SIDE) for part in (diagram.accuracy[index], diagram.confidence[index])]
             draw.rectangle((x[0], heights[0], x[1], bottom), fill=_BAR)
-            inset = (x[1] - x[0]) // 4  # narrower, so that the accuracy shows where it is the higher
+            inset = (x[1] - x[0]) // 4  # narrower, so that the bar stays visible where accuracy exceeds confidence
             draw.rectangle((x[0] + inset, min(heights), x[1] - inset, max(heights)), fill=_GAP_COLOUR)
             grey = 235 - round(200 * count / diagram.counts.max())
             draw.rectangle((x[0], bottom + 4, x[1], bottom + 10), fill=(grey, grey, grey))
@@ -114,6 +120,6 @@ def plot_reliability(diagrams: dict[str, Reliability]) -> Image.Image:
             draw.text((left - 30, bottom - tick * _SIDE - 8), f"{tick:.1f}", font=font, fill=_INK)
             draw.text((left + tick * _SIDE - 8, bottom + 14), f"{tick:.1f}", font=font, fill=_INK)
         draw.text((left + _SIDE // 2, bottom + 42), "confidence", font=font, fill=_INK, anchor="mm")
-        axis = "accuracy (blue), gap to the confidence (orange)" if number == 0 else "darker strip: more pictures"
+        axis = "accuracy (blue), gap to the confidence (orange)" if number == 0 else "darker strip: more images"
         draw.text((left + _SIDE // 2, bottom + 62), axis, font=font, fill=_INK, anchor="mm")
     return sheet

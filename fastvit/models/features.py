@@ -1,4 +1,4 @@
-"""What a Vision Transformer knows of a picture, token by token: for retrieval, segmentation, probes and other heads."""
+"""The tokens of a backbone as features, for retrieval, segmentation, linear probes and other heads."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from fastvit.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """The tokens of a batch of pictures, and names for what one takes from them.
+    """The tokens of a batch of images, with named parts. The parts are views of the tokens where possible.
 
-    tokens: [B, N, D], the class token first and then the patches, row by row; grid: their (rows, columns). For a list
-    of pictures both are lists, of [N, D] and (rows, columns). What one takes is a view where it can be one.
+    Attributes:
+        tokens: [B, N, D], the class token first, then the patches row by row. For a list of images, a list of [N, D].
+        grid: (rows, columns) of the patches. For a list of images, a list of them.
     """
 
     tokens: Tensor | list[Tensor]
@@ -25,28 +26,28 @@ class Features:
 
     @property
     def cls_token(self) -> Tensor:
-        """[B, D], of a list too."""
+        """The class tokens, [B, D]; also for a list of images."""
         tokens = self.tokens
         return tokens[:, 0] if isinstance(tokens, Tensor) else torch.stack([own[0] for own in tokens])
 
     @property
     def patch_tokens(self) -> Tensor | list[Tensor]:
-        """[B, P, D]; of a list, a list of [P, D]."""
+        """The patch tokens, [B, P, D]; for a list of images, a list of [P, D]."""
         return self._map_patches(lambda patches, grid: patches)
 
     @property
     def patch_map(self) -> Tensor | list[Tensor]:
-        """The patch tokens as a picture, [B, D, rows, columns]; of a list, a list of [D, rows, columns]."""
+        """The patch tokens as an image, [B, D, rows, columns]; for a list of images, a list of [D, rows, columns]."""
         return self._map_patches(lambda patches, grid: patches.transpose(-1, -2).unflatten(-1, grid))
 
     @property
     def mean(self) -> Tensor:
-        """The mean of the patch tokens, [B, D], of a list too."""
+        """The mean of the patch tokens, [B, D]; also for a list of images."""
         means = self._map_patches(lambda patches, grid: patches.mean(-2))
         return means if isinstance(means, Tensor) else torch.stack(means)
 
     def _map_patches(self, function: Callable[[Tensor, Any], Tensor]) -> Tensor | list[Tensor]:
-        """`function` of the patch tokens [.., P, D] and their grid, for the batch or for each picture of a list."""
+        """Apply `function` to patch tokens [..., P, D] and grid, of the batch or of each image of a list."""
         if not isinstance(self.tokens, Tensor):
             return [function(tokens[1:], grid) for tokens, grid in zip(self.tokens, self.grid, strict=True)]
         if self.tokens.shape[1] == 1:
@@ -55,12 +56,12 @@ class Features:
 
 
 def resolve_block_indices(n: int | Sequence[int], count: int) -> list[int]:
-    """The indices of the `n` last of `count` blocks, or of those that n lists; negative ones count from the end."""
+    """Return the indices of the last `n` of `count` blocks, or of those listed in `n` (negative: from the end)."""
     if isinstance(n, int):
         if not 1 <= n <= count:
             raise InputError(f"n: expected 1 to {count} blocks, got {n}")
         return list(range(count - n, count))
     blocks = [index + count if index < 0 else index for index in n]
     if not blocks or blocks != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < count:
-        raise InputError(f"n: expected rising indices of {count} blocks, from 0 to {count - 1}, got {list(n)}")
+        raise InputError(f"n: expected increasing block indices from 0 to {count - 1}, got {list(n)}")
     return blocks

@@ -1,7 +1,7 @@
-"""The fused operations, attached to the modules of `fastvit.models.vit`.
+"""Fused forwards for the modules of `fastvit.models.vit`.
 
-Each forward here computes what the module's own computes, from the same parameters. Where a part of the module is
-hooked, wrapped or replaced, the module's own forward runs.
+Each one computes the same as the module's own forward, from the same parameters. If a part of the module is hooked,
+wrapped or replaced, the module's own forward runs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fastvit.ops.varlen import Mask
 
 
 def read_block(layer: Any) -> Block:
-    """Where a `ViTLayer` keeps its parts."""
+    """Describe a `ViTLayer` as a `Block`."""
     attention, output = layer.attention.attention, layer.attention.output
     own: list[tuple[nn.Module, type]] = [
         (layer.attention, vit.ViTAttention),
@@ -76,7 +76,7 @@ ADAPTERS = [Adapter("fastvit's ViT", "fastvit.models.vit.ViTLayer", read_block, 
 def embed(
     self: Any, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
 ) -> Tensor:
-    """`ViTEmbeddings.forward`, with patches, tokens and position embeddings in one pass."""
+    """`ViTEmbeddings.forward` with normalisation, patch projection, class token and position embeddings in one pass."""
     patches = self.patch_embeddings
     if type(patches) is not vit.ViTPatchEmbeddings or is_hooked(patches) or not is_plain(patches.projection, nn.Conv2d):
         return vit.ViTEmbeddings.forward(self, pixel_values, bool_masked_pos, interpolate_pos_encoding)
@@ -105,8 +105,11 @@ def encode(
     class_token_only: bool = False,
     num_blocks: int | None = None,
 ) -> BaseModelOutput:
-    """`ViTEncoder.forward`: the residual add at a block's end joins the LayerNorm of the next one, and where nothing
-    else is asked for the last block is computed for the class token alone: the same logits and gradients."""
+    """`ViTEncoder.forward` with fused blocks.
+
+    The residual add at the end of a block is fused with the LayerNorm of the next block. If only the class token is
+    requested, the last block computes only that token; its value and gradients are the same.
+    """
     layers = self.get_first_blocks(num_blocks)
     requested = vit.resolve_hidden_state_indices(output_hidden_states, len(layers) + 1)
     all_hidden_states, all_attentions = [hidden_states if 0 in requested else None], []
@@ -135,9 +138,10 @@ def encode(
 
 
 def find_fusible_block(layer: Any) -> Block | None:
-    """The parts of a block that need not be called as a module: it is ours, and not hooked, checkpointed or compiled.
+    """Return the parts of a layer that may run fused with its neighbours, else None.
 
-    With gradient checkpointing a block's inputs are saved for backward: one tensor is less than two.
+    The layer must be a fused `ViTLayer` that is not hooked, compiled or checkpointed. Gradient checkpointing saves a
+    layer's inputs for backward, and an unfused layer has one input tensor (the sum) instead of two (residual, branch).
     """
     is_ours = isinstance(layer, FusedModule) and layer._fastvit_original is vit.ViTLayer
     if not is_ours or is_hooked(layer) or layer.gradient_checkpointing or layer._compiled_call_impl is not None:
@@ -164,7 +168,7 @@ def rebuild(original: Any) -> nn.Module:
 
 
 def attach(model: nn.Module) -> None:
-    """Give embeddings, blocks and encoder of `model` their fused forward."""
+    """Replace the forward of embeddings, blocks and encoder in `model` by the fused one, in place."""
     for module in model.modules():
         kind: Any = type(module)
         if kind in FORWARDS:

@@ -1,4 +1,4 @@
-"""The models: the backbone, and backbones with a head."""
+"""The models: the backbone, and the backbone with a classification or a masked-image-modelling head."""
 
 from __future__ import annotations
 
@@ -35,9 +35,12 @@ from fastvit.ops.varlen import Mask, Packing
 
 
 class ViTModel(ViTPreTrainedModel):
-    """The backbone: tokens after the final LayerNorm, and the pooled class token.
+    """The backbone: returns the tokens after the final LayerNorm and the pooled class token.
 
-    add_pooling_layer: with the pooler of the in21k checkpoints. use_mask_token: for masked image modelling.
+    Args:
+        config: the model's configuration.
+        add_pooling_layer: add the pooler of the in21k checkpoints.
+        use_mask_token: add the mask token that masked image modelling needs.
     """
 
     def __init__(self, config: ViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
@@ -53,7 +56,7 @@ class ViTModel(ViTPreTrainedModel):
         return self.embeddings.patch_embeddings
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Part of `load_state_dict`: takes a state dict of transformers 5 too."""
+        """Called by `load_state_dict`: also accepts a state dict of transformers 5, whose names it replaces."""
         for name in [name for name in state_dict if name.startswith(f"{prefix}layers.")]:
             renamed = name
             for pattern, replacement in TRANSFORMERS_NAMES.items():
@@ -74,20 +77,31 @@ class ViTModel(ViTPreTrainedModel):
         num_blocks: int | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
-        """
-        pixel_values: [B, C, H, W] or [B, H, W, C]; floating and normalised, or uint8 as decoded: the model then
-            normalises by config.image_mean and config.image_std. Or a list of such pictures without B, of any sizes:
-            what is [B, ..] here and below is then a list of tensors without B (but pooler_output is [B, D] all the
-            same), position embeddings are interpolated, and each picture's numbers are those it has alone.
-        bool_masked_pos: [B, P], true where a patch is replaced by the mask token.
-        interpolate_pos_encoding: take pictures of another size than config.image_size.
-        attention_mask: [B, N], true (1) for tokens that may be attended to, or broadcastable to [B, heads, N, N].
-        output_attentions, output_hidden_states: return the maps of every block [B, heads, N, N], and the tokens before
-            and after every block [B, N, D], the last of them before the final LayerNorm. Hidden states may be asked for
-            by index, one or a list; the others are then None.
-        class_token_only: return the class token alone, [B, 1, D], of a list too. The last block is then computed for it
-            alone: exact, and a block's work less; not so when attentions or hidden states are asked for.
-        num_blocks: stop after so many blocks; the final LayerNorm and the pooler follow.
+        """Encode a batch of images.
+
+        Args:
+            pixel_values: [B, C, H, W] or [B, H, W, C], floating-point and normalised, or uint8, which the model
+                normalises by config.image_mean and config.image_std. Or a list of B images of any sizes, [C, H, W] or
+                [H, W, C]; their position embeddings are interpolated, and each image is computed as it would be alone.
+            bool_masked_pos: [B, P], true where the mask token replaces a patch. Not for a list.
+            interpolate_pos_encoding: accept images whose size differs from config.image_size.
+            attention_mask: [B, N], true (1) for tokens that may be attended to, or broadcastable to [B, heads, N, N],
+                boolean or added to the scores. Not for a list.
+            output_attentions: return the attention maps of every block, [B, heads, N, N].
+            output_hidden_states: return the tokens before the first block and after every block, [B, N, D], all before
+                the final LayerNorm. An index or a list of indices selects some; the others are None.
+            class_token_only: return only the class token, [B, 1, D]. The last block then computes only that token, with
+                the same result, unless attentions or hidden states are requested.
+            num_blocks: stop after this many blocks; the final LayerNorm and the pooler still run.
+            **kwargs: accepted for compatibility with transformers; `return_dict=False` returns a tuple.
+
+        Returns:
+            `last_hidden_state` [B, N, D], `pooler_output` [B, pooler_output_size] or None, and `hidden_states` and
+            `attentions` as requested. For a list of images every tensor [B, ...] except `pooler_output` and a lone
+            class token is a list of B tensors without that dimension.
+
+        Raises:
+            InputError: if an argument has a wrong type, shape or dtype, or does not fit the config.
         """
         if pixel_values is None:
             raise InputError("pixel_values: expected images, got None")
@@ -133,7 +147,7 @@ class ViTModel(ViTPreTrainedModel):
 def split_outputs(
     outputs: BaseModelOutputWithPooling, mask: Mask, class_token_only: bool
 ) -> BaseModelOutputWithPooling:
-    """What a list of images, stacked or packed, gave: a list of [N, D] or [heads, N, N] in place of each tensor."""
+    """Split the outputs for a list of images: each tensor becomes a list of [N, D] or [heads, N, N]."""
 
     def split(states: Any) -> Any:
         return varlen.split_images(states, mask) if isinstance(states, Tensor) else states
@@ -148,7 +162,7 @@ def split_outputs(
 
 
 class ViTForImageClassification(ViTPreTrainedModel):
-    """ViT with a linear classifier on the class token."""
+    """logits = LN(z_L)[class token] W + b: a linear classifier on the class token of the backbone."""
 
     def __init__(self, config: ViTConfig):
         super().__init__(config)
@@ -168,10 +182,20 @@ class ViTForImageClassification(ViTPreTrainedModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> ImageClassifierOutput:
-        """
-        labels: class indices int [B] (cross-entropy), targets float [B, num_labels] (multi-label: binary cross-entropy;
-            or, with config.problem_type "regression" or one label, the mean squared error).
-        The other arguments are those of `ViTModel`. Returns logits [B, num_labels], and the loss if labels are given.
+        """Classify a batch of images.
+
+        Args:
+            pixel_values: as for `ViTModel.forward`, as are the arguments not listed here.
+            labels: class indices int64 [B] for cross-entropy, or float targets [B, num_labels]: for binary
+                cross-entropy (multi-label) or, if config.problem_type is "regression" or num_labels is 1, for the mean
+                squared error.
+            **kwargs: options of the loss, such as `ignore_index`.
+
+        Returns:
+            `logits` [B, num_labels], `loss` if labels were passed, and `hidden_states` and `attentions` as requested.
+
+        Raises:
+            InputError: if an argument has a wrong type, shape or dtype, or does not fit the config.
         """
         outputs = self.vit(
             pixel_values,
@@ -195,7 +219,7 @@ class ViTForImageClassification(ViTPreTrainedModel):
 def check_labels(labels: Any, logits: Tensor, problem_type: str | None, ignore_index: int) -> None:
     """Raise InputError unless the loss of `problem_type` accepts these labels for logits [B, num_labels].
 
-    The range of class indices is checked on a CPU only: on a GPU it would wait for the device.
+    The range of class indices is checked only on a CPU: on a GPU the check would synchronise with the device.
     """
     batch, num_labels = logits.shape
     if not isinstance(labels, Tensor):
@@ -211,7 +235,7 @@ def check_labels(labels: Any, logits: Tensor, problem_type: str | None, ignore_i
     if labels.numel() != batch or labels.dtype != torch.long:
         raise InputError(
             f"labels: expected int64 class indices [{batch}], got {list(labels.shape)} {labels.dtype};"
-            " for several labels an image, set config.problem_type = 'multi_label_classification'"
+            " for several labels per image, set config.problem_type = 'multi_label_classification'"
         )
     if labels.is_cpu and not torch.compiler.is_compiling() and not isinstance(labels, FakeTensor):
         wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)]
@@ -220,7 +244,10 @@ def check_labels(labels: Any, logits: Tensor, problem_type: str | None, ignore_i
 
 
 class ViTForMaskedImageModeling(ViTPreTrainedModel):
-    """SimMIM (Xie et al. 2021, arXiv:2111.09886): predict the pixels of masked patches with a linear decoder."""
+    """SimMIM: a linear decoder predicts the pixels of masked patches.
+
+    Xie et al. 2021, "SimMIM: A Simple Framework for Masked Image Modeling", arXiv:2111.09886.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__(config)
@@ -242,9 +269,19 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         output_hidden_states: bool | int | Sequence[int] | None = None,
         **kwargs: Any,
     ) -> MaskedImageModelingOutput:
-        """
-        bool_masked_pos: [B, P]; with it the loss is the mean absolute error over the masked pixels of all images.
-        The other arguments are those of `ViTModel`, but for lists of images. Returns the reconstruction [B, C, H, W].
+        """Reconstruct a batch of images.
+
+        Args:
+            pixel_values: as for `ViTModel.forward`, as are the arguments not listed here, but not a list.
+            bool_masked_pos: [B, P], true where a patch is masked. The loss is the mean absolute error over the masked
+                pixels of all images.
+
+        Returns:
+            `reconstruction` [B, C, H, W] in whole patches, `loss` if `bool_masked_pos` was passed, and `hidden_states`
+            and `attentions` as requested.
+
+        Raises:
+            InputError: if an argument has a wrong type, shape or dtype, or does not fit the config.
         """
         if not isinstance(pixel_values, Tensor):
             raise InputError(f"pixel_values: expected a tensor, got {type(pixel_values).__name__}")
@@ -265,7 +302,7 @@ class ViTForMaskedImageModeling(ViTPreTrainedModel):
         )
         rows, columns = self.vit.embeddings.get_grid(pixel_values)
         patches = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))
-        reconstruction = self.decoder(patches)  # [B, C, H, W], without the pixels left over beside whole patches
+        reconstruction = self.decoder(patches)  # [B, C, H, W], cropped to whole patches
         loss = None
         if bool_masked_pos is not None:
             mask = bool_masked_pos.reshape(-1, 1, rows, columns).to(reconstruction.dtype)

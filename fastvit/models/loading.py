@@ -1,4 +1,4 @@
-"""Load a pretrained classifier and its picture settings, with errors that a person can act on."""
+"""Load a pretrained classifier and its image settings, with errors of one line that name the cause."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ T = TypeVar("T")
 
 
 def load_config(model: str) -> ViTConfig:
-    """The config of a hub id or folder, with errors that a person can act on."""
+    """Load the config of a hub id or folder; raise InputError if it is missing or malformed."""
     return _guard(model, lambda: parse_config(read_config(model), f"{model}: config.json"))
 
 
 def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
-    """A pretrained classifier from a hub id or folder; only its head may differ from what `kwargs` asks for."""
+    """Load a pretrained classifier.
+
+    Args:
+        model: hub id or folder.
+        **kwargs: arguments of `ViTForImageClassification.from_pretrained`.
+
+    Raises:
+        InputError: if the checkpoint is missing or damaged, or if a tensor outside its head has another shape than
+            `kwargs` imply.
+    """
 
     def load() -> ViTForImageClassification:
         loaded, info = ViTForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
@@ -37,15 +46,16 @@ def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
 
 
 def read_image_settings(model: str) -> tuple[Path, dict[str, Any]] | None:
-    """The preprocessor_config.json of a hub id or folder, and its content; None where there is none."""
+    """Return path and content of the preprocessor_config.json of a hub id or folder, or None if it has none."""
     found = _guard(model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False))
     return None if found is None else (Path(found), read_json(Path(found)))
 
 
 def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
-    """Mean, std, size and filter in the preprocessor_config.json of a hub id or folder; None where there is none.
+    """Return mean, std, size and filter from the preprocessor_config.json of a hub id or folder; None without one.
 
-    Raises InputError for settings that are no numbers, or that are not for whole pictures: crops, padding.
+    Raises:
+        InputError: for settings of the wrong type, and for crops or padding, which are not supported.
     """
     found = read_image_settings(model)
     if found is None:
@@ -59,7 +69,7 @@ def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
 
 
 def _guard(model: str, load: Callable[[], T]) -> T:
-    """Run `load`, turning what transformers raises for a missing or broken checkpoint into one clear line."""
+    """Run `load`; raise the errors of transformers for a missing or broken checkpoint as InputError of one line."""
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"model: expected a hub id (owner/name) or a folder, found no folder {model!r}")
     try:

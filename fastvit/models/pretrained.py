@@ -1,4 +1,4 @@
-"""What the models share: initialisation, loading with every tensor accounted for, saving, feature extraction."""
+"""The base class of the models: initialisation, strict loading, saving, feature extraction."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fastvit.models.attention_interface import register_attention
 from fastvit.models.features import Features, resolve_block_indices
 from fastvit.models.vit import ViTAttention, ViTEmbeddings, ViTLayer, resample_position_embeddings
 
-register_attention()  # transformers checks the names that `attn_implementation` may have
+register_attention()  # transformers rejects values of `attn_implementation` that are not registered
 
-# The names of a block's tensors in transformers 5, in memory -> those on the hub, which are ours. What it saves has the
-# hub's; its state dicts, and folders saved with save_original_format=False, have its own.
+# Names of a block's tensors in transformers 5, in memory -> the names on the hub, which are ours. transformers 5 saves
+# the hub's names, but its state dicts, and folders saved with save_original_format=False, have the names in memory.
 TRANSFORMERS_NAMES = {
     r"\blayers\.(\d+)\.layernorm_": r"encoder.layer.\1.layernorm_",
     r"\blayers\.(\d+)\.attention\.q_proj\.": r"encoder.layer.\1.attention.attention.query.",
@@ -32,12 +32,12 @@ TRANSFORMERS_NAMES = {
     r"\blayers\.(\d+)\.mlp\.fc2\.": r"encoder.layer.\1.output.dense.",
 }
 
-# What belongs to a head and not to the backbone: a checkpoint of one head may be loaded into a model with another.
+# Tensors of a head, not of the backbone: a checkpoint may be loaded into a model with another head.
 HEAD_PREFIXES = ("classifier.", "pooler.", "decoder.", "embeddings.mask_token")
 
 
 class ViTPreTrainedModel(PreTrainedModel):
-    """What the models share: initialisation, loading, saving."""
+    """Base class of the models: initialisation, loading, saving and feature extraction."""
 
     config_class = ViTConfig
     config: ViTConfig
@@ -51,7 +51,7 @@ class ViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        return True  # "eager" and "sdpa" are read at every call; transformers would guess from this file's text
+        return True  # the forward reads the config at every call; transformers would guess from this file's source
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -64,13 +64,24 @@ class ViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a checkpoint: a hub id or a folder. Arguments are those of `transformers.PreTrainedModel`.
+        """Load a checkpoint and account for every tensor of the backbone.
 
-        Position embeddings are resampled when `image_size` (as an argument or in `config`) is not the checkpoint's.
-        Every tensor is accounted for: raises InputError if the checkpoint is not a ViT, lacks a tensor of the backbone
-        or holds one that the model does not know. Heads may differ; transformers reports which were not loaded.
-        A config.json that does not describe its weights, or leads to other files or to code, and a file of weights that
-        is damaged or would run code, raise InputError before memory is taken (`fastvit.checkpoints.inspection`).
+        Position embeddings are resampled if `image_size` (as an argument or in `config`) differs from the checkpoint's.
+        The head may differ; transformers logs which of its tensors were newly initialised.
+
+        Args:
+            pretrained_model_name_or_path: hub id or folder.
+            *model_args: passed to the model's constructor.
+            config: a config that replaces the checkpoint's.
+            **kwargs: as for `transformers.PreTrainedModel.from_pretrained`.
+
+        Returns:
+            The model in evaluation mode, or (model, loading info) with `output_loading_info=True`.
+
+        Raises:
+            InputError: if the checkpoint is not a ViT, lacks a tensor of the backbone or holds an unknown one. Also,
+                before memory is allocated, if config.json does not describe the weights or refers to other files or to
+                code, or if a weights file is damaged or would run code (`fastvit.checkpoints.inspection`).
         """
         return_info = kwargs.pop("output_loading_info", False)
         image_size = None
@@ -82,7 +93,7 @@ class ViTPreTrainedModel(PreTrainedModel):
                     f"{pretrained_model_name_or_path}: expected a checkpoint of model type 'vit',"
                     f" found {format_value(stored.get('model_type'))}"
                 )
-            if kwargs.get("weights_only", True):  # who sets it to False trusts the checkpoint
+            if kwargs.get("weights_only", True):  # weights_only=False means that the user trusts the checkpoint
                 files = {name: kwargs[name] for name in ("use_safetensors", "variant") if name in kwargs}
                 renames = {**TRANSFORMERS_NAMES, **(kwargs.get("key_mapping") or {})}
                 check_checkpoint(pretrained_model_name_or_path, stored, renames, **files, **hub)
@@ -97,7 +108,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
         )
-        # transformers would turn the renames that it applied back on saving: ours stay, we save the hub's names.
+        # transformers would undo the renames on saving: remove ours from its list, so that we save the hub's names.
         model._weight_conversions = [
             conversion
             for conversion in model._weight_conversions
@@ -113,7 +124,7 @@ class ViTPreTrainedModel(PreTrainedModel):
         return (model, info) if return_info else model
 
     def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
-        """Make the model take pictures of `image_size` from now on; its position embeddings are resampled in place."""
+        """Set the model's image size, an int or (height, width), and resample its position embeddings to it."""
         embeddings = self.base_model.embeddings
         old_grid, new_grid = (
             embeddings.patch_embeddings.compute_grid(make_pair(size)) for size in (self.config.image_size, image_size)
@@ -126,10 +137,15 @@ class ViTPreTrainedModel(PreTrainedModel):
     def forward_features(
         self, pixel_values: Tensor | Sequence[Tensor], *, class_token_only: bool = False, **kwargs: Any
     ) -> Features:
-        """The tokens after the final LayerNorm: `Features` with cls_token, patch_tokens, patch_map and mean.
+        """Compute the tokens after the final LayerNorm.
 
-        pixel_values: as `ViTModel` takes them, in any size: position embeddings are interpolated. class_token_only: for
-        the cls_token alone, a block's work less. kwargs: other arguments of `ViTModel`.
+        Args:
+            pixel_values: as for `ViTModel.forward`, of any size: position embeddings are interpolated.
+            class_token_only: return only the class token, which saves most of the last block.
+            **kwargs: other arguments of `ViTModel.forward`.
+
+        Returns:
+            `Features` with `cls_token`, `patch_tokens`, `patch_map` and `mean`.
         """
         outputs = self.base_model(
             pixel_values, interpolate_pos_encoding=True, class_token_only=class_token_only, return_dict=True, **kwargs
@@ -144,12 +160,21 @@ class ViTPreTrainedModel(PreTrainedModel):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Any, ...]:
-        """What some blocks give, as DINOv2's method of this name: patch tokens [B, P, D] for each block asked for.
+        """Return the outputs of some blocks, with the interface of DINOv2's method of the same name.
 
-        n: so many blocks, the last ones, or the rising indices of blocks; blocks after the last asked for are not
-        computed. reshape: maps [B, D, rows, columns] instead. return_class_token: pairs of these and the class token
-        [B, D]. norm: after the final LayerNorm. pixel_values: as in `forward_features`; of a list, lists of [P, D] or
-        [D, rows, columns], and class tokens [B, D].
+        Args:
+            pixel_values: as for `forward_features`.
+            n: the number of last blocks, or increasing block indices. Later blocks are not computed.
+            reshape: return maps [B, D, rows, columns] instead of patch tokens [B, P, D].
+            return_class_token: return pairs of patch tokens and class token [B, D].
+            norm: apply the final LayerNorm.
+
+        Returns:
+            One entry per block: patch tokens [B, P, D], or as the arguments select. For a list of images, patch tokens
+            are lists of [P, D] or [D, rows, columns].
+
+        Raises:
+            InputError: if `n` is out of range.
         """
         model = self.base_model
         blocks = resolve_block_indices(n, len(model.encoder.layer))
@@ -175,5 +200,5 @@ class ViTPreTrainedModel(PreTrainedModel):
         return tuple(layers)
 
 
-# The arguments of `from_pretrained` that say where a checkpoint lies.
+# The arguments of `from_pretrained` that locate a checkpoint.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")

@@ -1,11 +1,11 @@
 """Inference in 8 bits: `fastvit.quantize(model, "fp8")` and `fastvit.quantize(model, "int8")`.
 
-    fp8    weights and what enters a matrix product are e4m3 with a float32 factor for each row, the products run on the
-           fp8 tensor cores of sm_89 and newer. Half of bfloat16's weight memory and twice its peak rate; each number
-           keeps 4 significant bits.
-    int8   weights alone are 8 bits, by the package torchao; the products are those of the model's own dtype.
+    fp8    Weights and activations of the linear layers are e4m3 with one float32 scale per row; the GEMMs run on the
+           fp8 tensor cores of sm_89 and newer. Half the weight memory of bfloat16 and twice its peak rate; e4m3 has 4
+           significant bits.
+    int8   Weight-only, with the package torchao; the GEMMs run in the model's own dtype.
 
-Patch embedding, attention itself, LayerNorm and the classifier stay as they are.
+The patch embedding, attention (the softmax and its two matmuls), LayerNorm and the classifier are not quantised.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ from fastvit.ops.block import Fp8Linear, is_hooked, is_plain
 def quantize(model: ViTPreTrainedModel, kind: str) -> ViTPreTrainedModel:
     """Quantise the blocks of a model, in place, for inference.
 
-    kind: "fp8", for GPUs of sm_89 and newer and models in bfloat16 or float32; elsewhere
-        `fastvit.backend("reference")` computes the same numbers slowly, as a CPU does. Or "int8", which needs torchao.
-    Returns the model, in evaluation mode and, for fp8, without parameters to train. Save it with
-    `torch.save(model.state_dict(), ...)`; load that into a quantised model of the same configuration.
-    Raises InputError for another kind, a model that is not ours, is quantised already or is wrapped (LoRA, hooks), and
-    where the device or a size rules it out.
+    Save a quantised model with `torch.save(model.state_dict(), ...)` and load that into a quantised model of the same
+    config.
+
+    Args:
+        model: one of fastvit's models, in bfloat16 or float32 for "fp8".
+        kind: "fp8", for GPUs of sm_89 and newer, or "int8", which needs torchao. On a CPU, and under
+            `fastvit.backend("reference")`, PyTorch computes the same values as fp8, slowly.
+
+    Returns:
+        The same model, in evaluation mode and, for "fp8", with no trainable parameters.
+
+    Raises:
+        InputError: if `kind` is unknown, the model is not one of fastvit's, a block is already quantised, wrapped
+            (LoRA) or hooked, or the device or a size is not supported.
     """
     if kind not in KINDS:
         raise InputError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
@@ -46,10 +54,10 @@ def quantize(model: ViTPreTrainedModel, kind: str) -> ViTPreTrainedModel:
 
 
 def check_block(layer: nn.Module, name: str) -> None:
-    """Raise InputError where a part of the block is hooked, wrapped or quantised: quantising would lose that."""
+    """Raise InputError if a part of the block is hooked, wrapped or quantised: quantising would discard that."""
     for path, module in layer.named_modules():
         if isinstance(module, Fp8Linear):
-            raise InputError(f"model: expected blocks that are not quantised yet, {path} of {name} is in fp8")
+            raise InputError(f"model: expected blocks that are not quantised, but {path} of {name} is in fp8")
         kind = LayerNorm if isinstance(module, nn.LayerNorm) else nn.Linear
         if is_hooked(module) or (hasattr(module, "weight") and not is_plain(module, kind)):
             raise InputError(f"model: {path or 'all'} of {name} is wrapped, quantised or hooked; undo that first")
@@ -66,7 +74,7 @@ def to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
         if getattr(config, option) % 16:
             raise InputError(f"config.{option}: expected a multiple of 16 for fp8, got {getattr(config, option)}")
     if model.dtype not in (torch.bfloat16, torch.float32):
-        raise InputError(f"model: expected torch.bfloat16 or torch.float32 for fp8, got {model.dtype}: use .to()")
+        raise InputError(f"model: expected torch.bfloat16 or torch.float32 for fp8, got {model.dtype}; cast it")
     must_run_here = device.type == "cuda" and ops.current_backend() != "reference"
     if must_run_here and (reason := ops.kernel_unavailable_reason("linear_fp8", "cuda", device.index, torch.float32)):
         raise InputError(f"kind: 'fp8' cannot run here: {reason}; fastvit.backend('reference') computes it slowly")
@@ -74,7 +82,7 @@ def to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
         linears = [(module, name, child) for module in layer.modules() for name, child in module.named_children()]
         for module, name, child in linears:
             if isinstance(child, nn.Linear):
-                setattr(module, name, Fp8Linear(child))  # one after the other: the model is never held twice
+                setattr(module, name, Fp8Linear(child))  # one at a time: memory never holds the model twice
     model.requires_grad_(False)
 
 
@@ -84,7 +92,7 @@ def to_fp8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
 
 
 def to_int8(model: ViTPreTrainedModel, encoders: list[ViTEncoder]) -> None:
-    """Weights by torchao's int8 tensors; the blocks then call their linear layers as the modules that they are."""
+    """Replace weights by torchao's int8 tensors; the blocks then run unfused, calling their linear layers."""
     if importlib.util.find_spec("torchao") is None:
         raise InputError("kind: 'int8' needs the package torchao, which is not installed: pip install torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_

@@ -1,18 +1,23 @@
 """The Vision Transformer, module by module in the order of the paper.
 
-    image -> patches -> patch embedding, class token, position embedding        ViTEmbeddings
-          -> blocks of  x + attention(layer_norm(x)),  x + mlp(layer_norm(x))   ViTEncoder of ViTLayer
-          -> layer norm -> class token -> pooler or classification head         fastvit.models.heads
+    z_0   = [x_class; x_1 E; ...; x_P E] + E_pos         ViTEmbeddings          (eq. 1)
+    z'_l  = MSA(LN(z_{l-1})) + z_{l-1}                   ViTLayer               (eq. 2)
+    z_l   = MLP(LN(z'_l)) + z'_l                         ViTLayer               (eq. 3)
+    y     = LN(z_L)[class token]                         fastvit.models.heads   (eq. 4)
 
-Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words", arXiv:2010.11929. This is the plain model, to be read and to
-be compared with. `fastvit.models.fused` attaches fused operations to embeddings, blocks and encoder, which compute the
-same from the same parameters; `fastvit.restore(model)` takes them off again.
+Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words: Transformers for Image Recognition at Scale", arXiv:2010.11929.
+The equation numbers are those of the paper. `ViTEncoder` runs the L blocks.
+
+This is the plain model: the one to read, and the baseline that the fused one is tested against. `fastvit.models.fused`
+attaches fused operations to the embeddings, blocks and encoder; they compute the same from the same parameters.
+`fastvit.restore(model)` detaches them.
 
 Modules and parameters have the names of the checkpoints on the Hugging Face hub
-(`vit.encoder.layer.0.attention.attention.query.weight`), so weights need no renaming in either direction.
+(`vit.encoder.layer.0.attention.attention.query.weight`), so no weight is renamed on loading or saving.
 
-Shapes: B images, C channels, H x W pixels, P patches, N = P + 1 tokens, D hidden size. Images of different sizes run as
-one sequence, [1, tokens of all, D], with a `Packing` in place of an attention mask (`fastvit.ops.varlen`).
+Shapes: B images, C channels, H x W pixels, P patches, N = P + 1 tokens, D hidden size. A batch of images of different
+sizes is packed into one sequence [1, sum of all N, D], with a `Packing` in place of the attention mask
+(`fastvit.ops.varlen`).
 """
 
 from __future__ import annotations
@@ -35,9 +40,13 @@ from fastvit.ops.varlen import Mask, Packing
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the hidden size."""
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias, over the hidden size.
+
+    Ba et al. 2016, "Layer Normalization", arXiv:1607.06450.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
@@ -47,7 +56,11 @@ class LayerNorm(nn.LayerNorm):
 
 
 class ViTPatchEmbeddings(nn.Module):
-    """Patches, each projected to the hidden size: a convolution whose stride is its kernel."""
+    """x_p E: splits an image into patches and projects each one to the hidden size.
+
+    A convolution whose stride equals its kernel size is that linear projection of non-overlapping patches. Pixels at
+    the right and bottom edge that do not fill a patch are dropped. Dosovitskiy et al. 2021, section 3.1.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -56,7 +69,7 @@ class ViTPatchEmbeddings(nn.Module):
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, stride=self.patch_size)
 
     def compute_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of patches in an image of `image_size` (height, width)."""
+        """Return (rows, columns) of patches in an image of `image_size` (height, width)."""
         return image_size[0] // self.patch_size[0], image_size[1] // self.patch_size[1]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -65,7 +78,7 @@ class ViTPatchEmbeddings(nn.Module):
 
 
 class ViTEmbeddings(nn.Module):
-    """Patch embeddings, the class token before them, and position embeddings added to both (the paper's eq. 1)."""
+    """z_0 = [x_class; x_1 E; ...; x_P E] + E_pos: class token, patch embeddings, position embeddings (eq. 1)."""
 
     def __init__(self, config: ViTConfig, use_mask_token: bool = False):
         super().__init__()
@@ -84,7 +97,17 @@ class ViTEmbeddings(nn.Module):
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> Tensor:
-        """[B, C, H, W] or [B, H, W, C], floating or uint8 -> [B, N, D]. bool_masked_pos: [B, P] (SimMIM)."""
+        """Embed a batch of images.
+
+        Args:
+            pixel_values: [B, C, H, W] or [B, H, W, C], floating-point (normalised) or uint8.
+            bool_masked_pos: [B, P], true where the mask token replaces a patch (SimMIM, arXiv:2111.09886).
+            interpolate_pos_encoding: resample the position embeddings, so that H and W may differ from
+                config.image_size.
+
+        Returns:
+            Tokens [B, N, D] in the dtype of the parameters.
+        """
         position_embeddings = self.get_position_embeddings(pixel_values, interpolate_pos_encoding)
         mask, mask_token = self.check_mask(bool_masked_pos), self.mask_token
         dtype = self.patch_embeddings.projection.weight.dtype
@@ -95,7 +118,7 @@ class ViTEmbeddings(nn.Module):
         return self.dropout(tokens + position_embeddings)
 
     def get_position_embeddings(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
-        """The position embeddings [1, N, D] of images of this size."""
+        """Return the position embeddings [1, N, D] for the size of these images."""
         image_size, own_size = self.read_image_size(pixel_values), make_pair(self.config.image_size)
         if interpolate:
             grid = self.patch_embeddings.compute_grid
@@ -108,7 +131,7 @@ class ViTEmbeddings(nn.Module):
         return self.position_embeddings
 
     def check_mask(self, bool_masked_pos: Tensor | None) -> Tensor | None:
-        """The mask as bool [B, P]."""
+        """Return the mask as bool [B, P]; raise InputError if the model has no mask token."""
         if bool_masked_pos is None:
             return None
         if self.mask_token is None:
@@ -116,7 +139,7 @@ class ViTEmbeddings(nn.Module):
         return bool_masked_pos.flatten(1).bool()
 
     def get_grid(self, pixel_values: Tensor | Sequence[Tensor]) -> Any:
-        """(rows, columns) of patches in the images of a batch; of a list, a list of them."""
+        """Return (rows, columns) of patches for a batch of images, or a list of them for a list of images."""
         if isinstance(pixel_values, Tensor):
             return self.patch_embeddings.compute_grid(self.read_image_size(pixel_values))
         return [
@@ -125,7 +148,7 @@ class ViTEmbeddings(nn.Module):
         ]
 
     def read_image_size(self, pixel_values: Tensor, index: int | None = None) -> tuple[int, int]:
-        """(height, width) of the images in a batch, or of image `index` in a list, after checking what they are."""
+        """Return (height, width) of a batch, or of image `index` of a list; raise InputError for malformed pixels."""
         name, batch, rank = ("pixel_values", "batch, ", 4) if index is None else (f"pixel_values[{index}]", "", 3)
         channels, patch_size = self.patch_embeddings.num_channels, self.patch_embeddings.patch_size
         if not isinstance(pixel_values, Tensor):
@@ -146,17 +169,17 @@ class ViTEmbeddings(nn.Module):
 
 
 def get_image_mean(config: ViTConfig) -> tuple[float, ...]:
-    """The mean that normalises uint8 pixels; 0.5, as in Google's ViT checkpoints, where the config has none."""
+    """Return the per-channel mean that normalises uint8 pixels; by default 0.5, as in Google's ViT checkpoints."""
     return tuple(getattr(config, "image_mean", None) or [0.5] * config.num_channels)
 
 
 def get_image_std(config: ViTConfig) -> tuple[float, ...]:
-    """As `get_image_mean`, the standard deviation."""
+    """Return the per-channel standard deviation that normalises uint8 pixels; by default 0.5."""
     return tuple(getattr(config, "image_std", None) or [0.5] * config.num_channels)
 
 
 def to_float_channels_first(pixel_values: Tensor, config: ViTConfig, dtype: torch.dtype) -> Tensor:
-    """Pixels in any form that the model accepts, as a normalised [B, C, H, W] of `dtype`."""
+    """Convert [B, C, H, W] or [B, H, W, C] pixels to [B, C, H, W] of `dtype`; uint8 pixels are normalised."""
     if pixel_values.shape[1] != config.num_channels:
         pixel_values = pixel_values.permute(0, 3, 1, 2)
     if pixel_values.dtype == torch.uint8:
@@ -167,10 +190,17 @@ def to_float_channels_first(pixel_values: Tensor, config: ViTConfig, dtype: torc
 def resample_position_embeddings(
     position_embeddings: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
 ) -> Tensor:
-    """Position embeddings for another image size: the class token's is kept, the grid is resampled bicubically.
+    """Resample position embeddings to another grid of patches, by bicubic interpolation.
 
-    position_embeddings: [1, 1 + rows * columns, D] for old_grid = (rows, columns). Returns [1, 1 + new patches, D].
-    Dosovitskiy et al. 2021, section 3.2.
+    The class token's embedding is unchanged. Dosovitskiy et al. 2021, section 3.2.
+
+    Args:
+        position_embeddings: [1, 1 + old rows * old columns, D].
+        old_grid: (rows, columns) that `position_embeddings` was made for.
+        new_grid: (rows, columns) to resample it to.
+
+    Returns:
+        [1, 1 + new rows * new columns, D] of the same dtype, interpolated in float32.
     """
     if old_grid == new_grid:
         return position_embeddings
@@ -181,12 +211,16 @@ def resample_position_embeddings(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The block: attention, feed-forward
+# The block: attention (eq. 2) and feed-forward (eq. 3)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class ViTSelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) without its output projection."""
+    """softmax(Q K^T / sqrt(head_dim)) V in every head, with Q, K, V = x W_q, x W_k, x W_v.
+
+    The output projection of multi-head attention is in `ViTSelfOutput`. Vaswani et al. 2017, "Attention Is All You
+    Need", arXiv:1706.03762, section 3.2; Dosovitskiy et al. 2021, appendix A.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -206,9 +240,17 @@ class ViTSelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Mask = None, output_attentions: bool = False
     ) -> tuple[Tensor, Tensor | list[Tensor] | None]:
-        """[B, N, D] -> context [B, N, D] and, if asked for, probabilities [B, heads, N, N].
+        """Attend from every token to every token of the same image.
 
-        Packed images: [1, N, D] -> [1, N, D], and for each image [heads, its tokens, its tokens].
+        Args:
+            hidden_states: [B, N, D], or [1, sum of all N, D] for packed images.
+            attention_mask: boolean, or added to the scores; broadcastable to [B, heads, N, N]. A `Packing` for packed
+                images.
+            output_attentions: also return the probabilities.
+
+        Returns:
+            The context, of the shape of `hidden_states`, and the probabilities [B, heads, N, N] (for packed images, a
+            list of [heads, N, N]) or None.
         """
         projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
         query, key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projections)
@@ -220,14 +262,22 @@ class ViTSelfAttention(nn.Module):
         return context, probabilities
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """softmax(query key^T / sqrt(head_dim) + mask) value, step by step, and the probabilities before dropout."""
+        """Compute attention operation by operation, as `attn_implementation="eager"` requests.
+
+        Args:
+            query: [B, N, heads, head_dim], as are `key` and `value`.
+            mask: broadcastable to [B, heads, N, N], or None.
+
+        Returns:
+            The context [B, N, D], and the probabilities [B, heads, N, N] after dropout.
+        """
         probabilities = ops.attention_probabilities(query, key, mask=mask)
         dropped = F.dropout(probabilities, self.dropout_prob, self.training)
         return torch.einsum("bhqk,bkhd->bqhd", dropped, value).flatten(2), dropped
 
 
 class ViTSelfOutput(nn.Module):
-    """The output projection of attention."""
+    """dropout(x W_o + b): the output projection of multi-head attention, [B, N, D] -> [B, N, D]."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -239,7 +289,7 @@ class ViTSelfOutput(nn.Module):
 
 
 class ViTAttention(nn.Module):
-    """Self-attention and its output projection."""
+    """MSA(x) = [head_1; ...; head_h] W_o: self-attention, then its output projection; shapes as `ViTSelfAttention`."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -254,6 +304,7 @@ class ViTAttention(nn.Module):
 
 
 def read_activation_name(config: ViTConfig, option: str) -> str:
+    """Return the activation that a config option names; raise InputError for an unknown one."""
     name = getattr(config, option)
     if name not in ops.ACTIVATIONS:
         raise InputError(
@@ -263,7 +314,11 @@ def read_activation_name(config: ViTConfig, option: str) -> str:
 
 
 class ViTIntermediate(nn.Module):
-    """First half of the feed-forward: D -> intermediate size, then GELU."""
+    """GELU(x W_1 + b_1): first half of the feed-forward, [B, N, D] -> [B, N, intermediate size].
+
+    Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", arXiv:1606.08415. config.hidden_act may name another
+    activation.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -275,7 +330,7 @@ class ViTIntermediate(nn.Module):
 
 
 class ViTOutput(nn.Module):
-    """Second half of the feed-forward: intermediate size -> D."""
+    """dropout(x W_2 + b_2): second half of the feed-forward, [B, N, intermediate size] -> [B, N, D]."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -287,9 +342,9 @@ class ViTOutput(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: while training, drops the branch of some images and scales the others up.
+    """branch * bernoulli(1 - rate) / (1 - rate), one draw per image, in training; the identity in evaluation.
 
-    Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382.
+    Stochastic depth: Huang et al. 2016, "Deep Networks with Stochastic Depth", arXiv:1603.09382.
     """
 
     def __init__(self, rate: float):
@@ -297,21 +352,21 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: Tensor, attention_mask: Mask = None) -> Tensor:
-        """[B, ...] -> [B, ...]; packed images [1, N, D] -> [1, N, D]."""
+        """[B, ...] -> [B, ...]; packed images [1, sum of all N, D] -> the same shape."""
         if not (self.training and self.rate):
             return branch
         packing = attention_mask if isinstance(attention_mask, Packing) else None
-        is_packed = packing is not None and branch.shape[1] == sum(packing.lengths)  # not the class tokens alone
+        is_packed = packing is not None and branch.shape[1] == sum(packing.lengths)  # else only the class tokens
         count = len(packing.lengths) if packing is not None and is_packed else len(branch)
         shape = [count] + [1] * (branch.ndim - 1)
         mask = torch.empty(shape, dtype=branch.dtype, device=branch.device).bernoulli_(1 - self.rate)
         if packing is not None and is_packed:
             mask = mask.repeat_interleave(packing.cu_seqlens.diff(), 0, output_size=branch.shape[1]).view(1, -1, 1)
-        return branch * mask / (1 - self.rate)  # the quotient alone, rounded to bfloat16, would be wrong for all
+        return branch * mask / (1 - self.rate)  # mask / (1 - rate) first would round that factor to bfloat16
 
 
 def compute_drop_path_rates(config: ViTConfig) -> list[float]:
-    """The drop path rate of each block, from 0 in the first to config.drop_path_rate (0 if it has none) in the last."""
+    """Return the drop path rate of each block: it rises linearly from 0 to config.drop_path_rate (default 0)."""
     last, count = getattr(config, "drop_path_rate", None) or 0.0, config.num_hidden_layers
     if not 0 <= last < 1:
         raise InputError(f"config.drop_path_rate: expected 0 or more and below 1, got {last}")
@@ -319,7 +374,11 @@ def compute_drop_path_rates(config: ViTConfig) -> list[float]:
 
 
 class ViTLayer(GradientCheckpointingLayer):
-    """One pre-LayerNorm block:  h = x + attention(norm(x));  y = h + mlp(norm(h))  (the paper's eq. 2 and 3)."""
+    """One pre-LayerNorm Transformer block.
+
+    h = x + MSA(LN(x))     (eq. 2)
+    y = h + MLP(LN(h))     (eq. 3)
+    """
 
     def __init__(self, config: ViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
@@ -332,7 +391,7 @@ class ViTLayer(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, hidden_states: Tensor, attention_mask: Mask = None, output_attentions: bool = False) -> Any:
-        """[B, N, D] -> [B, N, D], with the attention maps when asked for. Packed images: [1, N, D] -> [1, N, D]."""
+        """[B, N, D] -> [B, N, D]; with output_attentions, also the attention maps of `ViTSelfAttention`."""
         branch, probabilities = self.attention(self.layernorm_before(hidden_states), attention_mask, output_attentions)
         hidden_states = hidden_states + self.drop_path(branch, attention_mask)
         branch = self.output(self.intermediate(self.layernorm_after(hidden_states)))
@@ -341,7 +400,7 @@ class ViTLayer(GradientCheckpointingLayer):
 
 
 class ViTEncoder(nn.Module):
-    """The blocks, one after the other."""
+    """z_L = block_L(... block_1(z_0)): the stack of blocks."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
@@ -357,7 +416,7 @@ class ViTEncoder(nn.Module):
         class_token_only: bool = False,
         num_blocks: int | None = None,
     ) -> BaseModelOutput:
-        """[B, N, D] -> [B, N, D], or [B, 1, D] with class_token_only; see `ViTModel.forward` for the options."""
+        """[B, N, D] -> [B, N, D], or [B, 1, D] with class_token_only. `ViTModel.forward` describes the options."""
         layers = self.get_first_blocks(num_blocks)
         requested = resolve_hidden_state_indices(output_hidden_states, len(layers) + 1)
         all_hidden_states, all_attentions = [hidden_states if 0 in requested else None], []
@@ -382,7 +441,7 @@ class ViTEncoder(nn.Module):
 
 
 def resolve_hidden_state_indices(output_hidden_states: bool | int | Sequence[int], count: int) -> set[int]:
-    """Which of `count` hidden states are asked for: all, none, or those named; negative ones count from the end."""
+    """Return which of `count` hidden states are requested: all, none, or the listed ones (negative: from the end)."""
     if isinstance(output_hidden_states, bool):
         return set(range(count)) if output_hidden_states else set()
     requested = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
@@ -390,7 +449,7 @@ def resolve_hidden_state_indices(output_hidden_states: bool | int | Sequence[int
 
 
 class ViTPooler(nn.Module):
-    """tanh(W x) of the class token: the `pre_logits` layer of the in21k checkpoints."""
+    """tanh(z_class W + b): the `pre_logits` layer of the in21k checkpoints (hidden layer of the pre-training head)."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
