@@ -430,7 +430,7 @@ def test_text_towers_are_left():
     assert [type(module) for module in model.text_model.modules()] == text
     assert set(report.replaced) == {f"vision_model.encoder.layers.{index}" for index in range(2)}
     assert report.left == {
-        f"text_model.encoder.layers.{index}": "it belongs to a clip_text_model, which is no vision tower"
+        f"text_model.encoder.layers.{index}": "it belongs to a clip_text_model, which is not a vision tower"
         for index in range(2)
     }
     assert str(report).startswith("replaced: 2 blocks of CLIP vision (")

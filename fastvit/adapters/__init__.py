@@ -1,9 +1,7 @@
-"""Models that are not ours, with our operations in their blocks: `fastvit.optimize` and `fastvit.restore`.
+"""fastvit's operations in the blocks of other libraries' models: `fastvit.optimize` and `fastvit.restore`.
 
-    block.py      what a ViT block is, whoever wrote it, and our forward of it
-    swap.py       finding blocks in a model, giving them our forward, and giving them their own back
-    the others    one family each: where its blocks keep what `block.Block` asks for
+    swap.py       finds the blocks of a model, attaches the fused forward and detaches it
+    the others    one family each: how its blocks map to `fastvit.ops.block.Block`
 
-To add a family, write a file with `ADAPTERS`, name it in `swap.FAMILIES`, and add a small config of it to
-tests/test_optimize.py (docs/optimize.md).
+docs/optimize.md describes how to add a family.
 """

@@ -1,4 +1,4 @@
-"""transformers' BEiT: LayerScale, drop path, and a bias by relative position that is added to the scores."""
+"""transformers' BEiT: LayerScale, drop path, and a relative position bias that is added to the scores."""
 
 from typing import Any
 

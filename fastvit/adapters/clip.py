@@ -1,4 +1,4 @@
-"""The vision towers of transformers' CLIP and SigLIP; their text towers, of the same blocks, are left as they are."""
+"""The vision towers of transformers' CLIP and SigLIP. The text towers, of the same block classes, are not replaced."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def read_block(layer: Any) -> Block:
 
 def find_refusal(layer: Any) -> str | None:
     kind = layer.self_attn.config.model_type
-    return None if kind.endswith("_vision_model") else f"it belongs to a {kind}, which is no vision tower"
+    return None if kind.endswith("_vision_model") else f"it belongs to a {kind}, which is not a vision tower"
 
 
 MODELS = "transformers.models"

@@ -1,4 +1,4 @@
-"""transformers' DINOv2, with and without registers: LayerScale, drop path, and SwiGLU in the giant one."""
+"""transformers' DINOv2, with and without registers: LayerScale, drop path, and SwiGLU in the giant model."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def read_block(layer: Any) -> Block:
     if hasattr(attention, "o_proj"):
         qkv, projection = (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj
         dropout_p = attention.attention_dropout
-    else:  # before transformers 5.2x: laid out like BERT's
+    else:  # before transformers 5.2x, the modules are nested as in BERT
         output, attention = attention.output, attention.attention
         bypassed, dropouts = (*bypassed, output, attention), (output.dropout,)
         qkv, projection = (attention.query, attention.key, attention.value), output.dense

@@ -1,4 +1,4 @@
-"""transformers' DINOv3 ViT: queries and keys of patches are rotated by position, by the model's own code."""
+"""transformers' DINOv3 ViT: rotary position embedding of the patches' queries and keys, by the model's own code."""
 
 from functools import partial
 from typing import Any

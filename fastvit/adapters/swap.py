@@ -1,4 +1,4 @@
-"""`fastvit.optimize` and `fastvit.restore`: the fused block of `fastvit.ops.block`, attached and taken off again."""
+"""`fastvit.optimize` and `fastvit.restore`: attach the fused block of `fastvit.ops.block` to a model and detach it."""
 
 from __future__ import annotations
 
@@ -18,29 +18,35 @@ from fastvit.ops.block import Adapter, FusedModule
 
 logger = logging.getLogger("fastvit")
 
-# The modules beside this one that have `ADAPTERS`.
+# The modules of this package that define `ADAPTERS`.
 FAMILIES = ("vit", "dinov2", "clip", "timm", "yolos", "beit", "dinov3")
 
 
 @functools.cache
 def load_adapters() -> dict[str, Adapter]:
-    """Class of a block -> its adapter."""
+    """Return the adapter of each known block class, by the class's qualified name."""
     modules = [fused, *(importlib.import_module(f"fastvit.adapters.{name}") for name in FAMILIES)]
     return {adapter.class_name: adapter for module in modules for adapter in module.ADAPTERS}
 
 
 def list_families() -> list[str]:
-    """The names of the families that `optimize` knows."""
+    """List the names of the families that `optimize` supports."""
     return list(dict.fromkeys(adapter.family for adapter in load_adapters().values() if adapter not in fused.ADAPTERS))
 
 
 @dataclass
 class Report:
-    """What `optimize` did to a model: names of blocks."""
+    """The result of `optimize`; `str()` of it is a summary.
 
-    replaced: dict[str, str] = field(default_factory=dict)  # -> family
-    left: dict[str, str] = field(default_factory=dict)  # -> why it computes itself
-    parameters: int = 0  # how many numbers the replaced blocks hold
+    Attributes:
+        replaced: name of each replaced block -> its family.
+        left: name of each block that runs its own forward -> the reason.
+        parameters: number of parameters in the replaced blocks.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    parameters: int = 0
 
     def __str__(self) -> str:
         families = [f"{format_count(count)} of {family}" for family, count in Counter(self.replaced.values()).items()]
@@ -55,7 +61,7 @@ def format_count(count: int) -> str:
 
 @functools.cache
 def get_fused_class(original: Any) -> Any:
-    """The subclass of a block's class that has the fused forward."""
+    """Return the subclass of a block's class whose forward is fused."""
     if original in fused.FORWARDS:
         return fused.get_fused_class(original)
     return blocks.make_fused_class(
@@ -64,20 +70,27 @@ def get_fused_class(original: Any) -> Any:
 
 
 def rebuild(original: Any) -> nn.Module:
-    """An empty module of the fused class, for copies and pickles."""
+    """Create an empty module of the fused class, for copies and pickles."""
     kind = get_fused_class(original)
     return kind.__new__(kind)
 
 
 def optimize(model: nn.Module) -> Report:
-    """Let our operations compute the blocks of `model`, in place; `fastvit.restore(model)` undoes it.
+    """Replace the forward of the blocks in `model` by fastvit's fused one, in place.
 
-    The model keeps its modules, parameters, names, state dict and hooks, and computes the same. A block whose parts are
-    watched by hooks, wrapped (LoRA), quantised or asked for attention maps computes itself, for as long as that holds;
-    why is in what is returned and in the log (logger "fastvit", INFO). May be called twice. Optimize before FSDP2's
-    `fully_shard`, which changes classes too.
+    The modules, parameters, names, state dict and hooks do not change, and the outputs are the same up to rounding. A
+    block runs its own forward while one of its parts is hooked, wrapped (LoRA) or quantised, or while attention maps
+    are requested; the reason is logged (logger "fastvit", INFO). `fastvit.restore(model)` undoes the replacement.
+    Calling this twice is harmless. Call it before FSDP2's `fully_shard`, which also changes the classes of modules.
 
-    Raises InputError for a model without a block of a family that is known; the error lists them.
+    Args:
+        model: any module that contains blocks of a supported family.
+
+    Returns:
+        A `Report` of the blocks that were replaced and those that were not, with the reasons.
+
+    Raises:
+        InputError: if `model` has no block of a supported family; the error lists the families.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -97,13 +110,13 @@ def optimize(model: nn.Module) -> Report:
         else:
             report.replaced[name] = adapter.family
             report.parameters += sum(parameter.numel() for parameter in module.parameters())
-        # Other reasons may go away: hooks are removed, LoRA is merged.
+        # The other reasons may be temporary: hooks are removed, LoRA is merged.
         if not is_done and refusal is None:
             module.__class__ = get_fused_class(original)
-    fused.attach(model)  # of our own models also the embeddings and the encoder
+    fused.attach(model)  # in fastvit's own models also the embeddings and the encoder
     if not (report.replaced or report.left):
         raise InputError(
-            f"model: {type(model).__name__} has no block that optimize knows; it knows those of"
+            f"model: {type(model).__name__} has no block that optimize supports; it supports"
             f" {', '.join(list_families())}"
         )
     logger.info("optimize: %s", report)
@@ -111,11 +124,19 @@ def optimize(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> int:
-    """Give the blocks of `model` their own forward back, exactly as before `fastvit.optimize`; returns how many.
+    """Restore the blocks of `model` to their own forward, exactly as before `fastvit.optimize`.
 
-    Of fastvit's own models the embeddings and the encoder too: what is left is the plain model of `fastvit.models.vit`.
+    In fastvit's own models this includes the embeddings and the encoder: the result is the plain model of
+    `fastvit.models.vit`.
 
-    Raises InputError, before it changes anything, if something has wrapped a block since: that has to go first.
+    Args:
+        model: any module; one without optimized blocks is not changed.
+
+    Returns:
+        The number of restored blocks.
+
+    Raises:
+        InputError: if a block was wrapped after `optimize`; nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

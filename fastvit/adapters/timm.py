@@ -1,4 +1,4 @@
-"""timm's VisionTransformer (DeiT, AugReg, DINOv2, SigLIP and the others of its `Block`)."""
+"""timm's VisionTransformer: DeiT, AugReg, DINOv2, SigLIP and the other models that use its `Block`."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""transformers' ViT and its siblings: one block, copied under several names (DINO's ViT is a ViT)."""
+"""transformers' ViT and the models that copy its block under another name. DINO's backbone is a ViT."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""transformers' YOLOS: a ViT with detection tokens, whose blocks keep the older layout of modules."""
+"""transformers' YOLOS: a ViT with detection tokens, whose blocks have transformers' older module layout."""
 
 from typing import Any
 
