@@ -1,9 +1,9 @@
-"""Train on several GPUs with accelerate: each process has its own copy of the model, gradients are averaged (DDP).
+"""Train on several GPUs with Accelerate: each process has a copy of the model, gradients are averaged (DDP).
 
-    torchrun --nproc-per-node 8 examples/ddp.py        # eight GPUs of this machine (or processes, where there is none)
-    python examples/ddp.py --data-dir my-pictures      # one process; my-pictures/CLASS/*.jpg
+    torchrun --nproc-per-node 8 examples/ddp.py      # 8 GPUs of this machine, or 8 CPU processes without a GPU
+    python examples/ddp.py --data-dir my-images      # one process; my-images/CLASS/*.jpg
 
-The batch size is that of one process. Numbers, such as the accuracy, are of all processes.
+The batch size is per process. Printed numbers, such as the accuracy, are over all processes.
 """
 
 import argparse
@@ -21,26 +21,26 @@ from fastvit import ViTForImageClassification
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="google/vit-base-patch16-224-in21k", help="hub id or folder (%(default)s)")
-    parser.add_argument("--dataset", default="AI-Lab-Makerere/beans", help="pictures of the hub (%(default)s)")
-    parser.add_argument("--data-dir", help="a folder of pictures, in place of --dataset")
+    parser.add_argument("--dataset", default="AI-Lab-Makerere/beans", help="images on the hub (%(default)s)")
+    parser.add_argument("--data-dir", help="a folder of images, used instead of --dataset")
     parser.add_argument("--output-dir", default="runs/ddp", help="%(default)s")
     parser.add_argument("--epochs", type=int, default=4, help="%(default)s")
-    parser.add_argument("--batch-size", type=int, default=16, help="of one process (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="per process (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="%(default)s")
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16", "fp16"], help="%(default)s")
     options = parser.parse_args()
 
-    # Without `cpu`, processes on a machine without a GPU would not know of each other.
+    # On a machine without a GPU, Accelerate connects the processes only with cpu=True.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
     set_seed(0)
-    with accelerator.main_process_first():  # one process fills the cache, the others read it
+    with accelerator.main_process_first():  # the main process fills the cache, then the others read it
         if options.data_dir:
-            pictures = load_dataset("imagefolder", data_dir=options.data_dir, split="train")
+            dataset = load_dataset("imagefolder", data_dir=options.data_dir, split="train")
         else:
-            pictures = load_dataset(options.dataset, split="train")
-    label = "labels" if "labels" in pictures.features else "label"
-    names = pictures.features[label].names
-    halves = pictures.train_test_split(0.15, stratify_by_column=label, seed=0)
+            dataset = load_dataset(options.dataset, split="train")
+    label = "labels" if "labels" in dataset.features else "label"
+    names = dataset.features[label].names
+    halves = dataset.train_test_split(0.15, stratify_by_column=label, seed=0)
     processor = AutoImageProcessor.from_pretrained(options.model)
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -72,15 +72,15 @@ def main() -> None:
             with torch.no_grad():
                 guess = model(**batch).logits.argmax(-1)
             right.append(accelerator.gather_for_metrics(guess == batch["labels"]))
-        right = torch.cat(right)  # each validation picture once, whatever the number of processes
-        accelerator.print(f"epoch {epoch + 1}: validation accuracy {right.float().mean():.1%} of {len(right)} pictures")
+        right = torch.cat(right)  # each validation image once, for any number of processes
+        accelerator.print(f"epoch {epoch + 1}: validation accuracy {right.float().mean():.1%} of {len(right)} images")
 
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(options.output_dir)
         processor.save_pretrained(options.output_dir)
     accelerator.print(f"saved: {options.output_dir} (trained by {accelerator.num_processes} processes)")
     accelerator.wait_for_everyone()
-    accelerator.free_memory()  # and gives Gloo's threads the time to let go of what was gathered: else they may hang
+    accelerator.free_memory()  # also lets Gloo's threads release the gathered tensors, without which they may hang
     accelerator.end_training()
 
 

@@ -1,10 +1,10 @@
-"""Export a classifier for programs without fastvit: as a torch.export program and as ONNX, for any batch size.
+"""Export a classifier for use without fastvit: as a torch.export program and as ONNX, for any batch size.
 
     python examples/export.py                                      # google/vit-base-patch16-224 -> runs/export
     python examples/export.py --model runs/leaves --output-dir leaves-model
 
-Both files are run again and compared with the model. ONNX needs the packages onnx, onnxscript and onnxruntime; without
-them the first file is written all the same.
+Both files are loaded, run and compared with the model. ONNX requires the packages onnx, onnxscript and onnxruntime;
+without them only the first file is written.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
     difference = ((found - expected).abs().max() / expected.abs().max()).item()
     print(f"{name}: largest difference {difference:.1e} of the largest logit, batch {len(found)}")
     if not difference < 1e-4:
-        raise SystemExit(f"{name} does not compute what the model does")
+        raise SystemExit(f"{name}: expected the logits of the model")
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
     options.output_dir.mkdir(parents=True, exist_ok=True)
     any_batch = {"pixel_values": {0: torch.export.Dim("batch")}}
 
-    # The reference backend: plain PyTorch operations, which every runtime knows.
+    # The reference backend consists of plain PyTorch operations, which every runtime supports.
     with fastvit.backend("reference"), torch.no_grad():
         program = torch.export.export(model, (pixels[:2],), dynamic_shapes=any_batch)
         torch.export.save(program, options.output_dir / "model.pt2")

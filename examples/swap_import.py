@@ -1,9 +1,9 @@
-"""Fine-tune a ViT with transformers' Trainer: an ordinary script, in which one import was swapped.
+"""Fine-tune a ViT with transformers' Trainer: an ordinary script with one import changed.
 
-    python examples/swap_import.py                           # google/vit-base-patch16-224-in21k on beans, from the hub
-    python examples/swap_import.py --data-dir my-pictures    # my-pictures/CLASS/*.jpg
+    python examples/swap_import.py                         # google/vit-base-patch16-224-in21k on beans, from the hub
+    python examples/swap_import.py --data-dir my-images    # my-images/CLASS/*.jpg
 
-Pictures for validation are those under validation/ (then the others are under train/), or else drawn from all.
+A folder may have subfolders train/ and validation/; otherwise 15 % of the images are held out for validation.
 """
 
 import argparse
@@ -17,24 +17,24 @@ from fastvit import ViTForImageClassification  # was: from transformers import V
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="google/vit-base-patch16-224-in21k", help="hub id or folder (%(default)s)")
-    parser.add_argument("--dataset", default="AI-Lab-Makerere/beans", help="pictures of the hub (%(default)s)")
-    parser.add_argument("--data-dir", help="a folder of pictures, in place of --dataset")
+    parser.add_argument("--dataset", default="AI-Lab-Makerere/beans", help="images on the hub (%(default)s)")
+    parser.add_argument("--data-dir", help="a folder of images, used instead of --dataset")
     parser.add_argument("--output-dir", default="runs/swap_import", help="%(default)s")
     parser.add_argument("--epochs", type=float, default=4, help="%(default)s")
     parser.add_argument("--batch-size", type=int, default=16, help="%(default)s")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="%(default)s")
     options = parser.parse_args()
-    set_seed(0)  # the classifier is drawn before Trainer sets its own
+    set_seed(0)  # the classifier is initialised before Trainer sets its own seed
 
     if options.data_dir:
-        pictures = load_dataset("imagefolder", data_dir=options.data_dir)
+        dataset = load_dataset("imagefolder", data_dir=options.data_dir)
     else:
-        pictures = load_dataset(options.dataset)
-    label = "labels" if "labels" in pictures["train"].features else "label"
-    if "validation" not in pictures:
-        held_out = pictures["train"].train_test_split(0.15, stratify_by_column=label, seed=0)
-        pictures["train"], pictures["validation"] = held_out["train"], held_out["test"]
-    names = pictures["train"].features[label].names
+        dataset = load_dataset(options.dataset)
+    label = "labels" if "labels" in dataset["train"].features else "label"
+    if "validation" not in dataset:
+        held_out = dataset["train"].train_test_split(0.15, stratify_by_column=label, seed=0)
+        dataset["train"], dataset["validation"] = held_out["train"], held_out["test"]
+    names = dataset["train"].features[label].names
 
     processor = AutoImageProcessor.from_pretrained(options.model)
     model = ViTForImageClassification.from_pretrained(
@@ -42,7 +42,7 @@ def main() -> None:
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
-        ignore_mismatched_sizes=True,  # another classifier than the checkpoint's
+        ignore_mismatched_sizes=True,  # the classifier differs from the checkpoint's
     )
 
     def prepare(batch: dict) -> dict:
@@ -61,17 +61,17 @@ def main() -> None:
             save_strategy="epoch",
             load_best_model_at_end=True,
             metric_for_best_model="accuracy",
-            remove_unused_columns=False,  # the pictures, which `prepare` reads
+            remove_unused_columns=False,  # `prepare` reads the images
             report_to="none",
         ),
-        train_dataset=pictures["train"].with_transform(prepare),
-        eval_dataset=pictures["validation"].with_transform(prepare),
+        train_dataset=dataset["train"].with_transform(prepare),
+        eval_dataset=dataset["validation"].with_transform(prepare),
         processing_class=processor,
         compute_metrics=lambda guess: {"accuracy": (guess.predictions.argmax(-1) == guess.label_ids).mean()},
     )
     trainer.train()
     print(f"validation accuracy: {trainer.evaluate()['eval_accuracy']:.1%}")
-    trainer.save_model()  # transformers and its pipeline load this folder too
+    trainer.save_model()  # transformers and its pipeline also load this folder
     print(f"saved: {options.output_dir}")
 
 

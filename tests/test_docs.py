@@ -31,7 +31,7 @@ BLOCK = re.compile(
 # What a page does not do itself, with the names that its blocks leave behind.
 CHECKS = {
     "docs/features.md": """
-rows = [{"pixel_values": pictures[0], "labels": 1}, {"pixel_values": pictures[1], "labels": 0}]
+rows = [{"pixel_values": images[0], "labels": 1}, {"pixel_values": images[1], "labels": 0}]
 assert model(**collate(rows)).logits.shape == (2, 3)
 assert [list(tokens.shape) for tokens in backbone.last_hidden_state] == [[197, 192], [161, 192], [37, 192]]
 """,

@@ -1,6 +1,6 @@
-"""Every file of examples/, run as a user runs it, with small models and drawn leaves in place of the hub's.
+"""Every file of examples/ runs as a user runs it, with small models and synthetic leaves in place of the hub's.
 
-Each runs in a process of its own, forked from one that has imported the libraries once.
+Each runs in its own process, forked from one server process that has imported the libraries.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ def _server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
-    """A ViT and a DINOv2 as the hub has them, and pictures: 12 of each class to train with, 4 for validation."""
+    """Save a ViT and a DINOv2 as on the hub, and images: per class 12 for training and 4 for validation."""
     folder = tmp_path_factory.mktemp("examples")
     torch.manual_seed(0)
     vit = transformers.ViTConfig(image_size=32, patch_size=8, intermediate_size=48, **SIZES)
@@ -58,23 +58,23 @@ def run(tmp_path):
     return lambda *arguments, **more: forked.finish(start(*arguments, log=tmp_path / "log", **more), tmp_path / "log")
 
 
-def validation(folders) -> tuple[torch.Tensor, np.ndarray]:
+def load_validation(folders) -> tuple[torch.Tensor, np.ndarray]:
     files = sorted((folders["leaves"] / "validation").glob("*/*.png"))
     processor = transformers.ViTImageProcessorPil.from_pretrained(folders["vit"])
     pixels = processor([Image.open(file) for file in files], return_tensors="pt").pixel_values
     return pixels, np.array([CLASSES.index(file.parent.name) for file in files])
 
 
-def accuracy_printed(output: str) -> float:
+def read_accuracy(output: str) -> float:
     return float(re.findall(r"validation accuracy:? ([\d.]+)%", output)[-1])
 
 
-def difference_printed(output: str, after: str = "") -> float:
+def read_difference(output: str, after: str = "") -> float:
     return float(re.search(rf"{after}.*largest difference (\S+)", output).group(1))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_says_what_it_does_with_what(script, run):
+def test_help_shows_the_docstring_and_the_defaults(script, run):
     output = run(script, "--help")
     docstring = (EXAMPLES / f"{script}.py").read_text(encoding="utf-8").split('"""')[1]
     assert docstring in output
@@ -83,7 +83,7 @@ def test_help_says_what_it_does_with_what(script, run):
 
 
 def test_swapped_import_trains_as_transformers_does(run, folders, tmp_path):
-    """The same script with and without the swap: losses are those of transformers' own model, which loads ours."""
+    """The script with and without the swapped import has the same losses, and transformers loads the saved model."""
     given = ("--model", folders["vit"], "--data-dir", folders["leaves"], "--epochs", 3, "--batch-size", 6)
     given += ("--learning-rate", 3e-3)
     output = run("swap_import", *given, "--output-dir", tmp_path / "out")
@@ -100,13 +100,13 @@ def test_swapped_import_trains_as_transformers_does(run, folders, tmp_path):
 
     model = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
     assert model.config.id2label == dict(enumerate(CLASSES))
-    pixels, labels = validation(folders)
+    pixels, labels = load_validation(folders)
     right = model(pixels).logits.argmax(-1).numpy() == labels
-    assert accuracy_printed(output) == pytest.approx(100 * right.mean(), abs=0.1)
+    assert read_accuracy(output) == pytest.approx(100 * right.mean(), abs=0.1)
     assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").size == {"height": 32, "width": 32}
 
 
-def test_lora_trains_adapters_alone(run, folders, tmp_path):
+def test_lora_trains_only_adapters_and_classifier(run, folders, tmp_path):
     from peft import PeftModel
 
     import fastvit
@@ -116,7 +116,7 @@ def test_lora_trains_adapters_alone(run, folders, tmp_path):
     assert "trainable params: 1,123 || all params:" in output  # 2 blocks, 2 layers, 2 of 4 by 32; 3 by 32 and 3
     base = fastvit.ViTForImageClassification.from_pretrained(folders["vit"], num_labels=3, ignore_mismatched_sizes=True)
     frozen = {name: parameter.clone() for name, parameter in base.named_parameters()}
-    pixels, _ = validation(folders)
+    pixels, _ = load_validation(folders)
     adapted = PeftModel.from_pretrained(base, tmp_path / "out").eval()
     merged = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out" / "merged").eval()
     logits = adapted(pixels).logits
@@ -128,11 +128,11 @@ def test_lora_trains_adapters_alone(run, folders, tmp_path):
     assert {name.split(".")[-2] for name in moved} == {"query", "value", "classifier"}
 
 
-def test_two_processes_train_the_model_of_one(run, folders, tmp_path):
-    """A step takes all 30 pictures, so that their order says nothing."""
+def test_two_processes_train_the_same_model_as_one(run, folders, tmp_path):
+    """Each step uses all 30 images, so that their order does not matter."""
     given = ("--model", folders["vit"], "--data-dir", folders["leaves"], "--epochs", 2)
     alone = run("ddp", *given, "--batch-size", 30, "--output-dir", tmp_path / "one")
-    assert re.search(r"epoch 2: validation accuracy [\d.]+% of 6 pictures", alone)
+    assert re.search(r"epoch 2: validation accuracy [\d.]+% of 6 images", alone)
     assert f"saved: {tmp_path / 'one'} (trained by 1 processes)" in alone
 
     with socket.socket() as free:
@@ -154,15 +154,15 @@ def test_two_processes_train_the_model_of_one(run, folders, tmp_path):
         transformers.ViTForImageClassification.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two")
     )
     for name, tensor in one.items():
-        if not name.endswith("k_proj.bias"):  # Adam makes steps of the rounding, which is all the gradient it has
+        if not name.endswith("k_proj.bias"):  # its gradient is only rounding error, which Adam scales up
             torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_compiled_model_is_timed_and_the_same(run, folders):
+def test_compiled_model_computes_the_same_and_is_timed(run, folders):
     output = run("compile", "--model", folders["vit"], "--batch-size", 2, "--repeats", 1, "--compiler", "aot_eager")
-    assert difference_printed(output, "logits: ") < 1e-5
+    assert read_difference(output, "logits: ") < 1e-5
     for name in ("inference", "training step"):
-        assert re.search(rf"^ *{name} +\d+\.\d+ as it is +\d+\.\d+ compiled$", output, re.MULTILINE)
+        assert re.search(rf"^ *{name} +\d+\.\d+ uncompiled +\d+\.\d+ compiled$", output, re.MULTILINE)
 
 
 def test_exported_files_compute_the_same(run, folders, tmp_path):
@@ -170,22 +170,22 @@ def test_exported_files_compute_the_same(run, folders, tmp_path):
         pytest.importorskip(package, reason=f"ONNX export needs the package {package}")
     output = run("export", "--model", folders["vit"], "--output-dir", tmp_path / "out")
     for name in ("model.pt2", "model.onnx"):
-        assert difference_printed(output, f"{name}: ") < 1e-5
+        assert read_difference(output, f"{name}: ") < 1e-5
         assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
-def test_export_without_onnx_says_what_is_missing(run, folders, tmp_path):
+def test_export_without_onnx_names_the_missing_packages(run, folders, tmp_path):
     missing = ("onnx", "onnxscript", "onnxruntime")
     output = run("export", "--model", folders["vit"], "--output-dir", tmp_path, missing=missing)
     assert "no ONNX file: pip install onnx onnxscript onnxruntime" in output
     assert (tmp_path / "model.pt2").exists() and not (tmp_path / "model.onnx").exists()
 
 
-@pytest.mark.parametrize("given", ["a drawn leaf", "files"])
+@pytest.mark.parametrize("given", ["a synthetic leaf", "files"])
 def test_optimized_dinov2_has_the_same_features(given, run, folders):
     files = sorted((folders["leaves"] / "validation").glob("*/12.png")) if given == "files" else []
     output = run("optimize_dinov2", *files, "--model", folders["dinov2"], "--repeats", 1)
     assert "replaced: 2 blocks of DINOv2 (17,216 parameters)" in output
-    assert f"features: [{len(files) or 1}, 5, 32]" in output and difference_printed(output, "features: ") < 1e-5
+    assert f"features: [{len(files) or 1}, 5, 32]" in output and read_difference(output, "features: ") < 1e-5
     assert re.search(r"milliseconds on cpu: \d+\.\d+ before, \d+\.\d+ after", output)
     assert "restored: the same bits as before" in output
