@@ -1,6 +1,6 @@
 """attn_implementation="fastvit" in transformers' own models: the same outputs and gradients as its eager attention.
 
-The names in `MODELS`, `REFUSED` and `IGNORED` are those of the table in docs/drop_in.md.
+The names in `MODELS`, `REFUSED` and `IGNORED` equal those of the table in docs/drop_in.md.
 """
 
 import re
@@ -42,41 +42,37 @@ MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_h
 MLA |= {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
 MLA |= {**TEXT, "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 1}
 SOUND = {**SMALL, "conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
-SOUND |= {
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 4,
-    "vocab_size": 60,
-    "apply_spec_augment": False,
-}
+SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 4, "vocab_size": 60}
+SOUND |= {"apply_spec_augment": False}
 
 
-def model_of(name: str, options: dict, config: str = "", **more):
+def build_model(name: str, options: dict, config: str = "", **more):
     config_class = getattr(transformers, config or name.removesuffix("Model") + "Config")
     return getattr(transformers, name)(config_class(**{**options, **more}))
 
 
-# name -> (what it is given, model)
+# name -> (kind of input, constructor)
 MODELS = {
-    "ViT": ("images", partial(model_of, "ViTModel", IMAGES)),
-    "DeiT": ("images", partial(model_of, "DeiTModel", IMAGES)),
-    "ViTMAE": ("images", partial(model_of, "ViTMAEModel", IMAGES, mask_ratio=0.0)),
-    "ViTMSN": ("images", partial(model_of, "ViTMSNModel", IMAGES)),
-    "I-JEPA": ("images", partial(model_of, "IJepaModel", IMAGES)),
-    "BEiT": ("images", partial(model_of, "BeitModel", IMAGES, use_relative_position_bias=True)),
-    "DINOv2": ("images", partial(model_of, "Dinov2Model", IMAGES, mlp_ratio=2)),
-    "DINOv2 with registers": ("images", partial(model_of, "Dinov2WithRegistersModel", IMAGES, mlp_ratio=2)),
-    "DINOv3 ViT": ("images", partial(model_of, "DINOv3ViTModel", IMAGES)),
+    "ViT": ("images", partial(build_model, "ViTModel", IMAGES)),
+    "DeiT": ("images", partial(build_model, "DeiTModel", IMAGES)),
+    "ViTMAE": ("images", partial(build_model, "ViTMAEModel", IMAGES, mask_ratio=0.0)),
+    "ViTMSN": ("images", partial(build_model, "ViTMSNModel", IMAGES)),
+    "I-JEPA": ("images", partial(build_model, "IJepaModel", IMAGES)),
+    "BEiT": ("images", partial(build_model, "BeitModel", IMAGES, use_relative_position_bias=True)),
+    "DINOv2": ("images", partial(build_model, "Dinov2Model", IMAGES, mlp_ratio=2)),
+    "DINOv2 with registers": ("images", partial(build_model, "Dinov2WithRegistersModel", IMAGES, mlp_ratio=2)),
+    "DINOv3 ViT": ("images", partial(build_model, "DINOv3ViTModel", IMAGES)),
     "YOLOS": (
         "images",
-        partial(model_of, "YolosModel", {**IMAGES, "image_size": [28, 28], "num_detection_tokens": 3}),
+        partial(build_model, "YolosModel", {**IMAGES, "image_size": [28, 28], "num_detection_tokens": 3}),
     ),
-    "DPT": ("images", partial(model_of, "DPTModel", IMAGES, backbone_out_indices=[0, 1, 1, 1])),
-    "CLIP vision": ("images", partial(model_of, "CLIPVisionModel", IMAGES)),
-    "SigLIP vision": ("images", partial(model_of, "SiglipVisionModel", IMAGES)),
-    "SigLIP 2 vision": ("patches", partial(model_of, "Siglip2VisionModel", SMALL, patch_size=14, num_patches=4)),
-    "AIMv2 vision": ("images", partial(model_of, "Aimv2VisionModel", IMAGES)),
-    "InternVL vision": ("images", partial(model_of, "InternVLVisionModel", {**IMAGES, "image_size": [28, 28]})),
-    "Pixtral vision": ("images", partial(model_of, "PixtralVisionModel", IMAGES)),
+    "DPT": ("images", partial(build_model, "DPTModel", IMAGES, backbone_out_indices=[0, 1, 1, 1])),
+    "CLIP vision": ("images", partial(build_model, "CLIPVisionModel", IMAGES)),
+    "SigLIP vision": ("images", partial(build_model, "SiglipVisionModel", IMAGES)),
+    "SigLIP 2 vision": ("patches", partial(build_model, "Siglip2VisionModel", SMALL, patch_size=14, num_patches=4)),
+    "AIMv2 vision": ("images", partial(build_model, "Aimv2VisionModel", IMAGES)),
+    "InternVL vision": ("images", partial(build_model, "InternVLVisionModel", {**IMAGES, "image_size": [28, 28]})),
+    "Pixtral vision": ("images", partial(build_model, "PixtralVisionModel", IMAGES)),
     "Qwen2.5-VL vision": (
         "grid",
         lambda: transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel(
@@ -90,44 +86,44 @@ MODELS = {
             )
         ),
     ),
-    "VideoMAE": ("videos", partial(model_of, "VideoMAEModel", VIDEOS)),
-    "V-JEPA 2": ("videos", partial(model_of, "VJEPA2Model", VJEPA2)),
-    "BERT": ("text", partial(model_of, "BertModel", TEXT)),
+    "VideoMAE": ("videos", partial(build_model, "VideoMAEModel", VIDEOS)),
+    "V-JEPA 2": ("videos", partial(build_model, "VJEPA2Model", VJEPA2)),
+    "BERT": ("text", partial(build_model, "BertModel", TEXT)),
     "ModernBERT": (
         "text",
-        partial(model_of, "ModernBertModel", TEXT, local_attention=4, cls_token_id=1, sep_token_id=2),
+        partial(build_model, "ModernBertModel", TEXT, local_attention=4, cls_token_id=1, sep_token_id=2),
     ),
-    "CLIP text": ("text", partial(model_of, "CLIPTextModel", TEXT)),
-    "SigLIP text": ("text", partial(model_of, "SiglipTextModel", TEXT)),
-    "GPT-2": ("text", partial(model_of, "GPT2Model", TEXT, n_embd=32, n_layer=2, n_head=2)),
-    "Llama": ("text", partial(model_of, "LlamaModel", DECODER)),
-    "Mistral": ("text", partial(model_of, "MistralModel", DECODER, sliding_window=4)),
-    "Qwen3": ("text", partial(model_of, "Qwen3Model", DECODER)),
-    "Gemma 3 text": ("text", partial(model_of, "Gemma3TextModel", GROUPS)),
-    "DeepSeek-V3": ("text", partial(model_of, "DeepseekV3Model", MLA)),
-    "BART": ("text to text", partial(model_of, "BartModel", SEQ2SEQ, max_position_embeddings=16)),
-    "T5": ("text to text", partial(model_of, "T5Model", {**T5, "vocab_size": 60, "pad_token_id": 0})),
+    "CLIP text": ("text", partial(build_model, "CLIPTextModel", TEXT)),
+    "SigLIP text": ("text", partial(build_model, "SiglipTextModel", TEXT)),
+    "GPT-2": ("text", partial(build_model, "GPT2Model", TEXT, n_embd=32, n_layer=2, n_head=2)),
+    "Llama": ("text", partial(build_model, "LlamaModel", DECODER)),
+    "Mistral": ("text", partial(build_model, "MistralModel", DECODER, sliding_window=4)),
+    "Qwen3": ("text", partial(build_model, "Qwen3Model", DECODER)),
+    "Gemma 3 text": ("text", partial(build_model, "Gemma3TextModel", GROUPS)),
+    "DeepSeek-V3": ("text", partial(build_model, "DeepseekV3Model", MLA)),
+    "BART": ("text to text", partial(build_model, "BartModel", SEQ2SEQ, max_position_embeddings=16)),
+    "T5": ("text to text", partial(build_model, "T5Model", {**T5, "vocab_size": 60, "pad_token_id": 0})),
     "Whisper": (
         "sound features",
-        partial(model_of, "WhisperModel", SEQ2SEQ, num_mel_bins=8, max_source_positions=8, max_target_positions=16),
+        partial(build_model, "WhisperModel", SEQ2SEQ, num_mel_bins=8, max_source_positions=8, max_target_positions=16),
     ),
-    "Wav2Vec2": ("sound", partial(model_of, "Wav2Vec2Model", SOUND)),
+    "Wav2Vec2": ("sound", partial(build_model, "Wav2Vec2Model", SOUND)),
 }
 
-# name -> (what it needs that ours does not have, model)
+# name -> (option that fastvit does not support, constructor)
 REFUSED = {
-    "Gemma 2": ("softcap", partial(model_of, "Gemma2Model", GROUPS)),
-    "GPT-OSS": ("s_aux", partial(model_of, "GptOssModel", GROUPS, num_local_experts=2, num_experts_per_tok=1)),
-    "DeepSeek-V3.2": ("indices", partial(model_of, "DeepseekV32Model", MLA, index_topk=3)),
+    "Gemma 2": ("softcap", partial(build_model, "Gemma2Model", GROUPS)),
+    "GPT-OSS": ("s_aux", partial(build_model, "GptOssModel", GROUPS, num_local_experts=2, num_experts_per_tok=1)),
+    "DeepSeek-V3.2": ("indices", partial(build_model, "DeepseekV32Model", MLA, index_topk=3)),
 }
-# Their blocks take no attention function, only a mask: they compute what they always do.
+# Their blocks use no attention function, only a mask: the implementation's name has no effect.
 IGNORED = {
-    "GIT": ("text", partial(model_of, "GitModel", TEXT, vision_config=IMAGES)),
-    "SAM vision": ("images", partial(model_of, "SamVisionModel", IMAGES, output_channels=16)),
+    "GIT": ("text", partial(build_model, "GitModel", TEXT, vision_config=IMAGES)),
+    "SAM vision": ("images", partial(build_model, "SamVisionModel", IMAGES, output_channels=16)),
 }
-# The kernel has one head dim for queries, keys and values; PyTorch's operation has not.
+# The kernel needs one head dim for queries, keys and values; PyTorch's operation does not.
 NO_KERNEL = ("DeepSeek-V3",)
-# The kernel has no gradient of a mask, as which a position bias comes; PyTorch's operation has.
+# A position bias is passed as a mask, for which the kernel has no gradient; PyTorch's operation has.
 LEARNED_BIAS = ("BEiT", "T5")
 CASES = [(name, "", backend) for name in [*MODELS, "GIT"] for backend in ("reference", "triton")]
 CASES += [(name, side, "reference") for name in MODELS for side in ("left", "right") if MODELS[name][0] == "text"]
@@ -135,7 +131,7 @@ CASES += [(name, "right", "reference") for name in ("BART", "T5", "GIT")]
 CASES += [("ModernBERT", "left", "triton"), ("Llama", "left", "triton"), ("T5", "right", "triton")]
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton"])
 
-# The most negative number, as a mask, times log2(e): minus infinity, as it should be.
+# A mask of the most negative number times log2(e) overflows to minus infinity, which is the intended value.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in multiply:RuntimeWarning:triton")
 
 
@@ -155,7 +151,7 @@ def build(name: str) -> torch.nn.Module:
     return model
 
 
-def text(padded: str = "") -> dict[str, torch.Tensor]:
+def make_text(padded: str = "") -> dict[str, torch.Tensor]:
     tokens = torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(2, 12, dtype=torch.long)
     if padded:
@@ -165,7 +161,7 @@ def text(padded: str = "") -> dict[str, torch.Tensor]:
     return {"input_ids": tokens.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
-def inputs_for(given: str, padded: str = "") -> dict[str, torch.Tensor]:
+def make_inputs(given: str, padded: str = "") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape):
@@ -177,20 +173,20 @@ def inputs_for(given: str, padded: str = "") -> dict[str, torch.Tensor]:
         return {"videos": noise(2, 4, 3, 28, 28)}
     if given == "sound":
         return {"input_values": noise(2, 200)}
-    if given == "patches":  # one picture of two by two patches, and one of one by three
+    if given == "patches":  # one image of 2 x 2 patches and one of 1 x 3
         mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], device=DEVICE)
         shapes = torch.tensor([[2, 2], [1, 3]], device=DEVICE)
         return {"pixel_values": noise(2, 4, 588), "pixel_attention_mask": mask, "spatial_shapes": shapes}
-    if given == "grid":  # two pictures, one after the other
+    if given == "grid":  # two images, packed
         return {"hidden_states": noise(32, 1176), "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]], device=DEVICE)}
     target = {"decoder_input_ids": torch.randint(3, 60, (2, 7), generator=generator).to(DEVICE)}
     if given == "sound features":
         return {"input_features": noise(2, 8, 16), **target}
-    return {**text(padded), **(target if given == "text to text" else {})}
+    return {**make_text(padded), **(target if given == "text to text" else {})}
 
 
 def call(model, inputs):
-    """The last hidden state, without the tokens that are padding."""
+    """Return the last hidden state, with padding tokens set to zero."""
     inputs = dict(inputs)
     if "videos" in inputs:
         inputs[model.main_input_name] = inputs.pop("videos")
@@ -201,7 +197,7 @@ def call(model, inputs):
     return hidden
 
 
-def hidden_states_and_gradients(model, implementation: str, inputs) -> dict[str, torch.Tensor]:
+def compute_hidden_states_and_gradients(model, implementation: str, inputs) -> dict[str, torch.Tensor]:
     model.set_attn_implementation(implementation)
     assert model.config._attn_implementation == implementation
     torch.manual_seed(2)
@@ -217,27 +213,27 @@ def hidden_states_and_gradients(model, implementation: str, inputs) -> dict[str,
 @pytest.mark.parametrize(("name", "padded", "backend"), CASES)
 def test_models_of_transformers_compute_the_same(name, padded, backend, monkeypatch):
     if name == "T5" and Version(transformers.__version__) < Version("5.24"):
-        pytest.skip("T5 takes no attention function in this transformers")
+        pytest.skip("T5 uses no attention function in this transformers")
     model = build(name)
-    inputs = inputs_for({**MODELS, **IGNORED}[name][0], padded)
+    inputs = make_inputs({**MODELS, **IGNORED}[name][0], padded)
     if backend == "triton" and name in LEARNED_BIAS:
         with pytest.raises(fastvit.InputError, match="no gradient of an additive mask, and mask requires one"):
-            hidden_states_and_gradients(model, "fastvit", inputs)
+            compute_hidden_states_and_gradients(model, "fastvit", inputs)
         for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_("relative" not in parameter_name)
-    expected = hidden_states_and_gradients(model, "eager", inputs)
+    expected = compute_hidden_states_and_gradients(model, "eager", inputs)
     calls = []
     attention = ops.attention
     monkeypatch.setattr(ops, "attention", lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs))
     if backend == "triton" and name in NO_KERNEL:
         with pytest.raises(fastvit.InputError, match="one head dim for queries and values, not 32 and 16"):
-            hidden_states_and_gradients(model, "fastvit", inputs)
+            compute_hidden_states_and_gradients(model, "fastvit", inputs)
         return
-    found = hidden_states_and_gradients(model, "fastvit", inputs)
+    found = compute_hidden_states_and_gradients(model, "fastvit", inputs)
     assert bool(calls) == (name in MODELS)
     assert found.keys() == expected.keys()
     assert relative_error(found["last hidden state"], expected["last hidden state"]) < 1e-5
-    # A key bias has no gradient but rounding, for softmax takes no shift: so the measure is that of the largest one.
+    # The gradient of a key bias is only rounding error (softmax is invariant to a shift): relative to the largest one.
     largest = max(gradient.norm() for tensor, gradient in expected.items() if tensor != "last hidden state")
     for tensor, gradient in expected.items():
         assert (found[tensor] - gradient).norm() < 1e-5 * max(gradient.norm(), 0.1 * largest), tensor
@@ -245,18 +241,18 @@ def test_models_of_transformers_compute_the_same(name, padded, backend, monkeypa
 
 @BACKENDS
 @pytest.mark.parametrize("name", REFUSED)
-def test_models_that_need_more_are_an_error(name, backend):
+def test_models_with_unsupported_options_raise_an_error(name, backend):
     option, _ = REFUSED[name]
     model = build(name)
     model.set_attn_implementation("fastvit")
     with pytest.raises(fastvit.InputError, match=rf"'fastvit' does not support {option}, which \w+Attention passes"):
-        model(**text())
+        model(**make_text())
 
 
 @pytest.mark.parametrize("backend", ["reference"])
-def test_a_model_that_takes_no_attention_function_refuses_the_name_or_ignores_it(backend, monkeypatch):
+def test_model_without_attention_function_ignores_the_name_or_raises(backend, monkeypatch):
     model = build("SAM vision")
-    inputs = inputs_for("images")
+    inputs = make_inputs("images")
     expected = model(**inputs)[0]
     monkeypatch.setattr(ops, "attention", None)
     model.set_attn_implementation("fastvit")
@@ -266,9 +262,9 @@ def test_a_model_that_takes_no_attention_function_refuses_the_name_or_ignores_it
 
 
 @pytest.mark.parametrize("backend", ["reference"])
-def test_the_table_has_what_is_tested(backend):
-    told = (Path(__file__).parent.parent / "docs" / "drop_in.md").read_text(encoding="utf-8")
-    table = told.partition('## `attn_implementation="fastvit"`')[2].partition("\n## ")[0]
+def test_documented_models_are_the_tested_ones(backend):
+    page = (Path(__file__).parent.parent / "docs" / "drop_in.md").read_text(encoding="utf-8")
+    table = page.partition('## `attn_implementation="fastvit"`')[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| (computes the same|is an error|ignores the name) \| (.*?) \|", table, re.MULTILINE))
     tables = {"computes the same": MODELS, "is an error": REFUSED, "ignores the name": IGNORED}
     for outcome, models in tables.items():
@@ -279,52 +275,52 @@ def test_the_table_has_what_is_tested(backend):
 @BACKENDS
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Llama", "Gemma 3 text"])
-def test_text_is_written_as_with_eager_attention(name, cache, backend):
-    """With keys and values kept from the tokens before, and two texts of which one is padded."""
+def test_generated_text_equals_eager_attention(name, cache, backend):
+    """With a cache of keys and values, and a batch of two texts of which one is padded."""
     causal = {"Llama": "LlamaForCausalLM", "Gemma 3 text": "Gemma3ForCausalLM"}[name]
     torch.manual_seed(0)
     model = getattr(transformers, causal)(build(name).config).to(DEVICE).eval()
     randomise(model)
-    written = []
+    generated = []
     for implementation in ("eager", "fastvit"):
         model.set_attn_implementation(implementation)
         found = model.generate(
-            **text("left"), max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation=cache,
+            **make_text("left"), max_new_tokens=4, min_new_tokens=4, do_sample=False, cache_implementation=cache,
             output_logits=True, return_dict_in_generate=True, disable_compile=True,
         )  # fmt: skip
-        written.append((found.sequences, torch.stack(found.logits)))
-    (tokens, logits), (our_tokens, our_logits) = written
+        generated.append((found.sequences, torch.stack(found.logits)))
+    (tokens, logits), (our_tokens, our_logits) = generated
     assert torch.equal(tokens, our_tokens)
     assert relative_error(our_logits, logits) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["reference"])
-def test_texts_packed_by_their_positions_do_not_see_each_other(backend):
+def test_texts_packed_by_position_ids_do_not_attend_to_each_other(backend):
     model = build("Llama")
     model.set_attn_implementation("fastvit")
-    tokens, positions = text()["input_ids"][:1], torch.tensor([[*range(7), *range(5)]], device=DEVICE)
+    tokens, positions = make_text()["input_ids"][:1], torch.tensor([[*range(7), *range(5)]], device=DEVICE)
     packed = model(tokens, position_ids=positions, use_cache=False).last_hidden_state
     alone = [model(part).last_hidden_state for part in tokens.split([7, 5], dim=1)]
     torch.testing.assert_close(packed, torch.cat(alone, dim=1))
 
 
 @BACKENDS
-def test_a_mask_is_not_dropped(backend):
-    """With an attention function alone, and no mask function, transformers would pass no mask at all."""
+def test_attention_mask_is_applied(backend):
+    """Without a registered mask function, transformers would pass no mask at all."""
     model = build("CLIP text")
     model.set_attn_implementation("fastvit")
-    inputs = text()
+    inputs = make_text()
     changed = {**inputs, "input_ids": inputs["input_ids"].clone()}
     changed["input_ids"][:, 8] = 5
     before, after = (model(**given).last_hidden_state for given in (inputs, changed))
-    assert torch.equal(before[:, :8], after[:, :8])  # causal: no token sees a later one
+    assert torch.equal(before[:, :8], after[:, :8])  # causal: no token attends to a later one
     assert not torch.allclose(before[:, 8:], after[:, 8:])
 
 
 @BACKENDS
-def test_attention_maps_are_given_when_asked_for(backend):
+def test_attention_maps_equal_eager(backend):
     model = build("ViT")
-    inputs = inputs_for("images")
+    inputs = make_inputs("images")
     maps = {}
     for implementation in ("eager", "fastvit"):
         model.set_attn_implementation(implementation)
@@ -334,7 +330,7 @@ def test_attention_maps_are_given_when_asked_for(backend):
 
 
 @BACKENDS
-def test_grouped_heads_position_bias_and_causality(backend):
+def test_grouped_heads_position_bias_and_causal_mask_equal_pytorch(backend):
     query = torch.randn(2, 4, 6, 16, device=DEVICE)
     key, value = (torch.randn(2, 2, 6, 16, device=DEVICE) for _ in range(2))
     bias, mask = torch.randn(4, 6, 6, device=DEVICE), torch.rand(2, 1, 6, 6, device=DEVICE) < 0.7
@@ -356,8 +352,8 @@ def test_grouped_heads_position_bias_and_causality(backend):
 
 
 @BACKENDS
-def test_what_is_not_supported_is_named(backend):
-    """Whatever is not known to be harmless: what it would change is not known either."""
+def test_unsupported_options_are_named(backend):
+    """An option that is not known to be harmless is an error."""
     tensor = torch.randn(1, 1, 2, 16, device=DEVICE)
     for option, value in (("softcap", 30.0), ("cu_seq_lens_q", torch.tensor([0, 1, 2])), ("new_idea", True)):
         with pytest.raises(fastvit.InputError, match=f"'fastvit' does not support {option}, which Identity passes"):
@@ -366,9 +362,9 @@ def test_what_is_not_supported_is_named(backend):
 
 
 @BACKENDS
-def test_our_own_model_takes_the_name(backend):
+def test_own_model_accepts_the_name(backend):
     model = fastvit.ViTModel(transformers.ViTConfig(**IMAGES), add_pooling_layer=False).to(DEVICE).eval()
-    inputs = inputs_for("images")
+    inputs = make_inputs("images")
     expected = model(**inputs).last_hidden_state
     model.set_attn_implementation("fastvit")
     assert torch.equal(model(**inputs).last_hidden_state, expected)

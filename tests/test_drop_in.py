@@ -1,6 +1,6 @@
-"""Everyday uses of a transformers model, each on our classes: loading, saving, training, wrapping, exporting.
+"""Everyday uses of a transformers model, on fastvit's classes: loading, saving, training, wrapping, exporting.
 
-ONNX, torchao and bitsandbytes are other projects' packages: where one is missing, its test is skipped and says so.
+The tests of ONNX, torchao and bitsandbytes are skipped where the package is not installed.
 """
 
 import copy
@@ -37,8 +37,8 @@ CONFIG = {
 CLASSES = ("ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling")
 
 
-def new_model(class_name: str = "ViTForImageClassification", **options) -> transformers.PreTrainedModel:
-    """With weights of a trained model's size: the first ones would hide a lost bias."""
+def build_model(class_name: str = "ViTForImageClassification", **options) -> transformers.PreTrainedModel:
+    """Build a model with perturbed weights: with the initial ones a lost bias would go unnoticed."""
     generator = torch.Generator().manual_seed(7)
     model = getattr(fastvit, class_name)(ViTConfig(**{**CONFIG, **options}))
     with torch.no_grad():
@@ -49,7 +49,7 @@ def new_model(class_name: str = "ViTForImageClassification", **options) -> trans
 
 @pytest.fixture
 def model() -> transformers.PreTrainedModel:
-    return new_model()
+    return build_model()
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_loads_in_half_precision(dtype, model, folder, pixels):
     assert torch.equal(logits, copy.deepcopy(model).to(dtype)(pixels.to(dtype)).logits)
 
 
-def test_dtype_auto_is_the_saved_one(model, tmp_path):
+def test_dtype_auto_selects_the_saved_dtype(model, tmp_path):
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     assert load(tmp_path, dtype="auto").dtype == torch.bfloat16
     assert load(tmp_path, dtype=torch.float32).dtype == torch.float32
@@ -94,8 +94,8 @@ def test_device_map_places_the_model(device_map, model, folder, pixels):
     torch.testing.assert_close(placed.cpu()(pixels).logits, model(pixels).logits)
 
 
-def test_revision_of_the_hub_is_the_one_that_is_loaded(model, tmp_path, pixels):
-    """Two commits in the cache, as a download leaves them there: by branch, by tag, by hash."""
+def test_revision_selects_the_commit_that_is_loaded(model, tmp_path, pixels):
+    """Two commits in the cache, laid out as a download leaves them; selected by branch, tag and hash."""
     repository = tmp_path / "models--leaves--vit"
     expected = {}
     for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
@@ -127,7 +127,7 @@ def test_blocks_offloaded_to_disk_compute_the_same(model, folder, tmp_path, pixe
         torch.testing.assert_close(offloaded(pixels).logits, model(pixels).logits)
 
 
-def test_head_of_another_size(model, folder):
+def test_head_of_another_size_needs_ignore_mismatched_sizes(model, folder):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load(folder, num_labels=7)
     resized = load(folder, num_labels=7, ignore_mismatched_sizes=True)
@@ -135,7 +135,7 @@ def test_head_of_another_size(model, folder):
     assert torch.equal(resized.vit.embeddings.cls_token, model.vit.embeddings.cls_token)
 
 
-def test_labels_are_named_on_loading_and_kept_on_saving(folder, tmp_path):
+def test_label_names_given_on_loading_are_saved(folder, tmp_path):
     names = {0: "healthy", 1: "rust", 2: "spot"}
     named = load(folder, id2label=names, label2id={name: index for index, name in names.items()})
     named.save_pretrained(tmp_path / "named")
@@ -143,7 +143,7 @@ def test_labels_are_named_on_loading_and_kept_on_saving(folder, tmp_path):
     assert again.config.id2label == names and again.config.label2id["rust"] == 1
 
 
-def test_sharded_checkpoint(model, tmp_path, pixels):
+def test_sharded_checkpoint_loads(model, tmp_path, pixels):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     torch.testing.assert_close(load(tmp_path)(pixels).logits, model(pixels).logits)
@@ -151,10 +151,10 @@ def test_sharded_checkpoint(model, tmp_path, pixels):
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_state_dict_of_transformers_loads(class_name, pixels):
-    """It has other names than the hub's, which are ours."""
-    theirs = getattr(transformers, class_name)(new_model(class_name).config).eval()
+    """Its names differ from the hub's, which are ours."""
+    theirs = getattr(transformers, class_name)(build_model(class_name).config).eval()
     assert any(".q_proj." in name for name in theirs.state_dict())
-    ours = new_model(class_name)
+    ours = build_model(class_name)
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(pixels)[0], theirs(pixels)[0])
     with pytest.raises(RuntimeError, match=r"layers\.9\.attention\.query"):
@@ -163,11 +163,11 @@ def test_state_dict_of_transformers_loads(class_name, pixels):
 
 @pytest.mark.skipif(
     not hasattr(transformers.PreTrainedModel, "is_custom_code"),
-    reason="this transformers applies its own renames to classes of other packages that bear the same name",
+    reason="this transformers applies its own renames to classes of other packages with the same name",
 )
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_folder_under_transformers_names_loads_and_is_saved_under_the_hubs(class_name, tmp_path, pixels):
-    theirs = getattr(transformers, class_name)(new_model(class_name).config).eval()
+    theirs = getattr(transformers, class_name)(build_model(class_name).config).eval()
     theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
     assert any(".q_proj." in name for name in load_file(tmp_path / "theirs" / "model.safetensors"))
     ours = getattr(fastvit, class_name).from_pretrained(tmp_path / "theirs")
@@ -176,7 +176,7 @@ def test_folder_under_transformers_names_loads_and_is_saved_under_the_hubs(class
     assert load_file(tmp_path / "ours" / "model.safetensors").keys() == ours.state_dict().keys()
 
 
-def test_push_to_hub_uploads_what_is_saved(model, folder):
+def test_push_to_hub_uploads_the_saved_files(model, folder):
     uploaded = {}
 
     class Hub:
@@ -199,8 +199,8 @@ def test_push_to_hub_uploads_what_is_saved(model, folder):
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_meta_device_init_then_load(class_name):
-    original = new_model(class_name)
+def test_model_built_on_the_meta_device_loads_a_state_dict(class_name):
+    original = build_model(class_name)
     with torch.device("meta"):
         empty = getattr(fastvit, class_name)(original.config)
     assert all(tensor.is_meta for tensor in empty.state_dict().values())
@@ -231,10 +231,10 @@ AUTO = {
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_auto_classes_load_ours_once_registered(class_name, registered, tmp_path):
-    saved = new_model(class_name)
+    saved = build_model(class_name)
     saved.save_pretrained(tmp_path)
     auto_class = AUTO[class_name]
-    fastvit.register()  # once more is no error
+    fastvit.register()  # a second call is harmless
     loaded = auto_class.from_pretrained(tmp_path)
     assert type(loaded) is getattr(fastvit, class_name)
     assert type(auto_class.from_config(saved.config)) is getattr(fastvit, class_name)
@@ -244,7 +244,7 @@ def test_auto_classes_load_ours_once_registered(class_name, registered, tmp_path
     assert type(auto_class.from_pretrained(tmp_path)) is getattr(transformers, class_name)
 
 
-def test_auto_classes_of_other_models_are_left_alone(registered):
+def test_registering_does_not_affect_other_models(registered):
     config = transformers.DeiTConfig(**CONFIG)
     assert type(AutoModel.from_config(config)) is transformers.DeiTModel
 
@@ -260,18 +260,18 @@ def images() -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels]
 
 
-def test_image_classification_pipeline(model, image_processor, images, folder):
-    answers = transformers.pipeline("image-classification", model=model, image_processor=image_processor)(images)
+def test_image_classification_pipeline_equals_transformers(model, image_processor, images, folder):
     theirs = transformers.ViTForImageClassification.from_pretrained(folder)
-    expected = transformers.pipeline("image-classification", model=theirs, image_processor=image_processor)(images)
-    assert [[one["label"] for one in answer] for answer in answers] == [
-        [one["label"] for one in answer] for answer in expected
-    ]
-    for answer, one in zip(answers, expected, strict=True):
-        assert [a["score"] for a in answer] == pytest.approx([b["score"] for b in one], abs=1e-5)
+    found, expected = (
+        transformers.pipeline("image-classification", model=either, image_processor=image_processor)(images)
+        for either in (model, theirs)
+    )
+    for ours, other in zip(found, expected, strict=True):
+        assert [row["label"] for row in ours] == [row["label"] for row in other]
+        assert [row["score"] for row in ours] == pytest.approx([row["score"] for row in other], abs=1e-5)
 
 
-def test_pipeline_of_a_folder_once_registered(registered, folder, image_processor, images):
+def test_pipeline_of_a_folder_uses_our_class_once_registered(registered, folder, image_processor, images):
     image_processor.save_pretrained(folder)
     pipe = transformers.pipeline("image-classification", model=str(folder), image_processor=image_processor)
     assert type(pipe.model) is fastvit.ViTForImageClassification
@@ -294,7 +294,7 @@ class PixelDataset(torch.utils.data.Dataset):
         return {"pixel_values": self.pixels[index], "labels": LABELS[index]}
 
 
-def test_trainer_takes_a_step_saves_and_resumes(model, pixels, tmp_path):
+def test_trainer_trains_saves_and_resumes(model, pixels, tmp_path):
     before = copy.deepcopy(model.state_dict())
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=1, save_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True
@@ -312,7 +312,7 @@ def test_trainer_takes_a_step_saves_and_resumes(model, pixels, tmp_path):
     assert trainer.train(resume_from_checkpoint=True).global_step == 2
 
 
-def gradients_of(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor = LABELS) -> dict[str, torch.Tensor]:
+def compute_gradients(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor = LABELS) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model(pixels, labels=labels).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -321,7 +321,7 @@ def gradients_of(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor = 
 def test_accelerate_prepares_and_trains(model, pixels):
     from accelerate import Accelerator
 
-    expected = gradients_of(copy.deepcopy(model), pixels)
+    expected = compute_gradients(copy.deepcopy(model), pixels)
     accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -334,7 +334,7 @@ def test_accelerate_prepares_and_trains(model, pixels):
 
 
 def test_deepspeed_fills_its_config_from_the_model(model):
-    """The part of transformers' DeepSpeed support that asks a model something; it runs without the package."""
+    """The part of transformers' DeepSpeed support that reads the model; it runs without the package."""
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
     from transformers.integrations import deepspeed
 
@@ -359,7 +359,7 @@ def test_lora_on_query_and_value_trains_saves_and_merges(model, pixels, tmp_path
     original = copy.deepcopy(model)
     lora = get_peft_model(model, LoraConfig(target_modules=["query", "value"], r=4, modules_to_save=["classifier"]))
     optimizer = torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=1.0)
-    for _ in range(2):  # the first step moves B alone, for A's gradient is zero where B is
+    for _ in range(2):  # the first step changes only B: the gradient of A is zero while B is zero
         optimizer.zero_grad()
         loss = lora(pixels, labels=LABELS).loss
         loss.backward()
@@ -378,23 +378,23 @@ def test_lora_on_query_and_value_trains_saves_and_merges(model, pixels, tmp_path
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant, model, pixels):
-    expected = gradients_of(copy.deepcopy(model).train(), pixels)
+def test_gradient_checkpointing_computes_the_same_gradients(use_reentrant, model, pixels):
+    expected = compute_gradients(copy.deepcopy(model).train(), pixels)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.train()
-    got = gradients_of(model, pixels)
+    found = compute_gradients(model, pixels)
     for name, gradient in expected.items():
-        torch.testing.assert_close(got[name], gradient, msg=name)
+        torch.testing.assert_close(found[name], gradient, msg=name)
     model.gradient_checkpointing_disable()
     assert not any(layer.gradient_checkpointing for layer in model.vit.encoder.layer)
 
 
 def test_autocast_trains_in_bfloat16(model, pixels):
-    exact = gradients_of(model, pixels)
+    exact = compute_gradients(model, pixels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = gradients_of(model, pixels)
+        rounded = compute_gradients(model, pixels)
     for name, gradient in exact.items():
-        if not name.endswith("key.bias"):  # zero but for rounding
+        if not name.endswith("key.bias"):  # zero in exact arithmetic
             assert rounded[name].dtype == torch.float32
             assert (rounded[name] - gradient).norm() < 0.05 * gradient.norm(), name
 
@@ -404,11 +404,8 @@ def run_two_processes(mode: str, backend: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": str(int(backend == "triton")),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TRITON_INTERPRET"] = str(int(backend == "triton"))
     script = Path(__file__).with_name("distributed_step.py")
     processes = [
         subprocess.Popen(
@@ -432,14 +429,14 @@ def run_two_processes(mode: str, backend: str) -> None:
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this PyTorch has no gloo")
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_two_processes_have_the_gradients_of_one(mode, backend):
+def test_two_processes_compute_the_gradients_of_one(mode, backend):
     if backend == "triton":
         pytest.importorskip("triton")
     run_two_processes(mode, backend)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Wrapping, copying, watching
+# Wrapping, copying, inspecting
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -463,11 +460,11 @@ def test_attention_maps_are_distributions(attn_implementation, folder, pixels):
     torch.testing.assert_close(outputs.logits, model(pixels).logits)
 
 
-def test_hidden_states_can_be_asked_for_one_by_one(model, pixels):
+def test_hidden_states_can_be_selected_by_index(model, pixels):
     every = model(pixels, output_hidden_states=True).hidden_states
     assert len(every) == 3 and all(one is not None for one in every)
-    for asked, found in ((-1, {2}), (1, {1}), ([0, 2], {0, 2}), ([-3, 7], {0})):
-        some = model(pixels, output_hidden_states=asked).hidden_states
+    for requested, found in ((-1, {2}), (1, {1}), ([0, 2], {0, 2}), ([-3, 7], {0})):
+        some = model(pixels, output_hidden_states=requested).hidden_states
         assert {index for index, one in enumerate(some) if one is not None} == found
         for index in found:
             torch.testing.assert_close(some[index], every[index])
@@ -483,7 +480,7 @@ def test_deep_copy_is_independent(model, pixels):
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_pickled_models_compute_the_same(class_name, pixels):
-    model = new_model(class_name)
+    model = build_model(class_name)
     twins = [pickle.loads(pickle.dumps(model))]
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -511,7 +508,7 @@ class Doubled(nn.Module):
         "classifier",
     ],
 )
-def test_parametrized_weight_is_the_one_that_computes(name, model, pixels):
+def test_parametrized_weight_is_used(name, model, pixels):
     doubled = copy.deepcopy(model)
     with torch.no_grad():
         doubled.get_submodule(name).weight.mul_(2)
@@ -521,7 +518,7 @@ def test_parametrized_weight_is_the_one_that_computes(name, model, pixels):
     assert model.get_submodule(name).parametrizations.weight.original.grad.abs().sum() > 0
 
 
-def test_module_that_was_replaced_is_called(model, pixels):
+def test_replaced_module_is_called(model, pixels):
     expected = model(pixels).logits
     called = []
 
@@ -547,14 +544,14 @@ def test_module_that_was_replaced_is_called(model, pixels):
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_compiled_model_computes_the_same(class_name, pixels):
-    model = new_model(class_name)
+    model = build_model(class_name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(pixels)[0], model(pixels)[0])
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_exported_program_takes_any_batch(class_name, pixels):
-    model = new_model(class_name)
+def test_exported_program_accepts_any_batch_size(class_name, pixels):
+    model = build_model(class_name)
     with torch.no_grad():
         program = torch.export.export(model, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
         buffer = io.BytesIO()
@@ -565,7 +562,7 @@ def test_exported_program_takes_any_batch(class_name, pixels):
             torch.testing.assert_close(loaded(pixels[:batch])[0], model(pixels[:batch])[0])
 
 
-def test_onnx_export_on_the_reference_backend(model, pixels, tmp_path):
+def test_onnx_export_computes_the_same(model, pixels, tmp_path):
     onnx = pytest.importorskip("onnx", reason="ONNX export needs the package onnx")
     pytest.importorskip("onnxscript", reason="ONNX export needs the package onnxscript")
     with fastvit.backend("reference"), torch.no_grad():
@@ -582,7 +579,7 @@ def test_onnx_export_on_the_reference_backend(model, pixels, tmp_path):
         torch.testing.assert_close(torch.from_numpy(logits), model(pixels[:batch]).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_torchao_int8_weights(model, pixels):
+def test_torchao_int8_weights_are_close(model, pixels):
     quantization = pytest.importorskip("torchao.quantization", reason="int8 weights need the package torchao")
     expected = model(pixels).logits
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -593,7 +590,7 @@ def test_torchao_int8_weights(model, pixels):
     assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
-def test_bitsandbytes_int8_weights(folder, model, pixels):
+def test_bitsandbytes_int8_weights_are_close(folder, model, pixels):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="8-bit loading needs the package bitsandbytes")
     config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     quantised = load(folder, quantization_config=config, device_map="cpu", dtype=torch.float32)

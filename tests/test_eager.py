@@ -1,4 +1,4 @@
-"""Implementations without kernels: oneDNN's float32 matmul gives PyTorch's results and gradients, where it applies."""
+"""Implementations without kernels: oneDNN's float32 GEMM computes PyTorch's results and gradients, where it applies."""
 
 import pytest
 import torch
@@ -7,24 +7,24 @@ from accuracy import measure_errors
 
 from fastvit.ops import eager, reference
 
-pytestmark = pytest.mark.skipif(not eager.is_onednn_available(), reason="this PyTorch or processor has no such product")
+pytestmark = pytest.mark.skipif(not eager.is_onednn_available(), reason="oneDNN has no float32 GEMM here")
 
 
 @pytest.fixture
 def any_size(monkeypatch):
-    """Products that are too small to be worth it are taken as well."""
+    """Use oneDNN also for GEMMs that are too small to profit."""
     monkeypatch.setattr(eager, "MIN_WEIGHTS", 0)
 
 
-def operands(rows=(2, 7), depth=24, units=40, bias=True, grad=True):
+def make_operands(rows=(2, 7), depth=24, units=40, bias=True, grad=True):
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(*shape, generator=generator) for shape in ((*rows, depth), (units, depth), (units,))]
     tensors = [tensor.requires_grad_(grad) for tensor in tensors]
     return tensors if bias else [*tensors[:2], None]
 
 
-def outcome(function, tensors):
-    """Output and gradients, for one random gradient of the output."""
+def compute_outputs_and_gradients(function, tensors):
+    """Return the output and the gradients, for one random gradient of the output."""
     output = function(*tensors)
     given = [tensor for tensor in tensors if tensor is not None]
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
@@ -34,27 +34,30 @@ def outcome(function, tensors):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("rows", [(1,), (5,), (2, 7), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize(("depth", "units"), [(24, 40), (1, 1), (33, 7), (192, 768)])
-def test_output_and_gradients_are_those_of_float32(any_size, rows, depth, units, bias):
-    tensors = operands(rows, depth, units, bias)
+def test_output_and_gradients_are_as_accurate_as_pytorch(any_size, rows, depth, units, bias):
+    tensors = make_operands(rows, depth, units, bias)
     assert eager.prefers_onednn(tensors[0], tensors[1])
-    ours, theirs = outcome(eager.linear, tensors), outcome(F.linear, tensors)
+    ours, theirs = (
+        compute_outputs_and_gradients(eager.linear, tensors),
+        compute_outputs_and_gradients(F.linear, tensors),
+    )
     wide = [None if tensor is None else tensor.detach().double().requires_grad_() for tensor in tensors]
-    for found, expected, exact in zip(ours, theirs, outcome(F.linear, wide), strict=True):
+    for found, expected, exact in zip(ours, theirs, compute_outputs_and_gradients(F.linear, wide), strict=True):
         assert found.shape == exact.shape
         assert measure_errors(found, exact)[0] <= max(2 * measure_errors(expected, exact)[0], 4e-7)
 
 
 @pytest.mark.parametrize("form", ["none", "tanh"])
-def test_gelu_within_the_product(form):
-    x, weight, bias = operands(grad=False)
+def test_fused_gelu_equals_gelu_after_the_gemm(form):
+    x, weight, bias = make_operands(grad=False)
     expected = F.gelu(F.linear(x, weight, bias), approximate=form)
     torch.testing.assert_close(eager.onednn_linear(x, weight, bias, approximate=form), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu", "relu"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_feed_forward_is_the_same_with_and_without(any_size, activation, grad):
-    x, weight1, bias1 = operands(grad=grad)
+def test_feed_forward_equals_the_reference(any_size, activation, grad):
+    x, weight1, bias1 = make_operands(grad=grad)
     weight2, bias2 = (torch.randn(shape, generator=torch.Generator().manual_seed(2)) for shape in ((24, 40), (24,)))
     arguments = (x, weight1, bias1, weight2.requires_grad_(grad), bias2.requires_grad_(grad), activation)
     found = eager.feed_forward(*arguments)
@@ -64,14 +67,14 @@ def test_feed_forward_is_the_same_with_and_without(any_size, activation, grad):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_shapes_that_do_not_fit_are_pytorchs_error(any_size, autocast):
-    x, weight, bias = operands()
+def test_mismatched_shapes_raise_the_error_of_pytorch(any_size, autocast):
+    x, weight, bias = make_operands()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(RuntimeError, match="cannot be mult"):
         eager.linear(x[..., :12], weight, bias)
 
 
-def test_views_are_taken_as_they_are(any_size):
-    x, weight, bias = operands((6,), grad=False)
+def test_non_contiguous_views_are_accepted(any_size):
+    x, weight, bias = make_operands((6,), grad=False)
     wide = torch.zeros(12, 48)
     wide[::2, ::2] = x
     torch.testing.assert_close(
@@ -79,8 +82,8 @@ def test_views_are_taken_as_they_are(any_size):
     )
 
 
-def test_second_derivatives_are_right(any_size):
-    tensors = [tensor.detach()[..., :4].clone().requires_grad_() for tensor in operands((3,), 4, 5)]
+def test_second_derivatives_equal_pytorch(any_size):
+    tensors = [tensor.detach()[..., :4].clone().requires_grad_() for tensor in make_operands((3,), 4, 5)]
     tensors[2] = torch.randn(5, generator=torch.Generator().manual_seed(3)).requires_grad_()
 
     def penalty(function):
@@ -91,15 +94,15 @@ def test_second_derivatives_are_right(any_size):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_small_float32_products_are_pytorchs():
+def test_small_gemms_use_pytorch():
     weight = torch.randn(256, 256)
     assert eager.prefers_onednn(torch.randn(256, 256), weight)
     assert not eager.prefers_onednn(torch.randn(255, 256), weight)
     assert eager.prefers_onednn(torch.randn(1, 256), torch.randn(1024, 256))
 
 
-def test_what_it_does_not_take_is_pytorchs(any_size):
-    x, weight, bias = operands(grad=False)
+def test_unsupported_inputs_use_pytorch(any_size):
+    x, weight, bias = make_operands(grad=False)
     assert not eager.prefers_onednn(x.bfloat16(), weight.bfloat16())
     assert not eager.prefers_onednn(x.double(), weight.double())
     assert not eager.prefers_onednn(x[:0], weight)

@@ -1,10 +1,10 @@
-"""Features and intermediate layers are the hidden states under other names, and no more is computed than was asked."""
+"""Features and intermediate layers are the model's hidden states, and no more than the requested is computed."""
 
 import pytest
 import torch
 import transformers
-from test_mixed_sizes import CONFIG, DEVICE, make_images, small
-from test_modeling import pair, relative_error
+from test_mixed_sizes import CONFIG, DEVICE, build_small, make_images
+from test_modeling import build_pair, relative_error
 from torch import Tensor
 
 import fastvit
@@ -16,12 +16,12 @@ GRIDS = [(4, 4), (2, 5), (4, 2)]
 WIDTH, BLOCKS = CONFIG["hidden_size"], CONFIG["num_hidden_layers"]
 
 
-def batch(size=(24, 40)) -> Tensor:
+def make_batch(size=(24, 40)) -> Tensor:
     return torch.stack(make_images([size, size]))
 
 
-def blocks_run(run) -> list[int]:
-    """The number of tokens that each block computes while `run` runs. With a hook the last one would compute all."""
+def record_block_tokens(run) -> list[int]:
+    """Record the number of tokens that each block computes in `run()`. A hook would make the last block compute all."""
     seen, compute = [], fused.compute_block
 
     def count(*args):
@@ -37,9 +37,9 @@ def blocks_run(run) -> list[int]:
 
 @pytest.mark.parametrize("model_class", MODELS)
 def test_features_are_the_tokens_of_the_backbone(model_class):
-    model = small(model_class).eval()
-    features = model.forward_features(batch())
-    tokens = model.base_model(batch(), interpolate_pos_encoding=True).last_hidden_state
+    model = build_small(model_class).eval()
+    features = model.forward_features(make_batch())
+    tokens = model.base_model(make_batch(), interpolate_pos_encoding=True).last_hidden_state
     assert isinstance(features, fastvit.Features) and features.grid == (3, 5)
     assert torch.equal(features.tokens, tokens)
     assert torch.equal(features.cls_token, tokens[:, 0])
@@ -51,8 +51,8 @@ def test_features_are_the_tokens_of_the_backbone(model_class):
             assert torch.equal(features.patch_map[:, :, row, column], tokens[:, 1 + row * 5 + column])
 
 
-def test_features_of_a_list():
-    model = small(fastvit.ViTForImageClassification).eval()
+def test_features_of_a_list_equal_each_image_alone():
+    model = build_small(fastvit.ViTForImageClassification).eval()
     features = model.forward_features(make_images(SIZES))
     assert features.grid == GRIDS
     assert features.cls_token.shape == features.mean.shape == (3, WIDTH)
@@ -66,12 +66,12 @@ def test_features_of_a_list():
         )
 
 
-@pytest.mark.parametrize("given", [batch(), make_images(SIZES)], ids=["batch", "list"])
-def test_the_class_token_alone_costs_no_whole_last_block(given):
-    model = small(fastvit.ViTModel).eval()
+@pytest.mark.parametrize("given", [make_batch(), make_images(SIZES)], ids=["batch", "list"])
+def test_class_token_only_reduces_the_last_block(given):
+    model = build_small(fastvit.ViTModel).eval()
     whole = model.forward_features(given)
     found = []
-    shapes = blocks_run(lambda: found.append(model.forward_features(given, class_token_only=True)))
+    shapes = record_block_tokens(lambda: found.append(model.forward_features(given, class_token_only=True)))
     assert len(shapes) == BLOCKS and shapes[-1] == 1 and min(shapes[:-1]) > 1
     assert relative_error(found[0].cls_token, whole.cls_token) < 1e-5
     for name in ("patch_tokens", "patch_map", "mean"):
@@ -79,18 +79,18 @@ def test_the_class_token_alone_costs_no_whole_last_block(given):
             getattr(found[0], name)
 
 
-def test_other_arguments_of_the_model_are_passed_on():
-    model = small(fastvit.ViTForMaskedImageModeling).eval()
+def test_other_arguments_are_passed_to_the_model():
+    model = build_small(fastvit.ViTForMaskedImageModeling).eval()
     with torch.no_grad():
         model.vit.embeddings.mask_token.fill_(0.5)
     mask = torch.ones(2, 15, dtype=torch.bool, device=DEVICE)
-    masked = model.forward_features(batch(), bool_masked_pos=mask)
-    expected = model.vit(batch(), bool_masked_pos=mask, interpolate_pos_encoding=True).last_hidden_state
+    masked = model.forward_features(make_batch(), bool_masked_pos=mask)
+    expected = model.vit(make_batch(), bool_masked_pos=mask, interpolate_pos_encoding=True).last_hidden_state
     assert torch.equal(masked.tokens, expected)
 
 
 def test_intermediate_layers_equal_transformers_hidden_states(tmp_path):
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
+    ours, theirs = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
     pixels = torch.stack([image.cpu() for image in make_images([(32, 32)] * 2)])
     states = theirs(pixels, output_hidden_states=True).hidden_states
     assert isinstance(theirs, transformers.ViTForImageClassification) and len(states) == 4
@@ -104,9 +104,9 @@ def test_intermediate_layers_equal_transformers_hidden_states(tmp_path):
 
 
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("given", [batch(), make_images(SIZES)], ids=["batch", "list"])
-def test_every_form_of_intermediate_layers(given, norm):
-    model = small(fastvit.ViTModel).eval()
+@pytest.mark.parametrize("given", [make_batch(), make_images(SIZES)], ids=["batch", "list"])
+def test_intermediate_layers_in_every_form_equal_hidden_states(given, norm):
+    model = build_small(fastvit.ViTModel).eval()
     states = model(given, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
     grids = GRIDS if isinstance(given, list) else [(3, 5)] * 2
     for n, depths in ((1, [3]), (2, [2, 3]), ([0], [1]), ([0, 2], [1, 3]), ((-3, -2), [1, 2])):
@@ -123,16 +123,16 @@ def test_every_form_of_intermediate_layers(given, norm):
                 assert relative_error(patch_map[index].flatten(1).t(), expected[1:]) < 1e-5
 
 
-def test_blocks_after_the_last_asked_for_are_not_computed():
-    model = small(fastvit.ViTForImageClassification).eval()
+def test_blocks_after_the_last_requested_are_not_computed():
+    model = build_small(fastvit.ViTForImageClassification).eval()
     for n, count in (([0], 1), ([0, 1], 2), (1, BLOCKS)):
-        assert len(blocks_run(lambda n=n: model.get_intermediate_layers(batch(), n))) == count
-    assert blocks_run(lambda: model.vit(batch(), interpolate_pos_encoding=True, num_blocks=2)) == [16, 16]
+        assert len(record_block_tokens(lambda n=n: model.get_intermediate_layers(make_batch(), n))) == count
+    assert record_block_tokens(lambda: model.vit(make_batch(), interpolate_pos_encoding=True, num_blocks=2)) == [16, 16]
 
 
 def test_gradients_flow_through_features():
-    model = small(fastvit.ViTForImageClassification)
-    for given in (batch(), make_images(SIZES)):
+    model = build_small(fastvit.ViTForImageClassification)
+    for given in (make_batch(), make_images(SIZES)):
         features = model.forward_features(given)
         (first,) = model.get_intermediate_layers(given, [0], return_class_token=True)
         (features.mean.square().sum() + features.cls_token.square().sum() + first[1].square().sum()).backward()
@@ -141,10 +141,10 @@ def test_gradients_flow_through_features():
         model.zero_grad()
 
 
-def test_one_hidden_state_is_the_same_whatever_else_is_asked_for():
-    """A block that nobody watches leaves its residual add to the next; the one asked for returns the sum."""
-    model = small(fastvit.ViTModel).eval()
-    pixels = batch((32, 32))
+def test_hidden_state_does_not_depend_on_which_others_are_requested():
+    """A block leaves its last residual add to the next block, unless its hidden state is requested."""
+    model = build_small(fastvit.ViTModel).eval()
+    pixels = make_batch((32, 32))
     every = model(pixels, output_hidden_states=True)
     for index in range(BLOCKS + 1):
         one = model(pixels, output_hidden_states=index if index == 0 else [index])
@@ -165,13 +165,13 @@ def test_one_hidden_state_is_the_same_whatever_else_is_asked_for():
         ([2, -1], "got [2, -1]"),
     ],
 )
-def test_wrong_layers_are_named(n, message):
+def test_wrong_block_indices_raise_an_error_that_describes_them(n, message):
     with pytest.raises(fastvit.InputError) as error:
-        small(fastvit.ViTModel).get_intermediate_layers(batch(), n)
+        build_small(fastvit.ViTModel).get_intermediate_layers(make_batch(), n)
     assert message in str(error.value)
 
 
-def test_wrong_numbers_of_blocks_are_named():
+def test_wrong_number_of_blocks_is_an_error():
     for count in (-1, 4):
         with pytest.raises(fastvit.InputError, match=f"num_blocks: expected 0 to 3, got {count}"):
-            small(fastvit.ViTModel)(batch((32, 32)), num_blocks=count)
+            build_small(fastvit.ViTModel)(make_batch((32, 32)), num_blocks=count)

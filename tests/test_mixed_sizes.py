@@ -1,4 +1,4 @@
-"""A list of pictures of different sizes gives what each of them gives alone: outputs, losses, gradients."""
+"""A list of images of different sizes computes the same outputs, losses and gradients as each image alone."""
 
 import copy
 
@@ -26,15 +26,15 @@ CONFIG = {
     "image_size": 32,
     "patch_size": 8,
 }
-# The config's size twice and not side by side, one patch, wide, high, and sizes with pixels left over.
+# The config's size twice but not adjacent, one patch, wide, high, and sizes that are no multiple of the patch size.
 SIZES = [(32, 32), (16, 40), (8, 8), (37, 21), (32, 32), (9, 60)]
-# Kernels are interpreted where there is no GPU: as little as shows a difference.
+# Without a GPU, kernels are interpreted: the smallest sizes that show a difference.
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TINY_SIZES = [(24, 32), (8, 17), (16, 16)]
 LABELS = torch.tensor([0, 1, 2, 3, 4, 1], device=DEVICE)
 
 
-def small(model_class, **config) -> nn.Module:
+def build_small(model_class, **config) -> nn.Module:
     torch.manual_seed(0)
     model = model_class(ViTConfig(**{**CONFIG, **config})).to(DEVICE)
     randomise(model)
@@ -46,7 +46,7 @@ def make_images(sizes=SIZES) -> list[Tensor]:
     return [torch.randn(3, *size, generator=generator).to(DEVICE) for size in sizes]
 
 
-def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def compute_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     names = [name for name, _ in model.named_parameters()]
     gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return {name: gradient for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
@@ -55,49 +55,49 @@ def gradients_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        if name.endswith("key.bias"):  # zero in theory, as softmax does not see a shift: both are rounding noise
+        if name.endswith("key.bias"):  # zero in exact arithmetic (softmax is invariant to a shift): rounding error
             assert found[name].abs().max() < 1e-5
         else:
             assert relative_error(found[name], gradient) < tolerance, name
 
 
-def alone(model: nn.Module, image: Tensor, **options):
+def run_alone(model: nn.Module, image: Tensor, **options):
     return model(image[None], interpolate_pos_encoding=True, **options)
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_classifier_and_every_gradient_equal_each_image_alone(attn_implementation):
-    model = small(fastvit.ViTForImageClassification, attn_implementation=attn_implementation)
+    model = build_small(fastvit.ViTForImageClassification, attn_implementation=attn_implementation)
     outputs = model(make_images(), labels=LABELS)
-    logits = torch.cat([alone(model, image).logits for image in make_images()])
+    logits = torch.cat([run_alone(model, image).logits for image in make_images()])
     loss = F.cross_entropy(logits, LABELS)
     assert relative_error(outputs.logits, logits) < 1e-5
     assert relative_error(outputs.loss, loss) < 1e-5
-    assert_same_gradients(gradients_of(model, outputs.loss), gradients_of(model, loss))
+    assert_same_gradients(compute_gradients(model, outputs.loss), compute_gradients(model, loss))
 
 
 @needs_triton
-def test_kernels_give_what_each_image_gives_alone():
-    """Outputs and gradients of the packed kernels beside plain PyTorch on one picture after the other."""
-    model, given = small(fastvit.ViTForImageClassification, **TINY), make_images(TINY_SIZES)
+def test_packed_kernels_equal_each_image_alone():
+    """Outputs and gradients of the packed kernels against plain PyTorch on one image after the other."""
+    model, given = build_small(fastvit.ViTForImageClassification, **TINY), make_images(TINY_SIZES)
     with fastvit.backend("triton"):
         found = model(given, labels=LABELS[:3])
-        found_gradients = gradients_of(model, found.loss)
+        found_gradients = compute_gradients(model, found.loss)
     with fastvit.backend("reference"):
-        logits = torch.cat([alone(model, image).logits for image in given])
+        logits = torch.cat([run_alone(model, image).logits for image in given])
     assert relative_error(found.logits, logits) < 1e-5
-    assert_same_gradients(found_gradients, gradients_of(model, F.cross_entropy(logits, LABELS[:3])))
+    assert_same_gradients(found_gradients, compute_gradients(model, F.cross_entropy(logits, LABELS[:3])))
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-def test_backbone_gives_the_tokens_of_each_image(attn_implementation):
-    model = small(fastvit.ViTModel, attn_implementation=attn_implementation).eval()
+def test_backbone_returns_the_tokens_of_each_image(attn_implementation):
+    model = build_small(fastvit.ViTModel, attn_implementation=attn_implementation).eval()
     with torch.no_grad():
         outputs = model(make_images(), output_hidden_states=True, output_attentions=True)
         plain = model(make_images())
         class_tokens = model(make_images(), class_token_only=True)
         for index, image in enumerate(make_images()):
-            expected = alone(model, image, output_hidden_states=True, output_attentions=True)
+            expected = run_alone(model, image, output_hidden_states=True, output_attentions=True)
             for found in (outputs, plain):
                 assert found.last_hidden_state[index].shape == expected.last_hidden_state[0].shape
                 assert relative_error(found.last_hidden_state[index], expected.last_hidden_state[0]) < 1e-5
@@ -113,7 +113,7 @@ def test_backbone_gives_the_tokens_of_each_image(attn_implementation):
 
 
 def test_hidden_states_by_index_are_lists_too():
-    model = small(fastvit.ViTModel).eval()
+    model = build_small(fastvit.ViTModel).eval()
     every = model(make_images(), output_hidden_states=True).hidden_states
     some = model(make_images(), output_hidden_states=[1, -1]).hidden_states
     assert [states is None for states in some] == [True, False, True, False]
@@ -122,20 +122,20 @@ def test_hidden_states_by_index_are_lists_too():
 
 
 def test_gradients_reach_every_output_of_the_backbone():
-    model = small(fastvit.ViTModel)
+    model = build_small(fastvit.ViTModel)
     outputs = model(make_images(), output_hidden_states=[2])
     found = sum(own.square().mean() for own in (*outputs.last_hidden_state, *outputs.hidden_states[2]))
     expected = 0
     for index, image in enumerate(make_images()):
-        own = alone(model, image, output_hidden_states=[2])
+        own = run_alone(model, image, output_hidden_states=[2])
         expected += own.last_hidden_state.square().mean() + own.hidden_states[2].square().mean()
         expected += own.pooler_output[0, index]
         found += outputs.pooler_output[index, index]
-    assert_same_gradients(gradients_of(model, found), gradients_of(model, expected))
+    assert_same_gradients(compute_gradients(model, found), compute_gradients(model, expected))
 
 
-def test_the_last_block_runs_for_class_tokens_alone(monkeypatch):
-    model = small(fastvit.ViTForImageClassification)
+def test_last_block_computes_only_class_tokens(monkeypatch):
+    model = build_small(fastvit.ViTForImageClassification)
     whole = model(make_images(), labels=LABELS, output_hidden_states=True)
     seen, operation = [], ops.add_layer_norm_feed_forward
     monkeypatch.setattr(
@@ -144,30 +144,30 @@ def test_the_last_block_runs_for_class_tokens_alone(monkeypatch):
     short = model(make_images(), labels=LABELS)
     assert len(seen) == CONFIG["num_hidden_layers"] and seen[-1] == (len(SIZES), 1, CONFIG["hidden_size"])
     assert relative_error(short.logits, whole.logits) < 1e-5
-    assert_same_gradients(gradients_of(model, short.loss), gradients_of(model, whole.loss))
+    assert_same_gradients(compute_gradients(model, short.loss), compute_gradients(model, whole.loss))
 
 
-def test_patches_that_are_not_square():
-    model = small(fastvit.ViTForImageClassification, patch_size=[8, 4], image_size=[24, 16]).eval()
+def test_rectangular_patches_equal_each_image_alone():
+    model = build_small(fastvit.ViTForImageClassification, patch_size=[8, 4], image_size=[24, 16]).eval()
     sizes = [(24, 16), (16, 24), (8, 4), (31, 19)]
-    expected = torch.cat([alone(model, image).logits for image in make_images(sizes)])
+    expected = torch.cat([run_alone(model, image).logits for image in make_images(sizes)])
     assert relative_error(model(make_images(sizes)).logits, expected) < 1e-5
 
 
-def test_layouts_and_dtypes_may_differ_from_image_to_image():
-    model = small(fastvit.ViTForImageClassification).eval()
+def test_layout_and_dtype_may_differ_between_images():
+    model = build_small(fastvit.ViTForImageClassification).eval()
     raw = torch.randint(0, 256, (3, 24, 40), dtype=torch.uint8, device=DEVICE)
     floating = (raw / 255 - 0.5) / 0.5
     as_read = raw.permute(1, 2, 0).contiguous()
     given = [raw, as_read, floating, floating.permute(1, 2, 0), raw[:, :16]]
-    expected = torch.cat([alone(model, floating).logits, alone(model, floating[:, :16]).logits])
+    expected = torch.cat([run_alone(model, floating).logits, run_alone(model, floating[:, :16]).logits])
     assert relative_error(model(given).logits, expected[[0, 0, 0, 0, 1]]) < 1e-5
 
 
 @pytest.mark.parametrize("count", [1, 4])
 def test_images_of_one_size_are_stacked(count, monkeypatch):
-    monkeypatch.setattr(varlen, "pack", lambda *arguments: pytest.fail("a batch like any other needs no packing"))
-    model = small(fastvit.ViTModel).eval()
+    monkeypatch.setattr(varlen, "pack", lambda *arguments: pytest.fail("images of one size were packed"))
+    model = build_small(fastvit.ViTModel).eval()
     batch = torch.stack(make_images([(24, 40)] * count))
     found = model(tuple(batch), output_hidden_states=True, output_attentions=True)
     expected = model(batch, interpolate_pos_encoding=True, output_hidden_states=True, output_attentions=True)
@@ -178,15 +178,15 @@ def test_images_of_one_size_are_stacked(count, monkeypatch):
             assert isinstance(states, list) and torch.equal(torch.stack(states), own)
 
 
-def test_images_of_the_configs_size_need_no_interpolation_to_be_equal():
-    model = small(fastvit.ViTForImageClassification).eval()
+def test_list_of_images_of_the_configs_size_equals_the_batch():
+    model = build_small(fastvit.ViTForImageClassification).eval()
     batch = torch.stack(make_images([(32, 32)] * 3))
     assert torch.equal(model(list(batch)).logits, model(batch).logits)
 
 
 def test_dropout_acts_in_training_only():
     for option in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        model = small(fastvit.ViTForImageClassification, **{option: 0.5})
+        model = build_small(fastvit.ViTForImageClassification, **{option: 0.5})
         torch.manual_seed(0)
         assert relative_error(model(make_images()).logits, model(make_images()).logits) > 1e-3, option
         model.eval()
@@ -195,9 +195,9 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # the method's name changes from transformers 5.2x on
-def test_gradient_checkpointing_changes_nothing(use_reentrant):
-    model = small(fastvit.ViTForImageClassification).train()
-    expected = gradients_of(model, model(make_images(), labels=LABELS).loss)
+def test_gradient_checkpointing_computes_the_same_gradients(use_reentrant):
+    model = build_small(fastvit.ViTForImageClassification).train()
+    expected = compute_gradients(model, model(make_images(), labels=LABELS).loss)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     model.zero_grad()
     model(make_images(), labels=LABELS).loss.backward()
@@ -206,33 +206,33 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant):
 
 
 def test_autocast_is_as_accurate_as_each_image_alone():
-    model = small(fastvit.ViTForImageClassification).eval()
+    model = build_small(fastvit.ViTForImageClassification).eval()
     with torch.no_grad():
         exact = copy.deepcopy(model).double()([image.double() for image in make_images()]).logits
         with torch.autocast(DEVICE, dtype=torch.bfloat16):
             found = model(make_images()).logits
-            expected = torch.cat([alone(model, image).logits for image in make_images()])
+            expected = torch.cat([run_alone(model, image).logits for image in make_images()])
     assert found.dtype == expected.dtype
     assert relative_error(found, exact) <= 1.25 * relative_error(expected, exact)
 
 
-def test_a_compiled_model_takes_lists():
-    model, given = small(fastvit.ViTForImageClassification, **TINY), make_images(TINY_SIZES[1:])
+def test_compiled_model_accepts_lists():
+    model, given = build_small(fastvit.ViTForImageClassification, **TINY), make_images(TINY_SIZES[1:])
     compiled = torch.compile(model, backend="aot_eager")
-    expected = gradients_of(model, model(given, labels=LABELS[:2]).loss)
-    assert_same_gradients(gradients_of(model, compiled(given, labels=LABELS[:2]).loss), expected)
+    expected = compute_gradients(model, model(given, labels=LABELS[:2]).loss)
+    assert_same_gradients(compute_gradients(model, compiled(given, labels=LABELS[:2]).loss), expected)
 
 
 @needs_triton
 def test_kernels_compile_as_one_graph():
-    model, given = small(fastvit.ViTForImageClassification, **TINY).eval(), make_images(TINY_SIZES[1:])
+    model, given = build_small(fastvit.ViTForImageClassification, **TINY).eval(), make_images(TINY_SIZES[1:])
     with fastvit.backend("triton"), torch.no_grad():
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(given).logits, model(given).logits)
 
 
-def test_a_part_that_is_watched_sees_the_packed_sequence():
-    model = small(fastvit.ViTForImageClassification).eval()
+def test_hooks_receive_the_packed_sequence():
+    model = build_small(fastvit.ViTForImageClassification).eval()
     expected = model(make_images()).logits
     tokens = sum(1 + height // 8 * (width // 8) for height, width in SIZES)
     for name in ("attention.attention", "layernorm_after", "intermediate.dense", "output"):
@@ -247,24 +247,24 @@ def test_a_part_that_is_watched_sees_the_packed_sequence():
 def test_wrapped_projections_are_called_as_modules():
     from peft import LoraConfig, get_peft_model
 
-    model = small(fastvit.ViTForImageClassification)
+    model = build_small(fastvit.ViTForImageClassification)
     wrapped = get_peft_model(model, LoraConfig(target_modules=["query", "value", "dense", "projection"], r=4))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     found = wrapped(make_images()).logits
-    expected = torch.cat([alone(wrapped, image).logits for image in make_images()])
+    expected = torch.cat([run_alone(wrapped, image).logits for image in make_images()])
     assert relative_error(found, expected) < 1e-5
 
 
-def test_a_model_in_fp8_takes_lists():
-    model = small(fastvit.ViTForImageClassification).bfloat16()
+def test_fp8_model_accepts_lists():
+    model = build_small(fastvit.ViTForImageClassification).bfloat16()
     given = [image.bfloat16() for image in make_images()]
     with fastvit.backend("reference"), torch.no_grad():
         fastvit.quantize(model, "fp8")
         for options in ({}, {"output_attentions": True}):
             found = model(given, **options)
-            expected = [alone(model, image, **options) for image in given]
+            expected = [run_alone(model, image, **options) for image in given]
             assert relative_error(found.logits, torch.cat([own.logits for own in expected])) < 1e-2
         for index, own in enumerate(expected):
             for maps, other in zip(found.attentions, own.attentions, strict=True):
@@ -272,7 +272,7 @@ def test_a_model_in_fp8_takes_lists():
 
 
 class LargestTensor(TorchDispatchMode):
-    """The elements of the largest tensor that an operation makes inside."""
+    """Records the number of elements of the largest tensor that an operation returns inside."""
 
     elements = 0
 
@@ -285,8 +285,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_scores_between_images_are_computed():
-    """Memory grows with the tokens of all pictures, and with their square for no more than one picture."""
-    model = small(fastvit.ViTForImageClassification)
+    """Memory grows with the number of tokens of all images, and quadratically only with those of one image."""
+    model = build_small(fastvit.ViTForImageClassification)
     sizes = [(64, 64), (64, 56), (56, 64)] * 6
     tokens = sum(1 + height * width // 64 for height, width in sizes)
     for implementation in ("sdpa", "eager"):
@@ -297,7 +297,7 @@ def test_no_scores_between_images_are_computed():
 
 
 def test_attention_is_one_operation_for_all_images(monkeypatch):
-    """With kernels a block launches as often for a list as for a batch."""
+    """With kernels, a block has as many launches for a list as for a batch."""
     calls = []
 
     def attention(query, key, value, *, cu_seqlens, max_seqlen, **options):
@@ -306,26 +306,26 @@ def test_attention_is_one_operation_for_all_images(monkeypatch):
 
     monkeypatch.setattr(ops, "attention", attention)
     with fastvit.backend("reference"):
-        small(fastvit.ViTModel)(make_images())
+        build_small(fastvit.ViTModel)(make_images())
     assert calls == [(64, [0, 17, 28, 30, 39, 56, 64], 17)] * CONFIG["num_hidden_layers"]
 
 
-def test_tuples_are_returned_where_asked_for():
-    model = small(fastvit.ViTForImageClassification).eval()
+def test_return_dict_false_returns_tuples():
+    model = build_small(fastvit.ViTForImageClassification).eval()
     (logits,) = model(make_images(), return_dict=False)
     assert torch.equal(logits, model(make_images()).logits)
     tokens, pooled = (
         model.vit(make_images(), return_dict=False),
-        small(fastvit.ViTModel)(make_images(), return_dict=False)[1],
+        build_small(fastvit.ViTModel)(make_images(), return_dict=False)[1],
     )
     assert len(tokens[0]) == len(SIZES) and pooled.shape == (len(SIZES), CONFIG["hidden_size"])
 
 
-def test_class_tokens_of_no_blocks():
-    model = small(fastvit.ViTModel).eval()
+def test_class_tokens_without_any_block_equal_each_image_alone():
+    model = build_small(fastvit.ViTModel).eval()
     found = model(make_images(), class_token_only=True, num_blocks=0).last_hidden_state
     for own, image in zip(found, make_images(), strict=True):
-        expected = alone(model, image, class_token_only=True, num_blocks=0).last_hidden_state
+        expected = run_alone(model, image, class_token_only=True, num_blocks=0).last_hidden_state
         torch.testing.assert_close(own, expected[0])
 
 
@@ -344,24 +344,24 @@ def test_class_tokens_of_no_blocks():
         ([torch.zeros(3, 8, 7)], r"pixel_values\[0\]: expected room for one patch of \(8, 8\), got \(8, 7\)"),
     ],
 )
-def test_wrong_lists_are_named(given, message):
-    model = small(fastvit.ViTForImageClassification).cpu()
+def test_wrong_lists_raise_an_error_that_describes_them(given, message):
+    model = build_small(fastvit.ViTForImageClassification).cpu()
     with pytest.raises(fastvit.InputError, match=message):
         model(given)
 
 
-def test_a_batch_too_small_for_a_patch_is_named_too():
+def test_batch_smaller_than_a_patch_is_an_error():
     with pytest.raises(
         fastvit.InputError, match=r"pixel_values: expected room for one patch of \(8, 8\), got \(7, 8\)"
     ):
-        small(fastvit.ViTModel).cpu()(torch.zeros(1, 3, 7, 8), interpolate_pos_encoding=True)
+        build_small(fastvit.ViTModel).cpu()(torch.zeros(1, 3, 7, 8), interpolate_pos_encoding=True)
 
 
-def test_masks_are_refused_with_a_list_of_images():
+def test_masks_with_a_list_of_images_are_an_error():
     given = [torch.zeros(3, 8, 8), torch.zeros(3, 16, 8)]
     with pytest.raises(fastvit.InputError, match="pixel_values: expected a tensor, got list"):
-        small(fastvit.ViTForMaskedImageModeling, encoder_stride=8).cpu()(given)
-    model = small(fastvit.ViTModel).cpu()
+        build_small(fastvit.ViTForMaskedImageModeling, encoder_stride=8).cpu()(given)
+    model = build_small(fastvit.ViTModel).cpu()
     with pytest.raises(fastvit.InputError, match="bool_masked_pos: expected None with a list of images"):
         model(given, bool_masked_pos=torch.ones(2, 1))
     with pytest.raises(fastvit.InputError, match="attention_mask: expected None with a list of images"):

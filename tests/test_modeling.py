@@ -1,4 +1,4 @@
-"""The model beside transformers' own: same weights, same answers, same gradients."""
+"""The model computes the same outputs and gradients as transformers' own from the same weights."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def randomise(model: nn.Module) -> None:
-    """Weights of a trained model's size: with the initial ones (bias 0, gamma 1) many mistakes would not be seen."""
+    """Perturb every parameter: with the initial values (bias 0, gamma 1) many errors would go unnoticed."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -44,8 +44,8 @@ def randomise(model: nn.Module) -> None:
             parameter.add_(noise * (0.1 if parameter.dim() == 1 else 0.02))
 
 
-def pair(ours_class, tmp_path, *, attn_implementation="sdpa", **config):
-    """The same random weights in transformers' class and in ours, handed over through a saved folder."""
+def build_pair(ours_class, tmp_path, *, attn_implementation="sdpa", **config):
+    """Build our model and transformers' with the same random weights, passed on through a saved folder."""
     theirs_class = getattr(transformers, ours_class.__name__)
     torch.manual_seed(0)
     theirs = theirs_class(ViTConfig(**{**BASE, **config}, attn_implementation="eager"))
@@ -63,8 +63,8 @@ def pixels_for(config: ViTConfig, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, config.num_channels, *size, generator=torch.Generator().manual_seed(1))
 
 
-def hub_names(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients under the hub's names; transformers' modules are renamed in memory."""
+def get_gradients_by_hub_name(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the gradients by the hub's names; transformers has other names in memory."""
     renames = (
         ("vit.layers.", "vit.encoder.layer."),
         ("attention.q_proj", "attention.attention.query"),
@@ -83,13 +83,13 @@ def hub_names(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(ours: nn.Module, theirs: nn.Module, tolerance: float = 1e-5) -> None:
-    ours_by_name, theirs_by_name = hub_names(ours), hub_names(theirs)
+    ours_by_name, theirs_by_name = get_gradients_by_hub_name(ours), get_gradients_by_hub_name(theirs)
     assert ours_by_name.keys() == theirs_by_name.keys()
     for name, gradient in theirs_by_name.items():
         if gradient is None or ours_by_name[name] is None:
             assert gradient is None and ours_by_name[name] is None, name
         elif name.endswith("key.bias"):
-            # Exactly zero in theory (softmax does not see a shift), so both are rounding noise.
+            # Zero in exact arithmetic (softmax is invariant to a shift), so both are rounding error.
             assert ours_by_name[name].abs().max() < 1e-6 and gradient.abs().max() < 1e-6
         else:
             assert relative_error(ours_by_name[name], gradient) < tolerance, name
@@ -98,7 +98,7 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module, tolerance: float =
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SMALL_CONFIGS)
 def test_classifier_equals_transformers(name, attn_implementation, tmp_path):
-    ours, theirs = pair(
+    ours, theirs = build_pair(
         fastvit.ViTForImageClassification, tmp_path, attn_implementation=attn_implementation, **SMALL_CONFIGS[name]
     )
     pixels, labels = pixels_for(theirs.config), torch.tensor([1, 3])
@@ -109,7 +109,7 @@ def test_classifier_equals_transformers(name, attn_implementation, tmp_path):
         for ours_at_depth, theirs_at_depth in zip(detailed[field], expected[field], strict=True):
             assert ours_at_depth.shape == theirs_at_depth.shape
             assert relative_error(ours_at_depth, theirs_at_depth) < 1e-5
-    # Without details the last block runs for the class token alone; nothing may change by that.
+    # Without details the last block computes only the class token; the results must be the same.
     short = ours(pixels, labels=labels)
     assert short.hidden_states is None and short.attentions is None
     for outputs in (detailed, short):
@@ -125,7 +125,7 @@ def test_classifier_equals_transformers(name, attn_implementation, tmp_path):
 
 def test_classifier_of_in21k_shape_equals_transformers(tmp_path):
     shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, **shape)
+    ours, theirs = build_pair(fastvit.ViTForImageClassification, tmp_path, **shape)
     pixels, labels = pixels_for(theirs.config, batch=1), torch.tensor([2])
     expected, outputs = theirs(pixels, labels=labels), ours(pixels, labels=labels)
     assert relative_error(outputs.logits, expected.logits) < 1e-5
@@ -154,7 +154,9 @@ def test_backbone_equals_transformers(add_pooling_layer, tmp_path):
 
 
 def test_masked_image_modeling_equals_transformers(tmp_path):
-    ours, theirs = pair(fastvit.ViTForMaskedImageModeling, tmp_path, image_size=32, patch_size=8, encoder_stride=8)
+    ours, theirs = build_pair(
+        fastvit.ViTForMaskedImageModeling, tmp_path, image_size=32, patch_size=8, encoder_stride=8
+    )
     with torch.no_grad():
         for model in (ours, theirs):
             model.vit.embeddings.mask_token.copy_(torch.linspace(-1, 1, BASE["hidden_size"]))
@@ -168,7 +170,7 @@ def test_masked_image_modeling_equals_transformers(tmp_path):
     assert_same_gradients(ours, theirs)
 
 
-def test_masked_image_modeling_of_images_that_are_not_square():
+def test_masked_image_modeling_accepts_rectangular_images():
     config = ViTConfig(**BASE, image_size=[16, 32], patch_size=8, encoder_stride=8)
     outputs = fastvit.ViTForMaskedImageModeling(config)(
         torch.randn(2, 3, 16, 32), bool_masked_pos=torch.ones(2, 8, dtype=torch.bool)
@@ -179,7 +181,7 @@ def test_masked_image_modeling_of_images_that_are_not_square():
 
 @pytest.mark.parametrize("name", ["square", "head dim 80"])
 def test_bfloat16_is_as_accurate_as_transformers(name, tmp_path):
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, **SMALL_CONFIGS[name])
+    ours, theirs = build_pair(fastvit.ViTForImageClassification, tmp_path, **SMALL_CONFIGS[name])
     pixels = pixels_for(theirs.config, batch=32)
     exact = copy.deepcopy(theirs).double()(pixels.double()).logits
     our_error = relative_error(ours.bfloat16()(pixels.bfloat16()).logits, exact)
@@ -189,7 +191,9 @@ def test_bfloat16_is_as_accurate_as_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu"])
 def test_activations_equal_transformers(activation, tmp_path):
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8, hidden_act=activation)
+    ours, theirs = build_pair(
+        fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8, hidden_act=activation
+    )
     pixels = pixels_for(theirs.config) * 3
     expected, outputs = theirs(pixels, labels=torch.tensor([0, 4])), ours(pixels, labels=torch.tensor([0, 4]))
     expected.loss.backward()
@@ -208,7 +212,7 @@ def test_activations_equal_transformers(activation, tmp_path):
     ],
 )
 def test_losses_equal_transformers(problem_type, labels, tmp_path):
-    ours, theirs = pair(
+    ours, theirs = build_pair(
         fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8, problem_type=problem_type
     )
     pixels = pixels_for(theirs.config)
@@ -227,7 +231,7 @@ def test_losses_equal_transformers(problem_type, labels, tmp_path):
     ],
     ids=["list", "too large", "negative", "too many", "int32", "other classes"],
 )
-def test_wrong_labels_are_named(labels, message):
+def test_wrong_labels_raise_an_error_that_describes_them(labels, message):
     model = fastvit.ViTForImageClassification(ViTConfig(**BASE, image_size=16, patch_size=8))
     with pytest.raises(fastvit.InputError, match=f"labels: {message}" if message[0] == "e" else message):
         model(pixels_for(model.config), labels=labels)
@@ -235,8 +239,8 @@ def test_wrong_labels_are_named(labels, message):
     assert torch.isfinite(ignored)
 
 
-def test_other_sizes_by_interpolation_equal_transformers(tmp_path):
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
+def test_interpolated_position_embeddings_equal_transformers(tmp_path):
+    ours, theirs = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
     pixels = torch.randn(2, 3, 48, 64)
     expected = theirs(pixels, interpolate_pos_encoding=True).logits
     assert relative_error(ours(pixels, interpolate_pos_encoding=True).logits, expected) < 1e-5
@@ -244,7 +248,7 @@ def test_other_sizes_by_interpolation_equal_transformers(tmp_path):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_attention_mask_equals_transformers(attn_implementation, tmp_path):
-    ours, theirs = pair(
+    ours, theirs = build_pair(
         fastvit.ViTForImageClassification,
         tmp_path,
         image_size=32,
@@ -304,7 +308,7 @@ def test_classifier_loads_backbone_checkpoint_and_reports_only_the_head(tmp_path
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected"])
-def test_loading_stops_when_a_tensor_is_not_accounted_for(fault, tmp_path):
+def test_missing_or_unexpected_backbone_tensor_is_an_error(fault, tmp_path):
     fastvit.ViTForImageClassification(ViTConfig(**BASE, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     if fault == "missing":
@@ -316,14 +320,14 @@ def test_loading_stops_when_a_tensor_is_not_accounted_for(fault, tmp_path):
         fastvit.ViTForImageClassification.from_pretrained(tmp_path)
 
 
-def test_loading_stops_at_another_architecture(tmp_path):
+def test_checkpoint_of_another_architecture_is_an_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
     with pytest.raises(fastvit.InputError, match="expected a checkpoint of model type 'vit', found 'resnet'"):
         fastvit.ViTForImageClassification.from_pretrained(tmp_path)
 
 
 class Executed:
-    """Unpickling this would leave a file behind."""
+    """Unpickling this creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -332,7 +336,7 @@ class Executed:
         return (open, (str(self.path), "w"))
 
 
-def test_pickle_checkpoint_loads_its_tensors_and_never_its_code(tmp_path):
+def test_pickle_checkpoint_loads_tensors_and_runs_no_code(tmp_path):
     model = fastvit.ViTForImageClassification(ViTConfig(**BASE, image_size=32, patch_size=8))
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -354,7 +358,7 @@ def test_position_embeddings_are_resampled_on_loading(through_config, tmp_path):
     resized = fastvit.ViTForImageClassification.from_pretrained(tmp_path, **arguments)
     assert resized.vit.embeddings.position_embeddings.shape == (1, 37, 48)
     assert resized.config.image_size == 48
-    assert larger.image_size == 48  # the caller's config is not touched
+    assert larger.image_size == 48  # the caller's config is not modified
     pixels = torch.randn(1, 3, 48, 48)
     torch.testing.assert_close(resized(pixels).logits, model(pixels, interpolate_pos_encoding=True).logits)
     resized.save_pretrained(tmp_path / "resized")
@@ -362,7 +366,7 @@ def test_position_embeddings_are_resampled_on_loading(through_config, tmp_path):
     torch.testing.assert_close(again(pixels).logits, resized(pixels).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_resampling_keeps_a_smooth_field_and_the_class_token():
+def test_resampling_preserves_a_smooth_field_and_the_class_token():
     rows = torch.linspace(0, 1, 8).view(1, 8, 1).expand(1, 8, 8).reshape(1, 64, 1)
     embeddings = torch.cat([torch.full((1, 1, 1), 9.0), rows], dim=1)
     resampled = resample_position_embeddings(embeddings, (8, 8), (16, 4))
@@ -375,7 +379,7 @@ def test_resampling_keeps_a_smooth_field_and_the_class_token():
 
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 def test_uint8_pixels_are_normalised_by_the_model(layout, tmp_path):
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=[16, 24], patch_size=8)
+    ours, theirs = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=[16, 24], patch_size=8)
     ours.config.image_mean, ours.config.image_std = [0.2, 0.5, 0.7], [0.3, 0.5, 0.25]
     raw = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (ours.config.image_mean, ours.config.image_std))
@@ -394,8 +398,8 @@ def test_mean_and_std_survive_saving_and_transformers_ignores_them(tmp_path):
     transformers.ViTForImageClassification.from_pretrained(tmp_path)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path):
-    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+def test_gradient_checkpointing_computes_the_same_gradients(tmp_path):
+    ours, _ = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels, labels = pixels_for(ours.config), torch.tensor([0, 1])
     checkpointed = copy.deepcopy(ours)
     checkpointed.gradient_checkpointing_enable()
@@ -419,11 +423,11 @@ def test_dropout_acts_in_training_only():
 def test_wrapped_projections_are_called_as_modules(tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+    ours, _ = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels = pixels_for(ours.config)
     before = ours.eval()(pixels).logits
     wrapped = get_peft_model(ours, LoraConfig(target_modules=["query", "value", "dense", "projection"], r=4))
-    assert torch.allclose(wrapped(pixels).logits, before, atol=1e-6)  # LoRA begins as the identity
+    assert torch.allclose(wrapped(pixels).logits, before, atol=1e-6)  # LoRA is initialised as the identity
     wrapped(pixels, labels=torch.tensor([0, 1])).loss.backward()
     adapted = [name for name, p in wrapped.named_parameters() if "lora_B" in name]
     gradients = {name: p.grad for name, p in wrapped.named_parameters() if p.requires_grad}
@@ -446,7 +450,7 @@ FUSED_PARTS = (
 
 @pytest.mark.parametrize("name", FUSED_PARTS)
 def test_hooks_on_fused_parts_are_called(name, tmp_path):
-    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+    ours, _ = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels = pixels_for(ours.config)
     expected = ours(pixels).logits
     seen = []
@@ -454,12 +458,12 @@ def test_hooks_on_fused_parts_are_called(name, tmp_path):
     module.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         torch.testing.assert_close(ours(pixels).logits, expected)
-    output = seen[0][0] if name == "attention" else seen[0]  # with the attention maps, as in transformers
+    output = seen[0][0] if name == "attention" else seen[0]  # attention returns (output, maps), as in transformers
     assert len(seen) == 1 and output.shape[:2] == (2, 5)
 
 
-def test_a_norm_may_be_replaced(tmp_path):
-    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+def test_replaced_norm_is_called(tmp_path):
+    ours, _ = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels = pixels_for(ours.config)
     expected = ours(pixels).logits
     for layer in ours.vit.encoder.layer:
@@ -469,8 +473,8 @@ def test_a_norm_may_be_replaced(tmp_path):
     torch.testing.assert_close(ours(pixels).logits, expected)
 
 
-def test_second_derivatives_are_right():
-    """Through the feed-forward, whose backward is our own: against finite differences of the first derivative."""
+def test_second_derivatives_of_the_feed_forward_match_finite_differences():
+    """The feed-forward has a backward of its own."""
     from fastvit.ops.reference import feed_forward
 
     torch.manual_seed(0)
@@ -481,8 +485,8 @@ def test_second_derivatives_are_right():
         assert torch.autograd.gradgradcheck(lambda *t, a=activation: feed_forward(*t, a), tensors)
 
 
-def test_functions_of_torch_func_see_through_the_model():
-    """Gradients of each picture by vmap, and derivatives in a direction, as for any model."""
+def test_torch_func_transforms_work_on_the_model():
+    """Per-image gradients by vmap, and directional derivatives by jvp and by forward-mode AD."""
     torch.manual_seed(0)
     config = ViTConfig(**BASE, **SMALL_CONFIGS["square"], attn_implementation="eager")
     model = fastvit.ViTForImageClassification(config).eval()
@@ -512,9 +516,9 @@ def test_functions_of_torch_func_see_through_the_model():
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_training_keeps_less_than_transformers_does(tmp_path):
-    ours, theirs = pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
-    kept = {}
+def test_training_saves_less_for_backward_than_transformers(tmp_path):
+    ours, theirs = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=32, patch_size=8)
+    saved_bytes = {}
     for name, model in (("ours", ours), ("theirs", theirs)):
         model.set_attn_implementation("sdpa")
         storages: dict[int, int] = {}
@@ -526,12 +530,12 @@ def test_training_keeps_less_than_transformers_does(tmp_path):
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(pixels_for(model.config, batch=32), labels=torch.zeros(32, dtype=torch.long))
-        kept[name] = sum(size for pointer, size in storages.items() if pointer not in weights)
-    assert kept["ours"] < 0.85 * kept["theirs"]
+        saved_bytes[name] = sum(size for pointer, size in storages.items() if pointer not in weights)
+    assert saved_bytes["ours"] < 0.85 * saved_bytes["theirs"]
 
 
 def test_compiles_without_a_graph_break(tmp_path):
-    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+    ours, _ = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels, labels = pixels_for(ours.config), torch.tensor([0, 1])
     compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
     for model in (ours, compiled):
@@ -540,8 +544,8 @@ def test_compiles_without_a_graph_break(tmp_path):
         torch.testing.assert_close(parameter.grad, expected.grad)
 
 
-def test_tuple_output_and_attention_switch(tmp_path):
-    ours, _ = pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
+def test_returns_tuples_and_switches_attention_implementation(tmp_path):
+    ours, _ = build_pair(fastvit.ViTForImageClassification, tmp_path, image_size=16, patch_size=8)
     pixels = pixels_for(ours.config)
     loss, logits = ours(pixels, labels=torch.tensor([0, 1]), return_dict=False)
     assert loss.dim() == 0 and logits.shape == (2, 5)
@@ -561,7 +565,7 @@ def test_tuple_output_and_attention_switch(tmp_path):
         (torch.zeros(1, 3, 16, 16, dtype=torch.int64), "expected floating or uint8 pixels, got torch.int64"),
     ],
 )
-def test_wrong_pixels_are_named(pixels, message):
+def test_wrong_pixels_raise_an_error_that_describes_them(pixels, message):
     model = fastvit.ViTForImageClassification(ViTConfig(**BASE, image_size=16, patch_size=8))
     with pytest.raises(ValueError, match=message):
         model(pixels)
@@ -575,12 +579,12 @@ def test_wrong_pixels_are_named(pixels, message):
         ({"image_size": 4, "patch_size": 8}, "config.image_size: expected room for one patch"),
     ],
 )
-def test_wrong_configs_are_named(config, message):
+def test_wrong_configs_raise_an_error_that_names_the_option(config, message):
     with pytest.raises(fastvit.InputError, match=message):
         fastvit.ViTModel(ViTConfig(**{**BASE, **config}))
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_package():
     code = (
         "import sys, fastvit; assert fastvit.__version__; "
         "heavy = {'torch', 'transformers', 'datasets', 'triton', 'accelerate'} & set(sys.modules); "

@@ -1,4 +1,4 @@
-"""The marks that transformers' test classes carry, and the comparison of our outcomes with the yardstick's."""
+"""Registers the marks of transformers' test classes, and compares fastvit's outcomes with the baseline's."""
 
 import os
 from collections import Counter
@@ -12,9 +12,9 @@ MARKS = """
     is_agent_test is_expert_parallel_test is_fsdp_test is_pipeline_test is_staging_test is_tensor_parallel_test
     is_training_test order torch_compile_test
 """
-YARDSTICK, OURS = "TestTransformersViT", "TestFastViT"
-outcomes: dict[str, dict[str, str]] = {YARDSTICK: {}, OURS: {}}
-skipped_subtests = {YARDSTICK: Counter(), OURS: Counter()}  # a test whose subtests are skipped passes
+BASELINE, OURS = "TestTransformersViT", "TestFastViT"
+outcomes: dict[str, dict[str, str]] = {BASELINE: {}, OURS: {}}
+skipped_subtests = {BASELINE: Counter(), OURS: Counter()}  # a test whose subtests are skipped passes
 
 
 def pytest_configure(config):
@@ -33,31 +33,31 @@ def pytest_runtest_logreport(report):
 
 
 def get_outcome(class_name: str, name: str) -> str:
-    """As pytest says it, and "listed" for what is skipped or expected to fail because DIFFERENCES says so."""
+    """Return pytest's outcome, or "listed" for a test that is skipped, or fails, as DIFFERENCES expects."""
     outcome = outcomes[class_name].get(name, "missing")
     expected = class_name == OURS and name in DIFFERENCES
     return "listed" if expected and (outcome == "skipped" or skipped_subtests[OURS][name]) else outcome
 
 
 def list_shortfalls() -> list[str]:
-    """What the yardstick passes, while ours skips it or a part of it, or has no such test; what is listed in vain."""
+    """List tests that the baseline passes and fastvit skips, wholly or in part, or lacks; and listed ones that pass."""
     if not outcomes[OURS]:
         return []
-    lines = [f"{name}: listed, and passes" for name in DIFFERENCES if get_outcome(OURS, name) == "passed"]
-    for name, outcome in outcomes[YARDSTICK].items():
+    lines = [f"{name}: listed, but passes" for name in DIFFERENCES if get_outcome(OURS, name) == "passed"]
+    for name, outcome in outcomes[BASELINE].items():
         ours = get_outcome(OURS, name)
-        skipped, allowed = skipped_subtests[OURS][name], skipped_subtests[YARDSTICK][name]
+        skipped, allowed = skipped_subtests[OURS][name], skipped_subtests[BASELINE][name]
         if outcome == "passed" and ours in ("skipped", "missing"):
             lines.append(f"{name}: {ours}")
         elif outcome == ours == "passed" and skipped > allowed:
-            lines.append(f"{name}: {skipped} subtests skipped, by transformers' ViT {allowed}")
+            lines.append(f"{name}: {skipped} subtests skipped, {allowed} by transformers' ViT")
     return lines
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
     if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS") and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
-        session.exitstatus = pytest.ExitCode.OK  # the module says why it is skipped
+        session.exitstatus = pytest.ExitCode.OK  # the module reports why it is skipped
     whole = not (session.config.option.keyword or any("::" in argument for argument in session.config.args))
     if whole and session.exitstatus == 0 and list_shortfalls():
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("transformers' tests for ViT")
     kinds = ("passed", "listed", "failed", "skipped")
     terminalreporter.write_line(f"{'':20}" + "".join(f"{kind:>10}" for kind in kinds))
-    for class_name, label in ((YARDSTICK, "transformers' ViT"), (OURS, "fastvit")):
+    for class_name, label in ((BASELINE, "transformers' ViT"), (OURS, "fastvit")):
         counts = Counter(get_outcome(class_name, name) for name in outcomes[class_name])
         terminalreporter.write_line(f"{label:20}" + "".join(f"{counts[kind]:>10}" for kind in kinds))
     for line in list_shortfalls():

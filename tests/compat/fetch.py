@@ -1,7 +1,7 @@
-"""Fetch the shared test classes of the installed transformers, and print the folder that holds them.
+"""Fetch the shared test classes of the installed transformers, and print the folder that contains them.
 
-They are not in the wheel: they come from the source distribution of the same version, and stay in a cache that git
-ignores. Nothing is printed to stdout, and the reason goes to stderr, where the package registry cannot be reached.
+They are not in the wheel, but in the source distribution of the same version; they are cached in a folder that git
+ignores. If the package registry cannot be reached, nothing is printed to stdout and the reason is printed to stderr.
 """
 
 import subprocess
@@ -15,16 +15,16 @@ CACHE = Path(__file__).parents[2] / ".compat_cache"
 
 
 def download(release: str, folder: Path) -> Path:
-    """The source distribution of a release, through pip as it is configured here."""
+    """Download the source distribution of a release with pip, as configured on this machine."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
     done = subprocess.run([*command, "--dest", str(folder), f"transformers=={release}"], capture_output=True, text=True)
     if done.returncode:
-        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed without a word")
+        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed without a message")
     return next(folder.glob("transformers-*.tar.gz"))
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """tests/*.py of the archive; the files are data from outside, so nothing else of it is written."""
+    """Extract tests/*.py, and nothing else: the archive is not trusted."""
     with tarfile.open(archive) as tar:
         for member in tar:
             path = Path(member.name)
@@ -32,8 +32,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 source = tar.extractfile(member)
                 assert source is not None
                 (folder / "tests" / path.name).write_bytes(source.read())
-    # Two of the files import transformers from the folders around them, which must find the installed one instead: an
-    # empty file there does that.
+    # Two of the files look for transformers' sources in the folders around them. Empty packages there make them use the
+    # installed transformers instead.
     for package in ("tests", "src/transformers"):
         (folder / package / "__init__.py").touch()
 
@@ -48,7 +48,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as downloads:
                 unpack(download(release, Path(downloads)), folder)
         except (OSError, tarfile.TarError) as error:
-            print(f"transformers {release}: its source distribution cannot be had here: {error}", file=sys.stderr)
+            print(f"transformers {release}: cannot download its source distribution: {error}", file=sys.stderr)
             return 0
         (folder / "complete").touch()
     print(folder)

@@ -1,7 +1,7 @@
-"""transformers' shared test classes, run on its own ViT, which is the yardstick, and on ours.
+"""transformers' shared test classes, run on its own ViT, which is the baseline, and on fastvit's.
 
-Ours passes what the yardstick passes; conftest.py compares the two test by test, and fails the run otherwise.
-differences.py lists the exceptions.
+conftest.py compares the outcomes test by test and fails the run if fastvit does not pass a test that the baseline
+passes. differences.py lists the exceptions.
 """
 
 import unittest

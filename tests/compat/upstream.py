@@ -1,8 +1,8 @@
-"""transformers' shared test classes, from the folder that FASTVIT_TRANSFORMERS_TESTS names, as a package of that name.
+"""transformers' shared test classes, from the folder that FASTVIT_TRANSFORMERS_TESTS names, as package `PACKAGE`.
 
-The source distribution holds the files of the tests folder and none of its subfolders. What the shared classes import
-from those is defined here, as transformers 5.24 needs it: two mixins that ViT has no use for (generation, and export,
-which our own tests do), the options of a config, and what a pipeline test does with a pipeline.
+The source distribution has the files of the tests folder but not its subfolders. This module defines what the shared
+classes of transformers 5.24 import from those: two mixins that ViT does not need (generation, and export, which
+vit_tester.py tests), the options of a config, and the tests of a pipeline.
 """
 
 import atexit
@@ -23,7 +23,7 @@ PACKAGE = "transformers_tests"
 
 if not os.environ.get("FASTVIT_TRANSFORMERS_TESTS"):
     pytest.skip(
-        "transformers' test files are not here: `make compat` fetches them where a package registry can be reached",
+        "transformers' test files are missing: `make compat` downloads them from a package registry",
         allow_module_level=True,
     )
 
@@ -31,7 +31,7 @@ FOLDER = Path(os.environ["FASTVIT_TRANSFORMERS_TESTS"])
 
 
 def define_module(name: str, **contents) -> None:
-    """Define a module of the package that its folder lacks."""
+    """Define a module of the package unless its folder contains it."""
     if (FOLDER / "tests" / Path(*name.split("."))).with_suffix(".py").exists():
         return
     parent = f"{PACKAGE}.{name.rpartition('.')[0]}"
@@ -41,14 +41,14 @@ def define_module(name: str, **contents) -> None:
 
 
 class ExportTesterMixin:
-    """Export is tested for ours and transformers' classes alike in vit_tester.py."""
+    """Empty: vit_tester.py tests the export of both fastvit's and transformers' classes."""
 
 
 class GenerationTesterMixin:
-    """For models that write text."""
+    """Empty: ViT does not generate text."""
 
 
-# Options that every config takes, each with a value that is not its default.
+# Options that every config accepts, each with a value that differs from its default.
 CONFIG_OPTIONS = {
     "return_dict": False,
     "output_hidden_states": True,
@@ -64,7 +64,7 @@ CONFIG_OPTIONS = {
 
 
 class PipelineTests:
-    """What PipelineTesterMixin asks of the tests of a pipeline: build one, with examples, and run it."""
+    """The interface that PipelineTesterMixin expects: build a pipeline with examples, and run it."""
 
     task: str
 
@@ -101,7 +101,7 @@ class ImageFeatureExtractionPipelineTests(PipelineTests):
 
 
 def save_tiny_models(folder: Path) -> None:
-    """What PipelineTesterMixin loads by name: a model and an image processor for each class, and a list of them."""
+    """Save what PipelineTesterMixin loads by name: a model and an image processor per class, and a list of them."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
     config = ViTConfig(
@@ -119,12 +119,12 @@ def save_tiny_models(folder: Path) -> None:
 
 
 def import_shared(name: str) -> ModuleType:
-    """A module of the package."""
+    """Import a module of the package."""
     return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def install_package() -> None:
-    """Make the package importable; its pipeline tests find their models in a folder that goes with the process."""
+    """Make the package importable, and save the models of its pipeline tests in a folder that is deleted at exit."""
     tiny_models = tempfile.TemporaryDirectory()
     atexit.register(tiny_models.cleanup)
     save_tiny_models(Path(tiny_models.name))

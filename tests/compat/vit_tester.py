@@ -1,6 +1,6 @@
-"""The small ViTs that transformers' shared tests are run on, and the tests that are about ViT alone.
+"""The small ViTs that transformers' shared tests run on, and the tests that are specific to ViT.
 
-`ViTTests` knows no model: what binds it names the classes, so that ours and transformers' own face the same tests.
+Subclasses of `ViTTests` set the model classes, so that fastvit's and transformers' run the same tests.
 """
 
 import unittest
@@ -19,7 +19,7 @@ pipelines = upstream.import_shared("test_pipeline_mixin")
 
 @dataclass
 class ViTModelTester:
-    """Makes configs and inputs; the names of its fields are those that the shared tests read."""
+    """Builds configs and inputs; the shared tests read its fields by name."""
 
     parent: unittest.TestCase
     model_classes: tuple[type[PreTrainedModel], ...]
@@ -44,17 +44,17 @@ class ViTModelTester:
 
     @property
     def mask_length(self) -> int:
-        """Patches of a picture."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def seq_length(self) -> int:
-        """Tokens: the patches and the class token."""
+        """Number of tokens: the patches and the class token."""
         return self.mask_length + 1
 
     @property
     def num_masks(self) -> int:
-        """Patches that masked image modelling hides."""
+        """Number of patches that masked image modelling masks."""
         return int(self.mask_ratio * self.seq_length)
 
     def get_config(self) -> ViTConfig:
@@ -77,13 +77,13 @@ class ViTModelTester:
         return config, {"pixel_values": pixel_values}
 
     def make_mask(self) -> torch.Tensor:
-        """`num_masks` patches of every picture, chosen at random."""
+        """Return a mask of `num_masks` random patches of every image."""
         ranks = torch.rand(self.batch_size, self.mask_length, device=torch_device).argsort(dim=1).argsort(dim=1)
         return ranks < self.num_masks
 
 
 class ViTTests:
-    """What is true of a ViT beyond the shared tests. `all_model_classes`: backbone, classifier, masked image model."""
+    """Tests of a ViT beyond the shared ones. `all_model_classes`: backbone, classifier, masked image model."""
 
     test_resize_embeddings = False  # tokens are patches: there is no vocabulary
 
@@ -93,7 +93,7 @@ class ViTTests:
             self, config_class=ViTConfig, has_text_modality=False, hidden_size=37
         )
 
-    @unittest.skip("ViT reads pictures and no inputs_embeds")
+    @unittest.skip("ViT accepts pixel_values, not inputs_embeds")
     def test_inputs_embeds(self) -> None: ...
 
     def test_config(self) -> None:
@@ -139,7 +139,7 @@ class ViTTests:
             whole, masked = model(pixels), model(pixels, bool_masked_pos=mask)
             self.assertIsNone(whole.loss)
             self.assertEqual(whole.reconstruction.shape, pixels.shape)
-            # The loss is the mean error over the pixels of hidden patches, so the others' may be anything.
+            # The loss is the mean error over the pixels of the masked patches only.
             hidden = mask.view(-1, 1, *(tester.image_size // tester.patch_size,) * 2)
             hidden = hidden.repeat_interleave(tester.patch_size, 2).repeat_interleave(tester.patch_size, 3)
             error = (masked.reconstruction - pixels).abs()[hidden.expand_as(pixels)].mean()
@@ -155,7 +155,7 @@ class ViTTests:
             model(larger)
 
     def test_export(self) -> None:
-        """torch.export with a free batch size gives a program with the same answers."""
+        """The program of torch.export with a dynamic batch size computes the same."""
         for model_class in self.all_model_classes:
             config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
             model = self.build_model(model_class, config)
