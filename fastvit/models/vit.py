@@ -111,10 +111,10 @@ class ViTEmbeddings(nn.Module):
         position_embeddings = self.get_position_embeddings(pixel_values, interpolate_pos_encoding)
         mask, mask_token = self.check_mask(bool_masked_pos), self.mask_token
         dtype = self.patch_embeddings.projection.weight.dtype
-        patches = self.patch_embeddings(to_float_channels_first(pixel_values, self.config, dtype))
+        patches = self.patch_embeddings(to_float_channels_first(pixel_values, self.config, dtype))  # [B, P, D]
         if mask is not None and mask_token is not None:
             patches = torch.where(mask.unsqueeze(-1), mask_token.to(patches.dtype), patches)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)  # [B, N, D]
         return self.dropout(tokens + position_embeddings)
 
     def get_position_embeddings(self, pixel_values: Tensor, interpolate: bool) -> Tensor:
@@ -252,8 +252,9 @@ class ViTSelfAttention(nn.Module):
             The context, of the shape of `hidden_states`, and the probabilities [B, heads, N, N] (for packed images, a
             list of [heads, N, N]) or None.
         """
-        projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))
-        query, key, value = (states.unflatten(-1, (self.num_heads, -1)) for states in projections)
+        projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))  # [B, N, D] each
+        heads = (self.num_heads, -1)
+        query, key, value = (states.unflatten(-1, heads) for states in projections)  # [B, N, heads, head_dim] each
         if self.config._attn_implementation == "eager":
             return varlen.attend_with_maps(self.attend, query, key, value, attention_mask, output_attentions)
         dropout_p = self.dropout_prob if self.training else 0.0
@@ -271,7 +272,7 @@ class ViTSelfAttention(nn.Module):
         Returns:
             The context [B, N, D], and the probabilities [B, heads, N, N] after dropout.
         """
-        probabilities = ops.attention_probabilities(query, key, mask=mask)
+        probabilities = ops.attention_probabilities(query, key, mask=mask)  # softmax(Q K^T / sqrt(head_dim) + mask)
         dropped = F.dropout(probabilities, self.dropout_prob, self.training)
         return torch.einsum("bhqk,bkhd->bqhd", dropped, value).flatten(2), dropped
 
