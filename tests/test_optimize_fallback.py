@@ -124,8 +124,8 @@ def parametrise(linear: nn.Linear) -> nn.Linear:
 CHANGES = {
     "another projection": ("attention.o_proj", double, "test_optimize_fallback.Doubled"),
     "a parametrisation": ("mlp.fc1", parametrise, "wrapped, hooked or quantised"),
-    "no norm": ("layernorm_after", lambda norm: nn.Identity(), "no plain LayerNorm"),
-    "a norm without bias": ("layernorm_before", lambda norm: nn.LayerNorm(48, bias=False), "no plain LayerNorm"),
+    "no norm": ("layernorm_after", lambda norm: nn.Identity(), "not a plain LayerNorm"),
+    "a norm without bias": ("layernorm_before", lambda norm: nn.LayerNorm(48, bias=False), "not a plain LayerNorm"),
     "a hook": ("attention", add_hook, "there is a hook on transformers.models.vit.modeling_vit.ViTAttention"),
     "another feed-forward": ("mlp", lambda mlp: nn.Sequential(mlp), "its parts are not where they were expected"),
     "another activation": ("mlp.activation_fn", lambda _: nn.Mish(), "no operation for the activation torch.nn"),
