@@ -1,4 +1,4 @@
-"""The error for what a user gave (a file, an option, a checkpoint), how to show it, memory, and the end by a signal."""
+"""Errors caused by user input (files, options, checkpoints), their display, out-of-memory detection and signals."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message names it, what was expected and what was found.
+    """An input cannot be used. The message names the input, the expected value and the actual value.
 
-    The command line prints the message on one line and exits with code 2; as a library it is an ordinary exception.
-    Where several processes train one model, all run into it, and the first one says so.
+    The command line prints the message on one line and exits with code 2. In library use it is an ordinary exception.
+    In distributed training all processes raise it and local rank 0 prints it.
     """
 
 
 class ProcessError(InputError):
-    """What one of several processes ran into alone, so that it must say so itself."""
+    """An input error of a single process in distributed training. That process prints it, whatever its rank."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work in good order; the command line exits with 128 + its number, as shells have it."""
+    """Raised for a clean stop after a signal. The command line exits with 128 + the signal number, as shells do."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
 
 
-# Of the texts of oneDNN, those of an operation that it has found possible: what is left to fail is its memory. Where it
-# supports no such operation the texts go on ("could not create a primitive descriptor for ..."). Python gets no status.
+# oneDNN passes no status code to Python, only these messages. They are raised for supported operations, where memory is
+# the remaining cause of failure. For unsupported operations the message is longer ("could not create a primitive
+# descriptor for ..."), so these are compared for equality.
 ONEDNN_OUT_OF_MEMORY = (
     "could not create a primitive",
     "could not create a memory",
@@ -42,13 +43,13 @@ OUT_OF_MEMORY = (
     "Cannot allocate memory",
     "std::bad_alloc",
     "_STATUS_ALLOC_FAILED",
-    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",  # what cuDNN says where it finds no room to work in
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",  # raised when no memory is left for cuDNN's workspace
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory, of a device or of the host, did not suffice; for most of it PyTorch has no class of its own."""
-    import torch  # whoever has such an error has it loaded; the command line waits for it where it does not need it
+    """Whether an error means that device or host memory ran out. PyTorch has a class for few of these cases."""
+    import torch  # not at the top: commands that need no PyTorch would wait for its import
 
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -59,20 +60,25 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def escape_unprintable(text: str) -> str:
-    """Text on one line that a terminal only shows: what would move the cursor or cannot be encoded is escaped.
+    """Escape all characters that would move a terminal's cursor or cannot be encoded. The result is one line.
 
-    File and class names come from anywhere: they may hold line ends, control sequences and bytes that are no text.
+    File and class names are untrusted: they may contain line breaks, control sequences and undecodable bytes.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def report_errors(command: Callable[[], object]) -> int:
-    """Run `command` and return the exit code: the integer that it returns, or 0.
+    """Run a command, print its input error on one line, and convert the outcome to an exit code.
 
-    What the user gave wrongly is one line and exit code 2, Ctrl-C is exit code 130, SIGTERM 143. Of several processes
-    that train one model the first one of each machine speaks, and any that had an error of its own.
+    In distributed training local rank 0 of each machine prints the error, and every process that raised `ProcessError`.
+
+    Args:
+        command: called without arguments.
+
+    Returns:
+        The integer that `command` returns, or 0. Input errors: 2. Ctrl-C: 130. SIGTERM: 143. Closed pipe: 141.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files and classes may hold what it cannot encode
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file and class names may have characters that it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command()
@@ -86,7 +92,7 @@ def report_errors(command: Callable[[], object]) -> int:
         return 128 + stopped.signum
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader, such as `head`, has closed: what Python flushes at its end must not fail too
+    except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe; Python's flush at exit must not fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code if isinstance(code, int) else 0

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, whatever ends the process that writes them.
+"""Atomic writes: a file is complete or absent, even if the writing process is killed.
 
-Everything is written under a temporary name in the same file system, pushed to the disk, and renamed: a rename happens
-or does not, there is nothing in between. Folders are removed the other way round: renamed first, then deleted.
+Files are written under a temporary name in the same file system, synced to disk, and renamed. A rename is atomic.
+Folders are removed in the opposite order: renamed, then deleted.
 """
 
 from __future__ import annotations
@@ -16,32 +16,40 @@ from safetensors import SafetensorError
 
 from fastvit.errors import InputError
 
-# Where a run's files are while they are written or deleted; never of use after the process that wrote there has ended.
-# `Trainer.push_to_hub` leaves out names that begin with an underscore.
+# Folder of files that are being written or deleted. Leftovers of an ended process are never used. The underscore makes
+# `Trainer.push_to_hub` skip the folder.
 PARTIAL = "_partial"
 
 
 class WriteError(InputError):
-    """A file could not be written: the disk is full, the folder read-only, a quota used up, ..."""
+    """A file could not be written, e.g. because the disk is full, the folder is read-only or a quota is exceeded."""
 
 
 @contextlib.contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turns what the writers of files raise into a WriteError that names `path` and the reason."""
+    """Convert the errors of file writers to a WriteError that names `path` and the reason."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise WriteError(f"cannot write {path} ({reason})") from error
     except RuntimeError as error:
-        # torch.save reports a failed write without saying why; that of its end fails in another place of its source.
+        # torch.save raises RuntimeError without a reason; writing the data and closing the archive fail in these files.
         if not any(source in str(error) for source in ("PytorchStreamWriter", "inline_container.cc")):
             raise
         raise WriteError(f"cannot write {path} (the disk may be full: {str(error).splitlines()[0]})") from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all, making its folder where there is none; raises WriteError."""
+    """Write a UTF-8 text file atomically.
+
+    Args:
+        path: the file. Missing parent folders are created.
+        text: written as it is; line ends are not converted.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with wrap_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +63,16 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def write_atomically(folder: Path) -> Iterator[Path]:
-    """A temporary folder, whose files are moved to `folder` (made where missing) once they have all been written.
+    """Open a temporary folder whose files are moved to `folder` when the block ends without an error.
 
-    Raises WriteError; then, and after any other error, `folder` has what it had.
+    Args:
+        folder: the destination, created if missing. After an error in the block its contents are unchanged.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        WriteError: a file cannot be written.
     """
     partial = folder / PARTIAL
     with wrap_write_errors(folder):
@@ -74,7 +89,7 @@ def write_atomically(folder: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder, so that none of its files is missing while it still has its name."""
+    """Delete a folder. It is renamed first, so that an interruption never leaves an incomplete folder of this name."""
     doomed = folder.parent / PARTIAL / f"deleted-{folder.name}"
     shutil.rmtree(doomed, ignore_errors=True)
     doomed.parent.mkdir(exist_ok=True)
@@ -83,8 +98,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def sync(*paths: Path) -> None:
-    """Push files, and the entries of folders, to the disk: they are there after a loss of power too."""
-    if os.name != "posix":  # elsewhere folders cannot be opened
+    """Flush files and folder entries to disk, so that they survive a power failure."""
+    if os.name != "posix":  # other systems cannot open a folder
         return
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)

@@ -213,7 +213,7 @@ def test_info_says_what_computes_each_operation(capsys):
         assert operation in printed
     assert ("Triton kernel" if DEVICE == "cuda" else "plain PyTorch (") in printed
     with fastvit.backend("reference"):
-        assert info.describe_backend("layer_norm", torch.device("cuda")) == "plain PyTorch (asked for)"
+        assert info.describe_backend("layer_norm", torch.device("cuda")) == "plain PyTorch (backend is 'reference')"
 
 
 def logits_and_gradients(model, **inputs):

@@ -134,7 +134,7 @@ def test_info_and_the_run_report_list_what_fell_back(capsys):
 
     failing["test_twice"] = RuntimeError("no such instruction")
     run()
-    expected = "test_twice failed on float32 [3, 4], PyTorch computes it: RuntimeError: no such instruction (torch "
+    expected = "test_twice failed on float32 [3, 4], replaced by PyTorch: RuntimeError: no such instruction (torch "
     assert info.summarize_kernels()["failed"][0].startswith(expected)
     assert cli.main(["info"]) == 0
     assert f"kernel {expected}" in capsys.readouterr().out

@@ -379,7 +379,7 @@ def test_auto_goes_by_the_record_and_triton_takes_ours_anyway(gpu):
         assert record in ops.used_records.values()
     records.adopt([fake(gpu="another GPU")])
     assert (
-        "layer_norm, inference, float32, hidden 16, rows to 64: pytorch flash" in info.summarize_kernels()["measured"]
+        "layer_norm, inference, float32, hidden 16, rows up to 64: pytorch flash" in info.summarize_kernels()["measured"]
     )
 
 
@@ -717,7 +717,7 @@ def test_info_lists_the_records_of_this_gpu(monkeypatch):
     assert "no records of measurements on this GPU" in info.list_measurements(torch.device("cuda", 0))[0]
     records.adopt([fake(), fake(gpu="another GPU")])
     lines = info.list_measurements(torch.device("cuda", 0))
-    assert lines == ["measured on this GPU:", "  layer_norm, inference, float32, hidden 16, rows to 64: ours 1"]
+    assert lines == ["measured on this GPU:", "  layer_norm, inference, float32, hidden 16, rows up to 64: ours 1"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""What a run leaves for a person: metrics, figures, charts, the run log, pages."""
+"""Reports on runs and models: metrics, figures, charts, the run log and HTML pages."""

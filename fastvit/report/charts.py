@@ -1,6 +1,6 @@
-"""Line charts and axes as SVG, for pages that need nothing but themselves.
+"""Line charts and axes as inline SVG, for self-contained HTML pages.
 
-Colours, line widths and type are the style sheet's (`templates/base.html`), so that charts follow light and dark mode.
+The style sheet (`templates/base.html`) sets colours, line widths and fonts, so that charts follow light and dark mode.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-MAX_POINTS = 400  # of a line; of more, neighbours are averaged
+MAX_POINTS = 400  # per line; longer series are downsampled by averaging neighbours
 
 Points = Sequence[tuple[float, float]]
 
 
 class Series(NamedTuple):
-    """name: in the legend; points: (x, y) by growing x; kind: the CSS class, first or second; dots: mark each point."""
+    """One line of a chart.
+
+    Attributes:
+        name: shown in the legend.
+        points: (x, y), sorted by x.
+        kind: the CSS class, `"first"` or `"second"`.
+        dots: draw a dot at each point.
+    """
 
     name: str
     points: Points
@@ -27,10 +34,17 @@ class Series(NamedTuple):
 
 
 class Axes:
-    """Places values in a drawing of width x height and draws the grid behind them.
+    """Maps values to coordinates of a drawing and draws the grid.
 
-    x, y: (lowest, highest) value shown, to which ticks are added: rounded outwards to a tick, or to a power of ten for
-    `log`.
+    Args:
+        x: (lowest, highest) value on the x axis. The range is extended to the next tick, or power of ten for `log`.
+        y: the same for the y axis.
+        width: of the drawing, in SVG units; so are `height`, `left` and `bottom`.
+        height: of the drawing.
+        left: margin for the labels of the y axis.
+        bottom: margin for the labels of the x axis.
+        log: logarithmic axes.
+        round_x: extend the x axis to the next tick.
     """
 
     def __init__(
@@ -67,7 +81,7 @@ class Axes:
         )
 
     def draw_frame(self, x_label: str, y_label: str, format_y: Callable[[float], str] = "{:g}".format) -> Markup:
-        """Grid lines, the numbers beside them, and what the axes mean."""
+        """Draw grid lines, tick labels and axis labels."""
         floor = self.height - self.bottom
         parts = []
         for tick in self.x_ticks:
@@ -114,10 +128,19 @@ def draw_line_chart(
     format_y: Callable[[float], str] = "{:g}".format,
     mark: tuple[float, str] | None = None,
 ) -> Markup:
-    """Lines over one x axis; empty if no series has a point.
+    """Draw a line chart, with a description in words for screen readers.
 
-    format_y writes a value; mark is an x that gets a vertical line and a word. What the chart shows is also said in
-    words, for those who cannot see it.
+    Args:
+        title: for the description; it is not drawn.
+        series: the lines. Those without points are left out.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        from_zero: start the y axis at 0.
+        format_y: formats a value of the y axis.
+        mark: (x, label) of a vertical line.
+
+    Returns:
+        An `<svg>` element, or an empty string if no series has a point.
     """
     series = [one for one in series if one.points]
     if not series:
@@ -154,7 +177,7 @@ def draw_line_chart(
 
 
 def describe_series(series: Series, x_label: str, format_y: Callable[[float], str]) -> str:
-    """Where a line begins and ends, and its extremes."""
+    """Describe a line in words: its first and last point and its extremes."""
     (first_x, first), (last_x, last) = series.points[0], series.points[-1]
     if len(series.points) == 1:
         return f"{series.name}: {format_y(first)} at {x_label} {first_x:g}"
@@ -167,7 +190,7 @@ def describe_series(series: Series, x_label: str, format_y: Callable[[float], st
 
 
 def downsample(points: Points, count: int = MAX_POINTS) -> Points:
-    """At most `count` points: means of neighbours, as many of them together as it takes."""
+    """Reduce a series to at most `count` points by averaging neighbours."""
     if len(points) <= count:
         return points
     edges = [round(index * len(points) / count) for index in range(count + 1)]
@@ -176,7 +199,7 @@ def downsample(points: Points, count: int = MAX_POINTS) -> Points:
 
 
 def compute_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` + 1 round numbers, evenly spaced, the first at most `low` and the last at least `high`."""
+    """About `count` + 1 evenly spaced round numbers that cover the range from `low` to `high`."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         high = low + (abs(low) or 1.0) * 0.1
     rough = (high - low) / count
@@ -191,7 +214,7 @@ def list_powers_of_ten(low: float, high: float) -> list[float]:
 
 
 def format_thousands(value: float) -> str:
-    """1500 as 1,500 and 20000 as 20k; small numbers as they are."""
+    """Format 1500 as 1,500 and 20000 as 20k; small numbers are unchanged."""
     if abs(value) >= 10_000 and value % 100 == 0:
         return f"{value / 1000:g}k" if abs(value) < 1e6 else f"{value / 1e6:g}M"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"

@@ -1,4 +1,4 @@
-"""Metrics of a classifier, and as text: confusion matrix, precision, recall and F1 of each class, worst confusions."""
+"""Classification metrics and their plain-text report: confusion matrix, per-class precision, recall and F1."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ MAX_NAME_WIDTH = 32  # longest class name in a table, in terminal columns
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts how often each true class was predicted as each class.
+    """Count how often each true class was predicted as each class.
 
     Args:
         labels: integers `[N]` from 0 to num_classes - 1, the true classes.
-        predictions: integers `[N]` from 0 to num_classes - 1.
+        predictions: integers `[N]` from 0 to num_classes - 1, the predicted classes.
         num_classes: C.
 
     Returns:
-        int64 `[C, C]`: rows are true classes, columns predicted ones.
+        int64 `[C, C]`. Rows are true classes, columns predicted classes.
 
     Raises:
-        ValueError: the lengths differ, or a class is no integer or out of range.
+        ValueError: the lengths differ, or a class is not an integer or out of range.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.ndim != 1 or labels.shape != predictions.shape:
@@ -48,17 +48,20 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
 
 
 def classification_metrics(confusion: np.ndarray) -> dict[str, Any]:
-    """Accuracy, and precision, recall and F1 of each class.
+    """Compute accuracy, and precision, recall and F1 of each class.
 
-    precision = hits / predicted as the class, recall = hits / truly of the class, F1 = their harmonic mean; 0/0 is 0.
-    Macro F1 is the plain mean of F1 over all classes, also those without a picture.
+    precision = hits / images predicted as the class, recall = hits / images of the class, F1 = their harmonic mean. 0/0
+    is defined as 0. Macro F1 is the unweighted mean of F1 over all classes, including those without an image.
 
     Args:
-        confusion: integers `[C, C]`, rows are true classes, columns predicted ones.
+        confusion: integers `[C, C]`. Rows are true classes, columns predicted classes.
 
     Returns:
-        `accuracy` and `macro_f1` as floats, `precision`, `recall` and `f1` as lists of C floats, `support` (pictures
-        truly of the class) as a list of C integers: ready for JSON.
+        A JSON-serialisable dictionary: `accuracy` and `macro_f1` are floats, `precision`, `recall` and `f1` lists of C
+        floats, `support` (the number of images of each class) a list of C integers.
+
+    Raises:
+        ValueError: `confusion` is not a square matrix of counts.
     """
     confusion = _check_confusion(confusion)
     hits, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
@@ -78,7 +81,7 @@ def _check_confusion(confusion: np.ndarray) -> np.ndarray:
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1] or confusion.size == 0:
         raise ValueError(f"confusion: expected a square matrix of at least one class, got shape {confusion.shape}")
     if not np.issubdtype(confusion.dtype, np.integer) or confusion.min() < 0:
-        raise ValueError("confusion: expected counts, that is integers of at least 0")
+        raise ValueError("confusion: expected non-negative integers")
     return confusion
 
 
@@ -87,16 +90,19 @@ def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
-    """A plain-text report: accuracy, a table of the classes, and what was taken for what.
+    """Format a plain-text report: accuracy, a table of per-class metrics, and the confusions.
 
-    Up to 20 classes the whole confusion matrix is shown, above that the most frequent confusions.
+    For up to 20 classes the confusion matrix is included, for more classes the most frequent confusions.
 
     Args:
-        confusion: integers `[C, C]`, rows are true classes, columns predicted ones.
+        confusion: integers `[C, C]`. Rows are true classes, columns predicted classes.
         class_names: C names.
 
     Returns:
-        Lines joined by newlines, none at the end.
+        Several lines, without a newline at the end.
+
+    Raises:
+        ValueError: `confusion` is not a square matrix of counts, or the number of names differs from C.
     """
     confusion = _check_confusion(confusion)
     if len(class_names) != len(confusion):
@@ -105,7 +111,7 @@ def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
     names = [_truncate(replace_unprintable(name), MAX_NAME_WIDTH) for name in class_names]
     summary = (
         f"accuracy {metrics['accuracy']:.4f}   macro F1 {metrics['macro_f1']:.4f}   "
-        f"{confusion.sum():,} pictures, {len(names)} classes"
+        f"{confusion.sum():,} images, {len(names)} classes"
     )
     rows = [
         [str(index), name, f"{precision:.4f}", f"{recall:.4f}", f"{f1:.4f}", f"{support:,}"]
@@ -124,13 +130,13 @@ def format_metrics(confusion: np.ndarray, class_names: Sequence[str]) -> str:
 def _format_matrix(confusion: np.ndarray, names: Sequence[str]) -> str:
     numbers = [str(index) for index in range(len(names))]
     rows = [[number, name, *map(str, row)] for number, name, row in zip(numbers, names, confusion, strict=True)]
-    return "Confusion matrix: one row per true class, one column per predicted class\n" + _format_table(
+    return "Confusion matrix (rows: true class, columns: predicted class)\n" + _format_table(
         ["", "true", *numbers], rows
     )
 
 
 def find_worst_confusions(confusion: np.ndarray) -> list[tuple[int, int, int, float]]:
-    """(true class, predicted class, pictures, share of the true class), the most frequent 20 confusions first."""
+    """The 20 most frequent confusions as (true class, predicted class, images, fraction of the true class)."""
     errors = confusion - np.diag(np.diag(confusion))
     order = np.argsort(-errors, axis=None, kind="stable")[:MAX_CONFUSIONS]
     return [
@@ -151,15 +157,15 @@ def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str
         for true, predicted, count, share in find_worst_confusions(confusion)
     ]
     if not rows:
-        return "No picture was confused."
+        return "No confusions."
     mistakes = confusion.sum() - np.trace(confusion)
-    return f"Most frequent confusions ({mistakes:,} in all)\n" + _format_table(
-        ["", "true", "predicted as", "pictures", "share of class"], rows, name_columns=(1, 2)
+    return f"Most frequent confusions ({mistakes:,} misclassified images in all)\n" + _format_table(
+        ["", "true", "predicted", "images", "fraction of class"], rows, name_columns=(1, 2)
     )
 
 
 def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: tuple[int, ...] = (1,)) -> str:
-    """Columns two spaces apart: names to the left, numbers to the right."""
+    """Align columns, two spaces apart: names to the left, numbers to the right."""
     lines = [header, *rows]
     widths = [max(_measure_width(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -174,14 +180,14 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], name_col
 
 
 def replace_unprintable(text: str) -> str:
-    """One line, without control characters and halves of surrogate pairs (file names may hold both)."""
+    """Replace control characters, line breaks and lone surrogates, all of which file names may contain, by spaces."""
     return "".join(
         " " if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") else character for character in text
     )
 
 
 def _measure_width(text: str) -> int:
-    """Columns that a terminal gives to the text: East Asian characters take two, combining ones none."""
+    """Width in terminal columns: East Asian wide characters count 2, combining characters 0."""
     return sum(
         0
         if unicodedata.category(character) in ("Mn", "Me", "Cf")

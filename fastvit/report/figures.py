@@ -1,6 +1,6 @@
-"""Figures of a run: sheets of examples, heat maps and attention rollout.
+"""Figures: grids of example images, heat maps and attention rollout.
 
-Attention arrives as arrays, `[layers, heads, tokens, tokens]` with the class token first.
+Attention maps are arrays `[layers, heads, tokens, tokens]` with the class token first.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _draw_text(
     size: int = _FONT_SIZE,
     colour: tuple[int, int, int] = _INK,
 ) -> None:
-    """One line of text, shortened to `width` pixels."""
+    """Draw one line of text, truncated to `width` pixels."""
     text, font = replace_unprintable(text), _load_font(size)
     if draw.textlength(text, font=font) > width:
         kept = len(text)
@@ -50,15 +50,18 @@ def _draw_text(
 
 
 def draw_example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: int = 96) -> Image.Image:
-    """Some pictures of each class: one row per class under its name.
+    """Draw example images, one row per class below its name.
 
     Args:
-        examples: class name -> pictures, of any size and mode. Of more than 20 classes the first 20 are shown and the
-            number of the others is written underneath.
-        tile: height and width in pixels of the square into which each picture is fitted, uncropped.
+        examples: class name -> images of any size and mode. Only the first 20 classes are drawn; the number of further
+            classes is written below them.
+        tile: side in pixels of the square that each image is padded to.
 
     Returns:
-        An RGB picture.
+        An RGB image.
+
+    Raises:
+        ValueError: `examples` is empty.
     """
     if not examples:
         raise ValueError("examples: expected at least one class, got none")
@@ -83,14 +86,14 @@ def draw_example_grid(examples: Mapping[str, Sequence[Image.Image]], *, tile: in
 
 
 def _pad_to_square(image: Image.Image, side: int) -> Image.Image:
-    """The whole picture in a square, on light grey."""
+    """Fit the whole image into a square on light grey."""
     return ImageOps.pad(convert_to_rgb(image), (side, side), color=(238, 238, 238))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention
 
-# From little to much. Lightness rises evenly, so that the order shows in greyscale and to every kind of colour vision.
+# From low to high. Lightness rises evenly, so that the order is visible in greyscale and with any colour vision.
 _HEAT_COLOURS = np.array(
     [(12, 10, 40), (62, 22, 102), (122, 32, 112), (184, 50, 92), (232, 92, 56), (250, 156, 40), (252, 240, 150)],
     dtype=np.float32,
@@ -99,17 +102,20 @@ _HEAT_OPACITY = 0.6
 
 
 def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
-    """Lays a map of values over a picture, dark where they are low and bright where they are high.
+    """Blend a heat map over an image, dark for low values and bright for high values.
 
-    The picture is shown in grey, so that every colour in the result is the map's.
+    The image is converted to grey, so that all colour in the result comes from the heat map.
 
     Args:
-        image: the picture, of any mode.
-        heat: finite numbers `[rows, columns]` that cover the picture; its lowest value becomes dark violet, its
-            highest pale yellow. A map of equal values is dark throughout.
+        image: an image of any mode.
+        heat: finite numbers `[rows, columns]`, resized to the image. The minimum becomes dark violet, the maximum pale
+            yellow. A constant map is dark violet everywhere.
 
     Returns:
-        An RGB picture of the size of `image`.
+        An RGB image of the size of `image`.
+
+    Raises:
+        ValueError: `heat` is empty, has another rank, or contains NaN or infinity.
     """
     heat = np.asarray(heat, dtype=np.float32)
     if heat.ndim != 2 or heat.size == 0:
@@ -126,16 +132,20 @@ def overlay_heatmap(image: Image.Image, heat: np.ndarray) -> Image.Image:
 
 
 def attention_rollout(attentions: np.ndarray) -> np.ndarray:
-    """How much each token of the last layer rests on each token of the input.
+    """Compute attention rollout: how much each output token depends on each input token, over all layers.
 
-    Abnar & Zuidema 2020, arXiv:2005.00928: in every layer the mean over the heads plus the identity (the residual
-    connection), rows scaled to sum 1; the layers' matrices are multiplied, the first layer's rightmost.
+    Abnar & Zuidema 2020, arXiv:2005.00928. In each layer the attention is averaged over the heads, the identity is
+    added for the residual connection, and rows are normalised to sum 1. The matrices of all layers are multiplied, with
+    the first layer rightmost.
 
     Args:
-        attentions: probabilities `[layers, heads, tokens, tokens]`, rows are queries, from the first layer to the last.
+        attentions: probabilities `[layers, heads, tokens, tokens]`, first layer first. Rows are queries.
 
     Returns:
-        float `[tokens, tokens]`, each row sums to 1; float64 if the input is, else float32.
+        `[tokens, tokens]`, whose rows sum to 1. The dtype is float64 for float64 input, otherwise float32.
+
+    Raises:
+        ValueError: `attentions` has another shape.
     """
     attentions = _check_attentions(attentions)
     identity = np.eye(attentions.shape[-1], dtype=np.float64 if attentions.dtype == np.float64 else np.float32)
@@ -154,7 +164,7 @@ def _check_attentions(attentions: np.ndarray) -> np.ndarray:
 
 
 def overlay_rollout(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
-    """The picture under a map of what the class token rests on, through all layers; see `draw_attention_sheet`."""
+    """Overlay the rollout of the class token on an image. Arguments as for `draw_attention_sheet`."""
     return overlay_heatmap(image, attention_rollout(_check_grid(attentions, grid))[0, 1:].reshape(grid))
 
 
@@ -163,21 +173,24 @@ def _check_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     rows, columns = grid
     if attentions.shape[-1] != 1 + rows * columns:
         raise ValueError(
-            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (the tokens less the class token), got {grid}"
+            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (tokens without the class token), got {grid}"
         )
     return attentions
 
 
 def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
-    """What the class token looks at: the picture, the rollout over all layers, and each layer by itself.
+    """Draw the attention of the class token: the image, the rollout over all layers, and each layer separately.
 
     Args:
-        image: the picture as the model saw it, of any size and mode.
-        attentions: `[layers, heads, tokens, tokens]`, class token first, patches after it row by row.
-        grid: the number of patches down and across; tokens = 1 + down x across.
+        image: the preprocessed image, of any size and mode.
+        attentions: `[layers, heads, tokens, tokens]`, the class token first, then the patches in row-major order.
+        grid: (rows, columns) of patches; tokens = 1 + rows x columns.
 
     Returns:
-        An RGB picture: picture and rollout on top, then the layers, six to a row, each the mean over its heads.
+        An RGB image. The image and the rollout are at the top. Below are the layers, six per row, averaged over heads.
+
+    Raises:
+        ValueError: `attentions` or `grid` has another shape.
     """
     attentions = _check_grid(attentions, grid)
     of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, *grid)
@@ -194,8 +207,8 @@ def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple
         sheet.paste(_pad_to_square(content, side), (left, top + label))
 
     image = ImageOps.contain(convert_to_rgb(image), (large, large))
-    place("picture", image, _GAP, _GAP, large)
-    place("rollout of all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, _GAP, large)
+    place("image", image, _GAP, _GAP, large)
+    place("rollout over all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, _GAP, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         left, top = _GAP + column * step, top_of_layers + row * (label + step)
@@ -207,17 +220,17 @@ def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Writes a picture in the format that the file's suffix names, whole or not at all.
+    """Write an image atomically, in the format given by the suffix of `path`.
 
     Raises:
-        InputError: the suffix names no format that Pillow writes, or the folder does not exist.
+        InputError: Pillow cannot write a format of this suffix, or the folder does not exist.
     """
     path = Path(path)
     image_format = Image.registered_extensions().get(path.suffix.lower())
     if image_format not in Image.SAVE:
         raise InputError(f"path: expected a suffix such as .png, .jpg or .webp, got {path}")
     if not path.parent.is_dir():
-        raise InputError(f"path: expected an existing folder, {path.parent} is none")
+        raise InputError(f"path: expected an existing folder, got {path.parent}")
     if image_format == "JPEG":
         image = convert_to_rgb(image)  # the format has no transparency
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,7 +1,7 @@
-"""Pages from templates, each one file with everything in it: `templates/*.html`, rendered by Jinja.
+"""Self-contained HTML pages, rendered by Jinja from `templates/*.html`.
 
-Whatever is put into a template is escaped, unless it is Markup. `templates/base.html` has the style sheet and forbids
-the browser to load anything, or to run another script than `templates/copy.js`.
+All values are escaped unless they are Markup. `templates/base.html` has the style sheet and a content security policy
+that forbids the browser to load anything and to run any script other than `templates/copy.js`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,17 @@ MAX_NAME_LENGTH = 80
 
 
 def render_template(template: str, **values: Any) -> str:
-    """A page of `templates/`, everything in `values` escaped unless it is Markup."""
+    """Render a page.
+
+    Args:
+        template: a file name in `templates/`.
+        **values: the template's variables, escaped unless they are Markup.
+
+    Returns:
+        HTML that can be encoded as UTF-8.
+    """
     rendered = _build_environment().get_template(template).render(**values)
-    return rendered.encode("utf-8", "replace").decode()  # file names may hold halves of surrogate pairs
+    return rendered.encode("utf-8", "replace").decode()  # file names may contain lone surrogates
 
 
 @functools.cache
@@ -52,23 +60,23 @@ def _build_environment() -> jinja2.Environment:
 
 
 def shorten(text: object, length: int = MAX_NAME_LENGTH) -> str:
-    """One line of printable text, at most `length` characters."""
+    """Format text as one line of at most `length` printable characters."""
     line = classification.replace_unprintable(str(text))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def insert_breaks(text: str) -> Markup:
-    """A name that may be broken into lines after its underscores and hyphens."""
+    """Escape a name and allow line breaks after its underscores and hyphens."""
     return Markup(re.sub("([_-])", r"\1<wbr>", str(escape(text))))
 
 
 def format_percent(value: float) -> str:
-    """0.9625 as 96.3 %, and whole per cents without a decimal."""
+    """Format 0.9625 as 96.3 % and 0.96 as 96 %."""
     return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def encode_thumbnail(image: Image.Image, side: int) -> str:
-    """The picture, no larger than `side` either way, as a data URI."""
+    """Encode an image as a data URI, reduced to at most `side` pixels in height and width."""
     image = convert_to_rgb(image)
     if max(image.size) > side:
         image = ImageOps.contain(image, (side, side))

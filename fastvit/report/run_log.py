@@ -1,16 +1,16 @@
-"""`log.jsonl`: what happens in a run, while it happens, one JSON object a line.
+"""`log.jsonl`: the events of a run, one JSON object per line, appended as they happen.
 
 Every record has `event`, `time` (seconds since 1970) and `step`:
 
-    start        a process begins to train: `max_steps`, `epochs`, `device`, `process` (host, pid, when it was started)
-    log          whatever Trainer logs: loss, learning_rate, images_per_second, eval_accuracy, ...; null is NaN or inf
-    checkpoint   a checkpoint was written: its folder's name, `checkpoint`
-    kernels      `failed`: kernels that PyTorch took over from; `measured`: the records that operations went by
-    end          `outcome` is finished, interrupted or failed; `reason` says why
+    start        training starts in a process: `max_steps`, `epochs`, `device`, `process` (host, pid, start time)
+    log          values logged by Trainer: loss, learning_rate, images_per_second, eval_accuracy, ...; null: NaN or inf
+    checkpoint   a checkpoint was written; `checkpoint` is the name of its folder
+    kernels      `failed`: kernels that PyTorch replaced; `measured`: the records that decided the backend
+    end          `outcome` is finished, interrupted or failed; `reason` is the cause
 
-A line is written whole by one call. Where a process was killed in the middle of one, readers leave the piece out, and
-the next process begins a new line. A run that is resumed goes on in the same file: what an earlier process did beyond
-the step that it is resumed from counts no more.
+Each line is written by a single call. If a process is killed while writing, readers skip the incomplete line and the
+next process starts a new one. A resumed run appends to the same file. Records of an earlier process beyond the step at
+which the run is resumed are then ignored.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ LOG_FILE = "log.jsonl"
 
 
 def append_record(folder: Path, event: str, step: int, **values: Any) -> None:
-    """Add a record to the log of the run in `folder`."""
+    """Append a record to the log of the run in `folder`. NaN and infinity are written as null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
     line = json.dumps({"event": event, "time": time.time(), "step": step, **finite}).encode() + b"\n"
-    # Not through a temporary file as other files are: a reader may see a part of the last line and waits for the rest.
+    # No atomic replacement as for other files: readers wait for the rest of an incomplete last line.
     with (folder / LOG_FILE).open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
@@ -45,12 +45,12 @@ def append_record(folder: Path, event: str, step: int, **values: Any) -> None:
 
 
 def identify_process() -> dict[str, Any]:
-    """What tells this process from all others, also from a later one with its number."""
+    """Identify this process uniquely: the start time distinguishes it from later processes with the same pid."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_alive(process: dict[str, Any]) -> bool | None:
-    """Whether the process still runs; None if it runs, or ran, on another machine."""
+    """Whether the process is running; None if it belongs to another machine."""
     if process["host"] != socket.gethostname():
         return None
     try:
@@ -62,9 +62,15 @@ def is_alive(process: dict[str, Any]) -> bool | None:
 
 @dataclass
 class RunLog:
-    """The log of the run in `folder` as far as it was read: call `read` again for what was added since.
+    """The log of a run, read incrementally: `read` adds the records that were written since the last call.
 
-    start, end: the newest of these records, `end` only if it came after; logs, checkpoints: the records that count.
+    Attributes:
+        folder: the run's folder.
+        start: the last `start` record.
+        end: the `end` record after it, if any.
+        logs: the `log` records, without those that a resumed run discarded.
+        checkpoints: the `checkpoint` records, likewise.
+        offset: bytes read so far.
     """
 
     folder: Path
@@ -79,9 +85,9 @@ class RunLog:
         return (self.folder / LOG_FILE).is_file()
 
     def read(self) -> list[dict[str, Any]]:
-        """The records that were added since the last call, after taking them in."""
+        """Read the records that were added since the last call, update the attributes and return the records."""
         path = self.folder / LOG_FILE
-        if not path.is_file() or path.stat().st_size < self.offset:  # not begun, or begun anew by --overwrite
+        if not path.is_file() or path.stat().st_size < self.offset:  # not started, or restarted by --overwrite
             self.start = self.end = None
             self.logs, self.checkpoints, self.offset = [], [], 0
             if not path.is_file():
@@ -109,16 +115,24 @@ class RunLog:
             self.end = record
 
     def get_latest(self, name: str) -> Any:
-        """The value that was logged last under this name, or None."""
+        """The last value logged under this name, or None."""
         return next((record[name] for record in reversed(self.logs) if record.get(name) is not None), None)
 
     def get_curve(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) wherever a finite value was logged under this name."""
+        """The curve of a logged value, see `extract_curve`."""
         return extract_curve(self.logs, name)
 
 
 def extract_curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of the records with a finite value of this name; history: Trainer's, or the log's."""
+    """Extract the curve of a logged value.
+
+    Args:
+        history: the `log` records of a run log, or `TrainerState.log_history`.
+        name: of the value.
+
+    Returns:
+        (step, value) of all records with a finite value.
+    """
     return [
         (record["step"], float(record[name]))
         for record in history
@@ -127,7 +141,7 @@ def extract_curve(history: list[dict[str, Any]], name: str) -> list[tuple[int, f
 
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
-    """A record, or None for what a killed process left of one."""
+    """Parse a record; None for the incomplete line of a killed process."""
     try:
         record = json.loads(line)
     except ValueError:

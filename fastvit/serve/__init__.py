@@ -1,1 +1,1 @@
-"""Classification for many threads: preprocessing, batching, the model, the demo page."""
+"""Thread-safe inference for classifiers: preprocessing, dynamic batching, execution, and the demo page."""

@@ -1,4 +1,4 @@
-"""Attention maps of one image beside its class probabilities, for figures."""
+"""Class probabilities and attention maps of one image, for figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,13 @@ from fastvit.serve.predictor import Predictor
 
 
 class AttentionResult(NamedTuple):
-    """What a model makes of one picture: probabilities [C], attention maps [layers, heads, tokens, tokens], float32,
-    and the patches down and across."""
+    """The outputs of a model for one image.
+
+    Attributes:
+        probabilities: float32 `[C]`.
+        maps: attention maps, float32 `[layers, heads, tokens, tokens]`.
+        grid: (rows, columns) of patches.
+    """
 
     probabilities: np.ndarray
     maps: np.ndarray
@@ -23,7 +28,12 @@ class AttentionResult(NamedTuple):
 
 @torch.inference_mode()
 def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult:
-    """pixels: one picture, uint8 [1, height, width, 3]."""
+    """Classify one image and return its attention maps.
+
+    Args:
+        model: a ViT classifier of this package.
+        pixels: uint8 `[1, height, width, 3]`.
+    """
     output = model(pixels.to(model.device), output_attentions=True)
     return AttentionResult(
         (output.logits[0].float() / get_temperature(model.config)).softmax(dim=-1).cpu().numpy(),
@@ -33,5 +43,5 @@ def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult
 
 
 def preprocess_image(predictor: Predictor, image: Image.Image) -> torch.Tensor:
-    """A picture as the predictor's model takes it, uint8 [1, height, width, 3]."""
+    """Resize and crop an RGB image for the predictor's model; returns uint8 `[1, height, width, 3]`."""
     return torch.from_numpy(predictor.preprocessor(image).copy())[None]

@@ -1,10 +1,10 @@
-"""Calls of many threads, merged into batches for the one thread that owns the model.
+"""Dynamic batching: calls of many threads are merged into batches for one thread that owns the model.
 
     caller 1: decode ─┐                     ┌─> results
     caller 2: decode ─┼─> waiting ─> batch ─┤
     caller 3: decode ─┘                     └─> results
 
-While one batch is computed the next one gathers: the more callers there are, the larger batches become, without a wait.
+While a batch is computed, incoming calls queue up and form the next one. So batches grow with the load without waits.
 """
 
 from __future__ import annotations
@@ -21,27 +21,30 @@ CLOSED = "the predictor is closed"
 
 
 class Request(NamedTuple):
-    """Inputs of one call, and its results, one for each input, once they are there."""
+    """The inputs of one call and the future of its results, one per input."""
 
     inputs: Sequence[Any]
     results: Future[list[Any]]
 
 
 class Batch(NamedTuple):
-    """Requests that are being computed; finish waits for all their results."""
+    """Launched requests; `finish` waits for the results of all their inputs."""
 
     requests: list[Request]
     finish: Callable[[], Sequence[Any]]
 
 
 class Batcher:
-    """The queue and its thread.
+    """The request queue and its worker thread.
 
-    launch: takes up to `max_batch` inputs, begins to compute them and returns a function that waits for their results.
-    max_wait: seconds that a batch with room may wait for calls that have been announced; a lone one never waits.
-    launch_ahead: launch the next batch before waiting for the last, for a device that computes while the host goes on.
+    Exceptions of `launch` are set on the futures of that batch's requests; the thread continues.
 
-    What `launch` raises goes to the callers whose inputs were in that batch; the thread goes on.
+    Args:
+        launch: accepts up to `max_batch` inputs, starts their computation and returns a function that waits for their
+            results.
+        max_batch: maximum number of inputs per batch.
+        max_wait: seconds that a batch with room may wait for announced calls. Without announced calls it never waits.
+        launch_ahead: launch the next batch before waiting for the previous one, for an asynchronous device.
     """
 
     def __init__(
@@ -54,36 +57,46 @@ class Batcher:
     ):
         self.launch, self.max_batch, self.max_wait, self.launch_ahead = launch, max_batch, max_wait, launch_ahead
         self._process = os.getpid()
-        # Its lock is reentrant: the garbage collector may call `close` in any thread, at any time.
+        # A condition's lock is reentrant, as needed: the garbage collector may call `close` in any thread at any time.
         self._changed = threading.Condition()
         self._waiting: deque[Request] = deque()
         self._announced = 0
         self._closed = False
-        # A daemon, so that no program hangs that forgets to close it.
+        # A daemon thread, so that a program that does not call `close` can exit.
         self._thread = threading.Thread(target=self._run, name="fastvit-predictor", daemon=True)
         self._thread.start()
 
     def check_open(self) -> None:
-        """Raises RuntimeError once it is closed, and in a fork, where its thread is not."""
+        """Raise RuntimeError if the batcher is closed, or in a forked process, which does not have its thread."""
         if os.getpid() != self._process:
-            raise RuntimeError("this predictor belongs to the process that made it: make it after the fork")
+            raise RuntimeError("a predictor cannot be used in a forked process: create it after the fork")
         if self._closed:
             raise RuntimeError(CLOSED)
 
     def announce(self) -> None:
-        """Inputs are on their way: `submit` or `withdraw` follows."""
+        """Announce a call whose inputs are being prepared. `submit` or `withdraw` must follow."""
         self.check_open()
         with self._changed:
             self._announced += 1
 
     def withdraw(self) -> None:
-        """What was announced does not come."""
+        """Withdraw an announced call."""
         with self._changed:
             self._announced -= 1
             self._changed.notify()
 
     def submit(self, inputs: Sequence[Any]) -> Future[list[Any]]:
-        """Queue what was announced: at most `max_batch` inputs, which stay together."""
+        """Queue an announced call.
+
+        Args:
+            inputs: at most `max_batch` inputs, which are computed in one batch.
+
+        Returns:
+            A future of the list of results.
+
+        Raises:
+            RuntimeError: the batcher is closed or belongs to another process.
+        """
         request = Request(inputs, Future())
         with self._changed:
             self._announced -= 1
@@ -96,8 +109,8 @@ class Batcher:
         return request.results
 
     def close(self) -> None:
-        """Finish what is being computed, fail what waits with RuntimeError, end the thread. May be called again."""
-        if os.getpid() != self._process:  # in a fork there is no thread, and nobody will ever release the lock
+        """Finish the launched batch, fail queued requests with RuntimeError, and end the thread. Idempotent."""
+        if os.getpid() != self._process:  # a forked process has no such thread, and its copy of the lock may be held
             return
         with self._changed:
             self._closed = True
@@ -119,13 +132,13 @@ class Batcher:
             if computing is not None:
                 deliver_results(computing)
             computing = launched
-            del requests, launched  # what was delivered is not kept until the next call
+            del requests, launched  # free delivered inputs before the next wait
             if computing is not None and not self.launch_ahead:
                 deliver_results(computing)
                 computing = None
 
     def _collect_requests(self, block: bool) -> list[Request]:
-        """Requests for one batch; none if there are none and `block` is false, or after `close`."""
+        """Collect the requests of one batch; none after `close`, or if the queue is empty and `block` is false."""
         with self._changed:
             while block and not (self._waiting or self._closed):
                 self._changed.wait()
@@ -150,7 +163,7 @@ class Batcher:
 
 
 def deliver_results(batch: Batch) -> None:
-    """Wait for the results of a batch and give each caller its own."""
+    """Wait for the results of a batch and set them on the futures of its requests."""
     try:
         results = batch.finish()
     except BaseException as error:

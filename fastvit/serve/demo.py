@@ -1,7 +1,7 @@
-"""`fastvit demo MODEL`: a page on this machine to try a model on. Drop a picture, see classes and attention.
+"""`fastvit demo MODEL`: a local web page that shows the classes and the attention of an uploaded image.
 
-The page is Gradio's, an optional extra. It is served to this machine alone unless --host says otherwise, needs no
-network (the fonts are the system's) and reports to nobody.
+It requires Gradio, an optional dependency. By default it listens on the loopback interface only. It needs no network
+(system fonts are used) and telemetry is disabled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastvit.serve.predictor import Predictor
 
 MAX_CLASSES = 5
 MAP_SIDE = 512  # pixels of the attention map
-IMAGE_HEIGHT = 380  # pixels of the page that it and the picture get
+IMAGE_HEIGHT = 380  # height in pixels of both images on the page
 
 STYLE = """
 .gradio-container { max-width: 60rem !important; margin: 0 auto !important }
@@ -30,18 +30,18 @@ footer { display: none !important }
 
 
 def build_demo_page(model: str, device: str | None = None) -> Any:
-    """The page as Gradio's Blocks, not yet served; its one endpoint is `/predict`."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported, and again later
+    """Build the page as Gradio Blocks, with the endpoint `/predict`. It is not yet served."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at the import of gradio and again later
     try:
         import gradio
     except ImportError:
         raise InputError('demo: expected Gradio to be installed: pip install "fastvit[demo]"') from None
 
-    with Predictor(model, device) as predictor:  # closed: one picture at a time, with its attention, needs no threads
+    with Predictor(model, device) as predictor:  # closed at once: images are classified one by one, without its threads
         names = [shorten(name) for name in predictor.class_names]
 
     def classify(path: str | None) -> tuple[dict[str, float] | None, Image.Image | None]:
-        if path is None:  # the picture was taken away
+        if path is None:  # the image was removed
             return None, None
         try:
             image = decode_image(path, "The file")
@@ -52,30 +52,37 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
         return dict(zip(names, shares.tolist(), strict=True)), figures.overlay_rollout(shown, maps, grid)
 
     def get_path(payload: Any) -> str | None:
-        """Instead of Gradio's own decoding, which would come first and name what is wrong less well than ours."""
+        """Replaces the decoding of Gradio, whose error messages are less specific."""
         return None if payload is None else payload.path
 
     with gradio.Blocks(title=f"{model} · fastvit", analytics_enabled=False) as page:
         gradio.Markdown(
-            f"# {Path(model).name or model}\n{len(names)} classes. Pictures stay on the machine that serves this."
+            f"# {Path(model).name or model}\n{len(names)} classes. Images stay on the machine that serves this page."
         )
         with gradio.Row():
-            image = gradio.Image(label="Picture", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
+            image = gradio.Image(label="Image", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
             image.preprocess = get_path  # type: ignore[method-assign]
             with gradio.Column():
                 classes = gradio.Label(num_top_classes=min(MAX_CLASSES, len(names)), label="Classes")
                 attention = gradio.Image(
-                    label="Where the class token looks",
+                    label="Attention rollout of the class token",
                     interactive=False,
                     height=IMAGE_HEIGHT,
-                    buttons=["download", "fullscreen"],  # and not the one that uploads it to share it
+                    buttons=["download", "fullscreen"],  # without "share", which uploads the image
                 )
         image.change(classify, image, [classes, attention], api_name="predict")
     return page
 
 
 def serve_page(page: Any, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Begin to serve the page and return its address; the caller blocks or goes on."""
+    """Start to serve the page without blocking.
+
+    Returns:
+        The URL.
+
+    Raises:
+        InputError: the address or port is not available.
+    """
     import gradio
 
     system = ["system-ui", "sans-serif"]

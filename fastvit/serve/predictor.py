@@ -1,11 +1,11 @@
-"""Classify pictures from many threads at once:  Predictor("runs/leaves")("leaf.jpg").label
+"""Thread-safe image classification:  Predictor("runs/leaves")("leaf.jpg").label
 
-    picture -> decode, resize, crop              Preprocessor: in a pool of threads, or the caller's
-            -> batches of what all callers ask   Batcher
-            -> normalise, model, probabilities   Runner: in the one thread that owns the model
-            -> Prediction                        in the caller's thread
+    image -> decode, resize, crop              Preprocessor: in a thread pool, or in the caller's thread
+          -> batches over all callers          Batcher
+          -> normalise, model, probabilities   Runner: in the one thread that owns the model
+          -> Prediction                        in the caller's thread
 
-A picture that cannot be used is an error of that picture alone.
+An image that cannot be used does not affect other images of its batch.
 """
 
 from __future__ import annotations
@@ -39,18 +39,21 @@ from fastvit.tuning.startup import tune_at_start
 
 logger = logging.getLogger("fastvit")
 
-Prepared = np.ndarray | InputError  # uint8 pixels [H, W, 3], or what is wrong with the picture
+Prepared = np.ndarray | InputError  # uint8 pixels [H, W, 3], or the error of an image that cannot be used
 
-PREFETCH_BATCHES = 2  # batches of one call that are decoded or computed while the one before is waited for
+PREFETCH_BATCHES = 2  # batches of one call that are decoded, and that are computed, ahead of the one being returned
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model says about a picture.
+    """The classification of one image.
 
-    label, score: the most probable class. top: the `top_k` most probable as (label, score), best first.
-    probabilities: float32 [classes], in the order of `Predictor.class_names`; they sum to 1, unless a picture may have
-    several labels.
+    Attributes:
+        label: name of the most probable class.
+        score: probability of that class.
+        top: (label, score) of the `top_k` most probable classes, best first.
+        probabilities: float32 `[classes]`, in the order of `Predictor.class_names`. They sum to 1, except for
+            multi-label models.
     """
 
     label: str
@@ -60,23 +63,31 @@ class Prediction:
 
 
 class Predictor:
-    """A classifier to be asked by many threads; a context manager, which closes it.
+    """A thread-safe image classifier. As a context manager it is closed at the end of the block.
 
-    model: a folder or hub id of a ViT, or a loaded classifier: ours or one of transformers', as it is or after
-        `fastvit.optimize`. A loaded one is put into eval mode, and onto `device` and into `dtype` if they are given.
-    device: where to compute [a GPU if there is one; of a loaded model: where it is].
-    dtype: of the weights, a torch.dtype or its name [as saved].
-    max_batch: how many pictures are computed at once, of one call or of several.
-    image_processor: a transformers image processor [the one in the model's folder].
-    top_k: how many classes `Prediction.top` has.
-    flip: take the mean of the logits for each picture and for its mirror image.
-    max_wait_ms: how long a batch with room waits for other calls that are just decoding; a lone call never waits.
-    workers: threads that decode [as many as there are cores].
-    cuda_graphs: on a GPU, replay each batch size as a CUDA graph.
-    tune: on a GPU, measure first which operations our kernels compute faster than PyTorch, where that has not been
-        measured there before: a minute at most, for batches of 1 and `max_batch`.
+    Args:
+        model: a folder or hub id of a ViT, or a loaded classifier of fastvit or transformers, optionally after
+            `fastvit.optimize`. A loaded model is set to eval mode and moved to `device` and `dtype` if given.
+        device: device of the model. Default: a GPU if available; a loaded model stays on its device.
+        dtype: dtype of the weights, a floating `torch.dtype` or its name. Default: unchanged.
+        max_batch: maximum batch size. A batch may combine several calls.
+        image_processor: an image processor of transformers. Default: the one saved with the model.
+        top_k: number of classes in `Prediction.top`.
+        flip: average the logits of each image and its mirror image.
+        max_wait_ms: time in milliseconds that a batch with room waits for calls that are decoding. Without concurrent
+            calls it never waits.
+        workers: number of decoding threads. Default: the number of CPU cores.
+        cuda_graphs: on a GPU, capture each batch size as a CUDA graph.
+        tune: on a GPU without measurements for this model, first measure whether our kernels or PyTorch's operations
+            are faster, for batches of 1 and `max_batch`. Takes at most a minute.
 
-    Raises InputError for a model, image processor or argument that it cannot use.
+    Attributes:
+        model: the loaded model.
+        preprocessor: its image preprocessing.
+        class_names: names of the classes, by index.
+
+    Raises:
+        InputError: the model, the image processor or another argument cannot be used.
     """
 
     def __init__(
@@ -127,28 +138,47 @@ class Predictor:
             runner.launch, max_batch=max_batch, max_wait=max_wait_ms / 1e3, launch_ahead=runner.is_asynchronous
         )
         self._pool = ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="fastvit-decoding")
-        # Also when it is forgotten, and when the program ends.
+        # Also called at garbage collection and at the end of the program.
         self._shut_down = weakref.finalize(self, shut_down, self._batcher, self._pool)
 
     def __call__(self, images: Any, *, raise_errors: bool | None = None) -> Any:
-        """The Prediction of a picture, or a list of those of a list.
+        """Classify one image, or a list or tuple of images.
 
-        A picture is a path, the bytes of a file or an open one, a PIL image, a uint8 array or tensor ([H, W], [H, W, C]
-        or [C, H, W]; floating between 0 and 1), or a function that returns one of these.
+        Args:
+            images: an image, or a list or tuple of images. An image is a path, the bytes of a file, a binary file
+                object, a PIL image, an array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]` (uint8, or floating from 0
+                to 1), or a function that returns one of these and is called in a decoding thread.
+            raise_errors: raise the InputError of an image that cannot be used. Otherwise the error is returned in place
+                of the image's Prediction. Default: true for a single image, false for several.
 
-        raise_errors: whether a picture that cannot be used raises its InputError, which names it; otherwise the error
-        takes the place of its Prediction, and the others are not affected [a lone picture raises, one of a list not].
-        What the model raises is raised in any case.
+        Returns:
+            A Prediction for a single image, a list of them for several.
+
+        Raises:
+            InputError: an image cannot be used, if `raise_errors`. The message names the image.
+            RuntimeError: the predictor is closed, or was created in another process. Exceptions of the model are raised
+                unchanged.
         """
         if isinstance(images, (list, tuple)):
             return list(self.stream(images, raise_errors=bool(raise_errors)))
-        # Decoded here: a lone picture need not go to another thread and back.
+        # A single image is decoded in the calling thread, which saves a switch of threads.
         pending = self._compute([partial(preprocess, self.preprocessor, images, "image")])
         (result,) = self._collect_results(*pending, raise_errors=raise_errors is not False)
         return result
 
     def stream(self, images: Iterable[Any], *, raise_errors: bool = False) -> Iterator[Prediction | InputError]:
-        """The same for any number of pictures, in their order; they are taken a few batches ahead of what is given."""
+        """Classify images lazily. The iterable is read a few batches ahead of the results.
+
+        Args:
+            images: any number of images, as for calls.
+            raise_errors: raise the InputError of an image that cannot be used instead of yielding it.
+
+        Yields:
+            A Prediction or InputError per image, in order.
+
+        Raises:
+            InputError, RuntimeError: as for calls.
+        """
         decoding: deque[list[Callable[[], Prepared]]] = deque()
         computing: deque[tuple[list[Prepared], Future[list[Any]]]] = deque()
         numbered = enumerate(images)
@@ -164,10 +194,7 @@ class Predictor:
             yield from self._collect_results(*computing.popleft(), raise_errors)
 
     def close(self) -> None:
-        """Finish the batch that is being computed and end all threads; calls that wait get RuntimeError.
-
-        May be called again. A call to a predictor that is closed is a RuntimeError.
-        """
+        """Finish the launched batch and end all threads. Waiting and later calls raise RuntimeError. Idempotent."""
         self._shut_down()
         self._pool.shutdown(wait=True)
 
@@ -180,12 +207,12 @@ class Predictor:
         self.close()
 
     def _decode(self, chunk: list[tuple[int, Any]]) -> list[Callable[[], Prepared]]:
-        """Begin to decode numbered pictures in the pool; each function waits for one."""
+        """Start to decode numbered images in the pool. Each function waits for one image."""
         self._batcher.check_open()
         return [self._pool.submit(preprocess, self.preprocessor, image, f"images[{n}]").result for n, image in chunk]
 
     def _compute(self, decoded: list[Callable[[], Prepared]]) -> tuple[list[Prepared], Future[list[Any]]]:
-        """Queue pictures for the model as soon as all are decoded; returns them too, for the errors among them."""
+        """Wait for decoded images and queue them for the model. The images are returned too, for their errors."""
         self._batcher.announce()
         try:
             prepared = [each() for each in decoded]
@@ -200,7 +227,7 @@ class Predictor:
     def _collect_results(
         self, prepared: list[Prepared], results: Future[list[Any]], raise_errors: bool
     ) -> Iterator[Prediction | InputError]:
-        """Wait for the model; predictions and errors in the order of the pictures."""
+        """Wait for the model; yield predictions and errors in the order of the images."""
         computed = iter(results.result())
         for each in prepared:
             if not isinstance(each, InputError):
@@ -216,13 +243,22 @@ class Predictor:
 
 
 def preprocess(preprocessor: Preprocessor, source: Any, name: str) -> Prepared:
-    """The pixels of a picture, or what is wrong with it; `name` is what it is called if it has no path."""
+    """Decode and preprocess an image.
+
+    Args:
+        preprocessor: resizes and crops.
+        source: any form of image that `Predictor` accepts.
+        name: names the image in error messages if it has no path.
+
+    Returns:
+        uint8 `[H, W, 3]`, or the error of an image that cannot be used.
+    """
     name = str(source) if isinstance(source, (str, Path)) else name
     try:
         return preprocessor(to_image(source, name), name)
     except InputError as error:
-        return error.with_traceback(None)  # whose frames hold the picture
-    except Exception as error:  # of Pillow, for which there is no end of ways to be broken, or of a user's function
+        return error.with_traceback(None)  # its frames would keep the image alive
+    except Exception as error:  # of a user's function, or of Pillow, which raises many types for damaged files
         return InputError(f"{name}: cannot be read ({type(error).__name__}: {error})")
 
 
@@ -232,34 +268,34 @@ def shut_down(batcher: Batcher, pool: ThreadPoolExecutor) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a predictor is made from
+# Resolution of the arguments
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_classifier(model: str | os.PathLike[str] | nn.Module, image_processor: Any) -> tuple[nn.Module, Preprocessor]:
-    """The classifier, and what its pictures go through before it."""
+    """Load the classifier and its preprocessor."""
     if isinstance(model, nn.Module):
         if not hasattr(getattr(model, "config", None), "id2label"):
             raise InputError(f"model: expected a classifier of fastvit or transformers, got {type(model).__name__}")
         return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor)
     classifier = load_pretrained(os.fspath(model))
     preprocessor = resolve_preprocessor(os.fspath(model), image_processor)
-    # It is ours alone: let it normalise as its image processor says.
+    # Not shared with the caller, so the model can normalise with the statistics of its image processor.
     classifier.config.image_mean, classifier.config.image_std = list(preprocessor.mean), list(preprocessor.std)
     return classifier, preprocessor
 
 
 def resolve_preprocessor(model: Any, image_processor: Any) -> Preprocessor:
-    """What `image_processor` does, or the one that lies with the model, a folder or hub id."""
+    """Convert `image_processor`, or by default the one saved with the model (a folder or hub id)."""
     if image_processor is not None:
         return Preprocessor.from_processor(image_processor)
     if not model:
-        raise InputError("image_processor: expected one, as the model comes neither from a folder nor from the hub")
+        raise InputError("image_processor: expected one, as the model is neither a folder nor a hub id")
     return load_preprocessor(model)
 
 
 def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
-    """Raises InputError where pictures would not fit the model, or its outputs are no classes."""
+    """Raise InputError if preprocessed images do not fit the model, or the model is not a classifier."""
     config: Any = model.config
     if config.problem_type == "regression":
         raise InputError("model: config.problem_type: expected a classifier, got 'regression'")
@@ -267,7 +303,7 @@ def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
         raise InputError(f"model: config.num_channels: expected 3, for RGB, got {config.num_channels}")
     if isinstance(model, ViTPreTrainedModel) and make_pair(config.image_size) != preprocessor.image_size:
         raise InputError(
-            f"image processor: expected pictures of {make_pair(config.image_size)} (height, width) for this model,"
+            f"image processor: expected images of {make_pair(config.image_size)} (height, width) for this model,"
             f" got {preprocessor.image_size}"
         )
 
@@ -280,7 +316,7 @@ def get_class_names(config: Any) -> list[str]:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device asked for, or a GPU if there is one; raises InputError if it cannot be used."""
+    """Resolve the device; default: a GPU if available. Raises InputError if the device cannot be used."""
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)

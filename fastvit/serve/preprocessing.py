@@ -1,9 +1,9 @@
-"""What an image processor of transformers does to a picture, as Pillow's resize and a crop that stay uint8.
+"""The image processors of transformers, as a resize and a crop by Pillow that keep uint8.
 
-    picture -> resize -> crop -> uint8 [height, width, 3]        here, in a thread of the host
-            -> (pixels / 255 - mean) / std                       in the model, on its device
+    image -> resize -> crop -> uint8 [height, width, 3]        here, in a host thread
+          -> (pixels / 255 - mean) / std                       in the model, on its device
 
-Rescaling and normalising are one multiply and add, whatever the factor; `mean` and `std` hold both.
+Rescaling and normalisation are combined into one multiply-add: `mean` and `std` include the rescale factor.
 """
 
 from __future__ import annotations
@@ -29,16 +29,21 @@ from fastvit.checkpoints.configuration import (
 from fastvit.errors import InputError
 from fastvit.models.loading import read_image_settings
 
-# Image processors that resize, crop, rescale and normalise, in this order, and do nothing else to a picture.
+# Image processors that resize, crop, rescale and normalise, in this order, and do nothing else.
 SUPPORTED_FAMILIES = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
 SIDES = ("height", "width")
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """resize: (height, width), or one number, the shorter side; None: not resized. crop: (height, width), or None.
+    """Resizes and crops images.
 
-    mean, std: of a channel, for pixels in 0..1.
+    Attributes:
+        resize: (height, width), or the length of the shorter side, or None for no resize.
+        crop: (height, width) of a centre crop, or None.
+        resample: the filter, a value of `PIL.Image.Resampling`.
+        mean: per channel, for pixels from 0 to 1.
+        std: per channel, for pixels from 0 to 1.
     """
 
     resize: tuple[int, int] | int | None
@@ -49,11 +54,19 @@ class Preprocessor:
 
     @classmethod
     def from_processor(cls, processor: Any, where: str = "image processor") -> Preprocessor:
-        """The same as a transformers image processor; raises InputError, naming `where`, for what this cannot do."""
+        """Convert an image processor of transformers.
+
+        Args:
+            processor: the image processor.
+            where: names the image processor in error messages.
+
+        Raises:
+            InputError: the image processor has settings that are not supported.
+        """
         settings = processor.to_dict()
         get_processor_family(settings["image_processor_type"], where)
         if settings.get("do_pad"):
-            raise InputError(f"{where}: do_pad: expected none, got padding")
+            raise InputError(f"{where}: do_pad: expected false, got {format_value(settings['do_pad'])}")
         resize = crop = None
         if settings.get("do_resize"):
             resize = read_size(settings, "size", where)
@@ -61,7 +74,7 @@ class Preprocessor:
             crop = read_size(settings, "crop_size", where)
         if isinstance(crop, int) or (crop is None and not isinstance(resize, tuple)):
             raise InputError(
-                f"{where}: size: expected all pictures to come out with one height and width,"
+                f"{where}: size: expected settings that give all images one height and width,"
                 f" got size {resize} and crop_size {crop}"
             )
         factor = settings["rescale_factor"] if settings.get("do_rescale") else 1.0
@@ -76,7 +89,7 @@ class Preprocessor:
         resample = Image.Resampling.BILINEAR if resample is None else resample
         if not is_integer(resample) or resample not in list(Image.Resampling):
             raise InputError(
-                f"{where}: resample: expected the number of a filter of Pillow, got {format_value(resample)}"
+                f"{where}: resample: expected a value of PIL.Image.Resampling, got {format_value(resample)}"
             )
         rescale = 1.0 if math.isclose(255 * factor, 1.0, rel_tol=1e-5) else 255 * factor
         return cls(
@@ -89,13 +102,24 @@ class Preprocessor:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) of what comes out."""
+        """(height, width) of the results."""
         size = self.crop or self.resize
         assert isinstance(size, tuple)
         return size
 
     def __call__(self, image: Image.Image, name: str = "image") -> np.ndarray:
-        """An RGB picture as uint8 [height, width, 3]; raises InputError naming it where it cannot be resized."""
+        """Preprocess an image.
+
+        Args:
+            image: an RGB image.
+            name: names the image in error messages.
+
+        Returns:
+            uint8 `[height, width, 3]`.
+
+        Raises:
+            InputError: the resized image would have too many pixels.
+        """
         width, height = image.size
         if self.resize is not None:
             if isinstance(self.resize, tuple):
@@ -106,14 +130,14 @@ class Preprocessor:
             if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
                 raise InputError(f"{name}: {image.width}x{image.height} pixels would be resized to {width}x{height}")
             image = image.resize((width, height), self.resample)
-        if self.crop is not None:  # black where the picture is smaller
+        if self.crop is not None:  # areas outside of the image become black
             left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         return np.asarray(image)
 
 
 def read_size(settings: dict[str, Any], option: str, where: str) -> tuple[int, int] | int:
-    """(height, width) or the shorter side."""
+    """Read a size: (height, width), or the length of the shorter side."""
     size = {name: value for name, value in dict(settings[option]).items() if value is not None}
     for value in size.values():
         check_size(option, value, SIZE_LIMITS["image_size"], where)
@@ -125,18 +149,25 @@ def read_size(settings: dict[str, Any], option: str, where: str) -> tuple[int, i
 
 
 def read_channels(settings: dict[str, Any], option: str, where: str) -> tuple[float, ...]:
-    """Mean or standard deviation of the three channels, which may be one number for all."""
+    """Read the mean or standard deviation of the three channels. A single number applies to all channels."""
     values = settings[option]
     return check_channels(option, [values] * 3 if is_finite_number(values) else values, 3, where)
 
 
 def load_preprocessor(model: str) -> Preprocessor:
-    """Of a hub id or folder, from its preprocessor_config.json; raises InputError where there is no usable one."""
+    """Load the preprocessor of a model from its preprocessor_config.json.
+
+    Args:
+        model: a folder or hub id.
+
+    Raises:
+        InputError: the file does not exist or its settings are not supported.
+    """
     found = read_image_settings(model)
     if found is None:
         raise InputError(f"{model}: expected an image processor (preprocessor_config.json), found none")
     path, settings = found
-    # The oldest files name no type; they are ViT's. What a file leaves out is as the type has it.
+    # The oldest files have no type: they are ViT's. Missing settings have the defaults of the type.
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT"
     family = get_processor_family(named, str(path))
     try:
@@ -144,12 +175,12 @@ def load_preprocessor(model: str) -> Preprocessor:
         return Preprocessor.from_processor(processor, str(path))
     except InputError:
         raise
-    except Exception as error:  # a value of a kind that transformers does not expect, or in a method's place
-        raise InputError(f"{path}: not the settings of an image processor: {format_error(error)}") from error
+    except Exception as error:  # transformers does not validate types, and a setting may shadow a method
+        raise InputError(f"{path}: invalid settings of an image processor: {format_error(error)}") from error
 
 
 def get_processor_family(processor_type: Any, where: str) -> str:
-    """The family of an image processor, by the name of its class; raises InputError for one that is not known."""
+    """The family of an image processor by its class name. Raises InputError for unsupported families."""
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(processor_type))
     if family not in SUPPORTED_FAMILIES:
         raise InputError(

@@ -1,8 +1,8 @@
-"""A classifier on its device: uint8 pictures in, class probabilities out.
+"""Runs a classifier on its device: uint8 images in, class probabilities out.
 
-On a GPU the pictures go over in pinned memory and on a stream of their own, beside what is computed; batches are padded
-to powers of two, and each of these sizes becomes a CUDA graph once it has been seen a few times: one launch instead of
-one for every kernel, which is what a small batch waits for.
+On a GPU images are copied from pinned memory on a separate stream, which overlaps with computation. Batches are padded
+to powers of two, and each size is captured as a CUDA graph after a few calls. A graph needs one launch instead of one
+per kernel; launches dominate the latency of small batches.
 """
 
 from __future__ import annotations
@@ -30,11 +30,17 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 class Runner:
-    """The model's side of a predictor; one thread at a time may call it.
+    """Runs the model of a predictor. Not thread-safe.
 
-    top_k: how many of the best classes are named. flip: the mean over pictures and their mirror images. limit: pictures
-    that are computed at once, halved whenever memory does not suffice. capture: turns a function into a CUDA graph;
-    None: no graphs.
+    Args:
+        model: a classifier on `device`, with weights of `dtype`.
+        preprocessor: its mean and standard deviation are applied to the pixels.
+        device: the model's device.
+        dtype: the model's dtype.
+        max_batch: maximum batch size. It is halved whenever memory runs out.
+        top_k: number of class indices to return, best first.
+        flip: average the logits of each image and its mirror image.
+        capture: captures a function as a CUDA graph; None: no graphs.
     """
 
     def __init__(
@@ -54,7 +60,7 @@ class Runner:
         config: Any = model.config
         self.temperature = get_temperature(config)
         self.is_multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
-        # Our own model normalises in its patch embedding; for any other, or another mean, it is a step of its own.
+        # Our models normalise in their patch embedding. Other models, or another mean, need a separate normalisation.
         self.accepts_uint8 = isinstance(model, ViTPreTrainedModel) and all(
             np.allclose(ours, theirs)
             for ours, theirs in (
@@ -71,11 +77,11 @@ class Runner:
 
     @property
     def is_asynchronous(self) -> bool:
-        """Whether the host goes on while the device computes."""
+        """Whether the device computes asynchronously."""
         return self.device.type == "cuda"
 
     def forward(self, pixels: Tensor) -> Outputs:
-        """uint8 [B, H, W, 3] -> float32 [B, classes], int64 [B, top_k]."""
+        """Compute probabilities and the best classes: uint8 [B, H, W, 3] -> float32 [B, classes], int64 [B, top_k]."""
         if not self.accepts_uint8:
             pixels = (pixels.permute(0, 3, 1, 2) * self.scale + self.offset).to(self.dtype)
         logits = self.compute_logits(pixels)
@@ -85,16 +91,25 @@ class Runner:
         return probabilities, probabilities.topk(self.top_k).indices
 
     def compute_logits(self, pixels: Tensor) -> Tensor:
-        """Pixels as the model takes them -> float32 [B, classes]."""
+        """Compute logits, float32 [B, classes], of pixels in the model's input format."""
         output = self.model(pixels)
         if not hasattr(output, "logits"):
-            raise InputError(f"model: expected a classifier, whose output has logits, got {type(self.model).__name__}")
+            raise InputError(f"model: expected a classifier whose output has logits, got {type(self.model).__name__}")
         return output.logits.float()
 
     def launch(self, images: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
-        """Begin to compute uint8 pictures [H, W, 3]; the function that is returned waits for their results.
+        """Start to compute a batch. If memory runs out, the batch size is halved permanently, with a warning.
 
-        Where memory does not suffice, the batch is halved, for good, with a warning; one picture alone raises.
+        Args:
+            images: uint8 arrays `[H, W, 3]` of one size.
+
+        Returns:
+            A function that waits for the results: (probabilities float32 `[classes]`, best classes int64 `[top_k]`)
+            for each image.
+
+        Raises:
+            torch.OutOfMemoryError: memory does not suffice for a single image. Other types for other allocators, see
+                `fastvit.errors.is_out_of_memory`.
         """
         pieces: list[Callable[[], list[tuple[np.ndarray, np.ndarray]]]] = []
         start = 0
@@ -109,11 +124,11 @@ class Runner:
                 if len(piece) == 1 or not is_out_of_memory(error):
                     raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            # Outside of the handler, whose traceback holds the activations.
+            # Outside of the handler, where the traceback would keep the activations alive.
             self.limit = len(piece) // 2
-            warnings.warn(f"out of memory: batches of at most {self.limit} from now on ({reason})", stacklevel=1)
+            warnings.warn(f"out of memory: the batch size is limited to {self.limit} ({reason})", stacklevel=1)
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # a graph that is to go may be running
+                torch.cuda.synchronize(self.device)  # a graph that will be freed may be running
             if self.graphs is not None:
                 self.graphs.drop_above(self.limit)
             if self.device.type == "cuda":
@@ -127,7 +142,7 @@ class Runner:
             on_host = torch.empty(len(images), *images[0].shape, dtype=torch.uint8, pin_memory=on_gpu)
             np.stack(images, out=on_host.numpy())
             outputs = (self.graphs or self.forward)(self._to_device(on_host))
-            # Asked for without waiting, PyTorch copies into pinned memory; in the stream's order, before a next replay.
+            # Non-blocking copies go to pinned memory. They are in stream order, so before the next replay.
             results = [output.to("cpu", non_blocking=True) for output in outputs]
             done = torch.cuda.Event() if on_gpu else None
             if done is not None:
@@ -136,7 +151,7 @@ class Runner:
         def finish() -> list[tuple[np.ndarray, np.ndarray]]:
             if done is not None:
                 done.synchronize()
-            # Copies, so that a caller who keeps a result keeps no pinned memory.
+            # Copied, so that results do not keep pinned memory alive.
             return list(zip(*(result.numpy().copy() for result in results), strict=True))
 
         return finish
@@ -156,12 +171,19 @@ class Runner:
 # CUDA graphs
 # ---------------------------------------------------------------------------------------------------------------------
 
-WARM_UP_CALLS = 2  # calls of a size before it is captured: libraries allocate, kernels compile and are tuned
+WARM_UP_CALLS = 2  # calls per size before its capture: libraries allocate, kernels compile and are tuned
 
 
 @dataclass
 class Bucket:
-    """One batch size. pixels: what a graph reads, uint8 [size, H, W, 3]; outputs: what it writes."""
+    """The graph of one batch size.
+
+    Attributes:
+        pixels: the graph's input, uint8 `[size, H, W, 3]`.
+        calls: calls of this size so far.
+        replay: runs the graph; None before the capture.
+        outputs: the graph's outputs; None before the capture.
+    """
 
     pixels: Tensor
     calls: int = 0
@@ -170,10 +192,15 @@ class Bucket:
 
 
 class GraphCache:
-    """`forward` for any batch size up to `max_batch`, padded to a power of two, or `max_batch`, with a graph for each.
+    """Captures `forward` as one CUDA graph per batch size. Sizes are padded to powers of two, or to `max_batch`.
 
-    capture: runs a function once, recording it; returns what repeats it, and the outputs that are then overwritten.
-    Where it fails, a warning says why, and everything is computed without graphs from then on.
+    If a capture fails, a warning is issued and `forward` is called without graphs from then on.
+
+    Args:
+        forward: maps uint8 `[B, H, W, 3]` to outputs.
+        max_batch: maximum batch size.
+        capture: records a call of a function; returns a function that replays it and the outputs that each replay
+            overwrites.
     """
 
     def __init__(self, forward: Callable[[Tensor], Outputs], max_batch: int, capture: Capture):
@@ -182,7 +209,7 @@ class GraphCache:
         self.buckets: dict[int, Bucket] = {}
 
     def __call__(self, pixels: Tensor) -> Outputs:
-        """uint8 [B, H, W, 3] -> outputs of B pictures, to be read before the next call of the same size."""
+        """Compute the outputs of uint8 [B, H, W, 3]. The next call of the same size overwrites them."""
         if self.capture is None:
             return self.forward(pixels)
         count = len(pixels)
@@ -210,18 +237,21 @@ class GraphCache:
         return outputs[0][:count], outputs[1][:count]
 
     def drop_above(self, size: int) -> None:
-        """Free the graphs of larger batches."""
+        """Free the graphs of batches larger than `size`."""
         self.max_batch = size
         self.buckets = {each: bucket for each, bucket in self.buckets.items() if each <= size}
 
 
 def capture_graphs() -> Capture:
-    """Captures into one memory pool: no two graphs run at once, and outputs are copied before the next one runs."""
+    """Create a function that captures CUDA graphs into one memory pool.
+
+    Sharing a pool is safe: graphs never run concurrently, and outputs are copied before the next replay.
+    """
     pool = torch.cuda.graph_pool_handle()
 
     def capture(function: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the program may go on using the GPU meanwhile.
+        # Other threads may use the GPU during the capture.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = function()
         return graph.replay, outputs

@@ -1,25 +1,25 @@
 "use strict";
-// A button before each block of code copies it. Without scripts there are no buttons, and the text can be selected.
+// Add a copy button to each code block. Without scripts there is no button, and the text can still be selected.
 for (const code of document.querySelectorAll(".copy code")) {
   const button = document.createElement("button");
   button.type = "button";
   button.textContent = "Copy";
   button.setAttribute("aria-label", "Copy: " + code.textContent.split("\n")[0]);
-  const said = document.getElementById("said");
+  const status = document.getElementById("copy-status");
   button.addEventListener("click", async () => {
     let copied = true;
     try {
       await navigator.clipboard.writeText(code.textContent);
     } catch {
-      // Browsers that keep the clipboard from pages in files still copy what is selected.
+      // Browsers that deny local files access to the clipboard still copy the selection.
       getSelection().selectAllChildren(code);
       copied = document.execCommand("copy");
     }
     button.textContent = copied ? "Copied" : "Select and copy";
-    said.textContent = copied ? "Copied." : "The text is selected; copy it with your keyboard.";
+    status.textContent = copied ? "Copied." : "The text is selected; copy it with the keyboard.";
     setTimeout(() => {
       button.textContent = "Copy";
-      said.textContent = "";
+      status.textContent = "";
     }, 2000);
   });
   code.closest(".copy").append(button);
