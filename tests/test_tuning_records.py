@@ -379,7 +379,8 @@ def test_auto_goes_by_the_record_and_triton_takes_ours_anyway(gpu):
         assert record in ops.used_records.values()
     records.adopt([fake(gpu="another GPU")])
     assert (
-        "layer_norm, inference, float32, hidden 16, rows up to 64: pytorch flash" in info.summarize_kernels()["measured"]
+        "layer_norm, inference, float32, hidden 16, rows up to 64: pytorch flash"
+        in info.summarize_kernels()["measured"]
     )
 
 
