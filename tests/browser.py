@@ -1,6 +1,6 @@
-"""A headless Chromium for tests of pages. `browser` is the fixture; it skips where there is no Chromium.
+"""A headless Chromium for tests of HTML pages. The fixture `browser` skips the test if Chromium is not installed.
 
-python tests/browser.py runs/leaves/report.html docs/report.png    # the picture in the README
+python tests/browser.py runs/leaves/report.html docs/report.png    # the screenshot in the README
 """
 
 import contextlib
@@ -20,13 +20,13 @@ ARGUMENTS = (
 
 
 class Browser:
-    """One page of Chromium. After `open`, `list_requests` and `read_console` say what it did from then on."""
+    """One page of Chromium. `list_requests` and `read_console` cover the time since the last call and since `open`."""
 
     def __init__(self, driver):
         self.driver = driver
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        self.list_requests(), self.read_console()  # those of the page before
+        self.list_requests(), self.read_console()  # discard those of the previous page
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -34,18 +34,18 @@ class Browser:
         self.driver.get(url)
 
     def list_requests(self) -> list[str]:
-        """The addresses that the page has asked for, data: URIs aside."""
+        """The URLs that the page has requested, without data: URIs."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        # Chromium's own pages, which it may still be showing, are no request.
+        # Without Chromium's internal pages, such as the one shown at startup.
         return [url for one in sent if not (url := one["request"]["url"]).startswith(("data:", "chrome:"))]
 
     def read_console(self) -> list[str]:
-        """What the page has complained about: errors of its scripts, refused loads, violations of its policy."""
+        """The messages in the console: script errors, blocked requests, violations of the content security policy."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def run_script(self, script: str, *arguments):
-        """What a script returns."""
+        """Run a script and return its result."""
         return self.driver.execute_script(script, *arguments)
 
     def press(self, key: str, *, holding: str | None = None) -> None:
@@ -62,7 +62,7 @@ class Browser:
 
 @contextlib.contextmanager
 def start_chromium(profile: Path) -> Iterator[Browser]:
-    """A Chromium that keeps what it keeps in the empty folder `profile`."""
+    """Start Chromium with its profile in the empty folder `profile`."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -87,7 +87,7 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
 
 
 def save_screenshot(page: Path, out: Path, *, height: int = 1530) -> None:
-    """The top of a page as a PNG, 1280 pixels wide."""
+    """Save the top of a page as a PNG, 1280 pixels wide."""
     with tempfile.TemporaryDirectory() as profile, start_chromium(Path(profile)) as opened:
         opened.open(to_file_url(page), height=height)
         opened.driver.save_screenshot(str(out))

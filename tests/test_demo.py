@@ -1,4 +1,4 @@
-"""The page that `fastvit demo` serves: what it answers, to whom, and that it asks nobody anything."""
+"""The page of `fastvit demo`: its results, the interface it listens on, and that it makes no requests."""
 
 import importlib.util
 import json
@@ -39,27 +39,27 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked_for():
-    """The addresses that this process connects to, by the audit of its sockets."""
+def addresses():
+    """The addresses that this process looks up and connects to, recorded by an audit hook."""
     addresses: list[str] = []
-    over = False
+    is_over = False
 
-    def note(event, arguments):
-        if over:
+    def record(event, arguments):
+        if is_over:
             return
         if event == "socket.connect" and isinstance(arguments[1], tuple):
             addresses.append(str(arguments[1][0]))
         elif event == "socket.getaddrinfo":
             addresses.append(str(arguments[0]))
 
-    sys.addaudithook(note)
+    sys.addaudithook(record)
     yield addresses
-    over = True  # a hook cannot be taken back
+    is_over = True  # audit hooks cannot be removed
 
 
 @pytest.fixture(scope="module")
 def url(model, asked_for, tmp_path_factory):
-    """The demo, served on loopback for as long as this file's tests run."""
+    """The URL of the demo, served on loopback while the tests of this module run."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
@@ -72,13 +72,13 @@ def url(model, asked_for, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def image_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("picture") / "leaf.png"
+    path = tmp_path_factory.mktemp("image") / "leaf.png"
     leaves.draw_leaf("healthy", seed=3, size=48).save(path)
     return path
 
 
 @needs_gradio
-def test_answers_are_those_of_predict_with_a_map_of_attention(url, model, image_path):
+def test_results_equal_the_predictor_and_include_an_attention_map(url, model, image_path):
     from gradio_client import Client, handle_file
 
     client = Client(url, verbose=False)
@@ -92,16 +92,16 @@ def test_answers_are_those_of_predict_with_a_map_of_attention(url, model, image_
 
 
 @needs_gradio
-def test_file_that_is_no_image_is_said_to_be_none(url, tmp_path):
+def test_file_that_is_not_an_image_raises(url, tmp_path):
     from gradio_client import Client, handle_file
 
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(Exception, match="The file: expected an image, found a file that is none"):
         Client(url, verbose=False).predict(handle_file(str(tmp_path / "bad.png")), api_name="/predict")
 
 
 @needs_gradio
-def test_page_is_served_to_this_machine_alone_and_asks_nobody(url, asked_for):
+def test_page_listens_on_loopback_only_and_makes_no_requests(url, addresses):
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", url)
     html = urllib.request.urlopen(url).read().decode()
     assert "fastvit" in html and "fonts.googleapis" not in html
@@ -115,30 +115,30 @@ def test_page_is_served_to_this_machine_alone_and_asks_nobody(url, asked_for):
     for address in others:
         with pytest.raises(OSError):
             socket.create_connection((address, port), timeout=2).close()
-    assert "127.0.0.1" in asked_for
-    assert {one for one in asked_for if one not in {"127.0.0.1", "localhost", *others, socket.gethostname()}} == set()
+    assert "127.0.0.1" in addresses
+    assert set(addresses) <= {"127.0.0.1", "localhost", *others, socket.gethostname()}
 
 
 @needs_gradio
-def test_dropped_image_is_named_in_a_browser_without_a_network(browser: Browser, url, image_path):  # noqa: F811
+def test_uploaded_image_is_classified_in_a_browser_without_a_network(browser: Browser, url, image_path):  # noqa: F811
     browser.open(url)
     browser.driver.implicitly_wait(20)
     browser.driver.find_element("css selector", "input[type=file]").send_keys(str(image_path))
     label = browser.driver.find_element("css selector", "[data-testid=label-output-value], .output-class")
     assert label.text in NAMES
     assert browser.driver.find_element("css selector", "[data-testid=detailed-image], .image-frame img")
-    asked = browser.list_requests()
-    assert asked and all(one.startswith((url, "blob:", "ws://127.0.0.1")) for one in asked)
+    requests = browser.list_requests()
+    assert requests and all(one.startswith((url, "blob:", "ws://127.0.0.1")) for one in requests)
 
 
-def test_missing_gradio_is_one_clear_line(model, capsys, monkeypatch):
+def test_missing_gradio_is_a_one_line_error(model, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["demo", str(model)]) == 2
     assert capsys.readouterr().err == ('error: demo: expected Gradio to be installed: pip install "fastvit[demo]"\n')
 
 
 @needs_gradio
-def test_port_that_is_taken_is_one_clear_line(model, capsys):
+def test_occupied_port_is_a_one_line_error(model, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert cli.main(["demo", str(model), "--device", "cpu", "--port", str(port)]) == 2
@@ -146,6 +146,6 @@ def test_port_that_is_taken_is_one_clear_line(model, capsys):
 
 
 @pytest.mark.parametrize("port", ["0", "70000"])
-def test_impossible_port_is_one_clear_line(port, model, capsys):
+def test_invalid_port_is_a_one_line_error(port, model, capsys):
     assert cli.main(["demo", str(model), "--port", port]) == 2
     assert capsys.readouterr().err == f"error: --port: expected 1 to 65535, got {port}\n"

@@ -1,4 +1,4 @@
-"""The package as it is installed and imported."""
+"""Installation and import of the package, and its command."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(code: str, cwd: Path, *path: Path) -> str:
-    """What a fresh interpreter in `cwd` prints; `path` goes before what is installed."""
+    """The output of a new interpreter in `cwd`, with `path` before the installed packages."""
     program = f"import sys; sys.path[:0] = {[str(entry) for entry in path]!r}\n{code}"
     done = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -22,8 +22,8 @@ def run(code: str, cwd: Path, *path: Path) -> str:
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_transformers_vit_imports_beside_the_folder_kernels(installed, tmp_path):
-    """From the repository's root, with and without a package called `kernels` installed."""
+def test_kernels_folder_does_not_break_the_import_of_transformers(installed, tmp_path):
+    """In the root of the repository, with and without an installed package named `kernels`."""
     if installed:
         package = tmp_path / "kernels"
         package.mkdir()
@@ -34,7 +34,7 @@ def test_transformers_vit_imports_beside_the_folder_kernels(installed, tmp_path)
         "ViTForImageClassification(config)\n"
         "import kernels; print(getattr(kernels, 'name', 'a bare folder'))\n"
     )
-    # The current folder comes first, as in `python -c` and `python -m`, the installed package after it.
+    # The current folder is first, as for `python -c` and `python -m`; the installed package is after it.
     program = f"import sys; sys.path[:0] = ['']; sys.path.append({str(tmp_path)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -42,17 +42,17 @@ def test_transformers_vit_imports_beside_the_folder_kernels(installed, tmp_path)
 
 
 @pytest.mark.parametrize("from_root", [False, True])
-def test_package_works_from_its_source_tree_alone(from_root, tmp_path):
+def test_package_can_be_imported_from_its_source_tree(from_root, tmp_path):
     code = "import fastvit, fastvit.models.vit; print(fastvit.__file__)"
     printed = run(code, ROOT if from_root else tmp_path, ROOT)
     assert Path(printed.strip()) == ROOT / "fastvit" / "__init__.py"
 
 
-def test_version_is_the_installed_one():
+def test_version_equals_the_installed_version():
     try:
         installed = distribution("fastvit").version
     except ModuleNotFoundError:
-        pytest.skip("fastvit runs from its source tree and is not installed")
+        pytest.skip("fastvit is not installed")
     assert installed == fastvit.__version__
 
 
@@ -63,7 +63,7 @@ def test_public_names_can_all_be_imported():
         fastvit.ViTForSegmentation  # noqa: B018
 
 
-def test_command_says_what_it_can_do(capsys):
+def test_command_without_arguments_lists_the_subcommands(capsys):
     assert cli.main([]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in cli.COMMANDS)
@@ -71,12 +71,12 @@ def test_command_says_what_it_can_do(capsys):
     assert capsys.readouterr().out.strip() == fastvit.__version__
 
 
-def test_command_names_what_it_does_not_know(capsys):
+def test_unknown_subcommand_is_an_error(capsys):
     assert cli.main(["train"]) == 2
     assert capsys.readouterr().err == (f"error: expected one of {', '.join(cli.COMMANDS)}, got 'train'\n")
 
 
-def test_convert_command_reports_a_missing_source(tmp_path, capsys):
+def test_convert_names_a_missing_source(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "nothing.npz"), str(tmp_path / "out")]) == 2
     assert "nothing.npz" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

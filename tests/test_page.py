@@ -1,4 +1,4 @@
-"""The page that a run leaves: what it says, that it stays small and safe, and how it behaves in a browser."""
+"""The report page of a run: its content, size, escaping, and behaviour in a browser."""
 
 import dataclasses
 import datetime
@@ -21,12 +21,12 @@ from fastvit.train.page import Mistake, RunReport
 HOSTILE = ["<img src=x onerror=alert(1)>", '"><script>alert(2)<', "&amp;{{ 7 * 7 }}"]
 
 
-def noise(side: int, seed: int = 0) -> Image.Image:
+def make_noise(side: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
-def a_run(num_classes: int = 3, **changes) -> RunReport:
-    """A run of 300 steps whose classes are named class 0, class 1, ..., with mistakes in validation."""
+def make_run(num_classes: int = 3, **changes) -> RunReport:
+    """A run of 300 steps on classes named class 0, class 1, ..., with misclassified validation images."""
     names = [f"class {index}" for index in range(num_classes)]
     confusion = np.diag(np.full(num_classes, 9)) + np.roll(np.diag(np.arange(num_classes) % 3), 1, axis=1)
     history = []
@@ -39,17 +39,17 @@ def a_run(num_classes: int = 3, **changes) -> RunReport:
             history.append({"step": step, "eval_loss": 1.0, "eval_accuracy": 0.5 + step / 1000})
     run = RunReport(
         folder="runs/a run",
-        dataset="some pictures",
+        dataset="some images",
         model="A model",
         class_names=names,
         pictures="1,234",
         counts={"train": np.arange(num_classes) + 5, "validation": confusion.sum(axis=1)},
-        examples={name: [noise(96, index)] * 6 for index, name in enumerate(names[: page.MAX_EXAMPLE_CLASSES])},
+        examples={name: [make_noise(96, index)] * 6 for index, name in enumerate(names[: page.MAX_EXAMPLE_CLASSES])},
         history=history,
         best_step=200,
         seconds=75.0,
         confusions={"validation": confusion},
-        mistakes=[Mistake(7, names[1], names[2], 0.987, noise(192), noise(192, 1))] * page.MAX_MISTAKES,
+        mistakes=[Mistake(7, names[1], names[2], 0.987, make_noise(192), make_noise(192, 1))] * page.MAX_MISTAKES,
         mistakes_in="validation",
         options={"epochs": (3.0, 4.0), "cpu": (False, False)},
         environment={"device": "a machine"},
@@ -58,37 +58,37 @@ def a_run(num_classes: int = 3, **changes) -> RunReport:
     return dataclasses.replace(run, **changes)
 
 
-def text_of(html: str) -> str:
-    """What a person reads, roughly: no style, script or tags."""
+def extract_text(html: str) -> str:
+    """Approximately the visible text: without styles, scripts and tags."""
     body = re.sub(r"(?s)<(style|script).*?</\1>", "", html)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body)).replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.fixture(scope="module")
-def report_of_a_run(tmp_path_factory) -> Path:
-    """The page of a short run on drawn leaves in folders with hostile names."""
+def report(tmp_path_factory) -> Path:
+    """The page of a short run on drawn leaves whose class names contain HTML."""
     root = tmp_path_factory.mktemp("run")
     for split, count in (("train", 12), ("val", 6), ("test", 3)):
         for kind, name in zip(leaves.CLASSES, HOSTILE, strict=True):
-            (root / "pictures" / split / name).mkdir(parents=True)
+            (root / "images" / split / name).mkdir(parents=True)
             for seed in range(count):
                 image = leaves.draw_leaf(kind, seed=seed, size=32)
-                image.save(root / "pictures" / split / name / f"{seed}.png")
-    options = ["--data-dir", str(root / "pictures"), "--output-dir", str(root / "out & <out>"), "--max-steps", "6"]
+                image.save(root / "images" / split / name / f"{seed}.png")
+    options = ["--data-dir", str(root / "images"), "--output-dir", str(root / "out & <out>"), "--max-steps", "6"]
     options += ["--from-scratch", "micro", "--image-size", "32", "--patch-size", "8", "--precision", "fp32", "--cpu"]
     assert main([*options, "--eval-steps", "3", "--batch-size", "4", "--logging-steps", "1"]) == 0
     return root / "out & <out>" / "report.html"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it says
+# Content
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_run_leaves_a_page_with_its_own_figures(report_of_a_run):
-    folder = report_of_a_run.parent
-    html = report_of_a_run.read_text(encoding="utf-8")
-    text = text_of(html)
+def test_finetune_writes_a_page_with_the_results_of_the_run(report):
+    folder = report.parent
+    html = report.read_text(encoding="utf-8")
+    text = extract_text(html)
     for prefix, split in (("eval", "Validation"), ("test", "Test")):
         results = json.loads((folder / f"{prefix}_results.json").read_text())
         assert f"{split} accuracy {page.format_percent(results[f'{prefix}_accuracy'])}".replace("\xa0", " ") in text
@@ -101,28 +101,28 @@ def test_run_leaves_a_page_with_its_own_figures(report_of_a_run):
             assert f"{record['loss']:.4f}" in text
     assert html.count("<svg") == 5  # loss, accuracy, learning rate, speed, memory
     wrong = round(18 * (1 - json.loads((folder / "eval_results.json").read_text())["eval_accuracy"]))
-    assert wrong > 0 and html.count("Attention map of it") == min(wrong, page.MAX_MISTAKES)
+    assert wrong > 0 and html.count("Its attention rollout") == min(wrong, page.MAX_MISTAKES)
     assert "max-steps 6 -1" in text and "transformers" in text and "Python" in text
     assert "fastvit predict &#39;" in html and "out &amp; &lt;out&gt;" in html
     assert html.count("data:image/jpeg;base64,") == 2 * min(wrong, page.MAX_MISTAKES) + 3 * page.EXAMPLES_PER_CLASS
 
 
-def test_confusion_matrix_and_metrics_stand_in_tables_with_captions_and_scopes():
-    html = page.render(a_run())
+def test_confusion_matrix_and_metrics_are_tables_with_captions_and_scopes():
+    html = page.render(make_run())
     matrix = re.search(r'(?s)<table class="matrix">.*?</table>', html)[0]
     rows = [re.findall(r"<td[^>]*>(\d+)</td>", row) for row in re.findall(r"(?s)<tr>.*?</tr>", matrix)]
     assert [row for row in rows if row] == [["9", "0", "0"], ["0", "9", "1"], ["2", "0", "9"]]
     for table in re.findall(r"(?s)<table.*?</table>", html):
         assert "<caption" in table
         assert all("scope=" in head for head in re.findall(r"<th\b[^>]*>", table))
-    text = text_of(html)
+    text = extract_text(html)
     assert "class 2 0.900 0.818 0.857 11" in text
-    assert "class 1 , taken for class 2 at 98.7 % validation picture 7" in text
-    assert "epochs 3.0 4.0" in text and "Options at their defaults (1)" in text
+    assert "class 1 , predicted class 2 with probability 98.7 % validation image 7" in text
+    assert "epochs 3.0 4.0" in text and "Default options (1)" in text
 
 
-def test_headings_are_a_ladder_and_links_lead_somewhere():
-    html = page.render(a_run())
+def test_heading_levels_are_consecutive_and_links_have_targets():
+    html = page.render(make_run())
     levels = [int(level) for level in re.findall(r"<h(\d)", html)]
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -133,51 +133,53 @@ def test_headings_are_a_ladder_and_links_lead_somewhere():
     assert all('role="img" aria-label="' in chart for chart in re.findall(r"<svg[^>]*>", html))
 
 
-def test_names_are_escaped_wherever_they_stand():
+def test_names_are_escaped_everywhere():
     names = [*HOSTILE, "콩잎 녹병", "half \udc80 of a pair", "two\nlines\x00", "x" * 5000, "snake_case"]
-    run = a_run(len(names), class_names=names, folder="runs/$(rm -rf ~)'\"<b>", dataset=HOSTILE[0])
+    run = make_run(len(names), class_names=names, folder="runs/$(rm -rf ~)'\"<b>", dataset=HOSTILE[0])
     run = dataclasses.replace(
         run,
-        examples={name: [noise(8)] for name in names},
-        mistakes=[Mistake(1, names[0], names[1], 1.0, noise(8), noise(8))],
+        examples={name: [make_noise(8)] for name in names},
+        mistakes=[Mistake(1, names[0], names[1], 1.0, make_noise(8), make_noise(8))],
         options={"data_dir": (HOSTILE[1], None)},
         environment={"device": HOSTILE[0]},
     )
     html = page.render(run)
     assert "<script>alert" not in html and "<img src=x" not in html and "<b>" not in re.sub(r"<b>&lt;img", "", html)
-    assert "&lt;img src=x onerror=alert(1)&gt;" in html and "{{ 7 * 7 }}" in html and "49" not in text_of(html)
+    assert "&lt;img src=x onerror=alert(1)&gt;" in html and "{{ 7 * 7 }}" in html and "49" not in extract_text(html)
     assert "&gt;alert(2)&lt;" in html and "snake_<wbr>case" in html
     assert "콩잎 녹병" in html and "xxx…" in html and "x" * 200 not in html
     html.encode("utf-8")
-    (predict,) = re.findall(r"<code>fastvit predict (.*?) image.jpg</code>", html)
+    (predict,) = re.findall(r"<code>fastvit predict (.*?) image\.jpg</code>", html)
     assert predict.startswith("&#39;runs/$(rm")  # quoted for the shell
 
 
-def test_page_of_many_classes_stays_small_and_says_what_it_leaves_out():
-    run = a_run(1000, mistakes=[Mistake(1, "a" * 90, "b" * 90, 0.9, noise(400), noise(400))] * page.MAX_MISTAKES)
+def test_page_of_many_classes_stays_small_and_names_what_it_omits():
+    run = make_run(
+        1000, mistakes=[Mistake(1, "a" * 90, "b" * 90, 0.9, make_noise(400), make_noise(400))] * page.MAX_MISTAKES
+    )
     run.history.extend({"step": step, "loss": 1.0} for step in range(310, 200_000))
     html = page.render(run)
     assert len(html) < 3e6
-    text = text_of(html)
+    text = extract_text(html)
     assert "The 40 of 1000 classes with the lowest F1" in text
-    assert "The largest and the smallest of 1000 classes, 40 in all" in text
+    assert "Images per class: the largest and smallest classes, 40 of 1000" in text
     assert "1000 classes are too many for a matrix" in text and '<table class="matrix">' not in html
-    assert "Training pictures of the first 20 of 1000 classes" in text
-    assert "steps between are left out" in text
+    assert "Training images of the first 20 of 1000 classes" in text
+    assert "steps are omitted" in text
     assert html.count("<tr") < 250
     assert max(map(len, re.findall(r' d="(M[^"]+)"', html))) < 10_000
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
-        ({"confusions": {}, "mistakes": [], "mistakes_in": None}, "neither validation nor test pictures"),
-        ({"mistakes": []}, "None: every validation picture was named rightly."),
-        ({"history": [], "best_step": None}, "Nothing was logged: the run was shorter than its first log."),
+        ({"confusions": {}, "mistakes": [], "mistakes_in": None}, "neither validation nor test images"),
+        ({"mistakes": []}, "None: all validation images were classified correctly."),
+        ({"history": [], "best_step": None}, "No values were logged: the run ended before the first logging step."),
     ],
 )
-def test_page_of_a_run_that_lacks_something_says_so(changes, says):
-    assert says in text_of(page.render(a_run(**changes)))
+def test_page_has_a_message_in_place_of_missing_results(changes, message):
+    assert message in extract_text(page.render(make_run(**changes)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,26 +197,26 @@ def test_page_of_a_run_that_lacks_something_says_so(changes, says):
         (-3, 5, [-4, -2, 0, 2, 4, 6]),
     ],
 )
-def test_ticks_are_round_and_hold_the_range(low, high, ticks):
+def test_ticks_are_round_and_cover_the_range(low, high, ticks):
     assert compute_ticks(low, high) == pytest.approx(ticks)
 
 
 @pytest.mark.parametrize("value", [0.0, 7.0, -2.5, 1e-9])
-def test_ticks_of_a_single_value_hold_it(value):
+def test_ticks_of_a_single_value_cover_it(value):
     ticks = compute_ticks(value, value)
     assert len(ticks) >= 2 and ticks[0] <= value <= ticks[-1]
 
 
-def test_line_goes_where_the_values_are():
+def test_line_coordinates_are_proportional_to_the_values():
     chart = draw_line_chart("t", [Series("a", [(0, 0.0), (50, 10.0), (100, 5.0)])], x_label="step")
     (path,) = re.findall(r'class="line first" d="M([^"]+)"', chart)
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split()) for point in path.split("L"))
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and x0 < x1
-    assert y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.11) and y1 < y2 < y0  # downwards is more in a drawing
+    assert y0 - y2 == pytest.approx((y0 - y1) / 2, abs=0.11) and y1 < y2 < y0  # SVG's y axis points down
     assert draw_line_chart("t", [Series("a", [])], x_label="step") == ""
 
 
-def test_many_points_become_means_of_neighbours():
+def test_long_series_are_downsampled_to_means_of_neighbours():
     points = [(float(i), float(i % 2)) for i in range(10_001)]
     few = downsample(points)
     assert len(few) == 400 and all(0.4 < y < 0.6 for _, y in few)
@@ -222,7 +224,7 @@ def test_many_points_become_means_of_neighbours():
     assert downsample(points[:7]) == points[:7]
 
 
-def test_chart_is_also_said_in_words():
+def test_chart_has_a_description_for_screen_readers():
     series = Series("loss", [(10, 2.0), (20, 0.5), (30, 1.0)])
     assert describe_series(series, "step", "{:g}".format) == (
         "loss: from 2 at step 10 to 1 at step 30, lowest 0.5 at 20, highest 2 at 10"
@@ -238,14 +240,14 @@ def test_chart_is_also_said_in_words():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_page_loads_nothing_and_complains_about_nothing(browser: Browser, report_of_a_run):  # noqa: F811
-    browser.open(to_file_url(report_of_a_run))
-    assert browser.list_requests() == [to_file_url(report_of_a_run)]
+def test_page_makes_no_requests_and_logs_no_errors(browser: Browser, report):  # noqa: F811
+    browser.open(to_file_url(report))
+    assert browser.list_requests() == [to_file_url(report)]
     assert browser.read_console() == []
     assert browser.run_script("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
     shown = browser.run_script("return [...document.querySelectorAll('.examples h4')].map(one => one.textContent)")
     assert sorted(shown) == sorted(HOSTILE)
-    # The page's own policy refuses what a way around the escaping would try.
+    # The content security policy blocks requests and scripts even if the escaping had a gap.
     browser.run_script("const image = new Image(); image.src = 'http://127.0.0.1:9/x.png'; document.body.append(image)")
     browser.run_script(
         "const script = document.createElement('script'); script.text = 'window.mine = 1'; document.body.append(script)"
@@ -255,18 +257,18 @@ def test_page_loads_nothing_and_complains_about_nothing(browser: Browser, report
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_colours_follow_the_system_and_can_be_read(browser: Browser, report_of_a_run, dark):  # noqa: F811
-    browser.open(to_file_url(report_of_a_run), dark=dark)
+def test_colours_follow_the_colour_scheme_with_sufficient_contrast(browser: Browser, report, dark):  # noqa: F811
+    browser.open(to_file_url(report), dark=dark)
     paper = browser.run_script("return getComputedStyle(document.body).backgroundColor")
     assert (luminance(paper) < 0.05) == dark
-    for selector in ("p.lead", "td", "th", "a", "caption", "summary", ".copy button", ".cards .taken", "figcaption"):
+    for selector in ("p.lead", "td", "th", "a", "caption", "summary", ".copy button", ".cards .wrong", "figcaption"):
         ink = browser.run_script("return getComputedStyle(document.querySelector(arguments[0])).color", selector)
         light, dim = sorted((luminance(ink), luminance(paper)), reverse=True)
         assert (light + 0.05) / (dim + 0.05) >= 4.5, selector  # WCAG AA
 
 
 def luminance(colour: str) -> float:
-    """WCAG's relative luminance of rgb(...)."""
+    """The relative luminance of rgb(...), as defined by WCAG."""
     channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
     linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
@@ -274,7 +276,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize("num_classes", [3, 20, 1000])
 def test_page_fits_the_width_of_a_phone(browser: Browser, num_classes, tmp_path):  # noqa: F811
-    run = a_run(num_classes)
+    run = make_run(num_classes)
     long = [f"{name} {'with_a_rather_long_name' * 3}" for name in run.class_names]
     run = dataclasses.replace(run, class_names=long, folder="runs/" + "w" * 200, dataset="d" * 200)
     (tmp_path / "page.html").write_text(page.render(run), encoding="utf-8")
@@ -287,8 +289,8 @@ def test_page_fits_the_width_of_a_phone(browser: Browser, num_classes, tmp_path)
     assert browser.run_script(f"return {wide}.every(box => box.tabIndex === 0 && box.getAttribute('aria-label'))")
 
 
-def test_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, report_of_a_run):  # noqa: F811
-    browser.open(to_file_url(report_of_a_run))
+def test_keyboard_focus_reaches_every_control_and_is_visible(browser: Browser, report):  # noqa: F811
+    browser.open(to_file_url(report))
     expected = browser.run_script(
         "return document.querySelectorAll('a, button, summary, [tabindex]:not(details:not([open]) *)').length"
     )
@@ -304,14 +306,14 @@ def test_keyboard_reaches_every_control_and_shows_where_it_is(browser: Browser, 
 
 
 @pytest.mark.parametrize("clipboard", [True, False], ids=["clipboard", "without"])
-def test_copy_button_copies_the_line_beside_it(browser: Browser, report_of_a_run, clipboard):  # noqa: F811
-    browser.open(to_file_url(report_of_a_run))
-    if not clipboard:  # as in browsers that keep it from pages in files
+def test_copy_button_copies_its_code_block(browser: Browser, report, clipboard):  # noqa: F811
+    browser.open(to_file_url(report))
+    if not clipboard:  # as in browsers that deny it to local files
         browser.run_script("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     browser.run_script("document.querySelectorAll('.copy button')[1].focus()")
     browser.press("\ue007")
     browser.run_script("const box = document.createElement('textarea'); box.id = 'box'; document.body.append(box)")
-    wait_until(lambda: browser.run_script("return document.getElementById('said').textContent") == "Copied.")
+    wait_until(lambda: browser.run_script("return document.getElementById('copy-status').textContent") == "Copied.")
     assert browser.run_script("return document.querySelectorAll('.copy button')[1].textContent") == "Copied"
     browser.run_script("document.getElementById('box').focus()")
     browser.press("v", holding="\ue009")  # Control
@@ -320,8 +322,8 @@ def test_copy_button_copies_the_line_beside_it(browser: Browser, report_of_a_run
     assert pasted.startswith("fastvit demo ")
 
 
-def wait_until(holds) -> None:
+def wait_until(condition) -> None:
     for _ in range(100):
-        if holds():
+        if condition():
             return
-    pytest.fail("waited in vain")
+    pytest.fail("the condition did not become true")
