@@ -58,7 +58,7 @@ def addresses():
 
 
 @pytest.fixture(scope="module")
-def url(model, asked_for, tmp_path_factory):
+def url(model, addresses, tmp_path_factory):
     """The URL of the demo, served on loopback while the tests of this module run."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     with pytest.MonkeyPatch.context() as patch:

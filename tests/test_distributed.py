@@ -145,7 +145,7 @@ def test_streamed_images_train_two_processes(tmp_path):
     argv += ["--patch-size", "8", "--cpu", "--max-steps", "6", "--eval-steps", "3", "--batch-size", "4"]
     argv += ["--output-dir", str(tmp_path / "out")]
     launch(run_finetune, argv, str(tmp_path / "cache"), (0, 4), logs=tmp_path / "logs", max_restarts=1)
-    assert "7 pictures, 3 classes" in (tmp_path / "out" / "classification_report.txt").read_text()
+    assert "7 images, 3 classes" in (tmp_path / "out" / "classification_report.txt").read_text()
     assert (tmp_path / "out" / "checkpoint-6").exists()
 
 

@@ -91,7 +91,7 @@ def test_run_writes_the_files_of_the_usual_recipe(finished_run):
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert Image.open(out / "examples.png").size[0] > 100
     text = (out / "classification_report.txt").read_text()
-    assert "bean_rust" in text and "Confusion matrix" in text and text.count("6 pictures") == 2
+    assert "bean_rust" in text and "Confusion matrix" in text and text.count("6 images") == 2
     card = (out / "README.md").read_text()
     assert "pipeline_tag: image-classification" in card and "trained from scratch on 18 images" in card
 
