@@ -258,7 +258,7 @@ GIGANTIC = {"height": 10**9, "width": 10**9}
 BAD_PREPROCESSORS = [
     *(("size", value, "size: expected a whole number")
       for value in (10**9, GIGANTIC, {"height": -1, "width": 16}, {"height": NAN, "width": 16})),
-    *(("size", value, "not the settings of an image processor") for value in ("big", [16], 0.5)),
+    *(("size", value, "invalid settings of an image processor") for value in ("big", [16], 0.5)),
     ("size", {"height": 32, "width": 32}, r"image processor: expected \w+ of \(16, 16\) .*, got \(32, 32\)"),
     *(("image_mean", value) for value in ([0.5], [NAN] * 3, "abc", None, ["0"] * 3)),
     *(("image_std", value) for value in ([0, 0, 0], [-1, 1, 1], [1e999] * 3, [0.5])),
@@ -266,7 +266,7 @@ BAD_PREPROCESSORS = [
     *(("rescale_factor", value) for value in (0, NAN, "x", 1e300, None)),
     ("do_resize", False, r"size: expected .*, got size None"),
     ("do_center_crop", True, r"crop_size: expected .*, got 1000000000"),
-    ("do_pad", True, "do_pad: expected none, got padding"),
+    ("do_pad", True, "do_pad: expected false, got True"),
 ]  # fmt: skip
 
 
