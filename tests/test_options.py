@@ -13,10 +13,10 @@ import yaml
 
 import fastvit
 from fastvit import cli
-from fastvit.arguments import HelpFormatter, add_arguments, get_flag
 from fastvit.cli import sweep as sweep_command
 from fastvit.data import leaves
 from fastvit.train import sweep
+from fastvit.train.arguments import HelpFormatter, add_arguments, get_flag
 from fastvit.train.finetune import main
 from fastvit.train.options import (
     DEFAULT_MODEL,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastvit.arguments import HelpFormatter, get_flag
 from fastvit.cli.commands import COMMANDS
 from fastvit.errors import InputError
+from fastvit.train.arguments import HelpFormatter, get_flag
 
 
 def build_parser(name: str, **settings: Any) -> argparse.ArgumentParser:

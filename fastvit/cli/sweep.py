@@ -4,9 +4,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from fastvit.arguments import get_flag
 from fastvit.cli import parsers
 from fastvit.errors import InputError
+from fastvit.train.arguments import get_flag
 from fastvit.train.options import parse_options
 from fastvit.train.search_space import DEFAULT_SEARCH, SPACE, parse_range
 

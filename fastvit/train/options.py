@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvit.arguments import (
+from fastvit.errors import InputError
+from fastvit.train.arguments import (
     AT_LEAST_ONE,
     BELOW_ONE,
     NOT_NEGATIVE,
@@ -26,7 +27,6 @@ from fastvit.arguments import (
     parse_given,
     read_config,
 )
-from fastvit.errors import InputError
 
 DEFAULT_MODEL = "google/vit-base-patch16-224-in21k"
 

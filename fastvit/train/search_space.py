@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastvit.arguments import check_value
 from fastvit.errors import InputError
+from fastvit.train.arguments import check_value
 from fastvit.train.options import FinetuneOptions
 
 # Option -> lowest, highest, and whether proposals are log-uniform.
