@@ -36,7 +36,7 @@ $(VENV)/.interop: $(VENV)/.ready
 	$(BIN)/python -m pip install --quiet --no-deps "timm>=1.0.20"
 	@touch $@
 
-finetune: setup  ## fine-tune: ViT on pictures of leaves (ARGS="--dataset beans ..." for others)
+finetune: setup  ## fine-tune: a ViT on drawn leaves (ARGS="--dataset beans ..." for others)
 	$(BIN)/fastvit finetune $(if $(ARGS),$(ARGS),--dataset generated --output-dir runs/leaves --overwrite)
 
 test: $(VENV)/.interop  ## run the tests, a process for each core (ARGS="-n 0 tests/test_ops.py" for some of them in one)

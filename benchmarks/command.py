@@ -32,7 +32,7 @@ from fastvit.benchmarks.records import (
     load_results,
     write_result,
 )
-from fastvit.benchmarks.report import draw_bars, print_table, render_page, update_readme
+from fastvit.benchmarks.report import README_ROWS, draw_bars, print_table, render_page, update_tables
 from fastvit.errors import InputError
 from fastvit.files import write_text
 from fastvit.report.info import get_device_name
@@ -57,7 +57,7 @@ EPILOG = """suites:
 and with results:
   fastvit benchmark report FOLDER...      one page with tables and a roofline plot
   fastvit benchmark compare BEFORE AFTER  list regressions; exit code 1 if there are any
-  fastvit benchmark readme                write the README's tables from benchmarks/results
+  fastvit benchmark readme                write the tables of README and docs from benchmarks/results
 """
 
 
@@ -255,18 +255,22 @@ def compare_folders(argv: list[str]) -> int:
 
 def write_readme(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="fastvit benchmark readme", description="Write the README's tables from benchmarks/results."
+        prog="fastvit benchmark readme",
+        description="Write the tables of README.md and docs/benchmarks.md from benchmarks/results.",
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
     options = parser.parse_args(argv)
-    path = find_root() / "README.md"
-    if not path.exists():
-        raise InputError("README.md: not found; run this in the source tree")
-    old = path.read_text(encoding="utf-8")
-    new = update_readme(old, find_root() / "benchmarks" / "results")
-    if options.check:
-        print(f"README.md {'agrees' if old == new else 'disagrees'} with benchmarks/results")
-        return int(old != new)
-    write_text(path, new)
-    print(f"written: {path}")
-    return 0
+    outdated = 0
+    for name, max_rows in (("README.md", README_ROWS), ("docs/benchmarks.md", None)):
+        path = find_root() / name
+        if not path.exists():
+            raise InputError(f"{name}: not found; run this in the source tree")
+        old = path.read_text(encoding="utf-8")
+        new = update_tables(old, find_root() / "benchmarks" / "results", max_rows=max_rows)
+        if options.check:
+            print(f"{name} {'agrees' if old == new else 'disagrees'} with benchmarks/results")
+            outdated += old != new
+        else:
+            write_text(path, new)
+            print(f"written: {path}")
+    return int(outdated > 0)

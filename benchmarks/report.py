@@ -43,8 +43,8 @@ MARKERS = (
     "<!-- benchmarks: `fastvit benchmark readme` writes what is between these two lines -->",
     "<!-- /benchmarks -->",
 )
-NO_GPU = """No results of a GPU have been recorded yet. `fastvit benchmark` on one writes them to
-`benchmarks/results`, and `fastvit benchmark readme` writes the tables here."""
+README_ROWS = 6
+NO_GPU = "Not measured on a GPU yet: `fastvit benchmark` on one writes its results to `benchmarks/results`."
 
 
 def format_row(comparison: Comparison) -> list[str]:
@@ -95,37 +95,48 @@ def print_table(results: Sequence[Result], *, missed_first: bool = False) -> Non
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def update_readme(text: str, folder: Path) -> str:
-    """Returns the README's text with tables of the results in `folder` between the two markers."""
+def update_tables(text: str, folder: Path, *, max_rows: int | None = None) -> str:
+    """Returns the text of a document with tables of the results in `folder` between the two markers."""
     begin, end = (text.find(marker) for marker in MARKERS)
     if not 0 <= begin < end:
-        raise InputError(f"README.md: expected the lines {MARKERS[0]} and {MARKERS[1]}")
-    return f"{text[: begin + len(MARKERS[0])]}\n\n{render_readme_section(folder)}\n\n{text[end:]}"
+        raise InputError(f"expected a document with the lines {MARKERS[0]} and {MARKERS[1]}")
+    return f"{text[: begin + len(MARKERS[0])]}\n\n{render_tables(folder, max_rows)}\n\n{text[end:]}"
 
 
-def render_readme_section(folder: Path) -> str:
-    """Returns tables of the first shapes on every device, GPUs first; quick runs do not count."""
+def render_tables(folder: Path, max_rows: int | None = None) -> str:
+    """Returns tables of the first shapes on every device, GPUs first; quick runs do not count.
+
+    Args:
+        folder: with result files.
+        max_rows: show only the model on the device that was measured last, and this many of its rows.
+    """
     by_device: dict[tuple[bool, str], list[Result]] = {}
     for result in load_results([folder], may_be_empty=True) if folder.is_dir() else []:
         environment = result["environment"]
         if not any(result["options"][name] for name in ("quick", "interpreted", "memory_only")):
             by_device.setdefault((environment["device_type"] != "cuda", environment["device"]), []).append(result)
     parts = [] if any(not is_cpu for is_cpu, _ in by_device) else [NO_GPU]
-    for (is_cpu, device), results in sorted(by_device.items()):
+    devices = sorted(by_device.items())
+    if max_rows is not None and devices:
+        devices = [max(devices, key=lambda item: (not item[0][0], max(get_date(result) for result in item[1])))]
+    for (is_cpu, device), results in devices:
         sources = {f"PyTorch {result['environment']['packages'].get('torch')}" for result in results}
         if not is_cpu:
             sources |= {f"Triton {result['environment']['packages'].get('triton')}" for result in results}
-        dates = sorted({result["environment"]["date"][:10] for result in results})
-        source = ", ".join([*sorted(sources), " and ".join(dates)])
-        parts.append(f"{device}, {source}:\n\n{render_readme_table(results)}")
+        source = ", ".join([*sorted(sources), " and ".join(sorted({get_date(result) for result in results}))])
+        if max_rows is not None:
+            results = [result for result in results if result["operation"] == "model"] or results
+        parts.append(f"{device}, {source}:\n\n{render_table(results, max_rows)}")
     return "\n\n".join(parts)
 
 
-def render_readme_table(results: Sequence[Result]) -> str:
-    rows = [
-        ["operation", "pass", "fastvit ms", "best other ms", "speed-up", "of roofline", "target"],
-        ["---", "---", "---:", "---", "---:", "---:", "---"],
-    ]
+def get_date(result: Result) -> str:
+    return result["environment"]["date"][:10]
+
+
+def render_table(results: Sequence[Result], max_rows: int | None = None) -> str:
+    columns = ["operation", "pass", "fastvit ms", "best other ms", "speed-up", "of roofline", "target"]
+    rows = [columns, ["---", "---", "---:", "---", "---:", "---:", "---"]]
     for comparison in compare_providers(results):
         record = comparison.records[0]
         is_sum = record["pass"] == "forward + backward" and not record.get("targets")  # of the two lines above
@@ -133,6 +144,8 @@ def render_readme_table(results: Sequence[Result]) -> str:
             *case, name, ours, other, provider, speed_up, _, share, _, targets = format_row(comparison)
             other = f"{other} ({provider})" if comparison.rival else "–"
             rows.append([", ".join(case), name, ours, other, speed_up, share, targets])
+    if max_rows is not None:  # the larger the model and the batch, the less the overhead: the last rows count
+        rows = [row[:-1] for row in rows[:2] + rows[2:][-max_rows:]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

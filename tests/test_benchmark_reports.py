@@ -10,7 +10,7 @@ import pytest
 from fastvit import cli
 from fastvit.benchmarks import command
 from fastvit.benchmarks.records import SCHEMA, compare_providers, format_targets, load_results, write_result
-from fastvit.benchmarks.report import draw_bars, draw_roofline, print_table, render_page, render_readme_section
+from fastvit.benchmarks.report import draw_bars, draw_roofline, print_table, render_page, render_tables
 from fastvit.errors import InputError
 from fastvit.files import write_text
 
@@ -116,27 +116,30 @@ def test_readme_agrees_with_the_results(capsys):
 
 
 def test_readme_check_fails_when_results_change(tmp_path, monkeypatch, capsys):
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/benchmarks.md"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
     monkeypatch.setattr(command, "find_root", lambda: tmp_path)
     write_result(result(record(median=1.0), record("PyTorch", median=2.0)), tmp_path / "benchmarks/results/some-gpu")
     assert cli.main(["benchmark", "readme", "--check"]) == 1
     assert cli.main(["benchmark", "readme"]) == 0
     assert cli.main(["benchmark", "readme", "--check"]) == 0
-    text = (tmp_path / "README.md").read_text()
-    row = "| layer_norm, ViT-B/16 224, batch 256, bfloat16 | forward | 1 | 2 (PyTorch) | 2.00x | 50% |  |"
-    assert row in text and "No results of a GPU" not in text
-    edited = text.replace("2.00x", "3.00x")
-    (tmp_path / "README.md").write_text(edited)
-    assert cli.main(["benchmark", "readme", "--check"]) == 1
+    row = "| layer_norm, ViT-B/16 224, batch 256, bfloat16 | forward | 1 | 2 (PyTorch) | 2.00x | 50% |"
+    for name, end in (("README.md", "\n"), ("docs/benchmarks.md", "  |\n")):
+        text = (tmp_path / name).read_text()
+        assert row + end in text and "Not measured on a GPU" not in text
+        (tmp_path / name).write_text(text.replace("2.00x", "3.00x"))
+        assert cli.main(["benchmark", "readme", "--check"]) == 1
+        (tmp_path / name).write_text(text)
 
 
-def test_readme_states_that_no_gpu_was_measured_and_leaves_out_toys(tmp_path):
-    assert render_readme_section(tmp_path / "nothing").startswith("No results of a GPU have been recorded yet")
+def test_tables_state_that_no_gpu_was_measured_and_leave_out_toys(tmp_path):
+    assert render_tables(tmp_path / "nothing").startswith("Not measured on a GPU yet")
     write_result(result(record(), device_type="cpu"), tmp_path / "cpu")
     write_result(result(record(median=7.0), quick=True), tmp_path / "quick")
     write_result(result(record(median=7.0), interpreted=True), tmp_path / "interpreted")
-    section = render_readme_section(tmp_path)
-    assert section.startswith("No results of a GPU have been recorded yet")
+    section = render_tables(tmp_path)
+    assert section.startswith("Not measured on a GPU yet")
     assert "| forward | 1 |" in section and "| 7 |" not in section
 
 
