@@ -1,4 +1,4 @@
-"""How kernel tests judge a result: its error against float64 may not exceed that of PyTorch's own operation."""
+"""The accuracy criterion of the kernel tests: no larger error against float64 than PyTorch's own operation has."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 def measure_errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(relative error of the whole in the Euclidean norm, the largest relative error of one element).
+    """Return the relative error of the whole tensor in the Euclidean norm, and the largest one of a single element.
 
-    An element's error is divided by the element or, where that is larger, by the root mean square of its row, the last
-    dimension: one bad element, row or column shows in the second number where the first would hide it. Rows that are
-    nothing beside the others are measured against a ten-thousandth of the whole's root mean square.
+    The error of an element is divided by the larger of its magnitude and the root mean square of its row (the last
+    dimension), so a single bad element, row or column shows in the second number even where the first hides it. For
+    rows that are tiny beside the others, the divisor is at least a ten-thousandth of the tensor's root mean square.
     """
     error = result.double() - exact
     whole = exact.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
@@ -28,19 +28,27 @@ def measure_errors(result: Tensor, exact: Tensor) -> tuple[float, float]:
 def assert_no_worse_than(
     ours: Tensor, theirs: Tensor, exact: Tensor, *, slack: float = 1.25, worst: float = 4, name: str = ""
 ) -> None:
-    """ours is at most `slack` times as far from `exact` (float64) as `theirs`, PyTorch's result in the same dtype.
+    """Assert that the error of `ours` against `exact` is at most `slack` times that of `theirs`.
 
-    That is asked of the whole. Which element is the worst is chance, and so is how bad it is: it may be 4 times as far
-    (or `worst` times) as PyTorch's, where a wrong row or column would be thousands of times. Where PyTorch's error is
-    below that of rounding `exact` to this dtype, or below what a few roundings of float32 cost, in which kernels
-    compute (one unit in the last place for a whole whose errors average out, four for one element or the whole of a
-    few), that is the measure: less is luck. NaN and infinities must stand where PyTorch has them.
+    The largest error of a single element depends on chance, so it may be `worst` times PyTorch's; a wrong row or column
+    exceeds that a thousandfold. Neither limit is below `slack` or `worst` times the error of rounding `exact` to the
+    dtype, or a few float32 roundings, because kernels compute in float32: one unit in the last place for a tensor in
+    which errors average out, four for a single element or a tensor of few elements. NaN and infinities must be in the
+    same places as in `theirs`.
+
+    Args:
+        ours: The result under test.
+        theirs: PyTorch's result, in the same shape and dtype.
+        exact: The result in float64.
+        slack: Factor for the error of the whole tensor.
+        worst: Factor for the largest error of one element.
+        name: Begins the message of a failed assertion.
     """
     assert ours.shape == theirs.shape == exact.shape, f"{name}: {ours.shape}, {theirs.shape}, {exact.shape}"
     assert ours.dtype == theirs.dtype, f"{name}: {ours.dtype}, PyTorch's is {theirs.dtype}"
     finite = theirs.isfinite()
-    assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: NaN in other places than PyTorch's"
-    assert torch.equal(ours[ours.isinf()], theirs[theirs.isinf()]), f"{name}: infinities other than PyTorch's"
+    assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: NaN in other places than in PyTorch's result"
+    assert torch.equal(ours[ours.isinf()], theirs[theirs.isinf()]), f"{name}: infinities differ from PyTorch's result"
     ours, theirs, exact = (tensor.masked_fill(~finite, 0) for tensor in (ours, theirs, exact))
     if exact.numel() == 0:
         return
@@ -51,13 +59,13 @@ def assert_no_worse_than(
     measures = zip(*(measure_errors(tensor, exact) for tensor in (ours, theirs, exact.to(ours.dtype))), strict=True)
     for (measure, factor, smallest), (our_error, their_error, rounding) in zip(limits, measures, strict=True):
         assert our_error <= factor * max(their_error, rounding, smallest), (
-            f"{name}: {measure} error {our_error:.3g}, PyTorch's {their_error:.3g}, of rounding {rounding:.3g}"
+            f"{name}: {measure} error {our_error:.3g}, PyTorch's {their_error:.3g}, rounding alone {rounding:.3g}"
         )
 
 
 @contextlib.contextmanager
 def poison_memory() -> Iterator[None]:
-    """Inside, fresh memory is NaN (or the largest integer), so that an element nobody wrote is seen."""
+    """Fill new memory with NaN (or the largest integer) within this context, so that unwritten elements show."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory

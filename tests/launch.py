@@ -1,6 +1,6 @@
-"""Several processes of `fastvit.train.finetune` on CPUs, started and watched by torchrun's own agent.
+"""Launch several processes of `fastvit.train.finetune` on CPUs under torchrun's elastic agent.
 
-They are forked from a server that has everything imported, so that a start takes a moment instead of ten seconds.
+The processes are forked from a server that has already imported the packages: importing takes about ten seconds.
 """
 
 import multiprocessing
@@ -16,7 +16,13 @@ multiprocessing.set_forkserver_preload(["fastvit.train.finetune", "datasets", "t
 
 
 def run_finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> None:
-    """One process. kill: (rank, step) of the process that ends by SIGKILL after that step, unless it was restarted."""
+    """Run fine-tuning in one process.
+
+    Args:
+        argv: Command line arguments of `fastvit finetune`.
+        cache: The cache folder.
+        kill: Rank and step: that process is killed by SIGKILL after that step, unless it was restarted.
+    """
     import torch
 
     from fastvit.train.finetune import main
@@ -25,12 +31,12 @@ def run_finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> N
     torch.set_num_threads(1)
     os.environ["FASTVIT_CACHE_DIR"] = cache
     if kill is not None and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        usual = StopOnNonFiniteLoss.on_step_end
+        original = StopOnNonFiniteLoss.on_step_end
 
         def on_step_end(self, args, state, control, **kwargs):
             if (args.process_index, state.global_step) == kill:
                 os.kill(os.getpid(), signal.SIGKILL)
-            usual(self, args, state, control, **kwargs)
+            original(self, args, state, control, **kwargs)
 
         StopOnNonFiniteLoss.on_step_end = on_step_end
     code = main(argv)
@@ -39,7 +45,10 @@ def run_finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> N
 
 
 def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
-    """The labels that evaluation saw, for data sets of each size whose labels number the pictures; checks the loss."""
+    """Evaluate data sets of the given sizes, check predictions and loss, and return the gathered labels.
+
+    The label of each image is its index.
+    """
     import numpy as np
     import torch
     from transformers import TrainingArguments, ViTConfig, default_data_collator
@@ -76,9 +85,17 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
 
 
 def launch(function, *args, logs: Path, processes: int = 2, max_restarts: int = 0) -> dict:
-    """What `function(*args)` returned on each process; ChildFailedError where one of them failed.
+    """Run `function(*args)` in several processes and return its result by rank.
 
-    logs: a folder; `read_output(logs, ...)` reads what a process printed.
+    Args:
+        function: The function to run.
+        *args: Its arguments.
+        logs: Folder for the output of the processes, which `read_output` reads.
+        processes: Number of processes.
+        max_restarts: How often failed processes are restarted.
+
+    Raises:
+        ChildFailedError: If a process failed.
     """
     config = LaunchConfig(
         min_nodes=1,

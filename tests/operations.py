@@ -1,4 +1,4 @@
-"""What tests of operations with many inputs share: named random inputs, outputs and gradients by name, and variants."""
+"""Shared by the tests of kernels: random inputs, results by name, comparisons, and variants of the matmul kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from fastvit.kernels import tuning
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
 
-# The ways through the operations that the tuning table chooses between, with tiles small enough that small inputs fill
-# several.
+# The implementations between which the tuning table chooses, with tiles so small that small inputs fill several.
 TILE = {"rows": 32, "columns": 64, "depth": 32, "num_warps": 4, "num_stages": 2}
 VARIANTS = {
     "separate": {"fused": 0},
@@ -27,9 +26,11 @@ VARIANTS = {
 
 @contextmanager
 def use_variants(*names: str) -> Iterator[None]:
-    """Inside, these ways are the candidates of every matrix operation, the first of them what runs by default."""
-    ways = tuple(VARIANTS[name] for name in names)
-    table = tuple(rule._replace(candidates=ways) if "fused" in rule.candidates[0] else rule for rule in tuning.TABLE)
+    """Within this context, these are the candidates of every matmul operation; the first one is the default."""
+    candidates = tuple(VARIANTS[name] for name in names)
+    table = tuple(
+        rule._replace(candidates=candidates) if "fused" in rule.candidates[0] else rule for rule in tuning.TABLE
+    )
     with mock.patch.object(tuning, "TABLE", table):
         yield
 
@@ -47,9 +48,14 @@ def compute_results(
     grads_for: tuple[str, ...] | None = None,
     unused: tuple[int, ...] = (),
 ) -> dict[str, Tensor]:
-    """Outputs and gradients by name, for random gradients of the outputs.
+    """Return outputs and gradients by name, for random output gradients.
 
-    grads_for: the inputs whose gradients are asked for, all by default; unused: outputs that nobody uses.
+    Args:
+        function: Accepts the inputs by name.
+        inputs: Tensors by name.
+        cast: Applied to each input.
+        grads_for: Names of the inputs whose gradients are computed; all by default.
+        unused: Indices of outputs that do not contribute to the gradients.
     """
     grads_for = tuple(name for name, tensor in inputs.items() if tensor is not None) if grads_for is None else grads_for
     given = {
@@ -70,13 +76,18 @@ def compute_results(
 def check(
     ours: Callable, theirs: Callable, inputs: Mapping[str, Tensor | None], *, slack: float = 1.25, **options
 ) -> None:
-    """Outputs and gradients of ours are as near float64 as those of theirs in the dtypes of the inputs.
+    """Assert that outputs and gradients of `ours` are as close to float64 as those of `theirs` in the inputs' dtypes.
 
-    slack: as in `assert_no_worse_than`; more where results may be a handful of numbers, whose roundings are luck.
+    Args:
+        ours: The function under test.
+        theirs: The same function in plain PyTorch.
+        inputs: Tensors by name.
+        slack: As in `assert_no_worse_than`; larger where results may have few elements, whose rounding is chance.
+        **options: Of `compute_results`.
     """
     with poison_memory():
         our_results = compute_results(ours, inputs, **options)
-    # Float32 products by MKL on a CPU, whose error is the smaller: the definitions would take oneDNN's.
+    # On a CPU, float32 matmuls use MKL, whose error is smaller than that of the default, oneDNN.
     with torch.backends.mkldnn.flags(enabled=inputs["x"].dtype != torch.float32):
         their_results = compute_results(theirs, inputs, **options)
     exact = compute_results(theirs, inputs, cast=torch.Tensor.double, **options)
@@ -86,23 +97,26 @@ def check(
 
 
 def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """The same bits."""
+    """Assert bitwise equality."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, theirs[name]), name
 
 
 def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    """The same up to rounding."""
+    """Assert equality up to rounding."""
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_equivalent(ours: Sequence[Tensor], theirs: Sequence[Tensor], rounded: torch.dtype = torch.float32) -> None:
-    """Of the same shapes, dtypes and strides, and the same numbers up to a few roundings.
+    """Assert equal shapes, dtypes and strides, and equal values up to a few roundings.
 
-    rounded: the dtype of what lies between: its roundings show in float32 results, too.
+    Args:
+        ours: The results under test.
+        theirs: The expected results.
+        rounded: Dtype of intermediate results, whose rounding also shows in float32 results.
     """
     for index, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert one.dtype == other.dtype and one.shape == other.shape, index
@@ -113,7 +127,7 @@ def assert_equivalent(ours: Sequence[Tensor], theirs: Sequence[Tensor], rounded:
 
 
 def make_view(kind: str, tensor: Tensor) -> Tensor:
-    """A view that is not contiguous, of the same numbers as tensor [B, N, D]."""
+    """Return a non-contiguous view with the values of `tensor` [B, N, D]."""
     batch, tokens, dim = tensor.shape
     large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
     view = {
@@ -131,17 +145,17 @@ VIEWS = ("tokens", "columns", "transposed", "every_other_column", "columns_first
 
 
 def count_saved_bytes(function: Callable, inputs: Mapping[str, Tensor]) -> int:
-    """Bytes kept for backward beside the inputs themselves, each memory counted once."""
-    given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-    own = {tensor.untyped_storage().data_ptr() for tensor in given.values()}
-    kept = {}
+    """Count the bytes saved for backward apart from the inputs themselves, each storage once."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in leaves.values()}
+    saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function(**given)
-    return sum(kept.values())
+        function(**leaves)
+    return sum(saved.values())
