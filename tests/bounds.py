@@ -1,16 +1,16 @@
-"""Triton's CPU interpreter under watch: no kernel may touch memory that it was not given, or race with another program.
+"""A memory checker for Triton's CPU interpreter: it detects accesses out of bounds and races between programs.
 
-On a GPU a load outside of every tensor is an illegal address one day, even where its value is masked away later, and
-two programs that touch the same address give other numbers now and then. Neither shows in the results of an
-interpreter. `watch_accesses` looks at each access before it is made, and raises `AccessError` where
+On a GPU, a load outside all tensors may fault even if its value is masked later, and two programs that access the same
+address may produce different numbers from run to run. Neither shows in the results of an interpreter.
+`watch_accesses` checks each access beforehand, and raises `AccessError` if
 
-- a load or store reaches a byte outside the views that the launch was given (or behind a descriptor's base);
-- a byte is stored twice in a launch, by whichever programs, or twice in one store;
-- a byte is loaded that the launch has stored, or stored that another program has loaded;
-- atomics are used: sums would depend on the order of programs.
+- a load or store touches a byte outside the views passed to the launch (for a descriptor, outside its base tensor);
+- a byte is stored twice in one launch, by any programs, or twice by one store;
+- a byte is loaded after the launch stored it, or stored after another program loaded it;
+- atomics are used, since sums would depend on the order of programs.
 
-Lanes that a mask switches off, where a load names no `other`, are undefined on a GPU, and NaN here. Programs run in
-the usual order, reversed, or shuffled.
+Masked lanes of a load without `other` are undefined on a GPU; here they are NaN. Programs run in the usual order,
+reversed or shuffled.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ORDERS = ("usual", "reversed", "shuffled")
-PADDING = 256  # bytes of poison on either side of a tensor; a multiple of 16, which descriptors ask of addresses
-POISON = 0xFF  # of such bytes every floating dtype is a NaN, and every signed integer -1
+PADDING = 256  # bytes of poison on either side of a tensor; descriptors require addresses that are multiples of 16
+POISON = 0xFF  # repeated, NaN in every floating dtype and -1 in every signed integer dtype
 NOBODY, SEVERAL = -1, -2
 
 
 class AccessError(Exception):
-    """An access that a GPU would not forgive; raised instead of making it."""
+    """Raised instead of an access that is invalid or a race on a GPU."""
 
 
 class Memory:
-    """The bytes of one storage: which belong to a launch's tensors, and which programs stored and loaded them."""
+    """Per byte of one storage: whether a launch may access it, and which programs stored and loaded it."""
 
     def __init__(self, storage: torch.UntypedStorage):
         self.begin, self.size = storage.data_ptr(), storage.nbytes()
@@ -52,7 +52,7 @@ class Memory:
         self.loaded_by = np.full(self.size, NOBODY, np.int32)
 
     def add_view(self, tensor: Tensor) -> None:
-        """Mark the elements of a view, and not what lies between them."""
+        """Mark the elements of a view as accessible, but not the bytes between them."""
         size = tensor.element_size()
         shape = [1 if stride == 0 else length for length, stride in zip(tensor.shape, tensor.stride(), strict=True)]
         strides = [stride * size for stride in tensor.stride()]
@@ -61,7 +61,7 @@ class Memory:
 
 
 class Watch:
-    """What the interpreter asks before each access. It stands in for the compiled module that loads and stores."""
+    """Checks each access. Replaces the interpreter's compiled module, to which it forwards loads and stores."""
 
     def __init__(self, order: str):
         self.order = order
@@ -108,7 +108,7 @@ class Watch:
         return index
 
     def _check_load(self, pointers, mask, size: int) -> None:
-        memory, offsets = self._locate(pointers, mask, size, "loads")
+        memory, offsets = self._find_memory(pointers, mask, size, "loads")
         if memory is None:
             return
         at = _expand_to_bytes(offsets, size)
@@ -119,7 +119,7 @@ class Watch:
         memory.loaded_by[at] = np.where((loaded_by == NOBODY) | (loaded_by == self._program), self._program, SEVERAL)
 
     def _check_store(self, pointers, mask, size: int) -> None:
-        memory, offsets = self._locate(pointers, mask, size, "stores")
+        memory, offsets = self._find_memory(pointers, mask, size, "stores")
         if memory is None:
             return
         if np.unique(offsets).size != offsets.size:
@@ -132,8 +132,8 @@ class Watch:
             raise self._error("stores what another program loaded")
         memory.stored_by[at] = self._program
 
-    def _locate(self, pointers, mask, size: int, verb: str) -> tuple[Memory | None, np.ndarray]:
-        """The memory that the lanes which are switched on point into, and their offsets in it in bytes."""
+    def _find_memory(self, pointers, mask, size: int, verb: str) -> tuple[Memory | None, np.ndarray]:
+        """Return the memory that the active lanes point into, and their byte offsets in it."""
         pointers = np.asarray(pointers)
         pointers = pointers[np.broadcast_to(np.asarray(mask, bool), pointers.shape)].astype(np.int64)
         if not pointers.size:
@@ -160,7 +160,7 @@ class Watch:
 
 @contextmanager
 def watch_accesses(order: str = "usual") -> Iterator[Watch]:
-    """Inside, interpreted kernels are watched, and their programs run in one of `ORDERS`."""
+    """Check interpreted kernels within this context, and run their programs in one of `ORDERS`."""
     watch = Watch(order)
     call, masked_load = GridExecutor.__call__, InterpreterBuilder.create_masked_load
     set_grid_dim, set_grid_idx = InterpreterBuilder.set_grid_dim, InterpreterBuilder.set_grid_idx
@@ -193,7 +193,7 @@ def watch_accesses(order: str = "usual") -> Iterator[Watch]:
 
 
 def surround_with_poison(tensor: Tensor) -> Tensor:
-    """The same values, sizes and strides in memory of their own, with poison around and between the elements."""
+    """Copy a tensor, with its strides, into new memory with poison around and between the elements."""
     size = tensor.element_size()
     length = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     padding = PADDING // size

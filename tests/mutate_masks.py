@@ -1,11 +1,11 @@
-"""Take one mask out of one kernel, and see whether a test of memory bounds fails: a proof of `test_bounds.py`.
+"""Mutation testing of `test_bounds.py`: remove one mask from one kernel, and check that a test fails.
 
     python tests/mutate_masks.py [--sample 12] [--only layer_norm.py:96] [--jobs 2]
 
-Each mutation is made in a copy of the source tree and tested there in a process of its own. Mutations of a `tl.load` or
-`tl.store` leave out its mask, or only the load's `other`; those of a mask `a & b` leave out a or b. Prints each
-mutation with its fate; exit code 1 where one survived that EQUIVALENT does not name. A load's `other` that nobody
-misses is not counted: the tests put NaN in its place, which then no result depends on.
+Each mutation is tested in its own process, in a copy of the source tree. A mutation removes the mask of a `tl.load` or
+`tl.store`, the `other` of a load, or one operand of a mask `a & b`. Prints each mutation and its outcome. The exit code
+is 1 if a mutation survived that is not in EQUIVALENT. Surviving removals of `other` do not count: the tests replace it
+by NaN, so a surviving one proves that no result depends on it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
 COPIED_PATHS = ("fastvit", "kernels", "benchmarks", "tests", "pyproject.toml")
 
-# Mutations that change nothing a program can see, and why. Named by file, function and the text that goes.
+# Mutations without an observable effect, and the reason: keyed by file, function and the removed text.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
 
 
@@ -47,12 +47,12 @@ class Mutation(NamedTuple):
     path: Path
     line: int
     function: str
-    text: str  # what is left out
-    source: str  # the file without it
+    text: str  # the removed part
+    source: str  # the file after the removal
 
     @property
     def is_harmless(self) -> bool:
-        """Where it survives: it changes the value of lanes that are switched off, and no access."""
+        """Whether it may survive: it changes the value of masked lanes, but no access."""
         return self.text.startswith("other of ")
 
     def __str__(self) -> str:
@@ -75,10 +75,10 @@ def find_mutations(path: Path) -> Iterator[Mutation]:
 
 
 def _remove_parts(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """(what is left out of this expression, the expression without it)."""
+    """Yield each removable part of this expression, and the expression without it."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd):
         left, right = ast.unparse(node.left), ast.unparse(node.right)
-        if not isinstance(node.right, ast.Constant):  # a mask of bits
+        if not isinstance(node.right, ast.Constant):  # a constant is a bit mask
             yield f"{left} of {left} & {right}", right
             yield f"{right} of {left} & {right}", left
     if not isinstance(node, ast.Call):
@@ -100,7 +100,7 @@ def _remove_parts(node: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def _replace(source: str, node: ast.expr, text: str) -> str:
-    lines = source.encode().splitlines(keepends=True)  # offsets are those of bytes
+    lines = source.encode().splitlines(keepends=True)  # the offsets of nodes count bytes
     begin = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
     end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
     whole = b"".join(lines)
@@ -112,7 +112,7 @@ def find_all_mutations() -> list[Mutation]:
 
 
 def sample_mutations(mutations: list[Mutation], size: int) -> list[Mutation]:
-    """`size` of them, as many from each file as can be; always the same ones of the same source."""
+    """Return `size` mutations, spread evenly over the files. The sample is the same for the same source."""
     chosen = random.Random(0)
     by_file: dict[Path, list[Mutation]] = {}
     for mutation in mutations:
@@ -123,7 +123,10 @@ def sample_mutations(mutations: list[Mutation], size: int) -> list[Mutation]:
 
 
 def survives(mutation: Mutation) -> tuple[bool, str]:
-    """Whether the tests of memory bounds pass with it, and the line that says why not. In a process of its own."""
+    """Return whether the bounds tests pass with this mutation, and otherwise the line of the error.
+
+    Changes the working directory and imports the mutated copy, so it needs a fresh process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED_PATHS:
@@ -135,21 +138,11 @@ def survives(mutation: Mutation) -> tuple[bool, str]:
         os.chdir(copy)
         sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "tests"))]
         sys.path.append(str(copy / "tests"))
-        importlib.import_module("bounds").ORDERS = ("usual",)  # any order sees a forbidden access
+        importlib.import_module("bounds").ORDERS = ("usual",)  # an invalid access shows in any order
         output = io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            code = pytest.main(
-                [
-                    "-x",
-                    "-q",
-                    "--tb=line",
-                    "-p",
-                    "no:cacheprovider",
-                    "-k",
-                    select_cases(mutation.path),
-                    "tests/test_bounds.py",
-                ]
-            )
+            options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-k", select_cases(mutation.path)]
+            code = pytest.main([*options, "tests/test_bounds.py"])
     text = output.getvalue()
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         raise RuntimeError(f"{mutation}: {text[-2000:]}")
@@ -158,7 +151,7 @@ def survives(mutation: Mutation) -> tuple[bool, str]:
 
 
 def select_cases(path: Path) -> str:
-    """pytest's -k for the cases that run this file's kernels; names as in test_bounds.py."""
+    """Return the `-k` expression that selects the cases of test_bounds.py which run the kernels of this file."""
     first = path.relative_to(KERNELS).with_suffix("").parts[0]
     users = {"layer_norm": "layer_norm or quantize or linear", "gelu": "gelu or linear or quantize"}
     return users.get(first, {"layer_norm_gelu": "linear", "layer_norm_linear": "linear"}.get(first, first))
@@ -166,10 +159,12 @@ def select_cases(path: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sample", type=int, help="so many, spread over the files; all by default")
-    parser.add_argument("--only", default="", help="those whose description contains this, such as 'linear.py:96'")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--list", action="store_true", help="name the mutations, and try none")
+    parser.add_argument("--sample", type=int, help="number of mutations, spread over the files (default: all)")
+    parser.add_argument(
+        "--only", default="", help="only mutations whose description contains this text, such as 'linear.py:96'"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    parser.add_argument("--list", action="store_true", help="list the mutations without running tests")
     options = parser.parse_args()
     mutations = [mutation for mutation in find_all_mutations() if options.only in str(mutation)]
     if options.sample:
@@ -181,10 +176,10 @@ def main() -> int:
     context = multiprocessing.get_context("forkserver")  # each process starts with PyTorch and Triton imported
     context.set_forkserver_preload(["torch", "triton.runtime.interpreter", "transformers", "pytest"])
     with ProcessPoolExecutor(options.jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        for mutation, (survived, why) in zip(mutations, pool.map(survives, mutations), strict=True):
-            reason = "its lanes are not used" if mutation.is_harmless else EQUIVALENT.get(mutation.key)
+        for mutation, (survived, error) in zip(mutations, pool.map(survives, mutations), strict=True):
+            reason = "the masked lanes are not used" if mutation.is_harmless else EQUIVALENT.get(mutation.key)
             survivors += survived and reason is None
-            fate = f"killed    {why}" if not survived else f"equivalent  {reason}" if reason else "SURVIVED"
+            fate = f"killed    {error}" if not survived else f"equivalent  {reason}" if reason else "SURVIVED"
             print(f"{mutation}\n    {fate}", flush=True)
     print(f"{len(mutations)} mutations, {survivors} survived")
     return int(survivors > 0)
