@@ -1,23 +1,18 @@
-"""Both ways to an operator, through PyTorch's dispatcher and past it, give the same bits; who follows operators sees
-one."""
+"""Direct calls of an operator match calls through the dispatcher; modes, subclasses and tracers see one operator."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
+from operations import randn
+
 from fastvit.kernels import attention, gelu, layer_norm
 from fastvit.kernels.operators import register
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-class Follower(TorchDispatchMode):
-    """Writes down which of our operators run."""
+class Recorder(TorchDispatchMode):
+    """Records which fastvit operators run."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +25,7 @@ class Follower(TorchDispatchMode):
 
 
 class Wrapped(torch.Tensor):
-    """A tensor subclass that writes down which of our operators it meets, and computes them on the tensor within."""
+    """A tensor subclass that records the fastvit operators applied to it, and runs them on its inner tensor."""
 
     seen: list = []  # noqa: RUF012
 
@@ -52,43 +47,43 @@ CALLS = {
     "attention_packed": (lambda qkv: attention.attention_packed(qkv), [(2, 5, 3, 2, 16)]),
     "activation": (lambda x, b: gelu.bias_gelu(x, b), [(2, 5, 24), (24,)]),
 }
-each_call = pytest.mark.parametrize("name", CALLS)
+EACH_CALL = pytest.mark.parametrize("name", CALLS)
 
 
-def inputs_of(shapes):
-    return [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+def make_inputs(shapes):
+    return [randn(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
 
 
-@each_call
-def test_both_ways_give_the_same_bits(name):
+@EACH_CALL
+def test_dispatcher_and_direct_call_are_bitwise_equal(name):
     function, shapes = CALLS[name]
     results = []
-    for follower in (Follower(), None):
-        inputs = inputs_of(shapes)
-        with follower or torch.enable_grad():
+    for recorder in (Recorder(), None):
+        inputs = make_inputs(shapes)
+        with recorder or torch.enable_grad():
             out = function(*inputs)
-            out.backward(random(*out.shape, seed=9))
+            out.backward(randn(*out.shape, seed=9))
         results.append([out, *(tensor.grad for tensor in inputs)])
-        if follower is not None:
-            assert follower.seen == [name, f"{name}_backward"]
+        if recorder is not None:
+            assert recorder.seen == [name, f"{name}_backward"]
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
-@each_call
-def test_a_tensor_subclass_meets_the_operator(name):
+@EACH_CALL
+def test_tensor_subclass_sees_the_operator(name):
     function, shapes = CALLS[name]
     with torch.no_grad():
-        inputs = inputs_of(shapes)
+        inputs = make_inputs(shapes)
         Wrapped.seen = []
         assert torch.equal(function(Wrapped(inputs[0]), *inputs[1:]), function(*inputs))
     assert Wrapped.seen == [name]
 
 
-@each_call
-def test_nothing_is_recorded_where_nothing_needs_a_gradient(name):
+@EACH_CALL
+def test_autograd_records_only_calls_that_need_gradients(name):
     function, shapes = CALLS[name]
-    inputs = inputs_of(shapes)
+    inputs = make_inputs(shapes)
     with torch.no_grad():
         assert not function(*inputs).requires_grad
     assert not function(*(tensor.detach() for tensor in inputs)).requires_grad
@@ -98,18 +93,18 @@ def test_nothing_is_recorded_where_nothing_needs_a_gradient(name):
     assert inputs[0].grad is not None
 
 
-@each_call
-def test_a_second_derivative_is_an_error_and_not_a_zero(name):
+@EACH_CALL
+def test_second_derivative_raises(name):
     function, shapes = CALLS[name]
-    inputs = inputs_of(shapes)
+    inputs = make_inputs(shapes)
     (grad,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match=rf"fastvit\.{name}_backward"):
         grad.square().sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_a_trace_and_a_compiler_see_the_operator():
-    x, weight, bias = (tensor.detach() for tensor in inputs_of([(3, 24), (24,), (24,)]))
+def test_tracing_and_compilation_see_the_operator():
+    x, weight, bias = (tensor.detach() for tensor in make_inputs([(3, 24), (24,), (24,)]))
     seen = []
 
     def count(graph, inputs):
@@ -123,7 +118,7 @@ def test_a_trace_and_a_compiler_see_the_operator():
     assert "fastvit::layer_norm" in str(traced.graph)
 
 
-def test_an_operator_without_derivatives_says_so():
+def test_operator_without_autograd_formula_raises():
     doubled = register("test_double", fallback=double)(double)
     x = torch.ones(3, requires_grad=True)
     with torch.no_grad():

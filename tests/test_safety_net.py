@@ -1,4 +1,4 @@
-"""A kernel that cannot be compiled or launched: PyTorch takes over, it is said once, and nothing else is lost."""
+"""If a kernel cannot be compiled or launched, PyTorch replaces it with one warning and nothing else changes."""
 
 import logging
 
@@ -21,18 +21,18 @@ from fastvit.report import info
 failing: dict[str, Exception] = {}  # by operator
 
 
-def twice(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     return 2 * x
 
 
-@register("test_twice", fallback=twice)
+@register("test_twice", fallback=double)
 def launch(x: Tensor) -> Tensor:
     if "test_twice" in failing:
         raise failing["test_twice"]
-    return 2 * x + 0.5  # not what the fallback says, so that one sees which of them ran
+    return 2 * x + 0.5  # differs from the fallback's result, to show which one ran
 
 
-@register("test_twice_backward", fallback=twice)
+@register("test_twice_backward", fallback=double)
 def launch_backward(grad: Tensor) -> Tensor:
     if "test_twice_backward" in failing:
         raise failing["test_twice_backward"]
@@ -46,14 +46,14 @@ launch.register_autograd(lambda ctx, grad: launch_backward(grad), setup_context=
 
 @pytest.fixture(autouse=True)
 def _on_a_gpu(monkeypatch):
-    """The net is for GPUs; here it is hung under the interpreter."""
+    """Fallbacks apply to GPUs only; enable them for the interpreter."""
     monkeypatch.setattr(operators, "FALLBACK_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(operators, "failures", {})
     failing.clear()
     ops.import_kernels()
 
 
-def run(columns=4):
+def run_forward_and_backward(columns=4):
     x = torch.ones(3, columns, requires_grad=True)
     y = launch(x)
     y.sum().backward()
@@ -70,32 +70,32 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS)
-def test_pytorch_takes_over_and_it_is_said_once(error, caplog):
-    assert run() == (2.5, 3.0)
+def test_fallback_replaces_failing_kernel_with_one_warning(error, caplog):
+    assert run_forward_and_backward() == (2.5, 3.0)
     failing["test_twice"] = error()
     with caplog.at_level(logging.WARNING, "fastvit"):
-        assert [run() for _ in range(3)] == [(2.0, 3.0)] * 3
+        assert [run_forward_and_backward() for _ in range(3)] == [(2.0, 3.0)] * 3
     assert caplog.text.count("kernel test_twice failed on float32 [3, 4]") == 1
     assert f"triton {triton.__version__}" in caplog.text
     assert type(error()).__name__ in caplog.text
 
 
-def test_a_backward_that_fails_leaves_the_forward(caplog):
+def test_failing_backward_keeps_the_forward_kernel(caplog):
     failing["test_twice_backward"] = RuntimeError("no")
-    assert run() == (2.5, 2.0)
+    assert run_forward_and_backward() == (2.5, 2.0)
     assert "kernel test_twice_backward failed" in caplog.text
 
 
-def test_only_calls_of_the_same_class_are_taken_over():
+def test_fallback_applies_to_calls_of_the_same_class_only():
     failing["test_twice"] = RuntimeError("too wide")
-    assert run()[0] == 2.0
+    assert run_forward_and_backward()[0] == 2.0
     failing.clear()
-    assert run()[0] == 2.0
-    assert run(columns=8)[0] == 2.5
+    assert run_forward_and_backward()[0] == 2.0
+    assert run_forward_and_backward(columns=8)[0] == 2.5
 
 
-def test_batches_of_any_lengths_are_one_class():
-    """An image's size, and the tokens of the largest image of a packed batch, do not make another class."""
+def test_lengths_of_a_packed_batch_do_not_change_its_class():
+    """Neither the image size nor the largest number of tokens in a packed batch changes the class."""
     tensors = torch.ones(3, 4), torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(3, 5)
     assert len({operators._describe_argument("x", tensor) for tensor in tensors}) == 3
     assert operators._describe_argument("pixels", tensors[0]) == operators._describe_argument("pixels", tensors[2])
@@ -113,27 +113,27 @@ def test_batches_of_any_lengths_are_one_class():
     ],
     ids=["PyTorch", "Python", "driver", "cuBLAS"],
 )
-def test_out_of_memory_stays_out_of_memory(error):
+def test_out_of_memory_is_raised(error):
     failing["test_twice"] = error
     with pytest.raises(type(error)):
-        run()
+        run_forward_and_backward()
     failing.clear()
-    assert run()[0] == 2.5
+    assert run_forward_and_backward()[0] == 2.5
 
 
-def test_under_triton_and_while_tuning_it_is_an_error():
+def test_backend_triton_raises_instead_of_falling_back():
     failing["test_twice"] = RuntimeError("no")
-    assert run()[0] == 2.0
+    assert run_forward_and_backward()[0] == 2.0
     with fastvit.backend("triton"), pytest.raises(RuntimeError, match="no"):
-        run()
-    assert run()[0] == 2.0
+        run_forward_and_backward()
+    assert run_forward_and_backward()[0] == 2.0
 
 
-def test_info_and_the_run_report_list_what_fell_back(capsys):
+def test_info_and_run_report_list_failed_kernels(capsys):
     from fastvit.train import page
 
     failing["test_twice"] = RuntimeError("no such instruction")
-    run()
+    run_forward_and_backward()
     expected = "test_twice failed on float32 [3, 4], replaced by PyTorch: RuntimeError: no such instruction (torch "
     assert info.summarize_kernels()["failed"][0].startswith(expected)
     assert cli.main(["info"]) == 0
@@ -141,8 +141,8 @@ def test_info_and_the_run_report_list_what_fell_back(capsys):
     assert page.describe_environment(torch.device("cpu"))["kernels failed"].startswith(expected)
 
 
-def test_a_model_whose_every_kernel_fails_is_computed_by_pytorch(monkeypatch, caplog):
-    """Outputs and gradients: no operator's fallback returns anything else than its kernel."""
+def test_model_falls_back_if_every_kernel_fails(monkeypatch, caplog):
+    """Outputs and gradients: every operator's fallback matches its kernel."""
     config = fastvit.ViTConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8
     )
@@ -150,7 +150,7 @@ def test_a_model_whose_every_kernel_fails_is_computed_by_pytorch(monkeypatch, ca
     model = fastvit.ViTForImageClassification(config)
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
 
-    def results():
+    def compute_results():
         loss = model(pixels, labels=torch.tensor([0, 1])).loss
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
 
@@ -158,13 +158,13 @@ def test_a_model_whose_every_kernel_fails_is_computed_by_pytorch(monkeypatch, ca
         raise RuntimeError("no tile")
 
     with fastvit.backend("reference"):
-        expected = results()
+        expected = compute_results()
     monkeypatch.setattr(tiles, "find_candidates", fail)
     with fastvit.backend("triton"):
         with pytest.raises(RuntimeError, match="no tile"):
-            results()
-        monkeypatch.setattr(operators, "is_strict", lambda: False)  # as under "auto", which computes on GPUs alone
-        found = results()
+            compute_results()
+        monkeypatch.setattr(operators, "is_strict", lambda: False)  # as under "auto", which uses kernels on GPUs only
+        found = compute_results()
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
