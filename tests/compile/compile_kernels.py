@@ -1,12 +1,12 @@
-"""Compile every kernel for real GPUs, on a machine that has none, and read what came out.
+"""Compile every kernel for several GPUs, without a GPU, and report resources and instructions of the machine code.
 
     python tests/compile/compile_kernels.py [--targets sm_90 ...] [--quick] [--output FOLDER]
 
-Nothing about a kernel is written down twice: the launchers themselves are called, with tensors of the "meta" device
-that have shapes and no memory, and each launch is recorded instead of made, once with each candidate of the tuning
-table. A new kernel adds one function to `CASES`.
+Signatures and options are not repeated here: the launchers are called with tensors on the "meta" device, and each
+launch is recorded instead of executed, once with each candidate of the tuning table. A new kernel adds one function to
+`CASES`.
 
-It must be a process of its own: one process cannot both interpret kernels and compile them.
+Run it as a separate process: one process cannot both interpret and compile kernels.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Target(NamedTuple):
-    """A GPU: what Triton compiles for, and what bounds the number of blocks on one of its multiprocessors."""
+    """A GPU: Triton's target, and the limits for the number of blocks per multiprocessor."""
 
     gpu: GPUTarget
-    shared_memory: int = 0  # bytes a multiprocessor
+    shared_memory: int = 0  # bytes per multiprocessor
     threads: int = 0
     blocks: int = 0
 
@@ -66,23 +66,23 @@ TARGETS = {
 
 
 class Launch(NamedTuple):
-    """A kernel as it was launched: argument names to values, and compile options such as num_warps."""
+    """A recorded launch: the kernel, its arguments by name, and compile options such as num_warps."""
 
     kernel: JITFunction
     arguments: dict[str, object]
     options: dict[str, object]
 
 
-Case = tuple[str, Callable[[], object]]  # a label, and a call of a launcher
+Case = tuple[str, Callable[[], object]]  # a label, and a function that calls a launcher
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def layer_norm_cases(quick: bool) -> Iterator[Case]:
-    """Plain, with residual (and y again in backward), with all options; rows in one piece and strided; every dtype, and
-    autocast's mixture."""
+def make_layer_norm_cases(quick: bool) -> Iterator[Case]:
+    """Yield LayerNorms: plain, with residual add (recomputing y in backward), with all options; contiguous and strided
+    rows; every dtype, and the mixed dtypes of autocast."""
     for dim in (192, 768, 1280) if quick else WIDTHS:
         for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
             x, residual = meta(256, 197, dim, dtype=dtype), meta(256, 197, dim, dtype=dtype)
@@ -96,7 +96,7 @@ def layer_norm_cases(quick: bool) -> Iterator[Case]:
                 f"add {size}",
                 lambda a=(x, residual, vector, vector, None, None, 1e-6): layer_norm.launch_forward(*a),
             )
-            again = (x, residual, x, None, vector, vector, *options, dtype)  # y, as a product's weight gradient wants
+            again = (x, residual, x, None, vector, vector, *options, dtype)  # y, for the weight gradient of a matmul
             yield f"add {size}", lambda a=again: layer_norm.launch_backward(*a)
         x, residual = meta(256, 197, dim, dtype=torch.bfloat16), meta(256, 197, dim)
         vector, factors, statistics = meta(dim), meta(256), meta(2, 256 * 197)
@@ -117,9 +117,9 @@ def layer_norm_cases(quick: bool) -> Iterator[Case]:
     yield f"strided {size}", lambda: layer_norm.launch_backward(*arguments)
 
 
-def patch_embed_cases(quick: bool) -> Iterator[Case]:
-    """Forward and the two kernels of backward, every candidate; float and uint8 pixels in both layouts; patches of 16,
-    14 and 32; one image, which takes smaller tiles."""
+def make_patch_embed_cases(quick: bool) -> Iterator[Case]:
+    """Yield forward and both backward kernels with every candidate; float and uint8 pixels in both layouts; patch sizes
+    16, 14 and 32; a single image, which selects smaller tiles."""
     sizes = ((768, 16, 256),) if quick else ((192, 16, 256), (384, 16, 256), (768, 16, 256), (768, 32, 256))
     sizes += () if quick else ((1024, 14, 256), (1280, 14, 256), (768, 16, 1))
     for hidden, side, batch in sizes:
@@ -145,7 +145,7 @@ def patch_embed_cases(quick: bool) -> Iterator[Case]:
     tokens, grad_out = meta(1, 197, 768, dtype=torch.bfloat16), meta(256, 197, 768, dtype=torch.bfloat16)
     vectors = (weight[:, 0, 0, 0], tokens[:, :1], tokens, tokens[:, :1])
     pixels = meta(256, 3, 224, 224)
-    if quick:  # one image, which takes smaller tiles
+    if quick:  # a single image, which selects smaller tiles
         lone = (meta(1, 224, 224, 3, dtype=torch.uint8), weight)
         forward = (*lone, *vectors[:3], None, None, [0.5] * 3, [0.5] * 3, 0)
         yield "768/16 bfloat16, one image", lambda: patch_embed.launch_forward(*forward)
@@ -157,8 +157,8 @@ def patch_embed_cases(quick: bool) -> Iterator[Case]:
     yield label, lambda: patch_embed.launch_tokens_backward(grad_out, mask, 1)
 
 
-def smallest_cases(quick: bool) -> Iterator[Case]:
-    """Sizes and strides of 1, which the compiler takes as constants: what the interpreter cannot try."""
+def make_smallest_cases(quick: bool) -> Iterator[Case]:
+    """Yield sizes and strides of 1, which the compiler treats as constants and the interpreter does not."""
     one = meta(1)
     yield "one value", lambda: layer_norm.launch_forward(meta(1, 1), None, one, one, None, None, 1e-6)
     yield "one value", lambda: layer_norm.launch_forward(meta(1, 1), meta(1, 1), one, one, one, one, 1e-6)
@@ -186,36 +186,38 @@ def smallest_cases(quick: bool) -> Iterator[Case]:
         yield "one value", lambda a=backward, k=wanted: linear.launch_backward(*a, **k)
 
 
-CANDIDATES = 3  # the most that a rule of the table has
+CANDIDATES = 3  # the largest number that a rule of the tuning table has
 
 
-def feed_forward_cases(quick: bool) -> Iterator[Case]:
-    """Each way of a feed-forward's first product, of query, key and value, and of its second product's backward."""
+def make_feed_forward_cases(quick: bool) -> Iterator[Case]:
+    """Yield every candidate of a feed-forward's first matmul, its second matmul's backward, and the qkv matmul."""
     for dim in (768,) if quick else WIDTHS:
-        for kept in (True,) if quick else (True, False):
-            yield from matmul_cases(dim, torch.bfloat16, "gelu", kept)
-    yield from matmul_cases(768, torch.float32, "gelu", True)
+        for save_pre in (True,) if quick else (True, False):
+            yield from make_matmul_cases(dim, torch.bfloat16, "gelu", save_pre)
+    yield from make_matmul_cases(768, torch.float32, "gelu", True)
     if not quick:
-        yield from matmul_cases(768, torch.float16, "gelu", True)
+        yield from make_matmul_cases(768, torch.float16, "gelu", True)
         for activation in ("gelu_new", "quick_gelu"):
-            yield from matmul_cases(768, torch.bfloat16, activation, True)
+            yield from make_matmul_cases(768, torch.bfloat16, activation, True)
 
 
-def matmul_cases(dim: int, dtype: torch.dtype, activation: str, kept: bool) -> Iterator[Case]:
+def make_matmul_cases(dim: int, dtype: torch.dtype, activation: str, save_pre: bool) -> Iterator[Case]:
     x, hidden = (meta(256 * 197, size, dtype=dtype) for size in (dim, 4 * dim))
     weight1, weight2 = meta(4 * dim, dim, dtype=dtype), meta(dim, 4 * dim, dtype=dtype)
     units, packed, packed_bias = (meta(*size, dtype=dtype) for size in ((4 * dim,), (3 * dim, dim), (3 * dim,)))
     for candidate in range(CANDIDATES):
-        label = f"{dim} to {4 * dim} {activation}{', kept' if kept else ''}, {str(dtype)[6:]}, candidate {candidate}"
-        yield label, lambda a=(x, weight1, units, activation, kept, candidate): linear.launch_forward(*a)
+        label = (
+            f"{dim} to {4 * dim} {activation}{', kept' if save_pre else ''}, {str(dtype)[6:]}, candidate {candidate}"
+        )
+        yield label, lambda a=(x, weight1, units, activation, save_pre, candidate): linear.launch_forward(*a)
         wanted = {"bias_grad": True, "with_y": True, "candidate": candidate}
         yield label, lambda k=wanted: linear.launch_backward(x, weight2, hidden, activation, **k)
         label = f"{dim} to {3 * dim}, {str(dtype)[6:]}, candidate {candidate}"
         yield label, lambda a=(x, packed, packed_bias, None, False, candidate): linear.launch_forward(*a)
 
 
-def gelu_cases(quick: bool) -> Iterator[Case]:
-    """The activations by themselves, with and without bias, and LayerNorm with an activation behind it."""
+def make_gelu_cases(quick: bool) -> Iterator[Case]:
+    """Yield activations with and without bias, and LayerNorm followed by an activation."""
     for dim in (768,) if quick else WIDTHS:
         for dtype in (torch.bfloat16, torch.float32) if quick else DTYPES:
             x, bias, size = meta(256 * 197, 4 * dim, dtype=dtype), meta(4 * dim, dtype=dtype), str(dtype)[6:]
@@ -238,36 +240,36 @@ def gelu_cases(quick: bool) -> Iterator[Case]:
 HEADS = ((3, 64), (6, 64), (12, 64), (16, 64), (16, 80))  # heads and head dim of ViT-Ti, S, B, L, H
 
 
-def attention_cases(quick: bool) -> Iterator[Case]:
-    """qkv in one tensor as the models have it, 224 and 384 pixels; every dtype and option at ViT-B's size, the class
-    token alone, one image alone, other head dims; every candidate of the table at the models' sizes."""
+def make_attention_cases(quick: bool) -> Iterator[Case]:
+    """Yield packed qkv of the models at 224 and 384 pixels with every candidate; at ViT-B's size every dtype and
+    option, the class token alone, a single image, and other head dims."""
     for candidate in range(1 if quick else 3):
         for heads, dim in HEADS[2::2] if quick else HEADS:
             for tokens in (197, 577):
-                yield from attention_calls(256, tokens, heads, dim, candidate=candidate)
-        yield from attention_calls(1, 197, 12, 64, candidate=candidate)
+                yield from make_attention_calls(256, tokens, heads, dim, candidate=candidate)
+        yield from make_attention_calls(1, 197, 12, 64, candidate=candidate)
     for tokens in (197, 577):
-        yield from attention_calls(256, tokens, 12, 64, torch.float32)
+        yield from make_attention_calls(256, tokens, 12, 64, torch.float32)
     if quick:
-        yield from attention_calls(256, 197, 12, 128)
+        yield from make_attention_calls(256, 197, 12, 128)
         return
     for tokens in (197, 577):
-        yield from attention_calls(256, tokens, 12, 64, torch.float16)
+        yield from make_attention_calls(256, tokens, 12, 64, torch.float16)
         for option in ("boolean mask", "additive mask", "cu_seqlens"):
-            yield from attention_calls(256, tokens, 12, 64, option=option)
-        yield from attention_calls(256, tokens, 12, 64, queries=1)
+            yield from make_attention_calls(256, tokens, 12, 64, option=option)
+        yield from make_attention_calls(256, tokens, 12, 64, queries=1)
     for candidate in range(3):
         for tokens in (50, 256):
-            yield from attention_calls(256, tokens, 12, 64, candidate=candidate)
+            yield from make_attention_calls(256, tokens, 12, 64, candidate=candidate)
         for dim in (32, 48, 96, 128):
-            yield from attention_calls(256, 197, 12, dim, candidate=candidate)
+            yield from make_attention_calls(256, 197, 12, dim, candidate=candidate)
 
 
-def attention_calls(
+def make_attention_calls(
     batch: int, tokens: int, heads: int, dim: int, dtype: torch.dtype = torch.bfloat16,
     *, queries: int | None = None, option: str = "", candidate: int = 0,
 ) -> Iterator[Case]:  # fmt: skip
-    """Forward and backward of one size."""
+    """Yield forward and backward of one size."""
     mask = bounds = None
     if option == "boolean mask":
         mask = meta(batch, 1, 1, tokens, dtype=torch.bool)
@@ -292,8 +294,8 @@ def attention_calls(
     yield label, lambda: attention._launch_backward(torch.empty_like(out), query, key, value, out, lse, grads, *call)
 
 
-def quantize_cases(quick: bool) -> Iterator[Case]:
-    """Rows in e4m3 between the products of a quantised block; a block's LayerNorms read bfloat16 or float32."""
+def make_quantize_cases(quick: bool) -> Iterator[Case]:
+    """Yield the e4m3 rows between the matmuls of a quantised block, whose LayerNorms read bfloat16 or float32."""
     for dim in (192, 768, 1280) if quick else WIDTHS:
         x, residual = meta(256, 197, dim, dtype=torch.bfloat16), meta(256, 197, dim)
         vector, float_vector = meta(dim, dtype=torch.bfloat16), meta(dim)
@@ -316,24 +318,27 @@ def quantize_cases(quick: bool) -> Iterator[Case]:
         yield "one value", lambda: quantize._launch_activation(meta(1, 1), one, "gelu")
 
 
-# Each function yields the launches to compile: all that the models use, or, `quick`, the few that CI has time for.
+# Each function yields the launches to compile: all that the models use, or with `quick` the few that fit in a CI run.
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
-    "layer_norm": layer_norm_cases,
-    "attention": attention_cases,
-    "patch_embed": patch_embed_cases,
-    "feed_forward": feed_forward_cases,
-    "gelu": gelu_cases,
-    "quantize": quantize_cases,
-    "smallest": smallest_cases,  # last: quick, a rule's further candidates are compiled for the first case alone
+    "layer_norm": make_layer_norm_cases,
+    "attention": make_attention_cases,
+    "patch_embed": make_patch_embed_cases,
+    "feed_forward": make_feed_forward_cases,
+    "gelu": make_gelu_cases,
+    "quantize": make_quantize_cases,
+    "smallest": make_smallest_cases,  # last: `quick` compiles further candidates of a rule for its first case only
 }
-# What a kind of GPU cannot do: sm_80 has no conversion to e4m3, and the product is written for NVIDIA's.
+# Cases that a target does not support: sm_80 has no conversion to e4m3, and the fp8 kernels are for NVIDIA GPUs only.
 EXCLUDED_CASES = {"sm_80": ("quantize",), "gfx942": ("quantize",)}
 
 
 def record_launches(call: Callable[[], object], target: str, candidate: int) -> tuple[list[Launch], set[int]]:
-    """The launches that `call` would make on a GPU of this kind, and the numbers of the table's rules that it asks.
+    """Record the launches that `call` makes on a target, and the indices of the tuning table's rules that it selects.
 
-    candidate: of each rule, or the last one where a rule has fewer.
+    Args:
+        call: Calls a launcher.
+        target: A key of `TARGETS`.
+        candidate: Index of the candidate of each rule; the last one if a rule has fewer.
     """
     launches, rules = [], set()
     table = tuning.find_candidates
@@ -359,27 +364,27 @@ def record_launches(call: Callable[[], object], target: str, candidate: int) -> 
 
 
 def build_source(launch: Launch) -> ASTSource:
-    """What Triton's just-in-time compiler makes of these arguments: ones and None are constants, pointers are aligned
-    to 16 bytes as PyTorch's are, and integers that 16 divides are known to be so."""
+    """Build the source as Triton's just-in-time compiler does for these arguments: 1 and None become constants,
+    pointers are 16-byte aligned like PyTorch's, and integers divisible by 16 are marked as such."""
     constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     signature, constexprs, attributes = {}, {}, {}
     for index, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments[name]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if name in constants or value is None or (whole and value == 1):
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if name in constants or value is None or (is_integer and value == 1):
             signature[name], constexprs[name] = "constexpr", value
             continue
         if isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{mangle_type(value.base)[1:]}{value.block_shape}>"
             continue
         signature[name] = mangle_type(value)
-        if isinstance(value, torch.Tensor) or (whole and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (is_integer and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
 def inspect_code(launch: Launch, target: Target) -> dict[str, int]:
-    """Compile, and read resources and instructions from the machine code."""
+    """Compile a launch, and read resources and instruction counts from the machine code."""
     compiled = triton.compile(build_source(launch), target=target.gpu, options=launch.options)
     warps = compiled.metadata.num_warps
     result = {"warps": warps, "shared_memory": compiled.metadata.shared}
@@ -410,13 +415,13 @@ def inspect_code(launch: Launch, target: Target) -> dict[str, int]:
 
 
 def inspect_amd(code: str) -> dict[str, int]:
-    def field(name: str) -> int:
+    def read_field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", code).group(1))
 
     return {
-        "registers": field("vgpr_count"),
-        "spill_bytes": field("private_segment_fixed_size"),
-        "spill_instructions": field("vgpr_spill_count"),
+        "registers": read_field("vgpr_count"),
+        "spill_bytes": read_field("private_segment_fixed_size"),
+        "spill_instructions": read_field("vgpr_spill_count"),
         "loads": count_matches(r"\b(global|buffer)_load", code),
         "loads_128": count_matches(r"\b(global|buffer)_load_dwordx4", code),
         "stores": count_matches(r"\b(global|buffer)_store", code),
@@ -427,7 +432,7 @@ def inspect_amd(code: str) -> dict[str, int]:
 
 
 def count_blocks_per_multiprocessor(target: Target, warps: int, registers: int, shared_memory: int) -> int:
-    """65,536 registers, given out by 256 to a warp; a block's shared memory costs 1 KiB more than it asks for."""
+    """Registers (65,536) are allocated to warps in units of 256; each block needs another 1 KiB of shared memory."""
     registers_per_warp = -(-registers * 32 // 256) * 256
     return min(
         65536 // registers_per_warp // warps,
@@ -446,9 +451,17 @@ def run_tool(name: str, *arguments: str) -> str:
 
 
 def compile_all(operations: list[str], target: str, quick: bool) -> tuple[list[dict[str, object]], set[int]]:
-    """One row of results for each kernel, case and candidate, and the numbers of the tuning table's rules that were
-    asked for. Launches that compile to the same code are not repeated. quick: a candidate that is not the first of its
-    rule is compiled for one case only."""
+    """Compile the cases of these operations for one target.
+
+    Args:
+        operations: Keys of `CASES`.
+        target: A key of `TARGETS`.
+        quick: Compile fewer cases, and each further candidate of a rule for one case only.
+
+    Returns:
+        One row for each kernel, case and candidate, without launches that compile to the same code, and the indices of
+        the tuning table's rules that were selected.
+    """
     rows, tried, seen = [], set(), set()
     cases = [case for name in operations if name not in EXCLUDED_CASES.get(target, ()) for case in CASES[name](quick)]
     for candidate in range(max(len(rule.candidates) for rule in tuning.TABLE)):
@@ -465,7 +478,7 @@ def compile_all(operations: list[str], target: str, quick: bool) -> tuple[list[d
                 seen.add(key)
                 row = {"kernel": launch.kernel.__name__, "case": label, "candidate": candidate, "target": target}
                 row |= inspect_code(launch, TARGETS[target])
-                if "COLS" in launch.arguments:  # elementwise: what bounds it is instructions or memory
+                if "COLS" in launch.arguments:  # elementwise: bound by instructions or by memory
                     elements = launch.arguments["ROWS"] * launch.arguments["COLS"]
                     threads = row["warps"] * TARGETS[target].gpu.warp_size
                     row["instructions_per_element"] = round(row["instructions"] * threads / elements, 1)
@@ -486,10 +499,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kernels", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="the cases of CI, not all")
+    parser.add_argument("--quick", action="store_true", help="only the cases of the CI run")
     version = ".".join(triton.__version__.split(".")[:2])
     folder = Path(f"benchmarks/results/compile/triton-{version}")
-    parser.add_argument("--output", type=Path, default=folder, help="folder to write to")
+    parser.add_argument("--output", type=Path, default=folder, help="folder for the reports")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for target in options.targets:
