@@ -1,4 +1,4 @@
-"""The feed-forward as one operation: as exact as PyTorch's chain against float64, and what it keeps for backward."""
+"""The fused feed-forward: errors against float64 are no larger than PyTorch's, and less is saved for backward."""
 
 from functools import partial
 from unittest import mock
@@ -34,12 +34,12 @@ from fastvit.kernels.feed_forward import add_layer_norm_feed_forward, feed_forwa
 from fastvit.kernels.layer_norm_linear import layer_norm_linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-EVERY_WAY = pytest.mark.parametrize("way", VARIANTS)
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 KINDS = pytest.mark.parametrize("kind", ["alone", "add"])
 
 
-def inputs_of(*shape, units, kind="add", dtype=torch.float32, residual_dtype=None, bias=True, scale=1.0, shift=0.0):
-    """Named inputs with random affine weights; pre-activations are about as large as a trained model's."""
+def make_inputs(*shape, units, kind="add", dtype=torch.float32, residual_dtype=None, bias=True, scale=1.0, shift=0.0):
+    """Return inputs by name. Affine weights are random; pre-activations are about as large as in a trained model."""
     dim = shape[-1]
     norm_dtype = residual_dtype or dtype
     inputs = {"x": randn(*shape, dtype=dtype, seed=1, scale=scale, shift=shift)}
@@ -56,13 +56,13 @@ def inputs_of(*shape, units, kind="add", dtype=torch.float32, residual_dtype=Non
     }
 
 
-def ours(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **others):
+def run_kernels(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **others):
     if norm_weight is None:
         return feed_forward(x, **others, activation=activation)
     return add_layer_norm_feed_forward(x, residual, norm_weight, norm_bias, EPS, **others, activation=activation)
 
 
-def pytorch(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **layers):
+def run_reference(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu", **layers):
     summed = x if residual is None else x + residual
     normed = summed
     if norm_weight is not None:
@@ -74,40 +74,42 @@ def pytorch(x, residual=None, norm_weight=None, norm_bias=None, activation="gelu
 
 
 @KINDS
-def test_the_definitions_of_the_reference_are_what_is_tested_against(kind):
-    inputs = inputs_of(2, 3, 24, units=40, kind=kind)
+def test_local_baseline_matches_reference(kind):
+    inputs = make_inputs(2, 3, 24, units=40, kind=kind)
     function = {
         "alone": reference.feed_forward,
         "add": partial(reference.add_layer_norm_feed_forward, eps=EPS),
     }[kind]
-    torch.testing.assert_close(function(**inputs, activation="quick_gelu"), pytorch(**inputs, activation="quick_gelu"))
+    torch.testing.assert_close(
+        function(**inputs, activation="quick_gelu"), run_reference(**inputs, activation="quick_gelu")
+    )
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @DTYPES
 @KINDS
-def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, kind):
-    with use_variants(way):
-        check(ours, pytorch, inputs_of(2, 17, 48, units=192, kind=kind, dtype=dtype))
+def test_outputs_and_gradients_match_reference(variant, dtype, kind):
+    with use_variants(variant):
+        check(run_kernels, run_reference, make_inputs(2, 17, 48, units=192, kind=kind, dtype=dtype))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize(("tokens", "dim", "units"), [(1, 72, 288), (50, 100, 101), (197, 24, 96), (257, 24, 40)])
-def test_any_number_of_tokens_and_widths(way, tokens, dim, units):
-    with use_variants(way):
-        check(ours, pytorch, inputs_of(1, tokens, dim, units=units, dtype=torch.bfloat16))
+def test_any_number_of_tokens_and_widths(variant, tokens, dim, units):
+    with use_variants(variant):
+        check(run_kernels, run_reference, make_inputs(1, tokens, dim, units=units, dtype=torch.bfloat16))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "quick_gelu"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_every_activation(way, activation, bias):
-    inputs = inputs_of(2, 9, 40, units=72, dtype=torch.bfloat16, bias=bias)
-    with use_variants(way):
-        check(partial(ours, activation=activation), partial(pytorch, activation=activation), inputs)
+def test_every_activation(variant, activation, bias):
+    inputs = make_inputs(2, 9, 40, units=72, dtype=torch.bfloat16, bias=bias)
+    with use_variants(variant):
+        check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize(
     ("dtype", "scale", "shift"),
     [
@@ -119,38 +121,38 @@ def test_every_activation(way, activation, bias):
         (torch.float16, 1e4, 0.0),
     ],
 )
-def test_shifted_huge_and_tiny_inputs(way, dtype, scale, shift):
-    with use_variants(way):
-        check(ours, pytorch, inputs_of(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
+def test_shifted_huge_and_tiny_inputs(variant, dtype, scale, shift):
+    with use_variants(variant):
+        check(run_kernels, run_reference, make_inputs(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_float32_residual_stream(way, dtype):
-    with use_variants(way):
-        check(ours, pytorch, inputs_of(2, 9, 48, units=40, dtype=dtype, residual_dtype=torch.float32))
+def test_float32_residual_stream_with_half_precision_branch(variant, dtype):
+    with use_variants(variant):
+        check(run_kernels, run_reference, make_inputs(2, 9, 48, units=40, dtype=dtype, residual_dtype=torch.float32))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
-    inputs = inputs_of(3, 40, units=24)
+def test_nan_and_inf_propagate_as_in_pytorch(variant, bad):
+    inputs = make_inputs(3, 40, units=24)
     inputs["x"][1, 7] = bad
-    theirs = compute_results(pytorch, inputs)
-    with use_variants(way):
-        for name, tensor in compute_results(ours, inputs).items():
+    theirs = compute_results(run_reference, inputs)
+    with use_variants(variant):
+        for name, tensor in compute_results(run_kernels, inputs).items():
             assert torch.equal(tensor.isfinite(), theirs[name].isfinite()), name
 
 
 @KINDS
 @pytest.mark.parametrize("view", VIEWS)
-def test_views_give_what_contiguous_tensors_give(kind, view):
-    inputs = inputs_of(3, 5, 24, units=40, kind=kind)
+def test_views_match_contiguous_inputs(kind, view):
+    inputs = make_inputs(3, 5, 24, units=40, kind=kind)
     with use_variants("fused"):
-        expected = compute_results(ours, inputs)
-        assert_same(compute_results(ours, inputs | {"x": make_view(view, inputs["x"])}), expected)
+        expected = compute_results(run_kernels, inputs)
+        assert_same(compute_results(run_kernels, inputs | {"x": make_view(view, inputs["x"])}), expected)
         transposed = {name: inputs[name].t().contiguous().t() for name in ("weight1", "weight2")}
-        assert_close(compute_results(ours, inputs | transposed), expected)
+        assert_close(compute_results(run_kernels, inputs | transposed), expected)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -158,72 +160,78 @@ def test_views_give_what_contiguous_tensors_give(kind, view):
     shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(8, 80)),
     units=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    way=st.sampled_from(sorted(VARIANTS)),
+    variant=st.sampled_from(sorted(VARIANTS)),
     kind=st.sampled_from(["alone", "add"]),
     bias=st.booleans(),
 )
-def test_any_shape_and_dtype(shape, units, dtype, way, kind, bias):
-    with use_variants(way):
-        check(ours, pytorch, inputs_of(*shape, units=units, kind=kind, dtype=dtype, bias=bias), slack=4)
+def test_any_shape_and_dtype(shape, units, dtype, variant, kind, bias):
+    with use_variants(variant):
+        check(run_kernels, run_reference, make_inputs(*shape, units=units, kind=kind, dtype=dtype, bias=bias), slack=4)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @KINDS
-def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, kind):
-    inputs = inputs_of(0, 5, 24, units=40, kind=kind)
-    with use_variants(way):
-        found = compute_results(ours, inputs)
+def test_empty_batch_returns_empty_outputs_and_zero_weight_gradients(variant, kind):
+    inputs = make_inputs(0, 5, 24, units=40, kind=kind)
+    with use_variants(variant):
+        found = compute_results(run_kernels, inputs)
     assert found["grad x"].shape == (0, 5, 24)
     for name in inputs:
         if name not in ("x", "residual"):
             assert torch.equal(found[f"grad {name}"], torch.zeros_like(inputs[name])), name
 
 
-@EVERY_WAY
-def test_two_runs_give_the_same_bits_with_and_without_gradients(way):
-    inputs = inputs_of(5, 23, 48, units=72, dtype=torch.bfloat16)
-    with use_variants(way):
-        first = compute_results(ours, inputs)
-        assert_same(first, compute_results(ours, inputs))
+@EACH_VARIANT
+def test_results_are_deterministic_with_and_without_gradients(variant):
+    inputs = make_inputs(5, 23, 48, units=72, dtype=torch.bfloat16)
+    with use_variants(variant):
+        first = compute_results(run_kernels, inputs)
+        assert_same(first, compute_results(run_kernels, inputs))
         with torch.no_grad():
-            alone = compute_results(ours, inputs, grads_for=())
+            alone = compute_results(run_kernels, inputs, grads_for=())
     assert_same(alone, {name: first[name] for name in alone})
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("unused", [0, 1])
-def test_gradients_where_only_one_output_is_used(way, unused):
-    inputs = inputs_of(2, 9, 48, units=40)
-    with use_variants(way):
-        check(ours, pytorch, inputs, unused=(unused,), grads_for=tuple(inputs) if unused == 0 else ("x", "residual"))
+def test_gradients_with_one_unused_output_match_reference(variant, unused):
+    inputs = make_inputs(2, 9, 48, units=40)
+    with use_variants(variant):
+        check(
+            run_kernels,
+            run_reference,
+            inputs,
+            unused=(unused,),
+            grads_for=tuple(inputs) if unused == 0 else ("x", "residual"),
+        )
 
 
 @pytest.mark.parametrize(
-    ("kind", "wanted"),
+    ("kind", "requested"),
     [
         *(("alone", name) for name in ("x", "weight1", "bias1", "weight2", "bias2")),
         *(("add", name) for name in ("x", "residual", "norm_weight", "norm_bias", "weight1", "weight2")),
     ],
 )
-def test_each_gradient_alone_is_what_it_is_among_the_others(kind, wanted):
-    inputs = inputs_of(2, 9, 48, units=40, kind=kind)
-    every, alone = compute_results(ours, inputs), compute_results(ours, inputs, grads_for=(wanted,))
-    assert {name for name in alone if name.startswith("grad")} == {f"grad {wanted}"}
+def test_single_gradients_match_full_backward(kind, requested):
+    inputs = make_inputs(2, 9, 48, units=40, kind=kind)
+    every, alone = compute_results(run_kernels, inputs), compute_results(run_kernels, inputs, grads_for=(requested,))
+    assert {name for name in alone if name.startswith("grad")} == {f"grad {requested}"}
     assert_same(alone, {name: every[name] for name in alone})
 
 
 @KINDS
 def test_opcheck(kind):
-    inputs = inputs_of(2, 3, 16, units=24, kind=kind)
+    inputs = make_inputs(2, 3, 16, units=24, kind=kind)
     x, residual, norm_weight, norm_bias = (inputs.get(n) for n in ("x", "residual", "norm_weight", "norm_bias"))
     weight1, bias1, weight2, bias2 = (inputs[name] for name in ("weight1", "bias1", "weight2", "bias2"))
     statistics = randn(2, 6) if norm_weight is not None else randn(0)
-    for wanted in ([True] * 6, [False, False, True, False, True, True], [True, False, False, True, False, False]):
+    for requested in ([True] * 6, [False, False, True, False, True, True], [True, False, False, True, False, False]):
         torch.library.opcheck(
             kernels._feed_forward_backward,
             (
                 randn(2, 3, 16), x if residual is not None else None, x, statistics, randn(6, 24), norm_weight,
-                norm_bias, weight1, weight2, EPS, "gelu", torch.float32, torch.float32, wanted, 0,
+                norm_bias, weight1, weight2, EPS, "gelu", torch.float32, torch.float32, requested, 0,
             ),
         )  # fmt: skip
     for tensor in inputs.values():
@@ -233,40 +241,40 @@ def test_opcheck(kind):
     torch.library.opcheck(kernels._feed_forward, inputs)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @KINDS
-def test_compiled_without_a_graph_break(way, kind):
+def test_compiles_without_graph_breaks(variant, kind):
     torch._dynamo.reset()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    with use_variants(way):
+    compiled = torch.compile(run_kernels, fullgraph=True, backend="aot_eager")
+    with use_variants(variant):
         for batch in (2, 3):  # the second has a dynamic shape
-            inputs = inputs_of(batch, 3, 16, units=24, kind=kind)
-            assert_close(compute_results(compiled, inputs), compute_results(ours, inputs))
+            inputs = make_inputs(batch, 3, 16, units=24, kind=kind)
+            assert_close(compute_results(compiled, inputs), compute_results(run_kernels, inputs))
 
 
-def test_activation_checkpointing():
-    inputs = inputs_of(2, 3, 16, units=24)
+def test_activation_checkpointing_matches_plain_backward():
+    inputs = make_inputs(2, 3, 16, units=24)
 
-    def again(**named):
+    def run_checkpointed(**named):
         return checkpoint(
-            lambda *tensors: ours(**dict(zip(named, tensors, strict=True))), *named.values(), use_reentrant=False
+            lambda *tensors: run_kernels(**dict(zip(named, tensors, strict=True))), *named.values(), use_reentrant=False
         )
 
-    assert_same(compute_results(again, inputs), compute_results(ours, inputs))
+    assert_same(compute_results(run_checkpointed, inputs), compute_results(run_kernels, inputs))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["", "grad"])
-def test_export_with_any_batch_size(grad):
+def test_exports_with_dynamic_batch_size(grad):
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            inputs = inputs_of(2, 3, 16, units=24)
+            inputs = make_inputs(2, 3, 16, units=24)
             self.names = [name for name in inputs if name not in ("x", "residual")]
             for name in self.names:
                 self.register_parameter(name, torch.nn.Parameter(inputs[name]))
 
         def forward(self, x, residual):
-            return ours(x, residual, **{name: getattr(self, name) for name in self.names})
+            return run_kernels(x, residual, **{name: getattr(self, name) for name in self.names})
 
     block, batch = Block(), {0: torch.export.Dim("batch", min=2, max=64)}
     example = (randn(2, 3, 16), randn(2, 3, 16, seed=1))
@@ -277,33 +285,33 @@ def test_export_with_any_batch_size(grad):
         assert torch.equal(found, expected)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @KINDS
-def test_autocast_casts_the_weights_like_a_linear_layers(way, kind):
-    inputs = inputs_of(2, 9, 48, units=40, kind=kind)
+def test_autocast_casts_weights_as_in_a_linear_layer(variant, kind):
+    inputs = make_inputs(2, 9, 48, units=40, kind=kind)
     layers = ("weight1", "bias1", "weight2", "bias2")
 
     def autocast(**named):
         with torch.autocast(DEVICE, torch.bfloat16):
-            return ours(**named)
+            return run_kernels(**named)
 
-    def cast(**named):  # what autocast makes of the chain on a GPU, where LayerNorm stays float32
+    def cast(**named):  # as autocast casts on a GPU, where LayerNorm stays in float32
         halves = layers if kind != "alone" else ("x", *layers)
         if named["x"].dtype == torch.float32:
             named |= {name: named[name].bfloat16() for name in halves}
-        return pytorch(**named)
+        return run_reference(**named)
 
-    with use_variants(way):
+    with use_variants(variant):
         found = compute_results(autocast, inputs)
         assert found["grad weight1"].dtype == found["grad bias2"].dtype == torch.float32
         check(autocast, cast, inputs)
 
 
-@EVERY_WAY
-def test_backward_under_autocast_computes_in_the_dtypes_of_forward(way):
-    inputs = {name: tensor.requires_grad_() for name, tensor in inputs_of(2, 9, 48, units=40).items()}
-    with use_variants(way):
-        summed, out = ours(**inputs)
+@EACH_VARIANT
+def test_backward_under_autocast_uses_the_dtypes_of_forward(variant):
+    inputs = {name: tensor.requires_grad_() for name, tensor in make_inputs(2, 9, 48, units=40).items()}
+    with use_variants(variant):
+        summed, out = run_kernels(**inputs)
         outside = torch.autograd.grad(summed.sum() + out.sum(), list(inputs.values()), retain_graph=True)
         with torch.autocast(DEVICE, torch.bfloat16):
             inside = torch.autograd.grad(summed.sum() + out.sum(), list(inputs.values()))
@@ -311,23 +319,23 @@ def test_backward_under_autocast_computes_in_the_dtypes_of_forward(way):
         assert torch.equal(first, second)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("kind", ["add", "alone"])
-def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, kind):
+def test_only_sum_statistics_and_pre_activation_are_saved_for_backward(variant, kind):
     rows, dim, units = 2 * 9, 48, 192
-    inputs = inputs_of(2, 9, dim, units=units, kind=kind, dtype=torch.bfloat16)
-    with use_variants(way):
-        kept = count_saved_bytes(ours, inputs)
+    inputs = make_inputs(2, 9, dim, units=units, kind=kind, dtype=torch.bfloat16)
+    with use_variants(variant):
+        saved_bytes = count_saved_bytes(run_kernels, inputs)
     expected = {"add": 2 * rows * dim + 8 * rows, "alone": 0}[kind] + 2 * rows * units
-    assert kept == expected
-    if kind == "add":  # PyTorch keeps the normalised rows and the activation too; its statistics may be smaller
-        assert count_saved_bytes(pytorch, inputs) - kept >= 2 * rows * dim + 2 * rows * units - 8 * rows
+    assert saved_bytes == expected
+    if kind == "add":  # PyTorch also saves the normalised rows and the activation; its statistics may be smaller
+        assert count_saved_bytes(run_reference, inputs) - saved_bytes >= 2 * rows * dim + 2 * rows * units - 8 * rows
 
 
-def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
-    """Two blocks less one: residual', query, key, value and attention's output, residual', the pre-activation."""
+def test_block_saves_ten_widths_per_token_and_pytorch_sixteen():
+    """Two blocks minus one block: residual', query, key, value, attention output, residual', pre-activation."""
     batch, tokens, dim = 2, 17, 48
-    parameters = inputs_of(batch, tokens, dim, units=4 * dim, dtype=torch.bfloat16)
+    parameters = make_inputs(batch, tokens, dim, units=4 * dim, dtype=torch.bfloat16)
     x, _ = parameters.pop("x"), parameters.pop("residual")
     packed = {"weight": randn(3 * dim, dim, dtype=torch.bfloat16), "bias": randn(3 * dim, dtype=torch.bfloat16)}
 
@@ -337,30 +345,30 @@ def test_a_block_keeps_ten_widths_a_token_where_pytorch_keeps_sixteen():
 
     def our_block(x, weight, bias, norm_weight, norm_bias, **layers):
         qkv = layer_norm_linear(x, norm_weight, norm_bias, EPS, weight, bias)
-        summed, out = ours(attend(qkv), x, norm_weight, norm_bias, **layers)
+        summed, out = run_kernels(attend(qkv), x, norm_weight, norm_bias, **layers)
         return summed + out
 
     def their_block(x, weight, bias, norm_weight, norm_bias, **layers):
         normed = reference.layer_norm(x, norm_weight, norm_bias, EPS)
         qkv = torch.nn.functional.linear(normed, weight, bias)
-        summed, out = pytorch(attend(qkv), x, norm_weight, norm_bias, **layers)
+        summed, out = run_reference(attend(qkv), x, norm_weight, norm_bias, **layers)
         return summed + out
 
-    def widths(block):
+    def count_saved_widths(block):
         one = count_saved_bytes(block, {"x": x} | packed | parameters)
         two = count_saved_bytes(lambda x, **rest: block(block(x, **rest), **rest), {"x": x} | packed | parameters)
         return (two - one) / (batch * tokens * dim * x.itemsize)
 
-    small = 0.5  # a few numbers a row: the norms' mean and rstd, the softmax's sums
-    assert 10 <= widths(our_block) < 10 + small
-    assert 16 <= widths(their_block) < 16 + small
+    small = 0.5  # a few numbers per row: mean and rstd of the norms, the softmax sums
+    assert 10 <= count_saved_widths(our_block) < 10 + small
+    assert 16 <= count_saved_widths(their_block) < 16 + small
 
 
-def test_without_gradients_nothing_is_kept():
-    inputs = inputs_of(2, 9, 48, units=192)
+def test_nothing_is_saved_without_gradients():
+    inputs = make_inputs(2, 9, 48, units=192)
     tensors = {name: tensor.requires_grad_() for name, tensor in inputs.items()}
     with torch.no_grad():
-        assert not any(output.requires_grad for output in ours(**tensors))
+        assert not any(output.requires_grad for output in run_kernels(**tensors))
     layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
     _, statistics, pre, _ = kernels._feed_forward(inputs["x"], None, None, None, 0.0, *layers, "gelu", False, 0)
     assert pre.numel() == statistics.numel() == 0
@@ -383,19 +391,19 @@ def test_without_gradients_nothing_is_kept():
         ({"activation": "relu"}, "activation: expected one of gelu.*got 'relu'"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_launched(changes, message, monkeypatch):
+def test_invalid_input_raises_before_launch(changes, message, monkeypatch):
     monkeypatch.setattr(kernels, "_feed_forward", None)
-    inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16, units=24).items()}
+    inputs = {name: tensor.cpu() for name, tensor in make_inputs(2, 3, 16, units=24).items()}
     with pytest.raises(ValueError, match=message):
-        ours(**(inputs | changes))
+        run_kernels(**(inputs | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "quick_gelu"])
 @KINDS
-def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, activation, kind):
+def test_fallbacks_match_launchers(dtype, activation, kind):
     residual_dtype = torch.float32 if kind == "add" else None
-    inputs = inputs_of(3, 5, 24, units=40, kind=kind, dtype=dtype, residual_dtype=residual_dtype)
+    inputs = make_inputs(3, 5, 24, units=40, kind=kind, dtype=dtype, residual_dtype=residual_dtype)
     norm = (inputs.get("norm_weight"), inputs.get("norm_bias"))
     layers = [inputs[name] for name in ("weight1", "bias1", "weight2", "bias2")]
     arguments = (inputs["x"], inputs.get("residual"), *norm, EPS, *layers, activation, True, 0)
@@ -406,37 +414,37 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, activation, kin
     grad_out = randn(*out.shape, dtype=dtype, seed=10).mul(0.1)
     saved = (grad_sum, rows, statistics, pre, *norm, layers[0], layers[2], EPS, activation, dtype, rows.dtype)
     some = [False, kind == "add", True, True, False, True]
-    for wanted in ([True] * 6, [True, False, False, False, True, False], some):
-        backward = (grad_out, *saved, wanted, 0)
+    for requested in ([True] * 6, [True, False, False, False, True, False], some):
+        backward = (grad_out, *saved, requested, 0)
         assert_equivalent(kernels._backward_fallback(*backward), kernels._feed_forward_backward(*backward))
 
 
 @KINDS
-def test_the_fallback_takes_over(kind, monkeypatch):
+def test_fallback_replaces_failing_kernels(kind, monkeypatch):
     monkeypatch.setattr(operators, "FALLBACK_DEVICES", (DEVICE,))
     monkeypatch.setattr(operators, "failures", {})
     for name in ("launch_forward", "launch_backward"):
         monkeypatch.setattr(linear, name, mock.Mock(side_effect=RuntimeError("no such instruction")))
-    check(ours, pytorch, inputs_of(2, 9, 40, units=24, kind=kind))
+    check(run_kernels, run_reference, make_inputs(2, 9, 40, units=24, kind=kind))
     assert [failure.operator for failure in operators.failures.values()] == ["feed_forward", "feed_forward_backward"]
 
 
 @KINDS
 @pytest.mark.parametrize("candidate", [0, 1, 2])
-def test_the_candidate_says_how_both_products_are_computed(kind, candidate):
-    ways = tuple(VARIANTS)
-    inputs = inputs_of(2, 9, 48, units=40, kind=kind, dtype=torch.bfloat16)
-    with use_variants(ways[candidate]):
-        expected = compute_results(ours, inputs)
+def test_candidate_selects_both_matmul_kernels(kind, candidate):
+    variants = tuple(VARIANTS)
+    inputs = make_inputs(2, 9, 48, units=40, kind=kind, dtype=torch.bfloat16)
+    with use_variants(variants[candidate]):
+        expected = compute_results(run_kernels, inputs)
     seen = []
 
     def spy(operation, *case):
         seen.append((operation, case[-1]))
-        return candidate_of(operation, *case)
+        return select(operation, *case)
 
-    candidate_of = tuning.select
-    with use_variants(*ways), mock.patch.object(tuning, "select", spy):
-        found = compute_results(partial(ours, candidate=candidate), inputs)
+    select = tuning.select
+    with use_variants(*variants), mock.patch.object(tuning, "select", spy):
+        found = compute_results(partial(run_kernels, candidate=candidate), inputs)
     assert_same(found, expected)
     assert [case for case in seen if case[0].startswith("linear")] == [
         ("linear_forward", candidate),

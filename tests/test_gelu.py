@@ -1,4 +1,4 @@
-"""Bias and activation, alone and behind LayerNorm: as exact as PyTorch's against float64."""
+"""Bias and activation, alone and after LayerNorm: errors against float64 are no larger than PyTorch's."""
 
 from functools import partial
 
@@ -24,74 +24,74 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 ACTIVATIONS = pytest.mark.parametrize("activation", (*FORMULAS, "swiglu"))
 
 
-def ours(x, bias=None, activation="gelu"):
+def run_kernels(x, bias=None, activation="gelu"):
     return swiglu(x, bias) if activation == "swiglu" else bias_gelu(x, bias, activation)
 
 
-def theirs(x, bias=None, activation="gelu"):
+def run_reference(x, bias=None, activation="gelu"):
     if bias is not None:
         bias = bias.to(x.dtype)
     return reference.swiglu(x, bias) if activation == "swiglu" else reference.bias_gelu(x, bias, activation)
 
 
-def norm_ours(x, weight, bias, activation="gelu"):
+def run_norm_kernels(x, weight, bias, activation="gelu"):
     return layer_norm_act(x, weight, bias, EPS, activation)
 
 
-def norm_theirs(x, weight, bias, activation="gelu"):
+def run_norm_reference(x, weight, bias, activation="gelu"):
     return reference.layer_norm_act(x, weight.to(x.dtype), bias.to(x.dtype), EPS, activation)
 
 
-def inputs_of(*shape, dtype=torch.float32, bias_dtype=None, scale=1.0, shift=0.0, bias=True):
+def make_inputs(*shape, dtype=torch.float32, bias_dtype=None, scale=1.0, shift=0.0, bias=True):
     inputs = {"x": randn(*shape, dtype=dtype, seed=1, scale=2 * scale, shift=shift)}
     if bias:
         inputs["bias"] = randn(shape[-1], dtype=bias_dtype or dtype, seed=2, scale=scale)
     return inputs
 
 
-def norm_inputs_of(*shape, dtype=torch.float32, weight_dtype=None, **options):
-    inputs = inputs_of(*shape, dtype=dtype, bias_dtype=weight_dtype, **options)
+def make_norm_inputs(*shape, dtype=torch.float32, weight_dtype=None, **options):
+    inputs = make_inputs(*shape, dtype=dtype, bias_dtype=weight_dtype, **options)
     return inputs | {"weight": randn(shape[-1], dtype=weight_dtype or dtype, seed=3, scale=0.5, shift=1.0)}
 
 
 @DTYPES
 @ACTIVATIONS
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_outputs_and_gradients_are_as_exact_as_pytorchs(dtype, activation, bias):
+def test_outputs_and_gradients_match_reference(dtype, activation, bias):
     for dim in (2, 100, 384):
         check(
-            partial(ours, activation=activation),
-            partial(theirs, activation=activation),
-            inputs_of(3, 17, dim, dtype=dtype, bias=bias),
+            partial(run_kernels, activation=activation),
+            partial(run_reference, activation=activation),
+            make_inputs(3, 17, dim, dtype=dtype, bias=bias),
         )
 
 
 @DTYPES
 @pytest.mark.parametrize("activation", FORMULAS)
 @pytest.mark.parametrize("dim", [1, 5, 72, 300, 768])
-def test_layer_norm_with_an_activation_is_as_exact_as_pytorchs(dtype, activation, dim):
+def test_layer_norm_act_matches_reference(dtype, activation, dim):
     check(
-        partial(norm_ours, activation=activation),
-        partial(norm_theirs, activation=activation),
-        norm_inputs_of(2, 17, dim, dtype=dtype),
+        partial(run_norm_kernels, activation=activation),
+        partial(run_norm_reference, activation=activation),
+        make_norm_inputs(2, 17, dim, dtype=dtype),
     )
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 197, 257])
 def test_any_number_of_tokens(tokens):
-    check(ours, theirs, inputs_of(1, tokens, 24, dtype=torch.bfloat16))
-    check(norm_ours, norm_theirs, norm_inputs_of(1, tokens, 24, dtype=torch.bfloat16))
+    check(run_kernels, run_reference, make_inputs(1, tokens, 24, dtype=torch.bfloat16))
+    check(run_norm_kernels, run_norm_reference, make_norm_inputs(1, tokens, 24, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 2, 6), (1, 1, 2)])
 def test_any_number_of_dimensions(shape):
-    check(ours, theirs, inputs_of(*shape))
-    check(partial(ours, activation="swiglu"), partial(theirs, activation="swiglu"), inputs_of(*shape))
-    check(norm_ours, norm_theirs, norm_inputs_of(*shape))
+    check(run_kernels, run_reference, make_inputs(*shape))
+    check(partial(run_kernels, activation="swiglu"), partial(run_reference, activation="swiglu"), make_inputs(*shape))
+    check(run_norm_kernels, run_norm_reference, make_norm_inputs(*shape))
 
 
-def test_the_widest_rows():
-    check(norm_ours, norm_theirs, norm_inputs_of(3, layer_norm.MAX_DIM, dtype=torch.bfloat16))
+def test_widest_supported_rows_match_reference():
+    check(run_norm_kernels, run_norm_reference, make_norm_inputs(3, layer_norm.MAX_DIM, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,8 @@ def test_the_widest_rows():
     [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)],
 )
 def test_mixed_dtypes(dtype, bias_dtype):
-    check(ours, theirs, inputs_of(2, 9, 48, dtype=dtype, bias_dtype=bias_dtype))
-    check(norm_ours, norm_theirs, norm_inputs_of(2, 9, 48, dtype=dtype, weight_dtype=bias_dtype))
+    check(run_kernels, run_reference, make_inputs(2, 9, 48, dtype=dtype, bias_dtype=bias_dtype))
+    check(run_norm_kernels, run_norm_reference, make_norm_inputs(2, 9, 48, dtype=dtype, weight_dtype=bias_dtype))
 
 
 @ACTIVATIONS
@@ -115,29 +115,36 @@ def test_mixed_dtypes(dtype, bias_dtype):
     ],
 )
 def test_huge_and_tiny_values(activation, dtype, scale):
-    inputs = inputs_of(3, 40, dtype=dtype, scale=scale)
-    wanted = () if activation == "swiglu" and scale == 100.0 else None  # its gradients pass float16's range
-    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs, grads_for=wanted)
+    inputs = make_inputs(3, 40, dtype=dtype, scale=scale)
+    grads_for = () if activation == "swiglu" and scale == 100.0 else None  # its gradients exceed float16's range
+    check(
+        partial(run_kernels, activation=activation),
+        partial(run_reference, activation=activation),
+        inputs,
+        grads_for=grads_for,
+    )
 
 
 @pytest.mark.parametrize("activation", FORMULAS)
-def test_the_whole_range_of_values(activation):
-    """Outputs and derivatives at every magnitude, with no sum over rows that could hide a bad one."""
+def test_activations_match_reference_at_every_magnitude(activation):
+    """Single columns, because a sum over rows could hide a bad element."""
     inputs = {"x": torch.linspace(-12, 12, 4001, device=DEVICE)[:, None]}
-    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs)
+    check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs)
 
 
-def units_in_the_last_place(result, exact, dtype):
-    """The error of float32 results in units of the half type that they are going to be rounded to."""
+def compute_ulp_error(result, exact, dtype):
+    """Return the error of float32 results in units in the last place of the half-precision `dtype`."""
     digits, smallest = (8, -126) if dtype == torch.bfloat16 else (11, -14)
     exponent = torch.frexp(exact)[1].clamp(min=smallest + 1)
     return (result.double() - exact).abs() / torch.ldexp(torch.ones_like(exact), exponent - digits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_gelu_of_every_half_precision_number_is_exact_to_a_fraction_of_its_last_place(dtype):
-    """Before rounding, value and derivative are within 0.08 units in the last place (0.5 would round to a neighbour),
-    at all finite numbers: also where GELU itself is near 1e-38, and beside the zero of its derivative."""
+def test_gelu_of_every_half_precision_number_is_within_a_tenth_of_an_ulp(dtype):
+    """Before rounding, value and derivative are within 0.08 units in the last place at all finite numbers.
+
+    This includes results near 1e-38 and arguments near the zero of the derivative.
+    """
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     x = x[x.isfinite()]
     values, slopes = (torch.full(x.shape, torch.nan, device=DEVICE) for _ in range(2))
@@ -147,11 +154,11 @@ def test_gelu_of_every_half_precision_number_is_exact_to_a_fraction_of_its_last_
     cdf = torch.special.log_ndtr(exact_x).exp()
     density = (-exact_x.square() / 2).exp() / (2 * torch.pi) ** 0.5
     for found, exact in ((values, exact_x * cdf), (slopes, cdf + exact_x * density)):
-        error = units_in_the_last_place(found.cpu(), exact, dtype)
+        error = compute_ulp_error(found.cpu(), exact, dtype)
         assert error.max() < 0.08, (x[error.argmax()], error.max())
     y = torch.randn_like(values)
     _gelu[(triton.cdiv(len(x), 4096),)](padded, y, len(x), BLOCK=4096)
-    assert torch.equal(y, values)  # forward alone gives the same bits
+    assert torch.equal(y, values)  # the forward kernel is bitwise equal
 
 
 @triton.jit
@@ -174,30 +181,30 @@ def _gelu_with_slope(x_ptr, y_ptr, slope_ptr, size, BLOCK: tl.constexpr):
     ("dtype", "scale", "shift"),
     [(torch.float32, 1e15, 0.0), (torch.bfloat16, 1e-15, 0.0), (torch.bfloat16, 1.0, 20.0), (torch.float16, 1.0, 20.0)],
 )
-def test_layer_norm_of_huge_tiny_and_shifted_values(dtype, scale, shift):
-    inputs = norm_inputs_of(2, 17, 96, dtype=dtype, shift=shift)
+def test_layer_norm_act_of_huge_tiny_and_shifted_values(dtype, scale, shift):
+    inputs = make_norm_inputs(2, 17, 96, dtype=dtype, shift=shift)
     inputs["x"] *= scale
-    check(norm_ours, norm_theirs, inputs)
+    check(run_norm_kernels, run_norm_reference, inputs)
 
 
 @ACTIVATIONS
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_spread_as_in_pytorch(activation, bad):
-    inputs = inputs_of(3, 40)
+def test_nan_and_inf_propagate_as_in_pytorch(activation, bad):
+    inputs = make_inputs(3, 40)
     inputs["x"][1, 7] = bad
-    expected = compute_results(partial(theirs, activation=activation), inputs)
-    for name, tensor in compute_results(partial(ours, activation=activation), inputs).items():
+    expected = compute_results(partial(run_reference, activation=activation), inputs)
+    for name, tensor in compute_results(partial(run_kernels, activation=activation), inputs).items():
         assert torch.equal(tensor.isfinite(), expected[name].isfinite()), name
     if activation != "swiglu":
-        inputs = norm_inputs_of(3, 40)
+        inputs = make_norm_inputs(3, 40)
         inputs["x"][1, 7] = bad
-        expected = compute_results(partial(norm_theirs, activation=activation), inputs)
-        for name, tensor in compute_results(partial(norm_ours, activation=activation), inputs).items():
+        expected = compute_results(partial(run_norm_reference, activation=activation), inputs)
+        for name, tensor in compute_results(partial(run_norm_kernels, activation=activation), inputs).items():
             assert torch.equal(tensor.isnan(), expected[name].isnan()), name
 
 
-def views_of(tensor):
-    """Views that are not contiguous, of the same numbers as tensor [B, N, D]."""
+def make_views(tensor):
+    """Yield non-contiguous views with the values of `tensor` [B, N, D]."""
     batch, tokens, dim = tensor.shape
     large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
     for view in (
@@ -212,26 +219,26 @@ def views_of(tensor):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_views_give_what_contiguous_tensors_give(activation):
-    inputs = inputs_of(3, 5, 24)
-    expected = compute_results(partial(ours, activation=activation), inputs)
-    for view in views_of(inputs["x"]):
-        assert_same(compute_results(partial(ours, activation=activation), inputs | {"x": view}), expected)
+def test_views_match_contiguous_inputs(activation):
+    inputs = make_inputs(3, 5, 24)
+    expected = compute_results(partial(run_kernels, activation=activation), inputs)
+    for view in make_views(inputs["x"]):
+        assert_same(compute_results(partial(run_kernels, activation=activation), inputs | {"x": view}), expected)
 
 
-def test_layer_norm_of_views():
-    inputs = norm_inputs_of(3, 5, 24)
-    expected = compute_results(norm_ours, inputs)
-    for view in views_of(inputs["x"]):
-        assert_same(compute_results(norm_ours, inputs | {"x": view}), expected)
+def test_layer_norm_act_of_views_matches_contiguous_inputs():
+    inputs = make_norm_inputs(3, 5, 24)
+    expected = compute_results(run_norm_kernels, inputs)
+    for view in make_views(inputs["x"]):
+        assert_same(compute_results(run_norm_kernels, inputs | {"x": view}), expected)
 
 
-def test_expanded_gradients():
-    for function, inputs in ((ours, inputs_of(2, 3, 16)), (norm_ours, norm_inputs_of(2, 3, 16))):
+def test_expanded_output_gradients_match_contiguous():
+    for function, inputs in ((run_kernels, make_inputs(2, 3, 16)), (run_norm_kernels, make_norm_inputs(2, 3, 16))):
         grads = []
         for one in (torch.ones((), device=DEVICE).expand(2, 3, 16), torch.ones(2, 3, 16, device=DEVICE)):
-            given = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-            grads.append(torch.autograd.grad(function(**given), list(given.values()), one))
+            leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+            grads.append(torch.autograd.grad(function(**leaves), list(leaves.values()), one))
         for first, second in zip(*grads, strict=True):
             assert torch.equal(first, second)
 
@@ -247,19 +254,24 @@ def test_expanded_gradients():
 def test_any_shape_and_dtype(shape, dtype, bias_dtype, activation, bias):
     if activation == "swiglu":
         shape = (*shape[:2], 2 * shape[2])
-    inputs = inputs_of(*shape, dtype=dtype, bias_dtype=bias_dtype, bias=bias)
-    check(partial(ours, activation=activation), partial(theirs, activation=activation), inputs, slack=4)
+    inputs = make_inputs(*shape, dtype=dtype, bias_dtype=bias_dtype, bias=bias)
+    check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs, slack=4)
     if activation != "swiglu":
-        inputs = norm_inputs_of(*shape, dtype=dtype, weight_dtype=bias_dtype)
-        check(partial(norm_ours, activation=activation), partial(norm_theirs, activation=activation), inputs, slack=4)
+        inputs = make_norm_inputs(*shape, dtype=dtype, weight_dtype=bias_dtype)
+        check(
+            partial(run_norm_kernels, activation=activation),
+            partial(run_norm_reference, activation=activation),
+            inputs,
+            slack=4,
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
-def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape):
+def test_empty_batch_returns_empty_outputs_and_zero_weight_gradients(shape):
     for function, inputs in (
-        (ours, inputs_of(*shape)),
-        (partial(ours, activation="swiglu"), inputs_of(*shape)),
-        (norm_ours, norm_inputs_of(*shape)),
+        (run_kernels, make_inputs(*shape)),
+        (partial(run_kernels, activation="swiglu"), make_inputs(*shape)),
+        (run_norm_kernels, make_norm_inputs(*shape)),
     ):
         found = compute_results(function, inputs)
         assert found["grad x"].shape == shape
@@ -270,11 +282,11 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(shape):
 
 @DTYPES
 @ACTIVATIONS
-def test_fallbacks_give_what_the_kernels_give(dtype, activation, monkeypatch):
-    """Through the operators, with kernels that fail: below autograd and with the fakes' shapes and dtypes."""
-    calls = [(ours, inputs_of(2, 5, 24, dtype=dtype)), (ours, inputs_of(2, 5, 24, bias=False))]
+def test_fallbacks_match_kernels(dtype, activation, monkeypatch):
+    """The operators run with failing kernels, so autograd and the shapes and dtypes of the fakes are tested too."""
+    calls = [(run_kernels, make_inputs(2, 5, 24, dtype=dtype)), (run_kernels, make_inputs(2, 5, 24, bias=False))]
     if activation != "swiglu":
-        calls.append((norm_ours, norm_inputs_of(2, 5, 24, dtype=dtype)))
+        calls.append((run_norm_kernels, make_norm_inputs(2, 5, 24, dtype=dtype)))
     expected = [compute_results(partial(function, activation=activation), inputs) for function, inputs in calls]
     monkeypatch.setattr(operators, "FALLBACK_DEVICES", ("cpu", "cuda"))
     monkeypatch.setattr(operators, "failures", failures := {})
@@ -287,19 +299,19 @@ def test_fallbacks_give_what_the_kernels_give(dtype, activation, monkeypatch):
     assert len(failures) == 2 * len(calls)
 
 
-def test_two_runs_give_the_same_bits():
+def test_results_are_deterministic():
     for function, inputs in (
-        (ours, inputs_of(5, 23, 300, dtype=torch.bfloat16)),
-        (partial(ours, activation="swiglu"), inputs_of(5, 23, 300, dtype=torch.bfloat16)),
-        (norm_ours, norm_inputs_of(5, 23, 300, dtype=torch.bfloat16)),
+        (run_kernels, make_inputs(5, 23, 300, dtype=torch.bfloat16)),
+        (partial(run_kernels, activation="swiglu"), make_inputs(5, 23, 300, dtype=torch.bfloat16)),
+        (run_norm_kernels, make_norm_inputs(5, 23, 300, dtype=torch.bfloat16)),
     ):
         assert_same(compute_results(function, inputs), compute_results(function, inputs))
 
 
-def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+def test_only_requested_gradients_are_computed(monkeypatch):
     parameter_grads = []
 
-    def spied(launch, index):
+    def record_grads(launch, index):
         def spy(*args, **kwargs):
             grads = launch(*args, **kwargs)
             parameter_grads.append(grads[index])
@@ -307,28 +319,31 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
 
         return spy
 
-    monkeypatch.setattr(kernels, "launch_backward", spied(kernels.launch_backward, 1))
-    monkeypatch.setattr(layer_norm, "_layer_norm_backward", spied(layer_norm._layer_norm_backward, 2))
-    assert set(compute_results(ours, inputs_of(2, 9, 48), grads_for=("x",))) == {"output 0", "grad x"}
-    assert set(compute_results(norm_ours, norm_inputs_of(2, 9, 48), grads_for=("x",))) == {"output 0", "grad x"}
+    monkeypatch.setattr(kernels, "launch_backward", record_grads(kernels.launch_backward, 1))
+    monkeypatch.setattr(layer_norm, "_layer_norm_backward", record_grads(layer_norm._layer_norm_backward, 2))
+    assert set(compute_results(run_kernels, make_inputs(2, 9, 48), grads_for=("x",))) == {"output 0", "grad x"}
+    assert set(compute_results(run_norm_kernels, make_norm_inputs(2, 9, 48), grads_for=("x",))) == {
+        "output 0",
+        "grad x",
+    }
     assert [grads.numel() for grads in parameter_grads] == [0, 0]
 
 
-def test_in_place_and_apart_give_the_same_bits():
-    """As the feed-forward does, which overwrites the pre-activation where nobody needs it and the gradient anyway."""
+def test_in_place_and_out_of_place_are_bitwise_equal():
+    """The feed-forward overwrites the gradient, and the pre-activation if it is not saved for backward."""
     x, grad = randn(40, 72, seed=1), randn(40, 72, seed=2)
-    apart = kernels.launch_forward(x, None, "gelu")
+    expected = kernels.launch_forward(x, None, "gelu")
     grads = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True)
-    over = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True, grad_x=grad)
-    assert over[0].data_ptr() == grad.data_ptr()
-    for first, second in zip(grads, over, strict=True):
+    in_place = kernels.launch_backward(grad, x, None, "gelu", bias_grad=True, with_y=True, grad_x=grad)
+    assert in_place[0].data_ptr() == grad.data_ptr()
+    for first, second in zip(grads, in_place, strict=True):
         assert torch.equal(first, second)
-    assert torch.equal(grads[2], apart)
-    assert torch.equal(kernels.launch_forward(x, None, "gelu", out=x), apart)
+    assert torch.equal(grads[2], expected)
+    assert torch.equal(kernels.launch_forward(x, None, "gelu", out=x), expected)
 
 
-def test_rows_beyond_two_to_the_31_elements_are_found():
-    storage = torch.UntypedStorage(2**32 + 2**12, device=DEVICE)  # memory that nobody touches is not really taken
+def test_rows_beyond_int32_offsets_are_addressed():
+    storage = torch.UntypedStorage(2**32 + 2**12, device=DEVICE)  # untouched pages take no physical memory
     far = torch.empty(0, dtype=torch.float16, device=DEVICE).set_(storage).as_strided((2, 8), (2**31, 1))
     far.copy_(randn(2, 8))
     near = far.contiguous()
@@ -356,28 +371,28 @@ def test_opcheck():
     torch.library.opcheck(layer_norm._layer_norm, (x, None, weight, bias, None, None, EPS, None, "gelu", 0))
 
 
-def neck(x, weight, bias):
+def apply_neck(x, weight, bias):
     return swiglu(bias_gelu(layer_norm_act(x, weight, bias, EPS), bias))
 
 
-def test_compiled_without_a_graph_break():
-    compiled = torch.compile(neck, fullgraph=True, backend="aot_eager")
+def test_compiles_without_graph_breaks():
+    compiled = torch.compile(apply_neck, fullgraph=True, backend="aot_eager")
     for batch in (2, 3):  # the second has a dynamic shape
-        inputs = norm_inputs_of(batch, 3, 16)
-        expected = compute_results(neck, inputs)
+        inputs = make_norm_inputs(batch, 3, 16)
+        expected = compute_results(apply_neck, inputs)
         for name, tensor in compute_results(compiled, inputs).items():
             torch.testing.assert_close(tensor, expected[name])
 
 
-def test_activation_checkpointing():
-    inputs = norm_inputs_of(2, 3, 16)
+def test_activation_checkpointing_matches_plain_backward():
+    inputs = make_norm_inputs(2, 3, 16)
     assert_same(
-        compute_results(lambda x, weight, bias: checkpoint(neck, x, weight, bias, use_reentrant=False), inputs),
-        compute_results(neck, inputs),
+        compute_results(lambda x, weight, bias: checkpoint(apply_neck, x, weight, bias, use_reentrant=False), inputs),
+        compute_results(apply_neck, inputs),
     )
 
 
-def test_export_with_any_batch_size():
+def test_exports_with_dynamic_batch_size():
     class Neck(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -385,7 +400,7 @@ def test_export_with_any_batch_size():
             self.bias = torch.nn.Parameter(randn(16, seed=4))
 
         def forward(self, x):
-            return neck(x, self.weight, self.bias)
+            return apply_neck(x, self.weight, self.bias)
 
     module = Neck()
     shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
@@ -395,10 +410,10 @@ def test_export_with_any_batch_size():
 
 
 def test_autocast_changes_neither_dtype_nor_values():
-    inputs = norm_inputs_of(2, 3, 16)
-    expected = neck(**inputs)
+    inputs = make_norm_inputs(2, 3, 16)
+    expected = apply_neck(**inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
-        found = neck(**inputs)
+        found = apply_neck(**inputs)
     assert torch.equal(found, expected)
 
 
@@ -426,7 +441,7 @@ def test_autocast_changes_neither_dtype_nor_values():
         (layer_norm_act, (torch.zeros(3, 4), torch.zeros(4), torch.zeros(4), EPS, "swiglu"), "activation: expected"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_launched(function, arguments, message, monkeypatch):
+def test_invalid_input_raises_before_launch(function, arguments, message, monkeypatch):
     monkeypatch.setattr(kernels, "_activation", None)
     monkeypatch.setattr(layer_norm, "_layer_norm", None)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""LayerNorm into a linear layer and its activation: as exact as PyTorch's chain, whichever way it runs."""
+"""LayerNorm, linear layer and activation: errors are no larger than PyTorch's, in every variant of the kernels."""
 
 from functools import partial
 from unittest import mock
@@ -33,13 +33,13 @@ from fastvit.kernels import layer_norm_linear as kernels
 from fastvit.kernels.layer_norm_linear import add_layer_norm_linear, layer_norm_gelu, layer_norm_linear
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
-EVERY_WAY = pytest.mark.parametrize("way", VARIANTS)
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def inputs_of(
+def make_inputs(
     *shape, units, dtype=torch.float32, residual_dtype=None, norm_dtype=None, bias=True, add=True, scale=1.0, shift=0.0
 ):
-    """Named inputs with random affine weights; pre-activations are about as large as a trained model's."""
+    """Return inputs by name. Affine weights are random; pre-activations are about as large as in a trained model."""
     dim = shape[-1]
     inputs = {
         "x": randn(*shape, dtype=dtype, seed=1, scale=scale, shift=shift),
@@ -54,19 +54,19 @@ def inputs_of(
     return inputs
 
 
-def norm_of(x, norm_weight, norm_bias, dtype):
-    """LayerNorm itself takes one dtype on CUDA; the linear layer takes one, too."""
+def apply_norm(x, norm_weight, norm_bias, dtype):
+    """LayerNorm with casts, because PyTorch's LayerNorm and linear layer on CUDA accept a single dtype each."""
     return reference.layer_norm(x, norm_weight.to(x.dtype), norm_bias.to(x.dtype), EPS).to(dtype)
 
 
-def pytorch(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None):
+def run_reference(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None):
     summed = x if residual is None else x + residual
-    out = torch.nn.functional.linear(norm_of(summed, norm_weight, norm_bias, weight.dtype), weight, bias)
+    out = torch.nn.functional.linear(apply_norm(summed, norm_weight, norm_bias, weight.dtype), weight, bias)
     out = out if activation is None else reference.ACTIVATIONS[activation](out)
     return out if residual is None else (summed, out)
 
 
-def ours(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None, candidate=0):
+def run_kernels(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None, candidate=0):
     arguments = (norm_weight, norm_bias, EPS, weight, bias)
     if residual is None:
         if activation is None:
@@ -75,52 +75,52 @@ def ours(x, norm_weight, norm_bias, weight, bias, residual=None, activation=None
     if activation is None:
         return add_layer_norm_linear(x, residual, *arguments, candidate=candidate)
     kernels.check_activation(activation)
-    return kernels._apply(x, residual, *arguments, activation, candidate)  # what a feed-forward begins with
+    return kernels._apply(x, residual, *arguments, activation, candidate)  # the first half of a feed-forward
 
 
 def check_activation(activation, inputs, **options):
-    check(partial(ours, activation=activation), partial(pytorch, activation=activation), inputs, **options)
+    check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs, **options)
 
 
-def test_the_definitions_of_the_reference_are_what_is_tested_against():
-    inputs = inputs_of(2, 3, 24, units=40, add=False)
-    with torch.backends.mkldnn.flags(enabled=False):  # the same library for the products of both
-        assert torch.equal(pytorch(**inputs), reference.layer_norm_linear(**inputs, eps=EPS))
+def test_local_baseline_matches_reference():
+    inputs = make_inputs(2, 3, 24, units=40, add=False)
+    with torch.backends.mkldnn.flags(enabled=False):  # both use the same matmul library
+        assert torch.equal(run_reference(**inputs), reference.layer_norm_linear(**inputs, eps=EPS))
         expected = reference.layer_norm_gelu(**inputs, eps=EPS, activation="quick_gelu")
-        assert torch.equal(pytorch(**inputs, activation="quick_gelu"), expected)
+        assert torch.equal(run_reference(**inputs, activation="quick_gelu"), expected)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @DTYPES
 @pytest.mark.parametrize(("dim", "units"), [(48, 192), (72, 101), (100, 136)])
-def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, dim, units):
-    with use_variants(way):
-        check_activation("gelu", inputs_of(2, 17, dim, units=units, dtype=dtype))
+def test_outputs_and_gradients_match_reference(variant, dtype, dim, units):
+    with use_variants(variant):
+        check_activation("gelu", make_inputs(2, 17, dim, units=units, dtype=dtype))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", [None, "gelu_pytorch_tanh", "quick_gelu"])
 @pytest.mark.parametrize("add", [False, True], ids=["", "add"])
-def test_every_activation_with_and_without_the_residual_add(way, activation, add):
-    with use_variants(way):
-        check_activation(activation, inputs_of(2, 9, 40, units=72, dtype=torch.bfloat16, add=add))
-        check_activation(activation, inputs_of(2, 9, 40, units=72, add=add, bias=False))
+def test_every_activation_with_and_without_residual_add(variant, activation, add):
+    with use_variants(variant):
+        check_activation(activation, make_inputs(2, 9, 40, units=72, dtype=torch.bfloat16, add=add))
+        check_activation(activation, make_inputs(2, 9, 40, units=72, add=add, bias=False))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("tokens", [1, 50, 197, 257])
-def test_any_number_of_tokens(way, tokens):
-    with use_variants(way):
-        check_activation("gelu", inputs_of(1, tokens, 24, units=40, dtype=torch.bfloat16))
+def test_any_number_of_tokens(variant, tokens):
+    with use_variants(variant):
+        check_activation("gelu", make_inputs(1, tokens, 24, units=40, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(24,), (3, 24), (2, 3, 2, 24)])
 def test_any_number_of_dimensions(shape):
     with use_variants("fused"):
-        check_activation("gelu", inputs_of(*shape, units=40))
+        check_activation("gelu", make_inputs(*shape, units=40))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize(
     ("dtype", "scale", "shift"),
     [
@@ -136,52 +136,52 @@ def test_any_number_of_dimensions(shape):
         (torch.float16, 1e-6, 0.0),
     ],
 )
-def test_shifted_huge_and_tiny_inputs(way, dtype, scale, shift):
-    with use_variants(way):
-        check_activation("gelu", inputs_of(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
+def test_shifted_huge_and_tiny_inputs(variant, dtype, scale, shift):
+    with use_variants(variant):
+        check_activation("gelu", make_inputs(2, 9, 96, units=40, dtype=dtype, scale=scale, shift=shift))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_new"])
 @pytest.mark.parametrize("scale", [1e4, 1e-30])
-def test_huge_and_tiny_pre_activations(way, activation, scale):
-    inputs = inputs_of(2, 9, 32, units=40, dtype=torch.bfloat16)
+def test_huge_and_tiny_pre_activations(variant, activation, scale):
+    inputs = make_inputs(2, 9, 32, units=40, dtype=torch.bfloat16)
     inputs["weight"] *= scale
     inputs["bias"] *= scale
-    with use_variants(way):
+    with use_variants(variant):
         check_activation(activation, inputs)
 
 
-@EVERY_WAY
-def test_rows_of_equal_values_give_the_biases(way):
-    inputs = inputs_of(4, 96, units=40, dtype=torch.bfloat16, add=False)
+@EACH_VARIANT
+def test_constant_rows_return_the_biases(variant):
+    inputs = make_inputs(4, 96, units=40, dtype=torch.bfloat16, add=False)
     equal = torch.tensor([0.0, 1.0, -3.0, 1000.0], device=DEVICE, dtype=torch.bfloat16)
     inputs["x"] = equal[:, None].expand(4, 96).contiguous()
-    with use_variants(way):
-        out = ours(**inputs)
+    with use_variants(variant):
+        out = run_kernels(**inputs)
         check_activation("gelu", inputs, grads_for=("norm_weight", "norm_bias", "weight", "bias"))
     assert torch.equal(out, out[:1].expand(4, 40))
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
-    inputs = inputs_of(3, 40, units=24)
+def test_nan_and_inf_propagate_as_in_pytorch(variant, bad):
+    inputs = make_inputs(3, 40, units=24)
     inputs["x"][1, 7] = bad
-    theirs = compute_results(partial(pytorch, activation="gelu"), inputs)
-    with use_variants(way):
-        found = compute_results(partial(ours, activation="gelu"), inputs)
+    theirs = compute_results(partial(run_reference, activation="gelu"), inputs)
+    with use_variants(variant):
+        found = compute_results(partial(run_kernels, activation="gelu"), inputs)
     for name, tensor in found.items():
         assert torch.equal(tensor.isfinite(), theirs[name].isfinite()), name
-    inputs = inputs_of(3, 40, units=24, add=False)
+    inputs = make_inputs(3, 40, units=24, add=False)
     inputs["bias"][5] = bad
-    with use_variants(way):
-        found = compute_results(partial(ours, activation="gelu"), inputs)
-    for name, tensor in compute_results(partial(pytorch, activation="gelu"), inputs).items():
+    with use_variants(variant):
+        found = compute_results(partial(run_kernels, activation="gelu"), inputs)
+    for name, tensor in compute_results(partial(run_reference, activation="gelu"), inputs).items():
         assert torch.equal(tensor.isfinite(), found[name].isfinite()), name  # GELU(inf) is inf, or NaN on some CPUs
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize(
     ("dtype", "residual_dtype", "norm_dtype"),
     [
@@ -191,34 +191,36 @@ def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
         (torch.float32, torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_mixed_dtypes(way, dtype, residual_dtype, norm_dtype):
-    inputs = inputs_of(2, 9, 48, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=norm_dtype)
-    with use_variants(way):
+def test_mixed_dtypes(variant, dtype, residual_dtype, norm_dtype):
+    inputs = make_inputs(2, 9, 48, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=norm_dtype)
+    with use_variants(variant):
         check_activation("gelu", inputs)
         check_activation(None, inputs)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("kind", VIEWS)
-def test_views_give_what_contiguous_tensors_give(way, kind):
+def test_views_match_contiguous_inputs(variant, kind):
     for add in (False, True):
-        inputs = inputs_of(3, 5, 24, units=40, add=add)
-        with use_variants(way):
-            expected = compute_results(partial(ours, activation="gelu"), inputs)
-            strided = compute_results(partial(ours, activation="gelu"), inputs | {"x": make_view(kind, inputs["x"])})
+        inputs = make_inputs(3, 5, 24, units=40, add=add)
+        with use_variants(variant):
+            expected = compute_results(partial(run_kernels, activation="gelu"), inputs)
+            strided = compute_results(
+                partial(run_kernels, activation="gelu"), inputs | {"x": make_view(kind, inputs["x"])}
+            )
         assert_same(strided, expected)
 
 
 def test_transposed_and_sliced_weights():
-    inputs = inputs_of(3, 5, 24, units=40)
+    inputs = make_inputs(3, 5, 24, units=40)
     with use_variants("fused"):
-        expected = compute_results(partial(ours, activation="gelu"), inputs)
+        expected = compute_results(partial(run_kernels, activation="gelu"), inputs)
         changed = inputs | {
             "weight": inputs["weight"].t().contiguous().t(),
             "bias": torch.stack((inputs["bias"], inputs["bias"]), 1)[:, 0],
             "norm_weight": torch.stack((inputs["norm_weight"], inputs["norm_bias"]), 1)[:, 0],
         }
-        assert_same(compute_results(partial(ours, activation="gelu"), changed), expected)
+        assert_same(compute_results(partial(run_kernels, activation="gelu"), changed), expected)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -226,85 +228,85 @@ def test_transposed_and_sliced_weights():
     shape=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(8, 80)),
     units=st.integers(1, 140),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    way=st.sampled_from(sorted(VARIANTS)),
+    variant=st.sampled_from(sorted(VARIANTS)),
     kind=st.sampled_from(("contiguous", *VIEWS)),
     activation=st.sampled_from([None, "gelu", "gelu_new", "quick_gelu"]),
     bias=st.booleans(),
     add=st.booleans(),
 )
-def test_any_shape_layout_and_dtype(shape, units, dtype, way, kind, activation, bias, add):
-    inputs = inputs_of(*shape, units=units, dtype=dtype, bias=bias, add=add)
+def test_any_shape_layout_and_dtype(shape, units, dtype, variant, kind, activation, bias, add):
+    inputs = make_inputs(*shape, units=units, dtype=dtype, bias=bias, add=add)
     if kind != "contiguous" and not inputs["x"].new_empty(shape).transpose(0, 1).is_contiguous():
         view = {"transposed": lambda: inputs["x"].transpose(0, 1).contiguous().transpose(0, 1)}
         inputs["x"] = view.get(kind, lambda: make_view(kind, inputs["x"]))()
-    with use_variants(way):
+    with use_variants(variant):
         check_activation(activation, inputs, slack=4)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])
-def test_an_empty_batch_gives_empty_outputs_and_zero_weight_gradients(way, shape):
-    inputs = inputs_of(*shape, units=40)
-    with use_variants(way):
-        found = compute_results(partial(ours, activation="gelu"), inputs)
+def test_empty_batch_returns_empty_outputs_and_zero_weight_gradients(variant, shape):
+    inputs = make_inputs(*shape, units=40)
+    with use_variants(variant):
+        found = compute_results(partial(run_kernels, activation="gelu"), inputs)
     assert found["output 0"].shape == found["grad x"].shape == shape
     assert found["output 1"].shape == (*shape[:-1], 40)
     for name in ("norm_weight", "norm_bias", "weight", "bias"):
         assert torch.equal(found[f"grad {name}"], torch.zeros_like(inputs[name])), name
 
 
-@EVERY_WAY
-def test_two_runs_give_the_same_bits(way):
-    inputs = inputs_of(5, 23, 48, units=72, dtype=torch.bfloat16)
-    with use_variants(way):
-        first, second = (compute_results(partial(ours, activation="gelu"), inputs) for _ in range(2))
+@EACH_VARIANT
+def test_results_are_deterministic(variant):
+    inputs = make_inputs(5, 23, 48, units=72, dtype=torch.bfloat16)
+    with use_variants(variant):
+        first, second = (compute_results(partial(run_kernels, activation="gelu"), inputs) for _ in range(2))
     assert_same(first, second)
 
 
-@EVERY_WAY
-def test_training_and_inference_give_the_same_bits(way):
-    inputs = inputs_of(2, 9, 48, units=72, dtype=torch.bfloat16)
-    with use_variants(way):
-        training = compute_results(partial(ours, activation="gelu"), inputs)
+@EACH_VARIANT
+def test_training_and_inference_are_bitwise_equal(variant):
+    inputs = make_inputs(2, 9, 48, units=72, dtype=torch.bfloat16)
+    with use_variants(variant):
+        training = compute_results(partial(run_kernels, activation="gelu"), inputs)
         with torch.no_grad():
             assert_same(
-                compute_results(partial(ours, activation="gelu"), inputs, grads_for=()),
+                compute_results(partial(run_kernels, activation="gelu"), inputs, grads_for=()),
                 {k: training[k] for k in ("output 0", "output 1")},
             )
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("unused", [0, 1])
-def test_gradients_where_only_one_output_is_used(way, unused):
-    inputs = inputs_of(2, 9, 48, units=40)
-    wanted = tuple(inputs) if unused == 0 else ("x", "residual")
-    with use_variants(way):
-        check_activation("gelu", inputs, unused=(unused,), grads_for=wanted)
+def test_gradients_with_one_unused_output_match_reference(variant, unused):
+    inputs = make_inputs(2, 9, 48, units=40)
+    requested = tuple(inputs) if unused == 0 else ("x", "residual")
+    with use_variants(variant):
+        check_activation("gelu", inputs, unused=(unused,), grads_for=requested)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(
-    "wanted", [("x",), ("residual",), ("norm_bias",), ("weight",), ("bias",), ("residual", "weight"), ("x", "bias")]
+    "requested", [("x",), ("residual",), ("norm_bias",), ("weight",), ("bias",), ("residual", "weight"), ("x", "bias")]
 )
-def test_each_gradient_alone_is_what_it_is_among_the_others(way, activation, wanted):
-    inputs = inputs_of(2, 9, 48, units=40)
-    with use_variants(way):
-        every = compute_results(partial(ours, activation=activation), inputs)
-        some = compute_results(partial(ours, activation=activation), inputs, grads_for=wanted)
-    assert {name for name in some if name.startswith("grad")} == {f"grad {name}" for name in wanted}
+def test_single_gradients_match_full_backward(variant, activation, requested):
+    inputs = make_inputs(2, 9, 48, units=40)
+    with use_variants(variant):
+        every = compute_results(partial(run_kernels, activation=activation), inputs)
+        some = compute_results(partial(run_kernels, activation=activation), inputs, grads_for=requested)
+    assert {name for name in some if name.startswith("grad")} == {f"grad {name}" for name in requested}
     assert_same(some, {name: every[name] for name in some})
 
 
-def test_the_shared_gradient_of_the_branch_and_the_residual_is_one_tensor():
-    grads = compute_results(partial(ours, activation="gelu"), inputs_of(2, 9, 48, units=40))
+def test_branch_and_residual_share_one_gradient_tensor():
+    grads = compute_results(partial(run_kernels, activation="gelu"), make_inputs(2, 9, 48, units=40))
     assert grads["grad x"].data_ptr() == grads["grad residual"].data_ptr()
 
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("add", [False, True], ids=["", "add"])
 def test_opcheck(activation, add):
-    inputs = inputs_of(2, 3, 16, units=24, add=add)
+    inputs = make_inputs(2, 3, 16, units=24, add=add)
     for tensor in inputs.values():
         tensor.requires_grad_()
     norm = (inputs["norm_weight"], inputs["norm_bias"], EPS)
@@ -312,49 +314,49 @@ def test_opcheck(activation, add):
     arguments = (inputs["x"], inputs.get("residual"), *norm, *linear, activation)
     torch.library.opcheck(kernels._layer_norm_linear, (*arguments, activation is not None, 0))
     pre = randn(6 if activation else 0, 24)
-    for wanted in ([True, True, True, True], [False, False, True, False], [True, False, False, True]):
+    for requested in ([True, True, True, True], [False, False, True, False], [True, False, False, True]):
         torch.library.opcheck(
             kernels._layer_norm_linear_backward,
             (
                 randn(2, 3, 24), inputs["x"].detach() if add else None, inputs["x"].detach(), randn(2, 6), pre,
                 *(tensor.detach() for tensor in norm[:2]), linear[0].detach(), EPS, activation, torch.float32,
-                torch.float32, wanted,
+                torch.float32, requested,
             ),
         )  # fmt: skip
 
 
-def two_layers(x, residual, norm_weight, norm_bias, weight, bias):
+def apply_two_layers(x, residual, norm_weight, norm_bias, weight, bias):
     summed, hidden = add_layer_norm_linear(x, residual, norm_weight, norm_bias, EPS, weight, bias)
     return summed, layer_norm_gelu(hidden, norm_weight, norm_bias, EPS, weight, bias)
 
 
-@EVERY_WAY
-def test_compiled_without_a_graph_break(way):
+@EACH_VARIANT
+def test_compiles_without_graph_breaks(variant):
     torch._dynamo.reset()
-    compiled = torch.compile(two_layers, fullgraph=True, backend="aot_eager")
-    with use_variants(way):
+    compiled = torch.compile(apply_two_layers, fullgraph=True, backend="aot_eager")
+    with use_variants(variant):
         for batch in (2, 3):  # the second has a dynamic shape
-            inputs = inputs_of(batch, 3, 16, units=16)
-            assert_close(compute_results(compiled, inputs), compute_results(two_layers, inputs))
+            inputs = make_inputs(batch, 3, 16, units=16)
+            assert_close(compute_results(compiled, inputs), compute_results(apply_two_layers, inputs))
             with torch.no_grad():
-                torch.testing.assert_close(compiled(**inputs), two_layers(**inputs))
+                torch.testing.assert_close(compiled(**inputs), apply_two_layers(**inputs))
 
 
-def test_activation_checkpointing():
-    inputs = inputs_of(2, 3, 16, units=16)
-    again = compute_results(lambda **named: checkpoint(two_layers, *named.values(), use_reentrant=False), inputs)
-    assert_same(again, compute_results(two_layers, inputs))
+def test_activation_checkpointing_matches_plain_backward():
+    inputs = make_inputs(2, 3, 16, units=16)
+    again = compute_results(lambda **named: checkpoint(apply_two_layers, *named.values(), use_reentrant=False), inputs)
+    assert_same(again, compute_results(apply_two_layers, inputs))
 
 
-def test_export_with_any_batch_size():
+def test_exports_with_dynamic_batch_size():
     class Block(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            inputs = inputs_of(2, 3, 16, units=16)
+            inputs = make_inputs(2, 3, 16, units=16)
             self.parameters_ = torch.nn.ParameterList([t for n, t in inputs.items() if n not in ("x", "residual")])
 
         def forward(self, x, residual):
-            return two_layers(x, residual, *self.parameters_)
+            return apply_two_layers(x, residual, *self.parameters_)
 
     block, batch = Block(), {0: torch.export.Dim("batch", min=2, max=64)}
     example = (randn(2, 3, 16), randn(2, 3, 16, seed=1))
@@ -364,11 +366,11 @@ def test_export_with_any_batch_size():
         assert torch.equal(found, expected)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_autocast_casts_the_weights_like_a_linear_layers(way, activation):
-    inputs = inputs_of(2, 9, 48, units=40)
-    inputs["x"] = inputs["x"].bfloat16()  # the branch comes out of a linear layer, the residual stream is float32
+def test_autocast_casts_weights_as_in_a_linear_layer(variant, activation):
+    inputs = make_inputs(2, 9, 48, units=40)
+    inputs["x"] = inputs["x"].bfloat16()  # the output of a linear layer under autocast; the residual stream is float32
 
     def autocast(function):
         def call(**named):
@@ -379,29 +381,29 @@ def test_autocast_casts_the_weights_like_a_linear_layers(way, activation):
 
     def cast(x, weight, bias, **others):
         half = {"weight": weight.bfloat16(), "bias": bias.bfloat16()} if x.dtype == torch.bfloat16 else {}
-        return pytorch(x=x, **({"weight": weight, "bias": bias} | half), **others, activation=activation)
+        return run_reference(x=x, **({"weight": weight, "bias": bias} | half), **others, activation=activation)
 
-    with use_variants(way):
-        found = compute_results(autocast(ours), inputs)
+    with use_variants(variant):
+        found = compute_results(autocast(run_kernels), inputs)
         assert found["output 0"].dtype == torch.float32
         assert found["output 1"].dtype == torch.bfloat16
         assert found["grad weight"].dtype == found["grad bias"].dtype == torch.float32
-        check(autocast(ours), cast, inputs)
+        check(autocast(run_kernels), cast, inputs)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", [None, "gelu"])
-def test_backward_keeps_the_sum_the_statistics_and_the_pre_activation(way, activation):
+def test_only_sum_statistics_and_pre_activation_are_saved_for_backward(variant, activation):
     rows, dim, units = 2 * 9, 48, 192
-    inputs = inputs_of(2, 9, dim, units=units, dtype=torch.bfloat16)
-    with use_variants(way):
-        kept = count_saved_bytes(partial(ours, activation=activation), inputs)
-    assert kept == 2 * rows * dim + 8 * rows + (2 * rows * units if activation else 0)
-    assert kept < count_saved_bytes(partial(pytorch, activation=activation), inputs)
+    inputs = make_inputs(2, 9, dim, units=units, dtype=torch.bfloat16)
+    with use_variants(variant):
+        saved_bytes = count_saved_bytes(partial(run_kernels, activation=activation), inputs)
+    assert saved_bytes == 2 * rows * dim + 8 * rows + (2 * rows * units if activation else 0)
+    assert saved_bytes < count_saved_bytes(partial(run_reference, activation=activation), inputs)
 
 
-def test_without_gradients_nothing_is_kept_and_no_pre_activation_is_returned():
-    inputs = inputs_of(2, 9, 48, units=192)
+def test_nothing_is_saved_without_gradients():
+    inputs = make_inputs(2, 9, 48, units=192)
     arguments = [inputs[n] for n in ("x", "residual", "norm_weight", "norm_bias")], inputs["weight"], inputs["bias"]
     _, _, pre, _ = kernels._layer_norm_linear(*arguments[0], EPS, *arguments[1:], "gelu", False, 0)
     assert pre.numel() == 0
@@ -429,19 +431,19 @@ def test_without_gradients_nothing_is_kept_and_no_pre_activation_is_returned():
         ({"activation": "swish"}, "activation: expected one of gelu.*got 'swish'"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_launched(changes, message, monkeypatch):
+def test_invalid_input_raises_before_launch(changes, message, monkeypatch):
     monkeypatch.setattr(kernels, "_layer_norm_linear", None)
-    inputs = {name: tensor.cpu() for name, tensor in inputs_of(2, 3, 16, units=24).items()}
+    inputs = {name: tensor.cpu() for name, tensor in make_inputs(2, 3, 16, units=24).items()}
     with pytest.raises(ValueError, match=message):
-        ours(**({"activation": "gelu"} | inputs | changes))
+        run_kernels(**({"activation": "gelu"} | inputs | changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("add", [False, True], ids=["", "add"])
 @pytest.mark.parametrize("activation", [None, "gelu", "gelu_new", "quick_gelu"])
-def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, add, activation):
+def test_fallbacks_match_launchers(dtype, add, activation):
     residual_dtype = torch.float32 if add else None
-    inputs = inputs_of(3, 5, 24, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=torch.float32)
+    inputs = make_inputs(3, 5, 24, units=40, dtype=dtype, residual_dtype=residual_dtype, norm_dtype=torch.float32)
     x, residual = make_view("tokens", inputs["x"]), inputs["residual"] if add else None
     norm, weight = (inputs["norm_weight"], inputs["norm_bias"]), inputs["weight"].t().contiguous().t()
     arguments = (x, residual, *norm, EPS, weight, inputs["bias"], activation, activation is not None, 0)
@@ -450,18 +452,18 @@ def test_the_fallbacks_are_the_operators_in_plain_pytorch(dtype, add, activation
     summed, statistics, pre, out = outputs
     grad_sum, rows = (randn(3, 5, 24, seed=7), summed) if add else (None, x)
     grad_out = randn(*out.shape, dtype=dtype, seed=8).mul(0.1)
-    for wanted in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, True, True]):
+    for requested in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, True, True]):
         saved = (rows, statistics, pre, *norm, weight, EPS, activation, dtype, rows.dtype)
-        backward = (grad_out, grad_sum, *saved, wanted)
+        backward = (grad_out, grad_sum, *saved, requested)
         assert_equivalent(kernels.backward_fallback(*backward), kernels.launch_backward(*backward), dtype)
 
 
-def test_the_fallback_takes_over(monkeypatch):
+def test_fallback_replaces_failing_kernels(monkeypatch):
     monkeypatch.setattr(operators, "FALLBACK_DEVICES", (DEVICE,))
     monkeypatch.setattr(operators, "failures", {})
     monkeypatch.setattr(layer_norm, "launch_forward", mock.Mock(side_effect=RuntimeError("no such instruction")))
     monkeypatch.setattr(layer_norm, "launch_backward", mock.Mock(side_effect=RuntimeError("no such instruction")))
-    check_activation("gelu", inputs_of(2, 9, 40, units=24))
+    check_activation("gelu", make_inputs(2, 9, 40, units=24))
     assert {failure.operator for failure in operators.failures.values()} == {
         "layer_norm_linear",
         "layer_norm_linear_backward",
@@ -469,14 +471,14 @@ def test_the_fallback_takes_over(monkeypatch):
 
 
 @pytest.mark.parametrize("candidate", [0, 1, 2])
-def test_the_candidate_says_how_the_product_is_computed(candidate, monkeypatch):
-    ways = ("separate", "fused", "persistent")
-    inputs = inputs_of(2, 9, 48, units=40, dtype=torch.bfloat16)
-    with use_variants(ways[candidate]):
-        expected = compute_results(partial(ours, activation="gelu"), inputs)
-    with use_variants(*ways):
-        assert_same(compute_results(partial(ours, activation="gelu", candidate=candidate), inputs), expected)
+def test_candidate_selects_the_matmul_kernel(candidate, monkeypatch):
+    variants = ("separate", "fused", "persistent")
+    inputs = make_inputs(2, 9, 48, units=40, dtype=torch.bfloat16)
+    with use_variants(variants[candidate]):
+        expected = compute_results(partial(run_kernels, activation="gelu"), inputs)
+    with use_variants(*variants):
+        assert_same(compute_results(partial(run_kernels, activation="gelu", candidate=candidate), inputs), expected)
         monkeypatch.setattr(linear, "_linear", spy := mock.MagicMock())
-        ours(**inputs, activation="gelu", candidate=candidate)
+        run_kernels(**inputs, activation="gelu", candidate=candidate)
     called = [call.kwargs["PERSISTENT"] for call in spy.__getitem__.return_value.call_args_list]
     assert called == [[], [False], [True]][candidate]

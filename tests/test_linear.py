@@ -1,4 +1,4 @@
-"""Products with an activation behind them: as exact as PyTorch's chain against float64, whichever way they run."""
+"""Matmuls with a fused activation: errors against float64 are no larger than PyTorch's, in every variant."""
 
 from functools import partial
 from unittest import mock
@@ -19,12 +19,12 @@ from fastvit.kernels import tuning
 from fastvit.kernels.gelu import compute_activation, compute_activation_gradient
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-WAYS = list(VARIANTS)
+VARIANT_NAMES = list(VARIANTS)
 ACTIVATIONS = ["gelu", "gelu_new", "quick_gelu"]
-EVERY_WAY = pytest.mark.parametrize("way", WAYS)
+EACH_VARIANT = pytest.mark.parametrize("variant", VARIANT_NAMES)
 
 
-def forward_inputs(rows, depth, units, dtype, bias=True, scale=1.0):
+def make_forward_inputs(rows, depth, units, dtype, bias=True, scale=1.0):
     return [
         randn(rows, depth, dtype=dtype, seed=1, scale=scale),
         randn(units, depth, dtype=dtype, seed=2, scale=depth**-0.5),
@@ -32,7 +32,7 @@ def forward_inputs(rows, depth, units, dtype, bias=True, scale=1.0):
     ]
 
 
-def backward_inputs(rows, depth, units, dtype, scale=1.0):
+def make_backward_inputs(rows, depth, units, dtype, scale=1.0):
     return [
         randn(rows, depth, dtype=dtype, seed=4, scale=scale),
         randn(depth, units, dtype=dtype, seed=5, scale=depth**-0.5),
@@ -40,14 +40,14 @@ def backward_inputs(rows, depth, units, dtype, scale=1.0):
     ]
 
 
-def forward(x, weight, bias, activation):
-    """Pre-activation and output by PyTorch; the activation of what backward reads, the rounded pre-activation."""
+def run_reference_forward(x, weight, bias, activation):
+    """Compute pre-activation and output in PyTorch. Like backward, the activation reads the rounded pre-activation."""
     pre = torch.nn.functional.linear(x, weight, bias)
     return pre, pre if activation is None else reference.ACTIVATIONS[activation](pre)
 
 
-def backward(grad_out, weight, pre, activation):
-    """Gradients of pre and the bias, and the activation, by PyTorch."""
+def run_reference_backward(grad_out, weight, pre, activation):
+    """Compute the gradients of `pre` and the bias, and the activation, in PyTorch."""
     pre = pre.detach().requires_grad_()
     out = reference.ACTIVATIONS[activation](pre)
     (grad,) = torch.autograd.grad(out, pre, grad_out @ weight)
@@ -64,74 +64,74 @@ def check(ours, theirs, inputs, slack=1.25):
         assert_no_worse_than(*results, slack=slack, name=str(index))
 
 
-def check_forward(way, inputs, activation, slack=1.25):
+def check_forward(variant, inputs, activation, slack=1.25):
     def ours(*tensors):
         pre, out = kernels.launch_forward(*tensors, activation, activation is not None, 0)
         return (out if activation is None else pre), out
 
-    with use_variants(way):
-        check(ours, partial(forward, activation=activation), inputs, slack)
+    with use_variants(variant):
+        check(ours, partial(run_reference_forward, activation=activation), inputs, slack)
 
 
-def check_backward(way, inputs, activation, slack=1.25):
+def check_backward(variant, inputs, activation, slack=1.25):
     ours = partial(kernels.launch_backward, activation=activation, bias_grad=True, with_y=True, candidate=0)
-    with use_variants(way):
-        check(ours, partial(backward, activation=activation), inputs, slack)
+    with use_variants(variant):
+        check(ours, partial(run_reference_backward, activation=activation), inputs, slack)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize(("rows", "depth", "units"), [(34, 192, 48), (34, 101, 72), (130, 400, 100), (1, 24, 8)])
-def test_outputs_and_gradients_are_as_exact_as_pytorchs(way, dtype, rows, depth, units):
-    check_forward(way, forward_inputs(rows, depth, units, dtype), "gelu")
-    check_backward(way, backward_inputs(rows, depth, units, dtype), "gelu")
+def test_outputs_and_gradients_match_reference(variant, dtype, rows, depth, units):
+    check_forward(variant, make_forward_inputs(rows, depth, units, dtype), "gelu")
+    check_backward(variant, make_backward_inputs(rows, depth, units, dtype), "gelu")
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_every_activation(way, activation, bias):
-    check_forward(way, forward_inputs(9, 40, 72, torch.bfloat16, bias), activation)
+def test_every_activation(variant, activation, bias):
+    check_forward(variant, make_forward_inputs(9, 40, 72, torch.bfloat16, bias), activation)
     if activation is not None:
-        check_backward(way, backward_inputs(9, 40, 72, torch.bfloat16), activation)
+        check_backward(variant, make_backward_inputs(9, 40, 72, torch.bfloat16), activation)
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e15), (torch.bfloat16, 1e-15), (torch.float16, 1e3)])
-def test_huge_and_tiny_values(way, dtype, scale):
-    check_forward(way, forward_inputs(9, 48, 40, dtype, scale=scale), "gelu")
-    check_backward(way, backward_inputs(9, 48, 40, dtype, scale=min(scale, 10.0)), "gelu")
+def test_huge_and_tiny_values(variant, dtype, scale):
+    check_forward(variant, make_forward_inputs(9, 48, 40, dtype, scale=scale), "gelu")
+    check_backward(variant, make_backward_inputs(9, 48, 40, dtype, scale=min(scale, 10.0)), "gelu")
 
 
-@EVERY_WAY
+@EACH_VARIANT
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_spread_as_in_pytorch(way, bad):
+def test_nan_and_inf_propagate_as_in_pytorch(variant, bad):
     for where in range(3):
-        inputs = forward_inputs(3, 40, 24, torch.float32)
+        inputs = make_forward_inputs(3, 40, 24, torch.float32)
         inputs[where].view(-1)[7] = bad
-        with use_variants(way):
+        with use_variants(variant):
             pre, out = kernels.launch_forward(*inputs, "gelu", True, 0)
-        for found, expected in zip((pre, out), forward(*inputs, "gelu"), strict=True):
+        for found, expected in zip((pre, out), run_reference_forward(*inputs, "gelu"), strict=True):
             assert torch.equal(found.isfinite(), expected.isfinite())
-        inputs = backward_inputs(3, 40, 24, torch.float32)
+        inputs = make_backward_inputs(3, 40, 24, torch.float32)
         inputs[where].view(-1)[7] = bad
-        with use_variants(way):
+        with use_variants(variant):
             grads = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
-        for found, expected in zip(grads, backward(*inputs, "gelu"), strict=True):
+        for found, expected in zip(grads, run_reference_backward(*inputs, "gelu"), strict=True):
             assert torch.equal(found.isfinite(), expected.isfinite())
 
 
-@EVERY_WAY
-def test_strided_rows_give_what_contiguous_rows_give(way):
-    x, weight, bias = forward_inputs(5, 24, 40, torch.bfloat16)
-    grad_out, back, pre = backward_inputs(5, 24, 40, torch.bfloat16)
+@EACH_VARIANT
+def test_strided_rows_match_contiguous_rows(variant):
+    x, weight, bias = make_forward_inputs(5, 24, 40, torch.bfloat16)
+    grad_out, back, pre = make_backward_inputs(5, 24, 40, torch.bfloat16)
     options = {"activation": "gelu", "bias_grad": True, "with_y": True, "candidate": 0}
     views = {
         "a slice": lambda t: torch.cat((t, t), 1)[:, : t.shape[1]],
         "not on 16 bytes": lambda t: torch.cat((t, t), 1)[:, 1 : t.shape[1] + 1].copy_(t),
         "every other row": lambda t: torch.stack((t, t), 1).flatten(0, 1)[::2],
     }
-    with use_variants(way):
+    with use_variants(variant):
         expected = (
             *kernels.launch_forward(x, weight, bias, "gelu", True, 0),
             *kernels.launch_backward(grad_out, back, pre, **options),
@@ -145,11 +145,11 @@ def test_strided_rows_give_what_contiguous_rows_give(way):
                 assert torch.equal(one, other), name
 
 
-@EVERY_WAY
-def test_one_row_for_all(way):
-    """A stride of 0, which the copy engine does not take: the gradient of a sum over the rows, say."""
-    inputs = forward_inputs(1, 24, 40, torch.bfloat16)
-    with use_variants(way):
+@EACH_VARIANT
+def test_expanded_row_matches_a_single_row(variant):
+    """A stride of 0, for example of the gradient of a sum over rows, is not supported by the GPU's copy engine."""
+    inputs = make_forward_inputs(1, 24, 40, torch.bfloat16)
+    with use_variants(variant):
         one = kernels.launch_forward(*inputs, "gelu", False, 0)[1]
         all_rows = kernels.launch_forward(inputs[0].expand(37, 24), *inputs[1:], "gelu", False, 0)[1]
     torch.testing.assert_close(all_rows, one.expand(37, 40))
@@ -159,30 +159,30 @@ def test_one_row_for_all(way):
 @given(
     shape=st.tuples(st.integers(1, 90), st.integers(1, 80), st.integers(1, 140)),
     dtype=st.sampled_from(DTYPES),
-    way=st.sampled_from(WAYS),
+    variant=st.sampled_from(VARIANT_NAMES),
     activation=st.sampled_from(ACTIVATIONS),
     bias=st.booleans(),
 )
-def test_any_shape_and_dtype(shape, dtype, way, activation, bias):
-    check_forward(way, forward_inputs(*shape, dtype, bias), activation, slack=4)
-    check_backward(way, backward_inputs(*shape, dtype), activation, slack=4)
+def test_any_shape_and_dtype(shape, dtype, variant, activation, bias):
+    check_forward(variant, make_forward_inputs(*shape, dtype, bias), activation, slack=4)
+    check_backward(variant, make_backward_inputs(*shape, dtype), activation, slack=4)
 
 
-@EVERY_WAY
-def test_no_rows(way):
-    with use_variants(way):
-        pre, out = kernels.launch_forward(*forward_inputs(0, 24, 40, torch.float32), "gelu", True, 0)
-        inputs = backward_inputs(0, 24, 40, torch.float32)
+@EACH_VARIANT
+def test_empty_batch_returns_empty_outputs_and_zero_bias_gradient(variant):
+    with use_variants(variant):
+        pre, out = kernels.launch_forward(*make_forward_inputs(0, 24, 40, torch.float32), "gelu", True, 0)
+        inputs = make_backward_inputs(0, 24, 40, torch.float32)
         grad_pre, grad_bias, y = kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
     assert pre.shape == out.shape == grad_pre.shape == y.shape == (0, 40)
     assert torch.equal(grad_bias, torch.zeros_like(grad_bias)) and grad_bias.shape == (40,)
 
 
-@EVERY_WAY
-def test_two_runs_give_the_same_bits_and_what_is_not_wanted_is_empty(way):
-    x, weight, bias = forward_inputs(115, 48, 72, torch.bfloat16)
-    inputs = backward_inputs(115, 48, 72, torch.bfloat16)
-    with use_variants(way):
+@EACH_VARIANT
+def test_results_are_deterministic_and_unrequested_ones_are_empty(variant):
+    x, weight, bias = make_forward_inputs(115, 48, 72, torch.bfloat16)
+    inputs = make_backward_inputs(115, 48, 72, torch.bfloat16)
+    with use_variants(variant):
         every = kernels.launch_forward(x, weight, bias, "gelu", True, 0)
         again = kernels.launch_forward(x, weight, bias, "gelu", False, 0)
         assert torch.equal(every[1], again[1]) and again[0].numel() == 0
@@ -194,7 +194,7 @@ def test_two_runs_give_the_same_bits_and_what_is_not_wanted_is_empty(way):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_fallbacks_activation_is_pytorchs(activation):
+def test_activation_of_the_fallback_matches_pytorch(activation):
     x = randn(40, 8, scale=3.0).double().requires_grad_()
     expected = reference.ACTIVATIONS[activation](x)
     (slope,) = torch.autograd.grad(expected.sum(), x)
@@ -205,7 +205,7 @@ def test_the_fallbacks_activation_is_pytorchs(activation):
     assert_equivalent(found, (expected.detach(), slope))
 
 
-def test_descriptors_are_for_rows_on_16_byte_boundaries_that_do_not_overlap():
+def test_descriptors_require_aligned_rows_without_overlap():
     choice = VARIANTS["persistent"]
     matrix = torch.zeros(6, 40, dtype=torch.bfloat16, device=DEVICE)
     assert kernels.make_descriptor(choice, matrix, 32, 64).block_shape == [32, 64]
@@ -216,8 +216,8 @@ def test_descriptors_are_for_rows_on_16_byte_boundaries_that_do_not_overlap():
 
 
 @pytest.mark.parametrize("units", [40, 36], ids=["by descriptor", "by address"])
-def test_the_persistent_kernels_compute_what_they_can(units):
-    x, weight, bias = forward_inputs(350, 48, units, torch.bfloat16)
+def test_persistent_kernel_runs_where_operands_have_descriptors(units):
+    x, weight, bias = make_forward_inputs(350, 48, units, torch.bfloat16)
     called, kernel = [], kernels._linear
 
     class Spy:
@@ -230,15 +230,15 @@ def test_the_persistent_kernels_compute_what_they_can(units):
 
     with mock.patch.object(kernels, "_linear", Spy()), use_variants("persistent"):
         kernels.launch_forward(x, weight, bias, "gelu", False, 0)
-        inputs = backward_inputs(350, 48, units, torch.bfloat16)
+        inputs = make_backward_inputs(350, 48, units, torch.bfloat16)
         kernels.launch_backward(*inputs, "gelu", bias_grad=True, with_y=True, candidate=0)
-    # Rows of 48 values are on such boundaries either way, those of [48, 36] are not.
+    # Rows of 48 values are always aligned; the rows of a [48, 36] matrix are not.
     assert [kinds for *kinds, _ in called] == [[False, True], [True, units == 40]]
     programs = 2 * tuning.describe_device(x.device).multiprocessors
     assert called[0][2] == (min(11, programs),)
 
 
-def test_the_table_has_cublas_first_and_what_the_gpu_can_do_behind_it(monkeypatch):
+def test_table_lists_cublas_first_then_the_kernels_that_the_gpu_supports(monkeypatch):
     expected = {"sm_90": ["plain", "persistent"], "sm_100": ["plain", "persistent"], "interpreter": []}
     for architecture in ("interpreter", "sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"):
         monkeypatch.setattr(tuning, "describe_device", lambda device, a=architecture: tuning.Device("some GPU", a, 132))

@@ -1,4 +1,4 @@
-"""The patch embedding kernels: held against the definition in float64, and against PyTorch's own convolution."""
+"""Patch embedding: errors against the definition in float64 are no larger than those of PyTorch's convolution."""
 
 import dataclasses
 from functools import partial
@@ -24,7 +24,7 @@ GRADIENTS = ("pixels", "weight", "bias", "cls_token", "pos_embed", "mask_token")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One set of inputs: what to draw."""
+    """Shapes, dtypes and layout of random inputs."""
 
     dtype: torch.dtype = torch.float32
     pixel_dtype: torch.dtype = torch.float32
@@ -41,8 +41,8 @@ class Case:
     token_dtype: torch.dtype | None = None  # of cls_token, pos_embed and mask_token; None: dtype
     scale: float = 1.0
 
-    def inputs(self, seed: int = 0) -> dict:
-        """Keyword arguments of `patch_embed`, on DEVICE, leaves with gradients."""
+    def make_inputs(self, seed: int = 0) -> dict:
+        """Return the keyword arguments of `patch_embed`, on DEVICE, as leaves that require gradients."""
         generator = torch.Generator().manual_seed(seed)
 
         def randn(*shape, dtype=self.token_dtype or self.dtype, scale=1.0):
@@ -73,7 +73,7 @@ class Case:
 
 
 def lay_out(pixels, layout):
-    """The same [B, C, H, W] image, in other memory (`channels_last` is the one that is given as [B, H, W, C])."""
+    """Copy images [B, C, H, W] into another memory layout; `channels_last` returns [B, H, W, C]."""
     batch, channels, height, width = pixels.shape
     if layout == "channels_first":
         return pixels.detach()
@@ -100,8 +100,8 @@ def lay_out(pixels, layout):
     return view.copy_(pixels)
 
 
-def definition(pixels, mean, std, **inputs):
-    """`reference.patch_embed` in float64, uint8 pixels normalised in float64 too."""
+def compute_definition(pixels, mean, std, **inputs):
+    """Run `reference.patch_embed` in float64, and normalise uint8 pixels in float64 as well."""
     channels = inputs["weight"].shape[1]
     if pixels.shape[1] != channels:
         pixels = pixels.permute(0, 3, 1, 2)
@@ -113,8 +113,8 @@ def definition(pixels, mean, std, **inputs):
     return reference.patch_embed(pixels, **inputs)
 
 
-def pytorch(pixels, weight, bias, cls_token, pos_embed, *, patch_size, mean, std, mask_token, mask):
-    """What one would write without a kernel: normalise, convolve, flatten, concatenate, add."""
+def run_convolution(pixels, weight, bias, cls_token, pos_embed, *, patch_size, mean, std, mask_token, mask):
+    """The usual PyTorch code: normalise, convolve, flatten, concatenate, add."""
     if pixels.shape[1] != weight.shape[1]:
         pixels = pixels.permute(0, 3, 1, 2)
     if pixels.dtype == torch.uint8:
@@ -123,7 +123,7 @@ def pytorch(pixels, weight, bias, cls_token, pos_embed, *, patch_size, mean, std
     return reference.join_tokens(tokens, cls_token, pos_embed, mask_token=mask_token, mask=mask)
 
 
-def in_float64(inputs):
+def cast_to_float64(inputs):
     def convert(value):
         if not torch.is_tensor(value) or not value.is_floating_point():
             return value
@@ -132,8 +132,8 @@ def in_float64(inputs):
     return {name: convert(value) for name, value in inputs.items()}
 
 
-def results(function, inputs, grad_out=None):
-    """{name: tensor} of the output and of every gradient for a fixed, random output gradient."""
+def compute_results(function, inputs, grad_out=None):
+    """Return the output and all gradients by name, for a fixed random output gradient."""
     out = function(**inputs)
     if grad_out is None:
         grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -143,16 +143,16 @@ def results(function, inputs, grad_out=None):
 
 
 def check(case, function=patch_embed, **changes):
-    """Ours, outputs and gradients, no further from float64 than PyTorch's own in the same dtype."""
+    """Assert that outputs and gradients are as close to float64 as PyTorch's in the same dtype."""
     case = dataclasses.replace(case, **changes)
-    inputs = case.inputs()
-    # Both are given the same, representable output gradient: its rounding is no error of either.
+    inputs = case.make_inputs()
+    # Both get the same output gradient, rounded to the dtype, so that its rounding is not counted as an error.
     tokens = case.prefix + (case.image_size[0] // case.patch_size[0]) * (case.image_size[1] // case.patch_size[1])
     shape = (case.batch, tokens, case.hidden)
     grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(case.dtype).to(DEVICE)
-    ours = results(function, inputs, grad_out)
-    theirs = results(pytorch, inputs, grad_out)
-    exact = results(definition, in_float64(inputs), grad_out)
+    ours = compute_results(function, inputs, grad_out)
+    theirs = compute_results(run_convolution, inputs, grad_out)
+    exact = compute_results(compute_definition, cast_to_float64(inputs), grad_out)
     assert ours.keys() == exact.keys()
     for name in ours:
         assert ours[name].shape == exact[name].shape, name
@@ -169,7 +169,7 @@ DTYPES = [
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize(("dtype", "pixel_dtype"), DTYPES)
-def test_tokens_and_gradients_are_as_exact_as_pytorchs(dtype, pixel_dtype, layout):
+def test_tokens_and_gradients_match_reference(dtype, pixel_dtype, layout):
     check(Case(), dtype=dtype, pixel_dtype=pixel_dtype, layout=layout, masked=layout == "channels_last")
 
 
@@ -223,16 +223,16 @@ def test_bias_and_position_embedding_may_be_missing(missing):
     ],
 )
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
-def test_pixels_are_read_where_they_lie(layout, pixel_dtype):
+def test_pixels_of_any_layout_match_reference(layout, pixel_dtype):
     check(Case(), layout=layout, pixel_dtype=pixel_dtype)
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("image_size", [(23, 24), (16, 31), (21, 19)], ids=str)
-def test_what_is_left_over_at_the_edges_is_not_read_and_has_no_gradient(image_size, layout):
+def test_partial_patches_at_the_edges_are_ignored_and_have_zero_gradient(image_size, layout):
     check(Case(), image_size=image_size, layout=layout)
-    inputs = Case(image_size=image_size, layout=layout).inputs()
-    gradient = results(patch_embed, inputs)["grad_pixels"]
+    inputs = Case(image_size=image_size, layout=layout).make_inputs()
+    gradient = compute_results(patch_embed, inputs)["grad_pixels"]
     gradient = gradient if layout == "channels_first" else gradient.permute(0, 3, 1, 2)
     assert not gradient[:, :, image_size[0] // 8 * 8 :].any()
     assert not gradient[:, :, :, image_size[1] // 8 * 8 :].any()
@@ -248,8 +248,8 @@ def test_many_images_are_summed_over_several_splits():
 
 
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
-def test_no_images_give_no_tokens_and_zero_gradients(pixel_dtype):
-    ours = results(patch_embed, Case(batch=0, pixel_dtype=pixel_dtype, masked=True).inputs())
+def test_empty_batch_returns_no_tokens_and_zero_gradients(pixel_dtype):
+    ours = compute_results(patch_embed, Case(batch=0, pixel_dtype=pixel_dtype, masked=True).make_inputs())
     assert ours["out"].shape == (0, 7, 48)
     for name, gradient in ours.items():
         assert not gradient.any(), name
@@ -264,17 +264,17 @@ def test_tiny_and_huge_pixels(dtype, scale):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_float32_tokens_with_a_half_precision_weight_give_float32(dtype):
+def test_float32_tokens_with_half_precision_weight_return_float32(dtype):
     case = Case(dtype=dtype, token_dtype=torch.float32, masked=True)
-    assert patch_embed(**case.inputs()).dtype == torch.float32
+    assert patch_embed(**case.make_inputs()).dtype == torch.float32
     check(case)
 
 
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_tokens():
-    inputs = Case(pixel_dtype=torch.uint8).inputs()
+    inputs = Case(pixel_dtype=torch.uint8).make_inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
-        ours = results(patch_embed, inputs)
-        theirs = results(reference.patch_embed, inputs)
+        ours = compute_results(patch_embed, inputs)
+        theirs = compute_results(reference.patch_embed, inputs)
     half = dict(inputs, weight=inputs["weight"].bfloat16(), bias=inputs["bias"].bfloat16())
     assert torch.equal(ours["out"], patch_embed(**half))
     for name in ours:
@@ -282,14 +282,14 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_tokens():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_and_infinity_stay_in_their_own_patch(value):
-    inputs = Case(image_size=(16, 27)).inputs()
+def test_nan_and_inf_stay_in_their_own_patch(value):
+    inputs = Case(image_size=(16, 27)).make_inputs()
     inputs["pixels"].requires_grad_(False)
     clean = patch_embed(**inputs)
     inputs["pixels"][1, 2, 9, 17] = value  # second image, last of its 2 x 3 patches
-    inputs["pixels"][0, :, :, 24:] = value  # left over: not read
+    inputs["pixels"][0, :, :, 24:] = value  # a partial patch: not read
     dirty = patch_embed(**inputs)
-    theirs = pytorch(**inputs)
+    theirs = run_convolution(**inputs)
     assert torch.equal(dirty.isnan(), theirs.isnan())
     assert torch.equal(dirty.isinf(), theirs.isinf())
     assert not dirty[1, 6].isfinite().any()
@@ -298,69 +298,69 @@ def test_nan_and_infinity_stay_in_their_own_patch(value):
 
 
 def test_nan_in_a_masked_patch_reaches_neither_tokens_nor_gradients():
-    inputs = Case(masked=True).inputs()
+    inputs = Case(masked=True).make_inputs()
     inputs["mask"][:] = False
     inputs["mask"][0, 0] = True
     with torch.no_grad():
         inputs["pixels"][0, :, :8, :8] = float("nan")
-    for name, tensor in results(patch_embed, inputs).items():
+    for name, tensor in compute_results(patch_embed, inputs).items():
         assert tensor.isfinite().all(), name
 
 
-def test_nan_in_the_output_gradient_of_a_prefix_token_stays_out_of_weight_and_pixels():
-    inputs = Case().inputs()
+def test_nan_gradient_of_a_prefix_token_does_not_reach_weight_and_pixels():
+    inputs = Case().make_inputs()
     grad_out = torch.ones(2, 7, 48, device=DEVICE)
     grad_out[:, 0] = float("nan")
-    ours = results(patch_embed, inputs, grad_out)
+    ours = compute_results(patch_embed, inputs, grad_out)
     assert ours["grad_cls_token"].isnan().all()
     for name in ("grad_weight", "grad_pixels", "grad_bias"):
         assert ours[name].isfinite().all(), name
 
 
 def test_output_gradients_of_any_strides():
-    inputs = Case(masked=True).inputs()
+    inputs = Case(masked=True).make_inputs()
     grad_out = torch.randn(7, 48, 2, device=DEVICE).permute(2, 0, 1)
-    ours = results(patch_embed, inputs, grad_out)
-    for name, tensor in results(patch_embed, inputs, grad_out.contiguous()).items():
+    ours = compute_results(patch_embed, inputs, grad_out)
+    for name, tensor in compute_results(patch_embed, inputs, grad_out.contiguous()).items():
         assert torch.equal(tensor, ours[name]), name
-    expanded = results(patch_embed, inputs, torch.ones((), device=DEVICE).expand(2, 7, 48))
-    for name, tensor in results(patch_embed, inputs, torch.ones(2, 7, 48, device=DEVICE)).items():
+    expanded = compute_results(patch_embed, inputs, torch.ones((), device=DEVICE).expand(2, 7, 48))
+    for name, tensor in compute_results(patch_embed, inputs, torch.ones(2, 7, 48, device=DEVICE)).items():
         assert torch.equal(tensor, expanded[name]), name
 
 
-def test_only_the_gradients_asked_for_are_computed(monkeypatch):
+def test_only_requested_gradients_are_computed(monkeypatch):
     def forbidden(*args):
-        raise AssertionError("computed a gradient that nobody asked for")
+        raise AssertionError("computed a gradient that was not requested")
 
     monkeypatch.setattr(kernels, "_weight_backward", forbidden)
     monkeypatch.setattr(kernels, "pixels_backward", forbidden)
-    inputs = Case().inputs()
+    inputs = Case().make_inputs()
     for name in GRADIENTS:
         if torch.is_tensor(inputs[name]):
             inputs[name].requires_grad_(name == "bias")
-    assert list(results(patch_embed, inputs)) == ["out", "grad_bias"]
+    assert list(compute_results(patch_embed, inputs)) == ["out", "grad_bias"]
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
-def test_every_output_is_wholly_written(layout):
+def test_every_output_is_fully_written(layout):
     case = Case(image_size=(19, 26), layout=layout, masked=True, hidden=40)
     with poison_memory():
-        ours = results(patch_embed, case.inputs())
+        ours = compute_results(patch_embed, case.make_inputs())
     for name, tensor in ours.items():
         assert tensor.isfinite().all(), name
 
 
-def test_two_runs_give_the_same_bits():
+def test_results_are_deterministic():
     case = Case(batch=16, dtype=torch.bfloat16, pixel_dtype=torch.uint8, masked=True)
-    first = results(patch_embed, case.inputs())
-    for name, tensor in results(patch_embed, case.inputs()).items():
+    first = compute_results(patch_embed, case.make_inputs())
+    for name, tensor in compute_results(patch_embed, case.make_inputs()).items():
         assert torch.equal(tensor, first[name]), name
 
 
-def test_pixels_beyond_two_to_the_31_are_found():
-    storage = torch.UntypedStorage(2**31 + 2**12, device=DEVICE)  # memory that nobody touches is not really taken
+def test_pixels_beyond_int32_offsets_are_addressed():
+    storage = torch.UntypedStorage(2**31 + 2**12, device=DEVICE)  # untouched pages take no physical memory
     large = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(storage)
-    inputs = Case(image_size=(8, 8), pixel_dtype=torch.uint8).inputs()
+    inputs = Case(image_size=(8, 8), pixel_dtype=torch.uint8).make_inputs()
     expected = patch_embed(**inputs)
     for stride in ((2**31, 64, 8, 1), (64, 2**30, 8, 1)):
         far = large.as_strided((2, 3, 8, 8), stride).copy_(inputs["pixels"])
@@ -373,25 +373,25 @@ def test_any_candidate(layout):
     check(case, function=partial(patch_embed, candidate=1))
 
 
-def test_forward_and_backward_take_the_candidate_that_is_asked_for(monkeypatch):
-    asked = []
-    candidate = tuning.select
+def test_requested_candidate_is_used_in_forward_and_backward(monkeypatch):
+    requested = []
+    select = tuning.select
 
-    def recorded(operation, *case):
-        asked.append((operation, case[-1]))
-        return candidate(operation, *case)
+    def record(operation, *case):
+        requested.append((operation, case[-1]))
+        return select(operation, *case)
 
-    monkeypatch.setattr(tuning, "select", recorded)
-    results(partial(patch_embed, candidate=1), Case().inputs())
-    assert asked == [("patch_embed_forward", 1), ("patch_embed_weight", 1)]
+    monkeypatch.setattr(tuning, "select", record)
+    compute_results(partial(patch_embed, candidate=1), Case().make_inputs())
+    assert requested == [("patch_embed_forward", 1), ("patch_embed_weight", 1)]
 
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize(("dtype", "pixel_dtype"), DTYPES)
-def test_what_replaces_a_failing_launch_gives_the_same(dtype, pixel_dtype, masked, layout):
+def test_fallbacks_match_launchers(dtype, pixel_dtype, masked, layout):
     case = Case(dtype, pixel_dtype, layout, image_size=(19, 26), prefix=2, masked=masked, token_dtype=torch.float32)
-    inputs = {name: value.detach() if torch.is_tensor(value) else value for name, value in case.inputs().items()}
+    inputs = {name: value.detach() if torch.is_tensor(value) else value for name, value in case.make_inputs().items()}
     if masked and pixel_dtype.is_floating_point:
         inputs["pixels"][:, :8, :8, :8] = torch.where(inputs["mask"][:, 0].view(-1, 1, 1, 1), float("nan"), 1)
     mean, std = (None, None) if pixel_dtype.is_floating_point else (list(inputs["mean"]), list(inputs["std"]))
@@ -429,7 +429,7 @@ def test_splits_of_the_weight_gradient_cover_every_patch_once(total_patches, til
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 def test_operators_pass_opcheck(masked):
     case = Case(image_size=(8, 16), hidden=16, channels=2, masked=masked)
-    inputs = case.inputs()
+    inputs = case.make_inputs()
     arguments = [
         inputs[name] for name in ("pixels", "weight", "bias", "cls_token", "pos_embed", "mask_token", "mask")
     ] + [None, None, 0]
@@ -444,14 +444,14 @@ def test_operators_pass_opcheck(masked):
 
 @pytest.mark.parametrize("pixel_dtype", [torch.uint8, torch.float32], ids=["uint8", "float32"])
 def test_compiles_as_one_graph(pixel_dtype):
-    inputs = Case(pixel_dtype=pixel_dtype, masked=True).inputs()
-    compiled = results(torch.compile(patch_embed, backend="aot_eager", fullgraph=True), inputs)
-    for name, tensor in results(patch_embed, inputs).items():
+    inputs = Case(pixel_dtype=pixel_dtype, masked=True).make_inputs()
+    compiled = compute_results(torch.compile(patch_embed, backend="aot_eager", fullgraph=True), inputs)
+    for name, tensor in compute_results(patch_embed, inputs).items():
         assert torch.equal(tensor, compiled[name]), name
 
 
 def test_compiles_as_one_graph_under_autocast():
-    inputs = Case().inputs()
+    inputs = Case().make_inputs()
     with torch.autocast(DEVICE, torch.bfloat16):
         compiled = torch.compile(patch_embed, backend="aot_eager", fullgraph=True)(**inputs)
         assert torch.equal(compiled, patch_embed(**inputs))
@@ -476,64 +476,76 @@ def test_compiles_as_one_graph_under_autocast():
     )
 )
 def test_any_shape(case):
-    inputs = case.inputs()
-    exact = results(definition, in_float64(inputs))
-    for name, tensor in results(patch_embed, inputs).items():
-        # Few elements: the chance errors of single ones are compared with a bound, not with PyTorch's.
+    inputs = case.make_inputs()
+    exact = compute_results(compute_definition, cast_to_float64(inputs))
+    for name, tensor in compute_results(patch_embed, inputs).items():
+        # With few elements, either error may be the larger by chance, so a fixed bound replaces PyTorch's error.
         bound = 16 * torch.finfo(tensor.dtype if name != "grad_pixels" else case.dtype).eps
         error = (tensor.double() - exact[name]).abs().max()
         assert error <= bound * max(exact[name].abs().max(), 1), name
 
 
-def changed(**changes):
+def change_inputs(**changes):
     return lambda inputs: inputs | changes
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(pixels=torch.zeros(3, 16, 24)), r"pixels: expected \[B, 3, H, W\].*got \[3, 16, 24\]"),
-        (changed(pixels=torch.zeros(2, 4, 16, 24)), r"pixels: .*weight has 3 channels.*got \[2, 4, 16, 24\]"),
-        (changed(pixels=torch.zeros(2, 3, 7, 24)), r"pixels: expected room for one patch of \(8, 8\), got \(7, 24\)"),
-        (changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.int32)), "pixels: expected uint8.*got torch.int32"),
-        (changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.float64)), "pixels: expected uint8.*got torch.float64"),
-        (changed(pixels=torch.zeros(2, 3, 16, 24, device="meta")), "pixels: expected device .*got meta"),
-        (changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), mean=None), "mean: expected 3 floats.*got None"),
-        (changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), std=(0.5,)), r"std: expected 3 floats.*\(0.5,\)"),
+        (change_inputs(pixels=torch.zeros(3, 16, 24)), r"pixels: expected \[B, 3, H, W\].*got \[3, 16, 24\]"),
+        (change_inputs(pixels=torch.zeros(2, 4, 16, 24)), r"pixels: .*weight has 3 channels.*got \[2, 4, 16, 24\]"),
         (
-            changed(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), std=(0.5, 0.0, 0.5)),
+            change_inputs(pixels=torch.zeros(2, 3, 7, 24)),
+            r"pixels: expected room for one patch of \(8, 8\), got \(7, 24\)",
+        ),
+        (change_inputs(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.int32)), "pixels: expected uint8.*got torch.int32"),
+        (
+            change_inputs(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.float64)),
+            "pixels: expected uint8.*got torch.float64",
+        ),
+        (change_inputs(pixels=torch.zeros(2, 3, 16, 24, device="meta")), "pixels: expected device .*got meta"),
+        (
+            change_inputs(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), mean=None),
+            "mean: expected 3 floats.*got None",
+        ),
+        (
+            change_inputs(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), std=(0.5,)),
+            r"std: expected 3 floats.*\(0.5,\)",
+        ),
+        (
+            change_inputs(pixels=torch.zeros(2, 3, 16, 24, dtype=torch.uint8), std=(0.5, 0.0, 0.5)),
             r"std: expected floats other than 0.*\(0.5, 0.0, 0.5\)",
         ),
-        (changed(weight=torch.zeros(48, 192)), r"weight: expected \[D, C, ph, pw\].*got \[48, 192\]"),
-        (changed(weight=torch.zeros(48, 3, 8, 8, dtype=torch.float64)), "weight: expected .*got .*torch.float64"),
-        (changed(patch_size=(16, 16)), r"patch_size: expected weight's \(8, 8\), got \(16, 16\)"),
-        (changed(bias=torch.zeros(47)), r"bias: expected \[48\], got \[47\]"),
-        (changed(bias=torch.zeros(48, dtype=torch.bfloat16)), "bias: expected torch.float32, got torch.bfloat16"),
-        (changed(bias=torch.zeros(48, device="meta")), "bias: expected device .*got meta"),
-        (changed(cls_token=torch.zeros(1, 48)), r"cls_token: expected \[1, T, 48\], got \[1, 48\]"),
-        (changed(pos_embed=torch.zeros(1, 6, 48)), r"pos_embed: expected \[1, 7, 48\], got \[1, 6, 48\]"),
-        (changed(pos_embed=torch.zeros(1, 7, 48, dtype=torch.int32)), "pos_embed: expected .*got torch.int32"),
-        (changed(mask=torch.zeros(2, 6, dtype=torch.bool)), "mask_token: expected .* with a mask, got None"),
+        (change_inputs(weight=torch.zeros(48, 192)), r"weight: expected \[D, C, ph, pw\].*got \[48, 192\]"),
+        (change_inputs(weight=torch.zeros(48, 3, 8, 8, dtype=torch.float64)), "weight: expected .*got .*torch.float64"),
+        (change_inputs(patch_size=(16, 16)), r"patch_size: expected weight's \(8, 8\), got \(16, 16\)"),
+        (change_inputs(bias=torch.zeros(47)), r"bias: expected \[48\], got \[47\]"),
+        (change_inputs(bias=torch.zeros(48, dtype=torch.bfloat16)), "bias: expected torch.float32, got torch.bfloat16"),
+        (change_inputs(bias=torch.zeros(48, device="meta")), "bias: expected device .*got meta"),
+        (change_inputs(cls_token=torch.zeros(1, 48)), r"cls_token: expected \[1, T, 48\], got \[1, 48\]"),
+        (change_inputs(pos_embed=torch.zeros(1, 6, 48)), r"pos_embed: expected \[1, 7, 48\], got \[1, 6, 48\]"),
+        (change_inputs(pos_embed=torch.zeros(1, 7, 48, dtype=torch.int32)), "pos_embed: expected .*got torch.int32"),
+        (change_inputs(mask=torch.zeros(2, 6, dtype=torch.bool)), "mask_token: expected .* with a mask, got None"),
         (
-            changed(mask=torch.zeros(2, 6), mask_token=torch.zeros(1, 1, 48)),
+            change_inputs(mask=torch.zeros(2, 6), mask_token=torch.zeros(1, 1, 48)),
             "mask: expected torch.bool, got torch.float32",
         ),
         (
-            changed(mask=torch.zeros(2, 5, dtype=torch.bool), mask_token=torch.zeros(1, 1, 48)),
+            change_inputs(mask=torch.zeros(2, 5, dtype=torch.bool), mask_token=torch.zeros(1, 1, 48)),
             r"mask: expected \[2, 6\], got \[2, 5\]",
         ),
     ],
 )
-def test_bad_input_is_named_before_anything_is_launched(change, message, monkeypatch):
+def test_invalid_input_raises_before_launch(change, message, monkeypatch):
     monkeypatch.setattr(kernels, "_patch_embed", None)
     inputs = {
-        name: value.detach().cpu() if torch.is_tensor(value) else value for name, value in Case().inputs().items()
+        name: value.detach().cpu() if torch.is_tensor(value) else value for name, value in Case().make_inputs().items()
     }
     with pytest.raises(ValueError, match=message):
         patch_embed(**change(inputs))
 
 
-def test_a_mask_token_without_a_mask_is_left_alone():
-    inputs = Case().inputs()
+def test_mask_token_without_mask_is_ignored():
+    inputs = Case().make_inputs()
     expected = patch_embed(**inputs)
     assert torch.equal(patch_embed(**dict(inputs, mask_token=torch.ones(1, 1, 48, device=DEVICE))), expected)
