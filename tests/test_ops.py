@@ -1,4 +1,4 @@
-"""The seam: who computes an operation, how one chooses it, and that the whole model is the same either way."""
+"""Dispatch: which implementation an operation uses, how to choose it, and that models are the same with each."""
 
 import logging
 import os
@@ -21,17 +21,17 @@ HAS_TRITON = ops.triton_unavailable_reason() is None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
-def python(code, **environment):
-    """A fresh process, with another environment."""
+def run_python(code, **environment):
+    """Run code in a new process with these environment variables."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
 
-def norm_inputs(dtype=torch.float32, device=DEVICE):
+def make_norm_inputs(dtype=torch.float32, device=DEVICE):
     return torch.randn(3, 8, device=device, dtype=dtype), torch.ones(8, device=device), torch.zeros(8, device=device)
 
 
-def test_backend_is_restored_also_after_an_error():
+def test_backend_is_restored_after_an_error():
     assert ops.current_backend() == "auto"
     with pytest.raises(RuntimeError, match="of mine"), fastvit.backend("reference"):
         assert ops.current_backend() == "reference"
@@ -42,30 +42,30 @@ def test_backend_is_restored_also_after_an_error():
     assert ops.current_backend() == "auto"
 
 
-def test_unknown_backend_is_named():
+def test_unknown_backend_raises():
     with (
         pytest.raises(fastvit.InputError, match="expected one of auto, triton, reference, got 'cuda'"),
         fastvit.backend("cuda"),
     ):
         pass
-    done = python("from fastvit import cli; raise SystemExit(cli.main(['info']))", FASTVIT_BACKEND="cuda")
+    done = run_python("from fastvit import cli; raise SystemExit(cli.main(['info']))", FASTVIT_BACKEND="cuda")
     assert done.returncode == 2
     assert done.stderr == "error: FASTVIT_BACKEND: expected one of auto, triton, reference, got 'cuda'\n"
 
 
-def test_triton_where_it_cannot_run_is_an_error_that_says_why():
+def test_unavailable_triton_raises_with_the_reason():
     code = "import fastvit\nwith fastvit.backend('triton'): pass"
-    assert "'triton' cannot run here: there is no GPU" in python(code, CUDA_VISIBLE_DEVICES="").stderr
+    assert "'triton' cannot run here: there is no GPU" in run_python(code, CUDA_VISIBLE_DEVICES="").stderr
     call = (
         "import torch\nfrom fastvit import ops\nops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.zeros(8), 1e-6)"
     )
-    done = python(call, FASTVIT_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
+    done = run_python(call, FASTVIT_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
     assert "'triton' cannot compute layer_norm: there is no GPU" in done.stderr
 
 
 @needs_triton
-def test_triton_is_not_asked_for_what_it_cannot_do():
-    x, weight, bias = norm_inputs(torch.float64)
+def test_unsupported_dtype_raises_under_triton_and_runs_in_pytorch():
+    x, weight, bias = make_norm_inputs(torch.float64)
     with (
         fastvit.backend("triton"),
         pytest.raises(fastvit.InputError, match=r"cannot compute layer_norm: the kernel has no torch\.float64"),
@@ -75,9 +75,9 @@ def test_triton_is_not_asked_for_what_it_cannot_do():
 
 
 @needs_triton
-def test_kernels_are_not_shown_to_torch_func():
-    """Its transforms cannot see into them: grad fails, and a derivative in a direction would be 0 without a word."""
-    x, weight, bias = norm_inputs()
+def test_torch_func_transforms_run_in_pytorch():
+    """The transforms of torch.func cannot see into kernels: grad would fail, and jvp would silently return 0."""
+    x, weight, bias = make_norm_inputs()
 
     def total(x):
         return ops.layer_norm(x, weight, bias, 1e-6).square().sum()
@@ -96,7 +96,7 @@ def test_kernels_are_not_shown_to_torch_func():
         transform()  # plain PyTorch
 
 
-def test_without_triton_everything_is_computed_by_pytorch():
+def test_pytorch_is_used_if_triton_is_not_installed():
     code = (
         "import importlib.util\n"
         "found = importlib.util.find_spec\n"
@@ -105,39 +105,39 @@ def test_without_triton_everything_is_computed_by_pytorch():
         "print(ops.kernel_unavailable_reason('layer_norm', 'cuda', 0, torch.float32))\n"
         "print(ops.layer_norm(torch.ones(2, 8), torch.ones(8), torch.zeros(8), 1e-6).sum().item())\n"
     )
-    done = python(code)
+    done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert "triton is not installed" in done.stdout
 
 
-def test_old_gpus_are_told_what_runs(monkeypatch):
+def test_reason_for_gpus_and_dtypes_without_kernels(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
-    why_not = ops.kernel_unavailable_reason.__wrapped__
+    find_reason = ops.kernel_unavailable_reason.__wrapped__
     for capability, dtype, expected in (
         ((7, 0), torch.float16, "this GPU (sm_70) is older than sm_80"),
         ((7, 5), torch.float32, "this GPU (sm_75) is older than sm_80"),
         ((8, 0), torch.float64, "the kernel has no torch.float64"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index, c=capability: c)
-        assert expected in why_not("layer_norm", "cuda", 0, dtype)
+        assert expected in find_reason("layer_norm", "cuda", 0, dtype)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    assert why_not("layer_norm", "cuda", 0, torch.bfloat16) is None
-    assert "kernels run on GPUs" in why_not("layer_norm", "mps", 0, torch.float32)
+    assert find_reason("layer_norm", "cuda", 0, torch.bfloat16) is None
+    assert "kernels run on GPUs" in find_reason("layer_norm", "mps", 0, torch.float32)
 
 
-def test_what_auto_chose_is_said_once(caplog):
+def test_automatic_choice_is_logged_once(caplog):
     ops._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, "fastvit"):
         for _ in range(3):
-            ops.layer_norm(*norm_inputs(), 1e-6)
-    said = [record.getMessage() for record in caplog.records if record.name == "fastvit"]
+            ops.layer_norm(*make_norm_inputs(), 1e-6)
+    messages = [record.getMessage() for record in caplog.records if record.name == "fastvit"]
     expected = "our Triton kernel" if DEVICE == "cuda" else "plain PyTorch ("
-    assert len(said) == 1
-    assert said[0].startswith(f"layer_norm on {DEVICE} is computed by {expected}")
+    assert len(messages) == 1
+    assert messages[0].startswith(f"layer_norm on {DEVICE} is computed by {expected}")
 
 
-def test_what_attentions_kernel_lacks_is_computed_by_pytorch():
+def test_unsupported_attention_options_have_a_reason():
     tensor, flat = torch.empty(2, 5, 3, 16), torch.empty(2, 5, 144)
     bias = torch.zeros(1, 3, 5, 5, requires_grad=True)
     for options, reason in (
@@ -155,7 +155,7 @@ def test_what_attentions_kernel_lacks_is_computed_by_pytorch():
 
 
 @needs_triton
-def test_attention_with_dropout_is_pytorchs_or_an_error():
+def test_attention_dropout_runs_in_pytorch_or_raises_under_triton():
     torch.manual_seed(0)
     qkv = torch.randn(2, 5, 3, 3, 16, device=DEVICE)
     torch.manual_seed(1)
@@ -178,16 +178,16 @@ def test_attention_with_dropout_is_pytorchs_or_an_error():
 
 @needs_triton
 @pytest.mark.parametrize("name", ["separate", "fused", "persistent"])
-def test_the_model_is_the_same_whichever_way_its_products_are_computed(name):
+def test_model_matches_reference_in_every_matmul_variant(name):
     from operations import use_variants
 
-    model, pixels = small_model()
+    model, pixels = make_model()
     with use_variants(name):
         assert_same_model(model, pixel_values=pixels, labels=torch.tensor([0, 1], device=DEVICE))
 
 
 @needs_triton
-def test_an_activation_without_a_kernel_is_plain_pytorchs():
+def test_activation_without_a_kernel_runs_in_pytorch():
     from fastvit.kernels.gelu import FORMULAS
 
     assert set(ops.ACTIVATIONS_WITH_KERNELS) == set(FORMULAS)
@@ -200,12 +200,12 @@ def test_an_activation_without_a_kernel_is_plain_pytorchs():
     torch.testing.assert_close(ops.feed_forward(*operands, "relu"), reference.feed_forward(*operands, "relu"))
 
 
-def test_operations_keep_the_definitions_documentation():
+def test_operations_have_the_docstrings_of_the_reference():
     for operation in ops.KERNEL_MODULES:
         assert getattr(ops, operation).__doc__ == getattr(reference, operation).__doc__
 
 
-def test_info_says_what_computes_each_operation(capsys):
+def test_info_lists_the_implementation_of_each_operation(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     assert f"torch {torch.__version__}" in printed
@@ -216,7 +216,7 @@ def test_info_says_what_computes_each_operation(capsys):
         assert info.describe_backend("layer_norm", torch.device("cuda")) == "plain PyTorch (backend is 'reference')"
 
 
-def logits_and_gradients(model, **inputs):
+def compute_logits_and_gradients(model, **inputs):
     output = model(**inputs)
     result = (
         output.logits if "logits" in output else output.last_hidden_state if "pooler_output" in output else output[1]
@@ -228,20 +228,20 @@ def logits_and_gradients(model, **inputs):
 
 
 def assert_same_model(model, **inputs):
-    """Outputs and every gradient, computed by our kernels and by plain PyTorch."""
+    """Compare outputs and all gradients between Triton kernels and plain PyTorch."""
     with fastvit.backend("reference"):
-        expected = logits_and_gradients(model, **inputs)
+        expected = compute_logits_and_gradients(model, **inputs)
     with fastvit.backend("triton"):
-        found = logits_and_gradients(model, **inputs)
+        found = compute_logits_and_gradients(model, **inputs)
     for name, tensor in expected.items():
         assert (found[name] is None) == (tensor is None), name
-        if tensor is not None and not name.endswith("key.bias"):  # its gradient is zero: softmax takes no shift
+        if tensor is not None and not name.endswith("key.bias"):  # its gradient is zero: softmax is invariant to it
             assert relative_error(found[name], tensor) < 1e-5, name
 
 
 @needs_triton
 @pytest.mark.parametrize("config", SMALL_CONFIGS.values(), ids=SMALL_CONFIGS)
-def test_the_whole_model_is_the_same_with_kernels(config):
+def test_model_with_kernels_matches_reference(config):
     torch.manual_seed(0)
     base = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
     config = ViTConfig(**{**base, **config}, num_labels=5)
@@ -249,12 +249,12 @@ def test_the_whole_model_is_the_same_with_kernels(config):
     randomise(model)
     pixels = pixels_for(config).to(DEVICE)
     assert_same_model(model, pixel_values=pixels, labels=torch.tensor([1, 3], device=DEVICE))
-    bytes_ = ((pixels * 40 + 128).clamp(0, 255).to(torch.uint8)).permute(0, 2, 3, 1)
-    assert_same_model(model, pixel_values=bytes_, labels=torch.tensor([1, 3], device=DEVICE))
+    uint8_pixels = ((pixels * 40 + 128).clamp(0, 255).to(torch.uint8)).permute(0, 2, 3, 1)
+    assert_same_model(model, pixel_values=uint8_pixels, labels=torch.tensor([1, 3], device=DEVICE))
 
 
 @needs_triton
-def test_masked_image_modelling_is_the_same_with_kernels():
+def test_masked_image_modelling_with_kernels_matches_reference():
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8,
@@ -266,7 +266,7 @@ def test_masked_image_modelling_is_the_same_with_kernels():
     assert_same_model(model, pixel_values=pixels_for(config).to(DEVICE), bool_masked_pos=mask.to(DEVICE))
 
 
-def small_model():
+def make_model():
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=16, patch_size=8
@@ -277,19 +277,19 @@ def small_model():
 
 
 @pytest.mark.parametrize("name", [pytest.param("triton", marks=needs_triton), "reference"])
-def test_the_model_compiles_as_one_graph(name):
-    model, pixels = small_model()
+def test_model_compiles_without_graph_breaks(name):
+    model, pixels = make_model()
     with fastvit.backend(name):
-        expected = logits_and_gradients(model, pixel_values=pixels)
+        expected = compute_logits_and_gradients(model, pixel_values=pixels)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        found = logits_and_gradients(compiled, pixel_values=pixels)
+        found = compute_logits_and_gradients(compiled, pixel_values=pixels)
     for (first, tensor), other in zip(expected.items(), found.values(), strict=True):
         if not first.endswith("key.bias"):
             assert relative_error(other, tensor) < 1e-5, first
 
 
 @needs_triton
-def test_the_activation_may_be_left_out_or_named():
+def test_activation_is_a_positional_or_keyword_argument():
     x, square, vector = (
         torch.randn(2, 32, device=DEVICE),
         torch.randn(32, 32, device=DEVICE),
@@ -305,7 +305,7 @@ def test_the_activation_may_be_left_out_or_named():
 
 
 @needs_triton
-def test_a_model_compiles_as_one_graph_before_any_kernel_was_imported():
+def test_model_compiles_without_graph_breaks_before_kernels_are_imported():
     code = """
 import torch, fastvit
 from transformers import ViTConfig
@@ -317,14 +317,14 @@ with fastvit.backend("triton"):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(torch.zeros(1, 3, 16, 16, device=device), labels=torch.tensor([0], device=device)).loss.backward()
 """
-    if DEVICE == "cpu":  # with the interpreter's mends, as in conftest.py
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import interpreter as mends\n" + code
-        code = code.replace("import torch, fastvit\n", "mends.install(); import torch, fastvit\n")
-    done = python(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1")
+    if DEVICE == "cpu":  # with the fixed interpreter, as in conftest.py
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import interpreter\n" + code
+        code = code.replace("import torch, fastvit\n", "interpreter.install(); import torch, fastvit\n")
+    done = run_python(code, TRITON_INTERPRET="0" if DEVICE == "cuda" else "1")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_compiled_model_follows_a_change_of_backend():
+def test_compiled_model_follows_a_change_of_backend():
     if not HAS_TRITON:
         pytest.skip("Triton is not installed")
     graphs = []
@@ -334,7 +334,7 @@ def test_a_compiled_model_follows_a_change_of_backend():
         return graph.forward
 
     compiled = torch.compile(lambda x, w, b: ops.layer_norm(x, w, b, 1e-6), backend=count, fullgraph=True)
-    inputs = norm_inputs()
+    inputs = make_norm_inputs()
     for name in ("reference", "triton", "reference"):
         with fastvit.backend(name):
             compiled(*inputs)
@@ -344,7 +344,7 @@ def test_a_compiled_model_follows_a_change_of_backend():
 
 
 @needs_triton
-def test_a_compiled_model_takes_any_number_of_tokens():
+def test_compiled_attention_accepts_any_number_of_tokens():
     graphs = []
 
     def count(graph, inputs):
@@ -360,8 +360,8 @@ def test_a_compiled_model_takes_any_number_of_tokens():
 
 
 @needs_triton
-def test_the_model_is_exported_with_its_kernels_and_any_batch_size():
-    model, pixels = small_model()
+def test_model_exports_with_kernels_and_dynamic_batch_size():
+    model, pixels = make_model()
     model.eval()
     with fastvit.backend("triton"):
         program = torch.export.export(
@@ -373,34 +373,34 @@ def test_the_model_is_exported_with_its_kernels_and_any_batch_size():
 
 
 @needs_triton
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method's name changes from transformers 5.2x on
-def test_gradient_checkpointing_with_kernels_changes_nothing():
-    model, pixels = small_model()
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the method is renamed in transformers 5.2x
+def test_gradient_checkpointing_matches_plain_backward():
+    model, pixels = make_model()
     with fastvit.backend("triton"):
-        expected = logits_and_gradients(model.train(), pixel_values=pixels)
+        expected = compute_logits_and_gradients(model.train(), pixel_values=pixels)
         model.gradient_checkpointing_enable()
-        found = logits_and_gradients(model, pixel_values=pixels)
+        found = compute_logits_and_gradients(model, pixel_values=pixels)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, msg=name)
 
 
-def test_blocks_that_are_watched_show_the_same_hidden_states():
-    """Without a watcher the residual add is left to the next block; with one every block returns its sum."""
-    model, pixels = small_model()
+def test_forward_hooks_on_blocks_see_the_hidden_states():
+    """Without hooks, the residual add is fused into the next block; with hooks, every block returns its sum."""
+    model, pixels = make_model()
     model.eval()
     seen = []
     plain = model(pixels).logits
     hook = model.vit.encoder.layer[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
-    watched = model(pixels).logits
+    hooked = model(pixels).logits
     hook.remove()
     states = model(pixels, output_hidden_states=True).hidden_states
-    torch.testing.assert_close(watched, plain)
+    torch.testing.assert_close(hooked, plain)
     torch.testing.assert_close(seen[0], states[1])
 
 
 @needs_triton
-def test_autocast_gives_the_model_that_plain_pytorch_gives_up_to_bfloat16():
-    model, pixels = small_model()
+def test_autocast_error_is_no_larger_than_with_pytorch():
+    model, pixels = make_model()
     exact = model.double()(pixels.double()).logits
     model.float()
     errors = {}
@@ -417,18 +417,18 @@ needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 
 
 @needs_gpu
-def test_a_training_step_is_captured_in_a_cuda_graph_and_replayed():
-    model, pixels = small_model()
-    expected = logits_and_gradients(model, pixel_values=pixels)
+def test_training_step_replays_from_a_cuda_graph():
+    model, pixels = make_model()
+    expected = compute_logits_and_gradients(model, pixel_values=pixels)
     static = torch.zeros_like(pixels)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         for _ in range(3):
-            logits_and_gradients(model, pixel_values=static)
+            compute_logits_and_gradients(model, pixel_values=static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = logits_and_gradients(model, pixel_values=static)
+        found = compute_logits_and_gradients(model, pixel_values=static)
     static.copy_(pixels)
     graph.replay()
     for name, tensor in expected.items():
@@ -437,13 +437,13 @@ def test_a_training_step_is_captured_in_a_cuda_graph_and_replayed():
 
 @needs_gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_the_model_is_compiled_for_the_gpu(mode):
-    model, pixels = small_model()
-    expected = logits_and_gradients(model, pixel_values=pixels)
+def test_model_compiles_for_the_gpu(mode):
+    model, pixels = make_model()
+    expected = compute_logits_and_gradients(model, pixel_values=pixels)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     for _ in range(3):  # graphs are recorded at the second call and replayed from the third on
         torch.compiler.cudagraph_mark_step_begin()
-        found = logits_and_gradients(compiled, pixel_values=pixels)
+        found = compute_logits_and_gradients(compiled, pixel_values=pixels)
     for (name, tensor), other in zip(expected.items(), found.values(), strict=True):
         if not name.endswith("key.bias"):
             assert relative_error(other, tensor) < 1e-4, name
