@@ -33,9 +33,8 @@ def compute_targets() -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, np.n
     functions = {"P": log_tail / math.log(2), "Q": (1 - points * hazard) / (ROOT - points)}
     slope = tail * (ROOT - points) * functions["Q"]
 
-    def compute_half_unit(
-        result: np.ndarray,
-    ) -> np.ndarray:  # relative; float16 has 11 significant bits down to 2^-14, bfloat16 has 8
+    def compute_half_unit(result: np.ndarray) -> np.ndarray:
+        # Relative to the result. float16 has 11 significant bits down to 2^-14, bfloat16 has 8.
         return np.minimum(2.0**-9, np.maximum(2.0**-12, 2.0**-25 / np.abs(result)))
 
     units = {

@@ -314,7 +314,7 @@ def test_predictor_tunes_a_single_image_and_its_largest_batch(monkeypatch, caplo
     from fastvit.serve import predictor
 
     requested = []
-    monkeypatch.setattr(predictor, "tune_at_start", lambda model, wanted: requested.append(wanted) or "measured")
+    monkeypatch.setattr(predictor, "tune_at_start", lambda model, sizes: requested.append(sizes) or "measured")
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
     with caplog.at_level(logging.INFO, "fastvit"):
         fastvit.Predictor(make_model(), max_batch=8, image_processor=processor).close()

@@ -182,8 +182,8 @@ def make_smallest_cases(quick: bool) -> Iterator[Case]:
     for candidate in range(CANDIDATES):
         yield "one value", lambda a=(row, weight, units, "gelu", True, candidate): linear.launch_forward(*a)
         backward = (row, weight.t(), weight.t(), "gelu")
-        wanted = {"bias_grad": True, "with_y": True, "candidate": candidate}
-        yield "one value", lambda a=backward, k=wanted: linear.launch_backward(*a, **k)
+        options = {"bias_grad": True, "with_y": True, "candidate": candidate}
+        yield "one value", lambda a=backward, k=options: linear.launch_backward(*a, **k)
 
 
 CANDIDATES = 3  # the largest number that a rule of the tuning table has
@@ -210,8 +210,8 @@ def make_matmul_cases(dim: int, dtype: torch.dtype, activation: str, save_pre: b
             f"{dim} to {4 * dim} {activation}{', kept' if save_pre else ''}, {str(dtype)[6:]}, candidate {candidate}"
         )
         yield label, lambda a=(x, weight1, units, activation, save_pre, candidate): linear.launch_forward(*a)
-        wanted = {"bias_grad": True, "with_y": True, "candidate": candidate}
-        yield label, lambda k=wanted: linear.launch_backward(x, weight2, hidden, activation, **k)
+        options = {"bias_grad": True, "with_y": True, "candidate": candidate}
+        yield label, lambda k=options: linear.launch_backward(x, weight2, hidden, activation, **k)
         label = f"{dim} to {3 * dim}, {str(dtype)[6:]}, candidate {candidate}"
         yield label, lambda a=(x, packed, packed_bias, None, False, candidate): linear.launch_forward(*a)
 
