@@ -13,7 +13,7 @@ from fastvit.ops import reference
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from operations import DEVICE, EPS, assert_close, assert_same, check, compute_results, randn
+from operations import DEVICE, EPS, VIEWS, assert_close, assert_same, check, compute_results, make_view, randn
 
 from fastvit.kernels import gelu as kernels
 from fastvit.kernels import layer_norm, operators
@@ -54,27 +54,28 @@ def make_norm_inputs(*shape, dtype=torch.float32, weight_dtype=None, **options):
     return inputs | {"weight": randn(shape[-1], dtype=weight_dtype or dtype, seed=3, scale=0.5, shift=1.0)}
 
 
+def check_activation(activation, inputs, **options):
+    check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs, **options)
+
+
+def check_norm_activation(activation, inputs, **options):
+    norm_kernels = partial(run_norm_kernels, activation=activation)
+    check(norm_kernels, partial(run_norm_reference, activation=activation), inputs, **options)
+
+
 @DTYPES
 @ACTIVATIONS
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_outputs_and_gradients_match_reference(dtype, activation, bias):
     for dim in (2, 100, 384):
-        check(
-            partial(run_kernels, activation=activation),
-            partial(run_reference, activation=activation),
-            make_inputs(3, 17, dim, dtype=dtype, bias=bias),
-        )
+        check_activation(activation, make_inputs(3, 17, dim, dtype=dtype, bias=bias))
 
 
 @DTYPES
 @pytest.mark.parametrize("activation", FORMULAS)
 @pytest.mark.parametrize("dim", [1, 5, 72, 300, 768])
 def test_layer_norm_act_matches_reference(dtype, activation, dim):
-    check(
-        partial(run_norm_kernels, activation=activation),
-        partial(run_norm_reference, activation=activation),
-        make_norm_inputs(2, 17, dim, dtype=dtype),
-    )
+    check_norm_activation(activation, make_norm_inputs(2, 17, dim, dtype=dtype))
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 197, 257])
@@ -86,7 +87,7 @@ def test_any_number_of_tokens(tokens):
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 2, 6), (1, 1, 2)])
 def test_any_number_of_dimensions(shape):
     check(run_kernels, run_reference, make_inputs(*shape))
-    check(partial(run_kernels, activation="swiglu"), partial(run_reference, activation="swiglu"), make_inputs(*shape))
+    check_activation("swiglu", make_inputs(*shape))
     check(run_norm_kernels, run_norm_reference, make_norm_inputs(*shape))
 
 
@@ -117,19 +118,14 @@ def test_mixed_dtypes(dtype, bias_dtype):
 def test_huge_and_tiny_values(activation, dtype, scale):
     inputs = make_inputs(3, 40, dtype=dtype, scale=scale)
     grads_for = () if activation == "swiglu" and scale == 100.0 else None  # its gradients exceed float16's range
-    check(
-        partial(run_kernels, activation=activation),
-        partial(run_reference, activation=activation),
-        inputs,
-        grads_for=grads_for,
-    )
+    check_activation(activation, inputs, grads_for=grads_for)
 
 
 @pytest.mark.parametrize("activation", FORMULAS)
 def test_activations_match_reference_at_every_magnitude(activation):
     """Single columns, because a sum over rows could hide a bad element."""
     inputs = {"x": torch.linspace(-12, 12, 4001, device=DEVICE)[:, None]}
-    check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs)
+    check_activation(activation, inputs)
 
 
 def compute_ulp_error(result, exact, dtype):
@@ -203,33 +199,18 @@ def test_nan_and_inf_propagate_as_in_pytorch(activation, bad):
             assert torch.equal(tensor.isnan(), expected[name].isnan()), name
 
 
-def make_views(tensor):
-    """Yield non-contiguous views with the values of `tensor` [B, N, D]."""
-    batch, tokens, dim = tensor.shape
-    large = tensor.new_full((batch + 1, tokens + 2, 2 * dim + 3), float("nan"))
-    for view in (
-        large[:batch, 1:-1, :dim],
-        large[1:, 2:, 3 : dim + 3],
-        large.new_empty(tokens, batch, dim).transpose(0, 1),
-        large[1:, 2:, 3::2],
-        large[:1, :tokens, :dim].expand(batch, tokens, dim) if batch == 1 else large.new_empty(batch, dim, tokens).mT,
-    ):
-        assert not view.is_contiguous()
-        yield view.copy_(tensor)
-
-
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 def test_views_match_contiguous_inputs(activation):
     inputs = make_inputs(3, 5, 24)
     expected = compute_results(partial(run_kernels, activation=activation), inputs)
-    for view in make_views(inputs["x"]):
+    for view in (make_view(kind, inputs["x"]) for kind in VIEWS):
         assert_same(compute_results(partial(run_kernels, activation=activation), inputs | {"x": view}), expected)
 
 
 def test_layer_norm_act_of_views_matches_contiguous_inputs():
     inputs = make_norm_inputs(3, 5, 24)
     expected = compute_results(run_norm_kernels, inputs)
-    for view in make_views(inputs["x"]):
+    for view in (make_view(kind, inputs["x"]) for kind in VIEWS):
         assert_same(compute_results(run_norm_kernels, inputs | {"x": view}), expected)
 
 
@@ -255,15 +236,10 @@ def test_any_shape_and_dtype(shape, dtype, bias_dtype, activation, bias):
     if activation == "swiglu":
         shape = (*shape[:2], 2 * shape[2])
     inputs = make_inputs(*shape, dtype=dtype, bias_dtype=bias_dtype, bias=bias)
-    check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs, slack=4)
+    check_activation(activation, inputs, slack=4)
     if activation != "swiglu":
         inputs = make_norm_inputs(*shape, dtype=dtype, weight_dtype=bias_dtype)
-        check(
-            partial(run_norm_kernels, activation=activation),
-            partial(run_norm_reference, activation=activation),
-            inputs,
-            slack=4,
-        )
+        check_norm_activation(activation, inputs, slack=4)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 24), (2, 0, 24)])

@@ -78,6 +78,9 @@ def run_kernels(x, norm_weight, norm_bias, weight, bias, residual=None, activati
     return kernels._apply(x, residual, *arguments, activation, candidate)  # the first half of a feed-forward
 
 
+run_gelu = partial(run_kernels, activation="gelu")
+
+
 def check_activation(activation, inputs, **options):
     check(partial(run_kernels, activation=activation), partial(run_reference, activation=activation), inputs, **options)
 
@@ -170,13 +173,13 @@ def test_nan_and_inf_propagate_as_in_pytorch(variant, bad):
     inputs["x"][1, 7] = bad
     theirs = compute_results(partial(run_reference, activation="gelu"), inputs)
     with use_variants(variant):
-        found = compute_results(partial(run_kernels, activation="gelu"), inputs)
+        found = compute_results(run_gelu, inputs)
     for name, tensor in found.items():
         assert torch.equal(tensor.isfinite(), theirs[name].isfinite()), name
     inputs = make_inputs(3, 40, units=24, add=False)
     inputs["bias"][5] = bad
     with use_variants(variant):
-        found = compute_results(partial(run_kernels, activation="gelu"), inputs)
+        found = compute_results(run_gelu, inputs)
     for name, tensor in compute_results(partial(run_reference, activation="gelu"), inputs).items():
         assert torch.equal(tensor.isfinite(), found[name].isfinite()), name  # GELU(inf) is inf, or NaN on some CPUs
 
@@ -204,23 +207,21 @@ def test_views_match_contiguous_inputs(variant, kind):
     for add in (False, True):
         inputs = make_inputs(3, 5, 24, units=40, add=add)
         with use_variants(variant):
-            expected = compute_results(partial(run_kernels, activation="gelu"), inputs)
-            strided = compute_results(
-                partial(run_kernels, activation="gelu"), inputs | {"x": make_view(kind, inputs["x"])}
-            )
+            expected = compute_results(run_gelu, inputs)
+            strided = compute_results(run_gelu, inputs | {"x": make_view(kind, inputs["x"])})
         assert_same(strided, expected)
 
 
 def test_transposed_and_sliced_weights():
     inputs = make_inputs(3, 5, 24, units=40)
     with use_variants("fused"):
-        expected = compute_results(partial(run_kernels, activation="gelu"), inputs)
+        expected = compute_results(run_gelu, inputs)
         changed = inputs | {
             "weight": inputs["weight"].t().contiguous().t(),
             "bias": torch.stack((inputs["bias"], inputs["bias"]), 1)[:, 0],
             "norm_weight": torch.stack((inputs["norm_weight"], inputs["norm_bias"]), 1)[:, 0],
         }
-        assert_same(compute_results(partial(run_kernels, activation="gelu"), changed), expected)
+        assert_same(compute_results(run_gelu, changed), expected)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -248,7 +249,7 @@ def test_any_shape_layout_and_dtype(shape, units, dtype, variant, kind, activati
 def test_empty_batch_returns_empty_outputs_and_zero_weight_gradients(variant, shape):
     inputs = make_inputs(*shape, units=40)
     with use_variants(variant):
-        found = compute_results(partial(run_kernels, activation="gelu"), inputs)
+        found = compute_results(run_gelu, inputs)
     assert found["output 0"].shape == found["grad x"].shape == shape
     assert found["output 1"].shape == (*shape[:-1], 40)
     for name in ("norm_weight", "norm_bias", "weight", "bias"):
@@ -259,7 +260,7 @@ def test_empty_batch_returns_empty_outputs_and_zero_weight_gradients(variant, sh
 def test_results_are_deterministic(variant):
     inputs = make_inputs(5, 23, 48, units=72, dtype=torch.bfloat16)
     with use_variants(variant):
-        first, second = (compute_results(partial(run_kernels, activation="gelu"), inputs) for _ in range(2))
+        first, second = (compute_results(run_gelu, inputs) for _ in range(2))
     assert_same(first, second)
 
 
@@ -267,12 +268,10 @@ def test_results_are_deterministic(variant):
 def test_training_and_inference_are_bitwise_equal(variant):
     inputs = make_inputs(2, 9, 48, units=72, dtype=torch.bfloat16)
     with use_variants(variant):
-        training = compute_results(partial(run_kernels, activation="gelu"), inputs)
+        training = compute_results(run_gelu, inputs)
         with torch.no_grad():
-            assert_same(
-                compute_results(partial(run_kernels, activation="gelu"), inputs, grads_for=()),
-                {k: training[k] for k in ("output 0", "output 1")},
-            )
+            outputs = {name: training[name] for name in ("output 0", "output 1")}
+            assert_same(compute_results(run_gelu, inputs, grads_for=()), outputs)
 
 
 @EACH_VARIANT
@@ -299,7 +298,7 @@ def test_single_gradients_match_full_backward(variant, activation, requested):
 
 
 def test_branch_and_residual_share_one_gradient_tensor():
-    grads = compute_results(partial(run_kernels, activation="gelu"), make_inputs(2, 9, 48, units=40))
+    grads = compute_results(run_gelu, make_inputs(2, 9, 48, units=40))
     assert grads["grad x"].data_ptr() == grads["grad residual"].data_ptr()
 
 
@@ -475,7 +474,7 @@ def test_candidate_selects_the_matmul_kernel(candidate, monkeypatch):
     variants = ("separate", "fused", "persistent")
     inputs = make_inputs(2, 9, 48, units=40, dtype=torch.bfloat16)
     with use_variants(variants[candidate]):
-        expected = compute_results(partial(run_kernels, activation="gelu"), inputs)
+        expected = compute_results(run_gelu, inputs)
     with use_variants(*variants):
         assert_same(compute_results(partial(run_kernels, activation="gelu", candidate=candidate), inputs), expected)
         monkeypatch.setattr(linear, "_linear", spy := mock.MagicMock())
