@@ -249,6 +249,15 @@ def test_hf_image_settings_survive_a_rewrite(tmp_path, hf, size):
     }
 
 
+def test_image_settings_come_from_the_config_where_the_folder_has_no_preprocessor(tmp_path, hf):
+    config = json.loads((hf / "config.json").read_text())
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}
+    (hf / "config.json").write_text(json.dumps(config | settings))
+    convert(hf, tmp_path / "dest")
+    written = json.loads((tmp_path / "dest" / "preprocessor_config.json").read_text())
+    assert {name: written[name] for name in settings} == settings
+
+
 def test_hf_image_settings_without_normalisation_and_with_a_shortest_edge_are_read(hf):
     (hf / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "size": {"shortest_edge": 30}}))
     checkpoint = read_checkpoint(hf)

@@ -50,7 +50,7 @@ def read_hf(source: Path, config_json: dict[str, Any]) -> Checkpoint:
 
 
 def read_image_processor(source: Path, config: ViTConfig) -> ImageSettings:
-    """Reads mean, std, size and filter from preprocessor_config.json; its defaults are ViTImageProcessor's."""
+    """Reads mean, std, size and filter from preprocessor_config.json; its defaults are the config's."""
     path = source / "preprocessor_config.json"
     return parse_image_settings(read_json(path) if path.is_file() else {}, config, path)
 

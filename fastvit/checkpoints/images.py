@@ -25,7 +25,10 @@ ImageSettings = tuple[tuple[float, ...], tuple[float, ...], tuple[int, int], int
 
 
 def parse_image_settings(settings: Mapping[str, Any], config: ViTConfig, path: Path) -> ImageSettings:
-    """Validates the content of a preprocessor_config.json and returns mean, std, size and filter."""
+    """Validates the content of a preprocessor_config.json and returns mean, std, size and filter.
+
+    A missing mean or std is that of the config, by which the model normalises uint8 pixels.
+    """
     if not settings.get("do_rescale", True):
         raise InputError(f"{path}: do_rescale: expected true, got {format_value(settings['do_rescale'])}")
     factor = settings.get("rescale_factor", 1 / 255)
@@ -33,7 +36,8 @@ def parse_image_settings(settings: Mapping[str, Any], config: ViTConfig, path: P
         raise InputError(f"{path}: rescale_factor: expected 1/255, got {format_value(factor)}")
     if settings.get("do_normalize", True):
         half = [0.5] * config.num_channels
-        mean, std = settings.get("image_mean", half), settings.get("image_std", half)
+        names = ("image_mean", "image_std")
+        mean, std = (settings.get(name, getattr(config, name, None) or half) for name in names)
     else:
         mean, std = [0.0] * config.num_channels, [1.0] * config.num_channels
     size = settings.get("size") or config.image_size
