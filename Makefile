@@ -13,7 +13,7 @@ OLDEST_TESTS := $(wildcard $(patsubst %,tests/test_%.py, attention* layer_norm* 
 	quantize* bounds tuning* operators ops modeling eager drop_in optimize* benchmarks))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-oldest finetune test test-oldest compat lint format docs benchmark gpu kernels-report \
+.PHONY: help setup setup-oldest finetune test test-oldest compat real-weights lint format docs benchmark gpu kernels-report \
 	mutate-masks clean
 
 help:  ## show this list
@@ -56,6 +56,9 @@ test-oldest: setup-oldest  ## run the tests that the oldest versions can break, 
 
 compat: setup  ## run transformers' own ViT tests on fastvit, beside transformers (fetches its source distribution)
 	FASTVIT_TRANSFORMERS_TESTS="$$($(BIN)/python tests/compat/fetch.py)" $(BIN)/python -m pytest tests/compat $(ARGS)
+
+real-weights: $(VENV)/.interop  ## fetch trained weights for the tests: a DINOv2-small, 190 MB in the user's cache
+	$(BIN)/python tests/real_weights.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
