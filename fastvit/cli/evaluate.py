@@ -22,6 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = build_model_parser("evaluate")
     parser.add_argument("--dataset", metavar="ID", help="hub dataset, 'beans', or 'generated' (leaves)")
     parser.add_argument("--data-dir", metavar="FOLDER", help="or a folder of images: [SPLIT/] CLASS/")
+    parser.add_argument(
+        "--labels", metavar="FILE", help="or a table (csv, tsv, jsonl, parquet) of file names and labels"
+    )
     parser.add_argument("--split", metavar="NAME", help="train, validation or test [validation, else test, else train]")
     parser.add_argument("--image-column", metavar="NAME", help="column of the images [found by name]")
     parser.add_argument("--label-column", metavar="NAME", help="column of the classes [found by name]")
@@ -45,10 +48,13 @@ def main(argv: list[str]) -> None:
     images = load_images(
         options.dataset,
         options.data_dir,
+        labels_file=options.labels,
         image_column=options.image_column,
         label_column=options.label_column,
         validation_fraction=0,
     )
+    for note in images.notes:
+        print(f"note: {note}", file=sys.stderr)
     split_name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
     if split_name not in images.splits:
         raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {split_name!r}")

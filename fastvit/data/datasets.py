@@ -7,25 +7,37 @@ The `datasets` library reads and caches datasets of the hub.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from fastvit.data import leaves
-from fastvit.data.folders import Classes, compute_fingerprint, has_metadata, list_images
+from fastvit.data.folders import compute_fingerprint, format_list
 from fastvit.data.images import decode_image
+from fastvit.data.sources import (
+    ALIASES,
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    LabelledFiles,
+    check_classes,
+    find_column,
+    format_label,
+    is_missing,
+    map_labels,
+    open_source,
+    wrap_read_errors,
+)
 from fastvit.errors import InputError, escape_unprintable
 
-# Short names of datasets on the hub.
-ALIASES = {"beans": "AI-Lab-Makerere/beans"}
-IMAGE_COLUMNS = ("image", "img", "images", "picture")
-LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
+__all__ = ["TEST", "TRAIN", "VALIDATION", "ImageDataset", "Split", "load_images"]
 
 
 @dataclass
@@ -36,27 +48,42 @@ class Split:
         labels: int64 [num_images].
         load: Index -> upright RGB image. Raises InputError if the image cannot be decoded.
         key: A fingerprint that changes whenever the images do.
+        get_name: Index -> the image's path, or its row in the dataset.
     """
 
     labels: np.ndarray
     load: Callable[[int], Image.Image]
     key: str
+    get_name: Callable[[int], str] = "row {}".format
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices: np.ndarray) -> Split:
         """Returns the split of the images at `indices`, in that order."""
-        return Split(self.labels[indices], lambda i: self.load(int(indices[i])), f"{self.key}{indices.tolist()}")
+        return Split(
+            self.labels[indices],
+            lambda i: self.load(int(indices[i])),
+            f"{self.key}{indices.tolist()}",
+            lambda i: self.get_name(int(indices[i])),
+        )
 
 
 @dataclass
 class ImageDataset:
-    """A dataset in memory or on disk: its name, class names, and splits by name."""
+    """A dataset in memory or on disk.
+
+    Attributes:
+        name: The hub id, the folder or the file.
+        class_names: The classes in the order of their labels. Some may have no images.
+        splits: The splits by name.
+        notes: What the user should know about the images, one line each: files and rows that were left out.
+    """
 
     name: str
     class_names: list[str]
     splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list, kw_only=True)
 
     def count_labels(self) -> dict[str, np.ndarray]:
         """Counts the images of each class, [num_classes], by split."""
@@ -95,6 +122,7 @@ def load_images(
     dataset: str | None = None,
     data_dir: str | Path | None = None,
     *,
+    labels_file: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     validation_fraction: float = 0.15,
@@ -106,7 +134,8 @@ def load_images(
 
     Args:
         dataset: A hub id, or "generated".
-        data_dir: An image folder; either this or `dataset`.
+        data_dir: A folder of images, of Parquet files, or saved by `datasets`; either this or `dataset`.
+        labels_file: A table of file names, relative to `data_dir` or to the table's folder, and labels.
         image_column: The column with the images [found by name or type].
         label_column: The column with the labels [found by name or type].
         validation_fraction: The share of the training images of each class that becomes the validation split if there
@@ -121,17 +150,24 @@ def load_images(
     Raises:
         InputError: If the dataset cannot be read, or lacks training images, labels or classes.
     """
-    if (dataset is None) == (data_dir is None):
+    if (dataset is None) == (data_dir is None and labels_file is None):
         raise InputError("dataset: expected either a dataset or an image folder (data_dir), got both or neither")
     if dataset == "generated":
         images = generate_dataset(generated_images, image_size, seed)
-    elif data_dir is not None and not has_metadata(_check_folder(data_dir)):
-        images = _read_folder(Path(data_dir), image_column, label_column)
     else:
-        images = _read_with_datasets(ALIASES.get(dataset or "", dataset), data_dir, image_column, label_column)
+        source = open_source(dataset, data_dir, labels_file, image_column, label_column)
+        if isinstance(source, LabelledFiles):
+            images = read_files(source)
+        else:
+            images = read_tables(
+                source, image_column, label_column, ALIASES.get(dataset or "", dataset) or str(data_dir)
+            )
     if VALIDATION not in images.splits and validation_fraction:
         train = images.splits.pop(TRAIN)
-        kept, held_out = split_stratified(train.labels, validation_fraction, seed, images.class_names)
+        kept, held_out = split_stratified(train.labels, validation_fraction, seed)
+        counts = np.bincount(train.labels, minlength=len(images.class_names))
+        if single := [name for name, count in zip(images.class_names, counts, strict=True) if count == 1]:
+            images.notes.append(f"only one image of {format_list(single)}: it is trained on, and not validated")
         images.splits = {TRAIN: train.select(kept), VALIDATION: train.select(held_out), **images.splits}
     return images
 
@@ -151,22 +187,19 @@ def generate_dataset(num_images: int, image_size: int, seed: int) -> ImageDatase
     )
 
 
-def split_stratified(
-    labels: np.ndarray, fraction: float, seed: int, class_names: list[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Splits off a fraction of every class, at least one image and never all of them.
+def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits off a fraction of every class, at least one image and never all of them: none of a class with one image.
 
     Args:
         labels: int64 [num_images].
         fraction: The share to hold out, between 0 and 1.
         seed: Seed of the choice.
-        class_names: For error messages.
 
     Returns:
         Sorted indices of the remaining and of the held-out images.
 
     Raises:
-        InputError: If `fraction` is out of bounds or a class has a single image.
+        InputError: If `fraction` is out of bounds or every class has a single image.
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation_fraction: expected a number between 0 and 1, got {fraction}")
@@ -174,35 +207,20 @@ def split_stratified(
     drawn = []
     for label in np.unique(labels):
         members = generator.permutation(np.flatnonzero(labels == label))
-        if len(members) < 2:
-            raise InputError(
-                f"class {class_names[label]!r}: expected at least 2 images, one to train on and one to validate on,"
-                f" found {len(members)}"
-            )
         drawn.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     held_out = np.sort(np.concatenate(drawn))
+    if not len(held_out):
+        raise InputError(
+            "validation: expected a class with at least 2 images, one to train on and one to validate on, found one"
+            " image of each; --validation-fraction 0 trains without validation"
+        )
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def _check_folder(data_dir: str | Path) -> Path:
-    if not Path(data_dir).is_dir():
-        raise InputError(f"data_dir: expected a folder of images, found none at {data_dir}")
-    return Path(data_dir)
+def read_files(files: LabelledFiles) -> ImageDataset:
+    """Returns the dataset of image files."""
 
-
-def _read_folder(root: Path, image_column: str | None, label_column: str | None) -> ImageDataset:
-    """Reads a folder with one sub-folder per class (`fastvit.data.folders`)."""
-    for kind, given in (("image", image_column), ("label", label_column)):
-        if given not in (None, kind):
-            raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
-    splits = list_images(root)
-    if TRAIN not in splits:
-        raise InputError(f"{root}: expected a split called 'train', found {', '.join(splits)}")
-    class_names = sorted({name for classes in splits.values() for name in classes})
-    _check_classes(class_names, set(splits[TRAIN]), str(root))
-
-    def build_split(classes: Classes) -> Split:
-        images = [(path, class_names.index(name)) for name, paths in sorted(classes.items()) for path in paths]
+    def build_split(images: list[tuple[str, int]]) -> Split:
         paths = [path for path, _ in images]
 
         def load(index: int) -> Image.Image:
@@ -213,114 +231,58 @@ def _read_folder(root: Path, image_column: str | None, label_column: str | None)
                 )
             return decode_image(path)
 
-        return Split(np.array([label for _, label in images], dtype=np.int64), load, compute_fingerprint(paths))
+        labels = np.array([label for _, label in images], dtype=np.int64)
+        return Split(labels, load, compute_fingerprint(paths), paths.__getitem__)
 
-    return ImageDataset(str(root), class_names, {name: build_split(classes) for name, classes in splits.items()})
-
-
-def _check_classes(names: list[str], trained: set[str], source: str) -> None:
-    """Raises InputError unless there are at least two classes with training images of each."""
-    untrained = [name for name in names if name not in trained]
-    if untrained:
-        raise InputError(f"{source}: no training images for {len(untrained)} class(es): {', '.join(untrained[:10])}")
-    if len(names) < 2:
-        raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
+    splits = {name: build_split(images) for name, images in files.splits.items()}
+    return ImageDataset(files.name, files.class_names, splits, notes=files.notes)
 
 
-@contextlib.contextmanager
-def wrap_read_errors(source: str) -> Iterator[None]:
-    """Turns errors of the `datasets` library for a missing or broken dataset into an InputError of one line."""
-    import datasets
-
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
-    try:
-        yield
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise InputError(f"dataset: there is no {source!r} on the hub, or it is private ({error})") from None
-    except ConnectionError:
-        raise InputError(
-            f"dataset: cannot reach the hub for {source!r}; without a network use --data-dir FOLDER (a folder of"
-            " images, one sub-folder per class) or --dataset generated"
-        ) from None
-    except (datasets.exceptions.DatasetGenerationError, ValueError, FileNotFoundError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise InputError(f"{source}: expected images, one folder per class ({reason})") from None
-
-
-def _read_with_datasets(
-    hub_id: str | None, data_dir: str | Path | None, image_column: str | None, label_column: str | None
+def read_tables(
+    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str
 ) -> ImageDataset:
-    """Reads a dataset of the hub, or an image folder with a metadata file, with the `datasets` library."""
+    """Returns the dataset of splits of the `datasets` library, without the images that have no label."""
     import datasets
 
-    source = hub_id or str(data_dir)
-    with wrap_read_errors(source):
-        if data_dir is not None:
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir))
-        else:
-            loaded = datasets.load_dataset(hub_id)
-
-    splits = {normalize_split_name(name): split for name, split in loaded.items()}
-    if TRAIN not in splits:
-        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
     features = splits[TRAIN].features
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
-    # Test splits on the hub often have no labels: all are -1.
-    splits = {name: split for name, split in splits.items() if -1 not in split[label_column][:]}
-    class_names = _list_class_names(splits, label_column, source)
-    return ImageDataset(
-        source,
-        class_names,
-        {name: _build_split(split, image_column, label_column, class_names) for name, split in splits.items()},
-    )
+    values = {name: split[label_column][:] for name, split in splits.items() if label_column in split.features}
+    class_names, labels = map_labels(features[label_column], values[TRAIN], source)
+    images, notes = ImageDataset(source, class_names, {}), []
+    present: dict[str, list[str]] = {}
+    for name, split in splits.items():
+        kept = [i for i, value in enumerate(values.get(name, ())) if not is_missing(value, labels)]
+        if len(kept) < len(split):
+            notes.append(f"{name}: {len(split) - len(kept)} of {len(split)} images have no label and are left out")
+        if not kept and name != TRAIN:  # test splits on the hub often have no labels: all are -1
+            continue
+        found = [values[name][i] for i in kept]
+        present[name] = [class_names[labels[v]] if v in labels else format_label(v) for v in dict.fromkeys(found)]
+        images.splits[name] = build_table_split(split, image_column, label_column, kept)
+        images.splits[name].labels = np.array([labels.get(value, -1) for value in found], dtype=np.int64)
+    images.notes = notes + check_classes(class_names, present, source)
+    return images
 
 
-def normalize_split_name(name: str) -> str:
-    """Maps the usual names of a validation split to "validation"."""
-    return VALIDATION if name in ("val", "valid", "dev", "eval") else name
-
-
-def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
-    """Returns the column of images or labels: the given one, else the first with a usual name, else one of the type."""
-    if given is not None:
-        if given not in features:
-            raise InputError(f"{kind}_column: expected one of {', '.join(features)}, got {given!r}")
-        return given
-    for name in [n for n in usual if n in features] + [n for n, f in features.items() if isinstance(f, feature_type)]:
-        return name
-    raise InputError(
-        f"{source}: found no {kind} column among {', '.join(features)}; name it with --{kind}-column"
-        + (" (in a folder, each class is a sub-folder; at least 2 are needed)" if kind == "label" else "")
-    )
-
-
-def _list_class_names(splits, label_column: str, source: str) -> list[str]:
-    """Returns the class names in the order of their labels; raises InputError if one has no training images."""
+def build_table_split(split, image_column: str, label_column: str, kept: list[int]) -> Split:
+    """Returns the images of the rows `kept`, with labels of -1."""
     import datasets
 
-    feature = splits[TRAIN].features[label_column]
-    values = {name: np.unique(split[label_column][:]) for name, split in splits.items()}
-    if isinstance(feature, datasets.ClassLabel):
-        names = list(feature.names)
-    else:
-        names = [str(value) for value in np.unique(np.concatenate(list(values.values())))]
-    trained = {names[v] if isinstance(feature, datasets.ClassLabel) else str(v) for v in values[TRAIN]}
-    _check_classes(names, trained, source)
-    return names
-
-
-def _build_split(split, image_column: str, label_column: str, class_names: list[str]) -> Split:
-    import datasets
-
-    labels = split[label_column][:]
-    if not isinstance(split.features[label_column], datasets.ClassLabel):
-        labels = [class_names.index(str(label)) for label in labels]
-    raw = split.cast_column(image_column, datasets.Image(decode=False))
+    with wrap_read_errors(f"column {image_column!r}"):
+        raw = split.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
 
     def load(index: int) -> Image.Image:
         cell = raw[index][image_column]
+        if cell is None:
+            raise InputError(f"row {index}: expected an image in column {image_column!r}, found an empty cell")
         path = cell["path"]
         return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}")
 
-    return Split(np.asarray(labels, dtype=np.int64), load, split._fingerprint)
+    def get_name(index: int) -> str:
+        cell = raw[index][image_column]
+        path = cell and cell["path"]
+        return f"{path} (row {index})" if path else f"row {index}"
+
+    everything = Split(np.full(len(split), -1, dtype=np.int64), load, split._fingerprint, get_name)
+    return everything if len(kept) == len(split) else everything.select(np.array(kept, dtype=np.int64))

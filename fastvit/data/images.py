@@ -36,7 +36,11 @@ MEMORY_CACHE_BYTES = 4 * 2**30
 
 # Formats that are decoded. Pillow supports more; some start other programs (EPS: Ghostscript), others are rarely tested
 # against malicious files. MPO, the format of phones, is decoded as the JPEG that it starts with.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# HEIF requires the extra `heif`.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+HEIF_HINT = "HEIC needs pillow-heif: pip install 'fastvit[heif]'"
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 
 # EXIF orientation -> the transpose that turns the image upright.
 UPRIGHT_TRANSPOSES = {
@@ -52,8 +56,14 @@ UPRIGHT_TRANSPOSES = {
 
 @functools.cache
 def list_readable_formats() -> tuple[str, ...]:
-    """Lists the `FORMATS` that the installed Pillow supports."""
+    """Lists the `FORMATS` that the installed Pillow supports, with HEIF if pillow-heif is installed."""
     Image.init()
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        if "AVIF" not in Image.OPEN and hasattr(pillow_heif, "register_avif_opener"):  # Pillow before 11.3
+            pillow_heif.register_avif_opener()
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
@@ -95,12 +105,22 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         formats = ", ".join(list_readable_formats())
+        if is_heif(source) and "HEIF" not in list_readable_formats():
+            formats = f"{formats}; {HEIF_HINT}"
         raise InputError(f"{name}: expected an image, found a file that is none (of {formats})") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"{name}: expected an image of at most {limit:,} pixels, to fit into memory") from None
     except Exception as error:  # decoders have no common class: struct.error, EOFError, MemoryError, ...
         raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
+
+
+def is_heif(source: str | Path | bytes) -> bool:
+    """Whether a file, or the bytes of one, begins as a HEIC or HEIF image does."""
+    if not isinstance(source, bytes):
+        with Path(source).open("rb") as file:
+            source = file.read(12)
+    return source[4:8] == b"ftyp" and source[8:12] in HEIF_BRANDS
 
 
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
@@ -376,6 +396,7 @@ class ImageSet(torch.utils.data.Dataset):
             with (seed, epoch, index), so that a resumed run, or another order of access, produces the same images.
         seed: Seed of the augmentation.
         with_seeds: Whether each item also has its seed ("seed": int), for augmentations of a whole batch.
+        get_name: Index in `cache` -> the image's path or row.
     """
 
     def __init__(
@@ -386,7 +407,9 @@ class ImageSet(torch.utils.data.Dataset):
         *,
         seed: int = 0,
         with_seeds: bool = False,
+        get_name: Callable[[int], str] = "row {}".format,
     ):
+        self.find_name = get_name
         self.seed, self.epoch, self.with_seeds = seed, 0, with_seeds
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
@@ -412,6 +435,10 @@ class ImageSet(torch.utils.data.Dataset):
         if self.with_seeds:
             entry["seed"] = self.compute_seed(item)
         return entry
+
+    def get_name(self, item: int) -> str:
+        """Returns the path of an image, or its row in the dataset."""
+        return self.find_name(self.indices[item])
 
     def get_pixels(self, item: int) -> np.ndarray:
         """Returns a copy of an image, augmented if `augment` is set: uint8 [height, width, 3]."""

@@ -25,20 +25,24 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from transformers import TrainingArguments
 
-from fastvit.data.datasets import (
+from fastvit.data.datasets import ImageDataset, Split
+from fastvit.data.images import Augment, decode_image
+from fastvit.data.sources import (
     ALIASES,
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
     TEST,
     TRAIN,
     VALIDATION,
-    ImageDataset,
-    Split,
+    LabelledFiles,
     find_column,
-    normalize_split_name,
+    find_values,
+    format_label,
+    is_missing,
+    normalize_splits,
+    open_source,
     wrap_read_errors,
 )
-from fastvit.data.images import Augment, decode_image
 from fastvit.errors import InputError, ProcessError
 
 
@@ -59,6 +63,7 @@ class StreamedDataset(ImageDataset):
     label_column: str
     labels: dict[Any, int]
     num_train: int | None
+    has_noted_missing: bool = False
 
     def read_encoded(self, row: dict[str, Any]) -> tuple[str, bytes]:
         """Returns the name and the bytes of the image in a row; raises ProcessError if it cannot be read."""
@@ -76,6 +81,15 @@ class StreamedDataset(ImageDataset):
         except OSError as error:
             raise ProcessError(f"{name}: cannot be read ({error})") from None
 
+    def is_labelled(self, row: dict[str, Any]) -> bool:
+        """Whether a row has a label; prints a note about the first one without."""
+        if not is_missing(row[self.label_column], self.labels):
+            return True
+        if not self.has_noted_missing:
+            self.has_noted_missing = True
+            print(f"note: {self.name}: images without a label are left out", file=sys.stderr)
+        return False
+
     def get_label(self, row: dict[str, Any], name: str) -> int:
         """Returns the class of a row; `name` is the image in the error message."""
         value = row[self.label_column]
@@ -84,9 +98,9 @@ class StreamedDataset(ImageDataset):
         return self.labels[value]
 
     def load_example_split(self) -> Split:
-        split = _read_into_memory(self, itertools.islice(self.train, 256))
+        split, _ = _read_into_memory(self, itertools.islice(self.train, 256))
         if split is None:
-            raise InputError(f"{self.name}: expected labels of the training images, found -1")
+            raise InputError(f"{self.name}: expected labels of the training images, found none")
         return split
 
 
@@ -94,6 +108,7 @@ def stream_images(
     dataset: str | None = None,
     data_dir: str | Path | None = None,
     *,
+    labels_file: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     class_names: str | None = None,
@@ -106,7 +121,9 @@ def stream_images(
 
     Args:
         dataset: A hub id.
-        data_dir: A folder of images or of tar shards, or a glob pattern of tar files; either this or `dataset`.
+        data_dir: A folder as in `load_images` or of tar shards, or a glob pattern of tar files; either this or
+            `dataset`.
+        labels_file: A table of file names, relative to `data_dir` or to the table's folder, and labels.
         image_column: The column with the images [found by name or type].
         label_column: The column with the labels [found by name or type].
         class_names: The classes in the order of their numbers, as "a,b,c" or a file with one per line. By default they
@@ -124,15 +141,15 @@ def stream_images(
     """
     import datasets
 
-    source = ALIASES.get(dataset or "", dataset) or str(data_dir)
-    splits = _open_splits(source, data_dir)
+    source = ALIASES.get(dataset or "", dataset) or str(labels_file or data_dir)
+    splits, num_train, notes = _open_splits(dataset, data_dir, labels_file, image_column, label_column, source)
+    if labels_file is not None:
+        image_column = label_column = None
     if need_validation and VALIDATION not in splits:
         raise InputError(
             f"{source}: expected a split called 'validation', found {', '.join(splits)}; a stream cannot be split:"
             " --validation-fraction 0 trains without one"
         )
-    sizes = splits[TRAIN].info.splits or {}
-    num_train = sizes[TRAIN].num_examples if TRAIN in sizes else None
     if need_length and not num_train:
         raise InputError(
             f"--max-steps: expected with --streaming, because {source} does not record how many images it has"
@@ -142,40 +159,74 @@ def stream_images(
         raise InputError(f"{source}: expected images and labels, found rows whose columns are not declared")
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    for name in [name for name, split in splits.items() if label_column not in (split.features or features)]:
+        notes.append(f"{name}: its images have no labels and are left out")
+        del splits[name]
     splits = {
         name: split.select_columns([image_column, label_column]).cast_column(image_column, datasets.Image(decode=False))
         for name, split in splits.items()
     }
 
     names, labels = _resolve_classes(splits[TRAIN], features[label_column], label_column, class_names, source)
-    images = StreamedDataset(source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train)
+    images = StreamedDataset(
+        source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train, notes=notes
+    )
     for name in (VALIDATION, TEST):
         if name not in splits:
             continue
         rows = splits[name]
         if max_eval_samples is not None:
             rows = rows.shuffle(seed=seed, buffer_size=1000).take(max_eval_samples)
-        if split := _read_into_memory(images, rows):
+        split, num_missing = _read_into_memory(images, rows)
+        if num_missing:
+            notes.append(f"{name}: {num_missing} of its images have no label and are left out")
+        if split is not None:
             images.splits[name] = split
+        elif name == VALIDATION and need_validation:
+            raise InputError(f"{source}: expected labels of the validation images, found none")
     return images
 
 
-def _open_splits(source: str, data_dir: str | Path | None) -> dict[str, Any]:
-    """Opens the splits of a hub dataset or of `data_dir` as iterable datasets, by their normalised names."""
+def _open_splits(
+    dataset: str | None,
+    data_dir: str | Path | None,
+    labels_file: str | Path | None,
+    image_column: str | None,
+    label_column: str | None,
+    source: str,
+) -> tuple[dict[str, Any], int | None, list[str]]:
+    """Opens a source as iterable datasets; arguments as in `stream_images`.
+
+    Returns:
+        The splits by their normalized names, the number of training images if known, and notes on what was left out.
+    """
     import datasets
 
-    shards = None if data_dir is None else _find_tar_shards(str(data_dir))
-    with wrap_read_errors(source):
-        if data_dir is None:
-            loaded = datasets.load_dataset(source, streaming=True)
-        elif shards is not None:
-            loaded = datasets.load_dataset("webdataset", streaming=True, **shards)
-        else:
-            loaded = datasets.load_dataset("imagefolder", data_dir=str(data_dir), streaming=True)
-    splits = {normalize_split_name(name): split for name, split in loaded.items()}
-    if TRAIN not in splits:
-        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
-    return splits
+    shards = None if data_dir is None or labels_file is not None else _find_tar_shards(str(data_dir))
+    if shards is not None:
+        with wrap_read_errors(source):
+            return normalize_splits(datasets.load_dataset("webdataset", streaming=True, **shards), source), None, []
+    opened = open_source(dataset, data_dir, labels_file, image_column, label_column, streaming=True)
+    if isinstance(opened, LabelledFiles):
+        features = datasets.Features(
+            {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=opened.class_names)}
+        )
+        splits = {
+            name: datasets.IterableDataset.from_generator(_yield_rows, features, gen_kwargs={"files": files})
+            for name, files in opened.splits.items()
+        }
+        return splits, len(opened.splits[TRAIN]), opened.notes
+    if isinstance(opened[TRAIN], datasets.Dataset):  # from `save_to_disk`
+        splits = {name: rows.to_iterable_dataset(num_shards=min(len(rows), 64)) for name, rows in opened.items()}
+        return splits, len(opened[TRAIN]), []
+    sizes = opened[TRAIN].info.splits or {}
+    return opened, sizes[TRAIN].num_examples if TRAIN in sizes else None, []
+
+
+def _yield_rows(files: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    """Yields rows of image files. `datasets` splits the list, so that each file is a shard."""
+    for path, label in files:
+        yield {"image": {"path": path, "bytes": None}, "label": label}
 
 
 def _resolve_classes(
@@ -187,14 +238,18 @@ def _resolve_classes(
     labels: dict[Any, int]
     if class_names is not None:
         names = _read_class_names(class_names)
-        numbered = isinstance(feature, datasets.ClassLabel) or "int" in getattr(feature, "dtype", "")
-        labels = {value: label for label, value in enumerate(range(len(names)) if numbered else names)}
+        declared = feature.names if isinstance(feature, datasets.ClassLabel) else []
+        if set(names) == set(declared):
+            labels = {declared.index(name): label for label, name in enumerate(names)}
+        else:
+            is_numbered = bool(declared) or any(kind in getattr(feature, "dtype", "") for kind in ("int", "float"))
+            labels = {value: label for label, value in enumerate(range(len(names)) if is_numbered else names)}
     elif isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
         labels = {label: label for label in range(len(names))}
     else:
         values = _collect_labels(train, label_column, source)
-        names = [str(value) for value in values]
+        names = [format_label(value) for value in values]
         labels = {value: label for label, value in enumerate(values)}
     if len(names) < 2:
         raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
@@ -225,17 +280,21 @@ def _collect_labels(train, label_column: str, source: str) -> list[Any]:
     values: list[Any] = []
     if PartialState().is_main_process:
         print(f"{source}: reading all of it for its class names; --class-names makes that unnecessary")
-        found = {row[label_column] for row in train.select_columns([label_column])}
-        values = sorted(found, key=None if all(isinstance(value, int) for value in found) else str)
+        values = find_values((row[label_column] for row in train.select_columns([label_column])), source)
     return broadcast_object_list([values])[0]
 
 
-def _read_into_memory(images: StreamedDataset, rows) -> Split | None:
-    """Reads the encoded images of a split into memory; returns None for a split without labels, where they are -1."""
-    digest, encoded, labels = hashlib.sha256(), [], []
+def _read_into_memory(images: StreamedDataset, rows) -> tuple[Split | None, int]:
+    """Reads the encoded images of a split into memory.
+
+    Returns:
+        The images with labels, None if there are none, and the number of the others.
+    """
+    digest, encoded, labels, num_missing = hashlib.sha256(), [], [], 0
     for row in rows:
-        if row[images.label_column] == -1:
-            return None
+        if is_missing(row[images.label_column], images.labels):
+            num_missing += 1
+            continue
         name, data = images.read_encoded(row)
         digest.update(data)
         encoded.append((name, data))
@@ -245,7 +304,8 @@ def _read_into_memory(images: StreamedDataset, rows) -> Split | None:
         name, data = encoded[index]
         return decode_image(data, name)
 
-    return Split(np.array(labels, dtype=np.int64), load, digest.hexdigest())
+    split = Split(np.array(labels, dtype=np.int64), load, digest.hexdigest(), lambda index: encoded[index][0])
+    return split if encoded else None, num_missing
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -296,15 +356,17 @@ class Stream(torch.utils.data.IterableDataset):
 
         for number in itertools.count():
             shuffled = self.images.train.shuffle(seed=self.seed + number, buffer_size=self.shuffle_buffer)
-            row = None
+            found = False
             try:
                 for row in split_dataset_by_node(shuffled, self.rank, self.world_size):
-                    yield row
+                    if self.images.is_labelled(row):
+                        found = True
+                        yield row
             except Exception as error:  # file systems, networks and archives have no common class
                 raise ProcessError(
                     f"{self.images.name}: cannot be read further ({type(error).__name__}: {error})"
                 ) from error
-            if row is None:
+            if not found:
                 raise ProcessError(f"{self.images.name}: found no training images for process {self.rank}")
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor | int]]:

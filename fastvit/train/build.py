@@ -32,6 +32,7 @@ def load_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
         return stream_images(
             options.dataset,
             options.data_dir,
+            labels_file=options.labels,
             image_column=options.image_column,
             label_column=options.label_column,
             class_names=options.class_names,
@@ -44,6 +45,7 @@ def load_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
         images = load_images(
             options.dataset,
             options.data_dir,
+            labels_file=options.labels,
             image_column=options.image_column,
             label_column=options.label_column,
             validation_fraction=options.validation_fraction if options.fold is None else 0,
@@ -67,6 +69,8 @@ def print_counts(images: ImageDataset) -> None:
     if len(images.class_names) > 50:
         print(f"  ... and {len(images.class_names) - 50} more classes")
     print(f"  {'total':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
+    for note in images.notes:
+        print(f"note: {note}")
 
 
 def describe_count(images: ImageDataset) -> str:
@@ -116,7 +120,9 @@ def build_image_sets(
             operations, magnitude = options.randaugment
             augment = RandAugment(operations, magnitude, first=crop)
         with_seeds = name == TRAIN and bool(options.mixup or options.cutmix)
-        sets[name] = ImageSet(cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds)
+        sets[name] = ImageSet(
+            cache, split.labels, augment, seed=options.seed, with_seeds=with_seeds, get_name=split.get_name
+        )
         if len(sets[name]) == 0:
             raise InputError(f"{images.name}: no image left in split {name!r}")
     return sets

@@ -5,6 +5,7 @@ The folds are scikit-learn's stratified ones: each has its share of every class.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 
@@ -32,8 +33,9 @@ def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> Image
     model_selection = require("sklearn.model_selection", "folds", "--folds")
     joined = join_splits([images.splits[name] for name in (TRAIN, VALIDATION) if name in images.splits])
     counts = np.bincount(joined.labels, minlength=len(images.class_names))
-    if counts.min() < folds:
-        rarest = int(counts.argmin())
+    present = np.flatnonzero(counts)  # a declared class may have no images
+    rarest = int(present[counts[present].argmin()])
+    if counts[rarest] < folds:
         raise InputError(
             f"--folds: expected at least {folds} images of every class, one for each fold, found {counts[rarest]} of"
             f" {images.class_names[rarest]!r}"
@@ -41,7 +43,7 @@ def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> Image
     splitter = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
     training, validation = list(splitter.split(joined.labels, joined.labels))[fold - 1]
     selected = {TRAIN: joined.select(training), VALIDATION: joined.select(validation)}
-    return ImageDataset(images.name, images.class_names, {**images.splits, **selected})
+    return dataclasses.replace(images, splits={**images.splits, **selected})
 
 
 def join_splits(splits: Sequence[Split]) -> Split:
@@ -52,7 +54,12 @@ def join_splits(splits: Sequence[Split]) -> Split:
         part = int(np.searchsorted(starts, index, side="right")) - 1
         return splits[part].load(index - int(starts[part]))
 
-    return Split(np.concatenate([split.labels for split in splits]), load, "+".join(split.key for split in splits))
+    def get_name(index: int) -> str:
+        part = int(np.searchsorted(starts, index, side="right")) - 1
+        return splits[part].get_name(index - int(starts[part]))
+
+    labels, key = np.concatenate([split.labels for split in splits]), "+".join(split.key for split in splits)
+    return Split(labels, load, key, get_name)
 
 
 def summarize_folds(runs: Sequence[dict[str, float]]) -> dict[str, dict]:

@@ -75,6 +75,10 @@ class ImageOptions:
     data_dir: str | None = option(
         None, "or a folder of images: [train/ validation/ test/] CLASS/", metavar="FOLDER"
     )  # fmt: skip
+    labels: str | None = option(
+        None, "or a table (csv, tsv, jsonl, parquet) of file names, in --data-dir or beside it, and labels",
+        metavar="FILE",
+    )  # fmt: skip
     image_column: str | None = option(None, "column of the images [found by name]")
     label_column: str | None = option(None, "column of the classes [found by name]")
     validation_fraction: float = option(0.15, "share held out if there is no validation split", metavar="SHARE")
@@ -190,10 +194,10 @@ class FinetuneOptions(OutputOptions, RecipeOptions, TrainingOptions, ImageOption
     """All options of a run. The fields are in the order of `GROUPS`: a dataclass starts with those of its last base."""
 
     def __post_init__(self) -> None:
-        if self.dataset is None and self.data_dir is None:
+        if self.dataset is None and self.data_dir is None and self.labels is None:
             self.dataset = "beans"
         if not self.output_dir:
-            source = Path(self.dataset or self.data_dir or "")
+            source = Path(self.dataset or self.data_dir or Path(self.labels or "").with_suffix(""))
             self.output_dir = str(Path("runs") / (source.parent.name if "*" in source.name else source.name))
         check_values(self)
         check_combinations(self)
@@ -212,6 +216,7 @@ def check_combinations(options: FinetuneOptions) -> None:
 
     folds, fold, lora = options.folds, options.fold, options.lora
     refuse(options.dataset and options.data_dir, "--data-dir: give a folder or a --dataset, not both")
+    refuse(options.dataset and options.labels, "--labels: give a table of files or a --dataset, not both")
     refuse(options.overwrite and options.resume, "--resume: give --resume or --overwrite, not both")
     refuse(
         fold is not None and not 1 <= fold <= (folds or 0), f"--fold: expected 1 to the number of --folds, got {fold}"

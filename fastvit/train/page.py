@@ -52,6 +52,7 @@ class Mistake:
         number: position in the split, from 1.
         picture: the image.
         attention: the image with the attention map of the class token over it.
+        name: path of the image, or its row in the dataset.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Mistake:
     probability: float
     picture: Image.Image
     attention: Image.Image
+    name: str = ""
 
 
 @dataclass
@@ -200,6 +202,7 @@ def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits:
                 float(shares[index, predicted[index]]),
                 picture,
                 figures.overlay_rollout(picture, maps, grid),
+                images.get_name(index),
             )
         )
     return found

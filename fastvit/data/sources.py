@@ -1,0 +1,291 @@
+"""Where labelled images come from: the hub, folders of images, of Parquet files or saved by `datasets`, and tables.
+
+`open_source` returns either `LabelledFiles` or splits of the `datasets` library. `fastvit.data.datasets` loads them,
+and `fastvit.data.streaming` streams them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastvit.data.folders import (
+    METADATA_FILES,
+    find_files,
+    find_images,
+    format_list,
+    is_folder,
+    list_entries,
+    list_images,
+)
+from fastvit.errors import InputError
+
+# Short names of datasets on the hub.
+ALIASES = {"beans": "AI-Lab-Makerere/beans"}
+IMAGE_COLUMNS = ("image", "img", "images", "picture")
+LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+SPLIT_NAMES = dict.fromkeys(("val", "valid", "dev", "eval"), VALIDATION) | {"training": TRAIN, "testing": TEST}
+
+
+@dataclass
+class LabelledFiles:
+    """Image files and their labels.
+
+    Attributes:
+        name: The folder or file in messages.
+        class_names: The classes in the order of their labels.
+        splits: Split -> (path, label) of each image.
+        notes: What was left out.
+    """
+
+    name: str
+    class_names: list[str]
+    splits: dict[str, list[tuple[str, int]]]
+    notes: list[str] = field(default_factory=list)
+
+
+def open_source(
+    dataset: str | None,
+    data_dir: str | Path | None,
+    labels: str | Path | None,
+    image_column: str | None,
+    label_column: str | None,
+    *,
+    streaming: bool = False,
+) -> LabelledFiles | dict[str, Any]:
+    """Opens labelled images.
+
+    Args:
+        dataset: A hub id; either this, or `data_dir`, `labels` or both.
+        data_dir: A folder.
+        labels: A table of file names and labels; the names are relative to `data_dir`, or to the table's folder.
+        image_column: The column of the images.
+        label_column: The column of the labels.
+        streaming: Whether to open a hub dataset without reading it.
+
+    Returns:
+        Files, or splits of the `datasets` library by their normalized names.
+
+    Raises:
+        InputError: If the source cannot be read, or has no training split.
+    """
+    import datasets
+
+    if labels is not None:
+        from fastvit.data.label_files import read_label_file
+
+        root = Path(labels).parent if data_dir is None else check_folder(data_dir)
+        return read_label_file(Path(labels), root, image_column, label_column)
+    if data_dir is None:
+        assert dataset is not None
+        source = ALIASES.get(dataset, dataset)
+        with wrap_read_errors(source):
+            return normalize_splits(datasets.load_dataset(source, streaming=streaming), source)
+    root, source = check_folder(data_dir), str(data_dir)
+    with wrap_read_errors(source):
+        if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+            saved = datasets.load_from_disk(source)
+            return normalize_splits(saved if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}, source)
+        if is_parquet_folder(root):
+            return normalize_splits(datasets.load_dataset("parquet", data_dir=source, streaming=streaming), source)
+        if (columns := read_metadata_columns(root)) and {*LABEL_COLUMNS, label_column} & set(columns):
+            return normalize_splits(datasets.load_dataset("imagefolder", data_dir=source, streaming=streaming), source)
+    try:
+        return read_class_folders(root, image_column, label_column)
+    except InputError as error:
+        if columns:
+            found = f"the metadata file has no label column among {format_list(columns)}"
+            raise InputError(f"{error} ({found}; --label-column names it)") from None
+        raise
+
+
+def check_folder(data_dir: str | Path) -> Path:
+    """Raises InputError unless `data_dir` is a folder."""
+    if not Path(data_dir).is_dir():
+        raise InputError(f"data_dir: expected a folder of images, found none at {data_dir}")
+    return Path(data_dir)
+
+
+def is_parquet_folder(root: Path) -> bool:
+    """Whether a folder has Parquet files and no image files."""
+    if next(find_images(root), None) is not None:
+        return False
+    return any(path.endswith(".parquet") and Path(path).name not in METADATA_FILES for path in find_files(root))
+
+
+def read_metadata_columns(root: Path) -> list[str]:
+    """Reads the columns of the `datasets` library's metadata file in the folder, or in a folder in it; [] for none."""
+    folders = [root, *(Path(entry.path) for entry in list_entries(root) if is_folder(entry))]
+    files = [path for folder in folders for name in METADATA_FILES if (path := folder / name).is_file()]
+    if not files:
+        return []
+    if files[0].suffix == ".parquet":
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(files[0]).names)
+    with files[0].open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        if files[0].suffix == ".csv":
+            return next(csv.reader(file), [])
+        first = json.loads(file.readline() or "{}")
+        return list(first) if isinstance(first, dict) else []
+
+
+def read_class_folders(root: Path, image_column: str | None, label_column: str | None) -> LabelledFiles:
+    """Reads a folder with one sub-folder per class (`fastvit.data.folders`)."""
+    for kind, given in (("image", image_column), ("label", label_column)):
+        if given not in (None, kind):
+            raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
+    listing = list_images(root)
+    splits = listing.splits
+    if TRAIN not in splits:
+        raise InputError(f"{root}: expected a split called 'train', found {', '.join(splits)}")
+    names = sorted({name for classes in splits.values() for name in classes})
+    notes = listing.describe(root) + check_classes(names, splits, str(root))
+    labels = {name: label for label, name in enumerate(names)}
+    files = {
+        split: [(path, labels[name]) for name, paths in sorted(classes.items()) for path in paths]
+        for split, classes in splits.items()
+    }
+    return LabelledFiles(str(root), names, files, notes)
+
+
+def check_classes(names: Sequence[str], present: dict[str, Iterable[str]] | dict[str, Any], source: str) -> list[str]:
+    """Checks that there are at least two classes to train.
+
+    Args:
+        names: The declared classes.
+        present: Split -> the classes with images in it.
+        source: The dataset in messages.
+
+    Returns:
+        Notes on declared classes without images.
+
+    Raises:
+        InputError: If fewer than two classes have training images, or a class has images in other splits only.
+    """
+    trained = set(present[TRAIN])
+    untrained = sorted({name for split in present.values() for name in split} - trained)
+    if untrained:
+        raise InputError(f"{source}: no training images for {len(untrained)} class(es): {', '.join(untrained[:10])}")
+    if len(trained) < 2:
+        found = sorted(trained)
+        raise InputError(f"{source}: expected at least 2 classes, found {len(found)}: {', '.join(found)}")
+    empty = [name for name in names if name not in trained]
+    return [f"no images of {len(empty)} declared class(es): {format_list(empty)}"] if empty else []
+
+
+@contextlib.contextmanager
+def wrap_read_errors(source: str) -> Iterator[None]:
+    """Turns errors of the `datasets` library for a missing or broken dataset into an InputError of one line."""
+    import datasets
+
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # five retries, ten lines
+    try:
+        yield
+    except InputError:
+        raise
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise InputError(f"dataset: there is no {source!r} on the hub, or it is private ({error})") from None
+    except ConnectionError:
+        raise InputError(
+            f"dataset: cannot reach the hub for {source!r}; without a network use --data-dir FOLDER (a folder of"
+            " images, one sub-folder per class) or --dataset generated"
+        ) from None
+    except (datasets.exceptions.DatasetGenerationError, ValueError, FileNotFoundError) as error:
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        raise InputError(f"{source}: expected images, one folder per class ({reason})") from None
+
+
+def normalize_splits(loaded: dict[str, Any], source: str) -> dict[str, Any]:
+    """Maps the usual names of splits to "train", "validation" and "test"."""
+    splits: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    for name, split in loaded.items():
+        usual = SPLIT_NAMES.get(name, name)
+        if usual in splits:
+            raise InputError(f"{source}: expected one split for {usual}, found two: {given[usual]} and {name}")
+        splits[usual], given[usual] = split, name
+    if TRAIN not in splits:
+        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
+    return splits
+
+
+def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
+    """Returns the column of images or labels: the given one, else the first with a usual name, else one of the type."""
+    if given is not None:
+        if given not in features:
+            raise InputError(f"{kind}_column: expected one of {', '.join(features)}, got {given!r}")
+        return given
+    for name in [n for n in usual if n in features] + [n for n, f in features.items() if isinstance(f, feature_type)]:
+        return name
+    raise InputError(
+        f"{source}: found no {kind} column among {', '.join(features)}; name it with --{kind}-column"
+        + (" (in a folder, each class is a sub-folder; at least 2 are needed)" if kind == "label" else "")
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values of a label column
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a cell of a label column is empty: None or NaN."""
+    return value is None or value != value
+
+
+def find_values(values: Iterable[Any], source: str) -> list[Any]:
+    """Returns the sorted labels of the training images, without missing ones: None, NaN, and -1 among others.
+
+    Raises:
+        InputError: If -1 may be a class or a missing label, or a label is a list.
+    """
+    found = set()
+    for value in values:
+        if isinstance(value, (list, dict)):
+            raise InputError(f"{source}: expected one label per image, found {value!r}")
+        if not is_absent(value):
+            found.add(value)
+    if -1 in found and len(found) != 2:
+        others = format_list([format_label(value) for value in sort_values(found - {-1})])
+        if found != {-1}:
+            raise InputError(
+                f"{source}: the label -1 beside {others} may be a class or stand for a missing label; give the class"
+                " another number, or leave missing labels empty (a ClassLabel column has them as -1)"
+            )
+        found.clear()
+    if not found:
+        raise InputError(f"{source}: expected labels of the training images, found none")
+    return sort_values(found)
+
+
+def sort_values(values: Iterable[Any]) -> list[Any]:
+    """Sorts labels: numbers by value, others as text."""
+    values = list(values)
+    return sorted(values, key=None if all(isinstance(value, (int, float)) for value in values) else str)
+
+
+def format_label(value: Any) -> str:
+    """Returns the class name of a label: "3" for 3.0, as a column of integers with an empty cell is read."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def map_labels(feature, train_values: Iterable[Any], source: str) -> tuple[list[str], dict[Any, int]]:
+    """Returns the class names, and value of the label column -> class; other values are missing labels or unknown."""
+    import datasets
+
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names), {label: label for label in range(len(feature.names))}
+    values = find_values(train_values, source)
+    return [format_label(value) for value in values], {value: label for label, value in enumerate(values)}
+
+
+def is_missing(value: Any, labels: dict[Any, int]) -> bool:
+    """Whether a label is missing: None, NaN, or -1 where that is no class."""
+    return is_absent(value) or (value == -1 and -1 not in labels)
