@@ -30,6 +30,7 @@ from fastvit import ops
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
+from fastvit.errors import escape_unprintable
 from fastvit.models.loading import load_pretrained
 from fastvit.report import classification, figures, info
 from fastvit.report.charts import Series, draw_line_chart, format_thousands
@@ -202,7 +203,7 @@ def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits:
                 float(shares[index, predicted[index]]),
                 picture,
                 figures.overlay_rollout(picture, maps, grid),
-                images.get_name(index),
+                escape_unprintable(images.get_name(index)),
             )
         )
     return found
