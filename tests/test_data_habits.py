@@ -177,6 +177,13 @@ def test_images_without_a_label_are_left_out_and_counted(feature, labels, names,
     assert "no label" in str(streamed.notes) or "without a label are left out" in capsys.readouterr().err
 
 
+def test_class_names_of_a_stream_order_the_declared_classes(tmp_path):
+    root = make_classes(tmp_path / "data" / "train").parent
+    images = stream_images(data_dir=root, class_names="dog,cat", need_validation=False)
+    rows = [(Path(row["image"]["path"]).parent.name, images.get_label(row, "")) for row in images.train]
+    assert set(rows) == {("cat", 1), ("dog", 0)}
+
+
 def test_a_split_without_any_label_is_left_out_with_a_note(tmp_path):
     root = save_hub_dataset(tmp_path / "pets", {"train": [0, 1, 0, 1], "test": [-1, -1]}, PETS)
     images = load_images(root, validation_fraction=0)
@@ -204,6 +211,18 @@ def test_training_images_without_any_label_are_an_error(tmp_path):
     for read in (load_images, lambda root: stream_images(root, need_validation=False)):
         with pytest.raises(InputError, match="expected labels of the training images, found none"):
             read(root)
+
+
+def test_labels_that_are_measurements_or_lists_are_an_error(tmp_path):
+    measured = save_hub_dataset(tmp_path / "pets", {"train": [0.5, 0.25, 0.75, 0.5]}, datasets.Value("float64"))
+    tagged = save_hub_dataset(tmp_path / "tags", {"train": [[0, 1], [1]]}, datasets.List(datasets.Value("int64")))
+    stars = save_hub_dataset(tmp_path / "stars", {"train": [0.5, 1.5] * 3}, datasets.Value("float64"))
+    for read in (load_images, lambda root: stream_images(root, need_validation=False)):
+        with pytest.raises(InputError, match="expected classes, found numbers that hardly repeat, such as 0"):
+            read(measured)
+        with pytest.raises(InputError, match="expected one label per image, found"):
+            read(tagged)
+        assert read(stars).class_names == ["0.5", "1.5"]
 
 
 def test_two_splits_for_validation_are_an_error(tmp_path):
@@ -393,6 +412,7 @@ def test_a_table_may_name_splits_and_numbers_and_lack_labels(flat, tmp_path):
         ([["file_name", "red", "green"], ["cat/cat0.png", "1", "0"]], "label_column: expected one of .*, found none"),
         ([["file_name", "label"], ["cat/cat0.png"]], "row 2: expected 2 columns, found 1"),
         ([["file_name", "label", "split"], ["cat/cat0.png", "cat", "x"]], "row 1: expected train, validation or test"),
+        ([["file_name", "label"], *[[path, n / 7] for n, (path, _) in enumerate(PAIRS)]], "numbers that hardly repeat"),
         ([["file_name", "label"]], "expected rows of file names and labels, found none"),
     ],
 )

@@ -7,6 +7,7 @@ The `datasets` library reads and caches datasets of the hub.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -224,10 +225,10 @@ def read_files(files: LabelledFiles) -> ImageDataset:
         paths = [path for path, _ in images]
 
         def load(index: int) -> Image.Image:
-            path = Path(paths[index])
-            if not path.is_file():  # opening a pipe would block
+            path = paths[index]
+            if not os.path.isfile(path):  # noqa: PTH113 (no error for long names; opening a pipe would block)
                 raise InputError(
-                    f"{escape_unprintable(str(path))}: expected an image, found a broken link or no regular file"
+                    f"{escape_unprintable(path)}: expected an image, found a broken link or no regular file"
                 )
             return decode_image(path)
 

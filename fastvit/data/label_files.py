@@ -152,7 +152,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         header = text.partition("\n")[0]
         delimiter = next((mark for mark in ("\t", ",", ";") if mark in header), ",")
         lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True) if line]
-    except (ValueError, csv.Error) as error:
+    except (ValueError, OSError, csv.Error, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file}: cannot be read ({next(iter(str(error).splitlines()), '')})") from None
@@ -175,7 +175,7 @@ def build_resolver(root: Path) -> Callable[[str], str]:
             for found in find_images(root):
                 for key in {Path(found).name, Path(found).stem}:
                     by_name.setdefault(key, set()).add(found)
-        endings = [path + suffix for suffix in list_image_suffixes() if Path(path + suffix).is_file()]
+        endings = [path + suffix for suffix in list_image_suffixes() if os.path.isfile(path + suffix)]  # noqa: PTH113
         matches = sorted(endings or by_name.get(name, set()))
         if len(matches) > 1:
             raise InputError(f"{name}: expected one file in {root}, found {len(matches)}: {format_list(matches, 3)}")
@@ -185,7 +185,7 @@ def build_resolver(root: Path) -> Callable[[str], str]:
 
 
 def is_file(resolve: Callable[[str], str], name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and Path(resolve(name)).is_file()
+    return isinstance(name, str) and bool(name) and os.path.isfile(resolve(name))  # noqa: PTH113
 
 
 def find_by_name(columns: Iterable[str], usual: tuple[str, ...]) -> str | None:

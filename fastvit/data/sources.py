@@ -198,7 +198,13 @@ def wrap_read_errors(source: str) -> Iterator[None]:
             f"dataset: cannot reach the hub for {source!r}; without a network use --data-dir FOLDER (a folder of"
             " images, one sub-folder per class) or --dataset generated"
         ) from None
-    except (datasets.exceptions.DatasetGenerationError, ValueError, FileNotFoundError) as error:
+    except (
+        datasets.exceptions.DatasetGenerationError,
+        ValueError,
+        FileNotFoundError,
+        csv.Error,
+        RecursionError,
+    ) as error:
         reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
         raise InputError(f"{source}: expected images, one folder per class ({reason})") from None
 
@@ -240,21 +246,27 @@ def is_absent(value: Any) -> bool:
     return value is None or value != value
 
 
-def find_values(values: Iterable[Any], source: str) -> list[Any]:
-    """Returns the sorted labels of the training images, without missing ones: None, NaN, and -1 among others.
+def find_values(values: Iterable[Any], source: str, total: int | None = None) -> list[Any]:
+    """Returns the sorted labels of the training images, without missing ones: None, NaN, and -1 if all are.
+
+    Args:
+        values: The labels.
+        source: The dataset in messages.
+        total: The number of images, if `values` holds each label once [the number of values].
 
     Raises:
-        InputError: If -1 may be a class or a missing label, or a label is a list.
+        InputError: If -1 may be a class or a missing label, or the labels are lists or measurements.
     """
-    found = set()
+    found, count = set(), 0
     for value in values:
-        if isinstance(value, (list, dict)):
+        if isinstance(value, (list, tuple, dict)):
             raise InputError(f"{source}: expected one label per image, found {value!r}")
         if not is_absent(value):
             found.add(value)
+            count += 1
     if -1 in found and len(found) != 2:
-        others = format_list([format_label(value) for value in sort_values(found - {-1})])
         if found != {-1}:
+            others = format_list([format_label(value) for value in sort_values(found - {-1})])
             raise InputError(
                 f"{source}: the label -1 beside {others} may be a class or stand for a missing label; give the class"
                 " another number, or leave missing labels empty (a ClassLabel column has them as -1)"
@@ -262,7 +274,21 @@ def find_values(values: Iterable[Any], source: str) -> list[Any]:
         found.clear()
     if not found:
         raise InputError(f"{source}: expected labels of the training images, found none")
+    fractions = [value for value in found if is_fraction(value)]
+    if fractions and 2 * len(found) > (count if total is None else total):
+        raise InputError(
+            f"{source}: expected classes, found numbers that hardly repeat, such as {fractions[0]}; --label-column"
+            " names another column"
+        )
     return sort_values(found)
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a label is a number, or the text of one, that is not whole."""
+    try:
+        return not float(value).is_integer()
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def sort_values(values: Iterable[Any]) -> list[Any]:

@@ -38,6 +38,7 @@ from fastvit.data.sources import (
     find_column,
     find_values,
     format_label,
+    is_absent,
     is_missing,
     normalize_splits,
     open_source,
@@ -277,11 +278,17 @@ def _read_class_names(given: str) -> list[str]:
 
 def _collect_labels(train, label_column: str, source: str) -> list[Any]:
     """Collects the sorted values of the label column. The first process reads and broadcasts them."""
-    values: list[Any] = []
+    found: set[Any] = set()
+    total = 0
     if PartialState().is_main_process:
         print(f"{source}: reading all of it for its class names; --class-names makes that unnecessary")
-        values = find_values((row[label_column] for row in train.select_columns([label_column])), source)
-    return broadcast_object_list([values])[0]
+        for row in train.select_columns([label_column]):
+            value = row[label_column]
+            if not is_absent(value):
+                found.add(tuple(value) if isinstance(value, (list, dict)) else value)
+                total += 1
+    found, total = broadcast_object_list([found, total])
+    return find_values(found, source, total)  # every process raises the same error
 
 
 def _read_into_memory(images: StreamedDataset, rows) -> tuple[Split | None, int]:
