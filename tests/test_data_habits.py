@@ -354,6 +354,18 @@ def test_a_caption_column_does_not_hide_the_folders(tmp_path):
         load(flat)
 
 
+@pytest.mark.parametrize("folder", ["", "archive", "archive/train"])
+def test_a_metadata_file_with_labels_is_found_in_the_folders_around(folder, tmp_path):
+    root = make_classes(tmp_path / "data" / folder, ["photos"], count=6) / "photos"
+    rows = [[f"photos{number}.png", ["cat", "dog", ""][number % 3]] for number in range(6)]
+    write_csv(root / "metadata.csv", [["file_name", "label"], *rows])
+    images = load_images(data_dir=tmp_path / "data", validation_fraction=0)
+    assert count_images(images) == {"train": {"cat": 2, "dog": 2}}
+    assert images.notes == ["train: 2 of 6 images have no label and are left out"]
+    streamed = stream_images(data_dir=tmp_path / "data", need_validation=False)
+    assert sorted(take_labels(streamed, 4)) == ["cat", "cat", "dog", "dog"]
+
+
 @pytest.fixture
 def flat(tmp_path) -> Path:
     """A folder of images without classes: images/DEEPER/*.png."""

@@ -19,6 +19,7 @@ from fastvit.data.folders import (
     METADATA_FILES,
     find_files,
     find_images,
+    find_only_folder,
     format_list,
     is_folder,
     list_entries,
@@ -121,11 +122,12 @@ def is_parquet_folder(root: Path) -> bool:
 
 
 def read_metadata_columns(root: Path) -> list[str]:
-    """Reads the columns of the `datasets` library's metadata file in the folder, or in a folder in it; [] for none."""
+    """Reads the columns of the `datasets` library's metadata file in a folder or in the folders in it; [] for none."""
     folders = [root, *(Path(entry.path) for entry in list_entries(root) if is_folder(entry))]
     files = [path for folder in folders for name in METADATA_FILES if (path := folder / name).is_file()]
     if not files:
-        return []
+        inner = find_only_folder(root)
+        return [] if inner is None else read_metadata_columns(inner)
     if files[0].suffix == ".parquet":
         import pyarrow.parquet
 
