@@ -366,6 +366,17 @@ def test_a_metadata_file_with_labels_is_found_in_the_folders_around(folder, tmp_
     assert sorted(take_labels(streamed, 4)) == ["cat", "cat", "dog", "dog"]
 
 
+@pytest.mark.parametrize("text", ["None", "NA", "null"])
+def test_labels_in_words_for_missing_are_an_error_with_both_readings(text, tmp_path):
+    root = make_classes(tmp_path / "data", ["photos"], count=4)
+    rows = [["file_name", "label"], *[[f"photos/photos{n}.png", ["cat", text, "dog", "cat"][n]] for n in range(4)]]
+    file = write_csv(root / "metadata.csv", rows)
+    for options in ({"data_dir": root}, {"labels_file": file}):
+        for read in (load_images, stream_images):
+            with pytest.raises(InputError, match=f"the label '{text}' may be a class or stand for a missing label"):
+                read(**options)
+
+
 @pytest.fixture
 def flat(tmp_path) -> Path:
     """A folder of images without classes: images/DEEPER/*.png."""

@@ -17,6 +17,7 @@ from fastvit.data.sources import (
     TRAIN,
     LabelledFiles,
     check_classes,
+    check_label_texts,
     format_label,
     is_missing,
     map_labels,
@@ -67,6 +68,8 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
     split_column = find_by_name(columns, SPLIT_COLUMNS)
     image_column, label_column = find_columns(rows[0], resolve, image_column, label_column, split_column)
 
+    if file.suffix not in (".jsonl", ".parquet"):
+        check_label_texts((row[label_column] for row in rows), file)
     splits: dict[str, dict[str, Any]] = {}
     num_found, repeated = 0, 0
     for number, row in enumerate(rows, 1):

@@ -32,7 +32,12 @@ ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
-SPLIT_NAMES = dict.fromkeys(("val", "valid", "dev", "eval"), VALIDATION) | {"training": TRAIN, "testing": TEST}
+# Labels of a CSV file that pandas and `datasets` read as empty cells.
+AMBIGUOUS_TEXTS = {"None", "NA", "N/A", "n/a", "NULL", "null", "<NA>"}
+SPLIT_NAMES = dict.fromkeys(("val", "valid", "dev", "eval", "evaluation"), VALIDATION) | {
+    "training": TRAIN,
+    "testing": TEST,
+}
 
 
 @dataclass
@@ -96,7 +101,14 @@ def open_source(
             return normalize_splits(saved if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}, source)
         if is_parquet_folder(root):
             return normalize_splits(datasets.load_dataset("parquet", data_dir=source, streaming=streaming), source)
-        if (columns := read_metadata_columns(root)) and {*LABEL_COLUMNS, label_column} & set(columns):
+        files = find_metadata_files(root)
+        columns = read_columns(files[0]) if files else []
+        usual = LABEL_COLUMNS if label_column is None else (label_column,)
+        if (column := next((name for name in usual if name in columns), None)) is not None:
+            for file in files:
+                if file.suffix == ".csv":
+                    with file.open(encoding="utf-8-sig", newline="") as opened:
+                        check_label_texts((row.get(column) for row in csv.DictReader(opened)), file)
             return normalize_splits(datasets.load_dataset("imagefolder", data_dir=source, streaming=streaming), source)
     try:
         return read_class_folders(root, image_column, label_column)
@@ -121,22 +133,35 @@ def is_parquet_folder(root: Path) -> bool:
     return any(path.endswith(".parquet") and Path(path).name not in METADATA_FILES for path in find_files(root))
 
 
-def read_metadata_columns(root: Path) -> list[str]:
-    """Reads the columns of the `datasets` library's metadata file in a folder or in the folders in it; [] for none."""
+def find_metadata_files(root: Path) -> list[Path]:
+    """Finds the `datasets` library's metadata files in a folder, in the folders in it, or inside a wrapping folder."""
     folders = [root, *(Path(entry.path) for entry in list_entries(root) if is_folder(entry))]
     files = [path for folder in folders for name in METADATA_FILES if (path := folder / name).is_file()]
-    if not files:
-        inner = find_only_folder(root)
-        return [] if inner is None else read_metadata_columns(inner)
-    if files[0].suffix == ".parquet":
+    inner = find_only_folder(root) if not files else None
+    return files if inner is None else find_metadata_files(inner)
+
+
+def read_columns(file: Path) -> list[str]:
+    """Reads the names of a metadata file's columns."""
+    if file.suffix == ".parquet":
         import pyarrow.parquet
 
-        return list(pyarrow.parquet.read_schema(files[0]).names)
-    with files[0].open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        if files[0].suffix == ".csv":
-            return next(csv.reader(file), [])
-        first = json.loads(file.readline() or "{}")
+        return list(pyarrow.parquet.read_schema(file).names)
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as opened:
+        if file.suffix == ".csv":
+            return next(csv.reader(opened), [])
+        first = json.loads(opened.readline() or "{}")
         return list(first) if isinstance(first, dict) else []
+
+
+def check_label_texts(texts: Iterable[str | None], file: Path) -> None:
+    """Raises InputError for labels that are a class or a missing label, such as "None"."""
+    for text in texts:
+        if text is not None and text.strip() in AMBIGUOUS_TEXTS:
+            raise InputError(
+                f"{file}: the label {text!r} may be a class or stand for a missing label; rename the class, or leave"
+                " the cells of missing labels empty"
+            )
 
 
 def read_class_folders(root: Path, image_column: str | None, label_column: str | None) -> LabelledFiles:
