@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import datasets
@@ -245,7 +244,6 @@ def test_two_splits_for_validation_are_an_error(tmp_path):
 @pytest.fixture
 def without_heif(monkeypatch):
     """Pillow as it is without pillow-heif."""
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)
     formats = tuple(name for name in list_readable_formats() if name != "HEIF")
     suffixes = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO"))
     monkeypatch.setattr("fastvit.data.images.list_readable_formats", lambda: formats)
@@ -289,6 +287,13 @@ def test_a_heic_image_names_the_package_that_decodes_it(tmp_path, without_heif):
     for source in (tmp_path / "a.jpg", HEIC):
         with pytest.raises(InputError, match=r"expected an image, .*HEIC needs pillow-heif: pip install"):
             decode_image(source)
+
+
+def test_an_avif_image_names_the_pillow_that_decodes_it(tmp_path, monkeypatch):
+    (tmp_path / "a.jpg").write_bytes(HEIC.replace(b"heic", b"avif"))
+    monkeypatch.setattr("fastvit.data.images.list_readable_formats", lambda: ("JPEG",))
+    with pytest.raises(InputError, match=r"expected an image, .*AVIF needs Pillow 11\.3"):
+        decode_image(tmp_path / "a.jpg")
 
 
 def test_heic_images_are_decoded_with_pillow_heif(tmp_path):
@@ -389,7 +394,9 @@ FLAT = {"cat": [f"cat/cat{n}.png" for n in range(3)], "dog": [f"deeper/dog{n}.pn
 PAIRS = [[path, name] for name, paths in FLAT.items() for path in paths]
 
 
-@pytest.mark.parametrize("form", ["csv", "headerless", "semicolon", "tsv", "jsonl", "parquet", "stems", "ids", "cased"])
+@pytest.mark.parametrize(
+    "form", ["csv", "headerless", "semicolon", "tsv", "jsonl", "parquet", "stems", "ids", "cased", "txt", "mixed"]
+)
 def test_a_table_of_file_names_and_labels(form, flat, tmp_path):
     rows, header, file = PAIRS, ["file_name", "label"], tmp_path / "labels.csv"
     if form == "headerless":
@@ -397,6 +404,17 @@ def test_a_table_of_file_names_and_labels(form, flat, tmp_path):
     elif form in ("semicolon", "tsv"):
         file = tmp_path / "labels.tsv" if form == "tsv" else file
         write_csv(file, [header, *rows], "\t" if form == "tsv" else ";")
+    elif form == "txt":
+        file = tmp_path / "labels.txt"
+        write_csv(file, rows, " ")
+    elif form == "mixed":
+        file = tmp_path / "labels.jsonl"
+        labels = [1, "1", 1, "two", "two", "two"]
+        file.write_text(
+            "\n".join(json.dumps({"file": path, "cls": label}) for (path, _), label in zip(rows, labels, strict=True))
+        )
+        assert load(flat, labels_file=file) == {"train": {"1": 3, "two": 3}}
+        return
     elif form == "jsonl":
         file = tmp_path / "labels.jsonl"
         file.write_text("\n".join(json.dumps({"file_name": path, "label": name}) for path, name in rows))
@@ -459,7 +477,7 @@ def test_a_table_is_trained_and_evaluated(flat, tmp_path, capsys):
 # --- folders of the datasets library ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["parquet", "DatasetDict", "Dataset"])
+@pytest.mark.parametrize("kind", ["parquet", "plain parquet", "DatasetDict", "Dataset"])
 def test_folders_of_parquet_files_and_saved_datasets(kind, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     root = tmp_path / "saved"
@@ -470,21 +488,27 @@ def test_folders_of_parquet_files_and_saved_datasets(kind, tmp_path, monkeypatch
         name: datasets.Dataset.from_dict({"image": pixels[: len(values)], "label": values}, features=features)
         for name, values in splits.items()
     }
-    if kind == "parquet":
+    if kind == "plain parquet":  # as other programs write it: bytes, and no declared classes
+        plain = datasets.Features({"image": datasets.Value("binary"), "label": datasets.Value("string")})
+        for name, split in rows.items():
+            cells = [row["bytes"] for row in split.cast_column("image", datasets.Image(decode=False))["image"]]
+            names = [PETS.names[label] for label in split["label"]]
+            rows[name] = datasets.Dataset.from_dict({"image": cells, "label": names}, features=plain)
+    if kind.endswith("parquet"):
         (root / "deep").mkdir(parents=True)
         for name, split in rows.items():
             split.to_parquet(root / "deep" / f"{name}.parquet")
     elif kind == "DatasetDict":
         datasets.DatasetDict(rows).save_to_disk(root)
     else:
-        rows["train"].save_to_disk(root)
+        rows["train"].with_format("torch").save_to_disk(root)
     expected = {"train": TWO} if kind == "Dataset" else {"train": TWO, "validation": {"cat": 1, "dog": 1}}
     images = load_images(data_dir=root, validation_fraction=0)
     assert count_images(images) == expected
     assert [np.asarray(images.splits["train"].load(index))[0, 0, 0] for index in range(6)] == list(range(6))
     streamed = stream_images(data_dir=root, need_validation=False)
     assert sorted(take_labels(streamed, 6)) == ["cat"] * 3 + ["dog"] * 3
-    assert kind == "parquet" or streamed.num_train == 6
+    assert kind.endswith("parquet") or streamed.num_train == 6
 
 
 # --- mistakes in the report ------------------------------------------------------------------------------------------

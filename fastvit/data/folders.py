@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastvit.data.images import HEIF_HINT, HEIF_SUFFIXES, list_image_suffixes
+from fastvit.data.images import AVIF_HINT, HEIF_HINT, HEIF_SUFFIXES, list_image_suffixes
 from fastvit.errors import InputError, escape_unprintable
 
 SPLIT_WORDS = {
@@ -64,6 +64,7 @@ class Listing:
             text = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
             name = escape_unprintable(os.path.relpath(folder, root))
             hint = f" ({HEIF_HINT})" if set(HEIF_SUFFIXES) & set(counts) else ""
+            hint += f" ({AVIF_HINT})" if ".avif" in counts else ""
             if is_class:
                 found.append(f"{text} in {name}{hint}")
             elif UNREADABLE_SUFFIXES & set(counts):

@@ -40,6 +40,7 @@ MEMORY_CACHE_BYTES = 4 * 2**30
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 HEIF_HINT = "HEIC needs pillow-heif: pip install 'fastvit[heif]'"
+AVIF_HINT = "AVIF needs Pillow 11.3 or newer"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
 
 # EXIF orientation -> the transpose that turns the image upright.
@@ -105,8 +106,8 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
         formats = ", ".join(list_readable_formats())
-        if is_heif(source) and "HEIF" not in list_readable_formats():
-            formats = f"{formats}; {HEIF_HINT}"
+        if (hint := find_missing_decoder(source)) is not None:
+            formats = f"{formats}; {hint}"
         raise InputError(f"{name}: expected an image, found a file that is none (of {formats})") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
@@ -115,12 +116,16 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
 
 
-def is_heif(source: str | Path | bytes) -> bool:
-    """Whether a file, or the bytes of one, begins as a HEIC or HEIF image does."""
+def find_missing_decoder(source: str | Path | bytes) -> str | None:
+    """Returns how to decode a file that begins as a HEIC or AVIF image does, if its decoder is not installed."""
     if not isinstance(source, bytes):
         with Path(source).open("rb") as file:
             source = file.read(12)
-    return source[4:8] == b"ftyp" and source[8:12] in HEIF_BRANDS
+    if source[4:8] != b"ftyp":
+        return None
+    if source[8:12] in (b"avif", b"avis"):
+        return AVIF_HINT if "AVIF" not in list_readable_formats() else None
+    return HEIF_HINT if source[8:12] in HEIF_BRANDS and "HEIF" not in list_readable_formats() else None
 
 
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from fastvit.data.sources import (
     check_classes,
     check_label_texts,
     format_label,
+    is_absent,
     is_missing,
     map_labels,
 )
@@ -47,7 +49,7 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
     `root`, as long as one file matches.
 
     Args:
-        file: The table: .csv, .tsv, .jsonl or .parquet. A CSV file of two columns needs no header.
+        file: The table: .csv, .tsv, .txt, .jsonl or .parquet. A CSV file of two columns needs no header.
         root: The folder that the names are relative to.
         image_column: The column of the names [found by name, or by its files].
         label_column: The column of the labels [found by name, or the only other one].
@@ -149,12 +151,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             return pyarrow.parquet.read_table(file).to_pylist()
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         if file.suffix not in (".csv", ".tsv", ".txt"):
             raise InputError(f"--labels: expected a .csv, .tsv, .jsonl or .parquet file, got {file}")
         header = text.partition("\n")[0]
-        delimiter = next((mark for mark in ("\t", ",", ";") if mark in header), ",")
-        lines = [line for line in csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True) if line]
+        marks = ("\t", ",", ";", " ") if file.suffix == ".txt" else ("\t", ",", ";")
+        delimiter = next((mark for mark in marks if mark in header), ",")
+        opened = io.StringIO(text, newline="")
+        lines = [line for line in csv.reader(opened, delimiter=delimiter, skipinitialspace=True) if line]
     except (ValueError, OSError, csv.Error, RecursionError) as error:
         if isinstance(error, InputError):
             raise
@@ -206,8 +210,15 @@ def read_label(value: Any) -> Any:
 
 
 def choose_number_type(values: Iterable[Any]) -> Callable[[Any], Any]:
-    """Returns the conversion of labels that are all whole numbers as text, so that 10 follows 9; else none."""
-    texts = {value for value in values if isinstance(value, str)}
-    if texts and all(text.removeprefix("-").isdecimal() and text == str(int(text)) for text in texts):
+    """Returns the conversion of labels: whole numbers as text to numbers, so that 10 follows 9; mixed ones to text."""
+    present = [value for value in values if not is_absent(value) and not isinstance(value, (list, dict))]
+    texts = {value for value in present if isinstance(value, str)}
+    if texts and all(is_whole_number(text) for text in texts):
         return lambda value: int(value) if isinstance(value, str) else value
+    if texts and len(texts) < len(set(present)):
+        return lambda value: value if is_absent(value) else format_label(value)
     return lambda value: value
+
+
+def is_whole_number(text: str) -> bool:
+    return text.isascii() and text.removeprefix("-").isdecimal() and text == str(int(text))

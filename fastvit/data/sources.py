@@ -97,7 +97,7 @@ def open_source(
     root, source = check_folder(data_dir), str(data_dir)
     with wrap_read_errors(source):
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
-            saved = datasets.load_from_disk(source)
+            saved = datasets.load_from_disk(source).with_format(None)  # a saved format may return tensors
             return normalize_splits(saved if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}, source)
         if is_parquet_folder(root):
             return normalize_splits(datasets.load_dataset("parquet", data_dir=source, streaming=streaming), source)
