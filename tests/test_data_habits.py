@@ -432,6 +432,15 @@ def test_a_table_of_file_names_and_labels(form, flat, tmp_path):
     assert streamed.num_train == 6 and sorted(take_labels(streamed, 6)) == ["cat"] * 3 + ["dog"] * 3
 
 
+def test_files_called_like_columns_do_not_matter(flat, tmp_path):
+    for name in ("id.png", "cat/id.png", "cat/cat.png", "deeper/cat.png"):
+        shutil.copy(flat / "cat" / "cat0.png", flat / name)
+    file = write_csv(tmp_path / "labels.csv", [["id", "label"], *PAIRS])
+    assert load(flat, labels_file=file) == {"train": TWO}
+    write_csv(file, [["label", "photo"], *[pair[::-1] for pair in PAIRS]])
+    assert load(flat, labels_file=file) == {"train": TWO}
+
+
 def test_a_table_may_name_splits_and_numbers_and_lack_labels(flat, tmp_path):
     values = ["9", "10", "", "9", "10", "nan"]
     splits = ["train", "training", "train", "val", "val", "val"]

@@ -37,6 +37,7 @@ FILE_COLUMNS = (
     "image_name",
     "image_id",
 )
+NAME_COLUMNS = (*FILE_COLUMNS, *IMAGE_COLUMNS, "id")
 MORE_LABEL_COLUMNS = ("target", "category", "class_name", "label_name")
 SPLIT_COLUMNS = ("split", "set", "subset")
 MISSING_TEXTS = ("", "nan", "NaN")  # pandas writes an empty cell in one of these ways
@@ -64,7 +65,8 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
     if not rows:
         raise InputError(f"{file}: expected rows of file names and labels, found none")
     columns = list(rows[0])
-    if not set(columns) & {image_column, label_column} and len(columns) == 2 and is_file(resolve, columns[0]):
+    is_header = bool(set(columns) & {image_column, label_column}) or find_by_name(columns, NAME_COLUMNS) is not None
+    if not is_header and len(columns) == 2 and is_file(resolve, columns[0]):
         rows = [dict(zip(("file_name", "label"), row, strict=True)) for row in [columns, *(r.values() for r in rows)]]
         columns = list(rows[0])
     split_column = find_by_name(columns, SPLIT_COLUMNS)
@@ -106,7 +108,7 @@ def find_columns(
     split_column: str | None,
 ) -> tuple[str, str]:
     """Returns the columns of file names and of labels; arguments as in `read_label_file`, with the first row."""
-    image_column = image_column or find_by_name(row, (*FILE_COLUMNS, *IMAGE_COLUMNS, "id"))
+    image_column = image_column or find_by_name(row, NAME_COLUMNS)
     image_column = image_column or next((name for name in row if is_file(resolve, row[name])), None)
     others = [name for name in row if name not in (image_column, split_column)]
     label_column = label_column or find_by_name(others, (*LABEL_COLUMNS, *MORE_LABEL_COLUMNS))
@@ -192,7 +194,11 @@ def build_resolver(root: Path) -> Callable[[str], str]:
 
 
 def is_file(resolve: Callable[[str], str], name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and os.path.isfile(resolve(name))  # noqa: PTH113
+    """Whether a cell is the name of one file."""
+    try:
+        return isinstance(name, str) and bool(name) and os.path.isfile(resolve(name))  # noqa: PTH113
+    except InputError:  # several files match
+        return False
 
 
 def find_by_name(columns: Iterable[str], usual: tuple[str, ...]) -> str | None:
