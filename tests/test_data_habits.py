@@ -176,6 +176,15 @@ def test_images_without_a_label_are_left_out_and_counted(feature, labels, names,
     assert "no label" in str(streamed.notes) or "without a label are left out" in capsys.readouterr().err
 
 
+def test_files_of_a_stream_are_shards_that_mix_the_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvit.data.streaming.MAX_FILE_SHARDS", 4)
+    root = make_classes(tmp_path / "data", count=20)
+    images = stream_images(data_dir=root, need_validation=False)
+    paths = [row["image"]["path"] for row in images.train]
+    assert len(set(paths)) == 40 and images.train.num_shards == 4
+    assert 5 <= sum("cat" in path for path in paths[:20]) <= 15
+
+
 def test_class_names_of_a_stream_order_the_declared_classes(tmp_path):
     root = make_classes(tmp_path / "data" / "train").parent
     images = stream_images(data_dir=root, class_names="dog,cat", need_validation=False)

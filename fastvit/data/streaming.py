@@ -46,6 +46,8 @@ from fastvit.data.sources import (
 )
 from fastvit.errors import InputError, ProcessError
 
+MAX_FILE_SHARDS = 1024  # lists of image files; with 200,000 `datasets` shuffles for 40 s
+
 
 @dataclass
 class StreamedDataset(ImageDataset):
@@ -212,10 +214,12 @@ def _open_splits(
         features = datasets.Features(
             {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=opened.class_names)}
         )
-        splits = {
-            name: datasets.IterableDataset.from_generator(_yield_rows, features, gen_kwargs={"files": files})
-            for name, files in opened.splits.items()
-        }
+        splits = {}
+        for name, files in opened.splits.items():
+            if name == TRAIN:  # sorted by class: the buffer for shuffling would hold few of them
+                files = [files[i] for i in np.random.default_rng(0).permutation(len(files))]
+            parts = [files[start::MAX_FILE_SHARDS] for start in range(min(len(files), MAX_FILE_SHARDS))]
+            splits[name] = datasets.IterableDataset.from_generator(_yield_rows, features, gen_kwargs={"shards": parts})
         return splits, len(opened.splits[TRAIN]), opened.notes
     if isinstance(opened[TRAIN], datasets.Dataset):  # from `save_to_disk`
         splits = {name: rows.to_iterable_dataset(num_shards=min(len(rows), 64)) for name, rows in opened.items()}
@@ -224,10 +228,11 @@ def _open_splits(
     return opened, sizes[TRAIN].num_examples if TRAIN in sizes else None, []
 
 
-def _yield_rows(files: list[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    """Yields rows of image files. `datasets` splits the list, so that each file is a shard."""
-    for path, label in files:
-        yield {"image": {"path": path, "bytes": None}, "label": label}
+def _yield_rows(shards: list[list[tuple[str, int]]]) -> Iterator[dict[str, Any]]:
+    """Yields rows of image files. `datasets` divides the list of shards."""
+    for files in shards:
+        for path, label in files:
+            yield {"image": {"path": path, "bytes": None}, "label": label}
 
 
 def _resolve_classes(
