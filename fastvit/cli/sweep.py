@@ -51,8 +51,10 @@ def main(argv: list[str]) -> None:
         if getattr(options, name):
             raise InputError(f"{get_flag(name)}: cannot be used in a sweep")
     from fastvit.train import sweep
+    from fastvit.train.lock import FolderLock
 
-    try:
-        sweep.run(options, space, own.trials, folder)
-    finally:
-        shutil.rmtree(folder / "trial", ignore_errors=True)  # Trainer creates it and leaves it empty
+    with FolderLock(folder):
+        try:
+            sweep.run(options, space, own.trials, folder)
+        finally:
+            shutil.rmtree(folder / "trial", ignore_errors=True)  # Trainer creates it and leaves it empty

@@ -42,11 +42,18 @@ from fastvit.train.build import (
     print_counts,
 )
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
+from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
 from fastvit.train.options import FinetuneOptions, parse_options
 from fastvit.train.recipes import ImageMixer, RecipeTuner
 from fastvit.train.results import write_fold_summary, write_results
 from fastvit.train.resume import OutOfMemory, explain_early_end, resolve_resume, shrink_batch
-from fastvit.train.run_folder import describe_next_start, find_last_checkpoint, remove_run, select_run_options
+from fastvit.train.run_folder import (
+    check_is_free,
+    describe_next_start,
+    find_last_checkpoint,
+    remove_run,
+    select_run_options,
+)
 from fastvit.train.training import Progress, RunLogWriter, StopOnInterrupt, StopOnNonFiniteLoss
 from fastvit.tuning.startup import tune_at_start
 
@@ -60,16 +67,20 @@ def run(options: FinetuneOptions) -> dict[str, float]:
         Metrics of the validation and test splits that there are; with folds, their means over the folds.
 
     Raises:
-        InputError: an option, an image or a checkpoint cannot be used, or training cannot continue.
+        InputError: an option, an image or a checkpoint cannot be used, training cannot continue, or another run uses
+            the folder.
         Stopped: a signal ended the run.
     """
     if options.folds is not None and options.fold is None:
-        return run_folds(options, options.folds)
-    with join_processes(options.cpu) as processes:
+        with FolderLock(Path(options.output_dir)):
+            return run_folds(options, options.folds)
+    output_dir = Path(options.output_dir)
+    with join_processes(options.cpu) as processes, lock_for_all(output_dir, processes) as lock:
+        check_is_free(options)  # again: another run may have ended since the options were parsed
         options = resolve_resume(options)
         while True:
             try:
-                return fine_tune(options, processes)
+                return fine_tune(options, processes, lock)
             except OutOfMemory as error:
                 options = shrink_batch(options, error)
             clear_device_cache(garbage_collection=True)
@@ -78,6 +89,7 @@ def run(options: FinetuneOptions) -> dict[str, float]:
 def run_folds(options: FinetuneOptions, folds: int) -> dict[str, float]:
     """Train every fold in its own folder, and write the mean and standard deviation of the metrics."""
     output_dir = Path(options.output_dir)
+    check_is_free(options)
     if options.overwrite:
         remove_run(output_dir)
     runs = []
@@ -94,7 +106,7 @@ def run_folds(options: FinetuneOptions, folds: int) -> dict[str, float]:
     return write_fold_summary(output_dir, runs)
 
 
-def fine_tune(options: FinetuneOptions, processes: PartialState) -> dict[str, float]:
+def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLock | None) -> dict[str, float]:
     """Load, train and write in one of `processes`; returns the metrics."""
     transformers.utils.logging.disable_progress_bar()  # one per written checkpoint
     set_seed(options.seed)
@@ -131,7 +143,7 @@ def fine_tune(options: FinetuneOptions, processes: PartialState) -> dict[str, fl
         data_collator=mix,
         compute_loss_func=build_loss(options, sets.get(TRAIN), len(images.class_names)),
         compute_metrics=compute_accuracy,
-        callbacks=[log, interrupt, StopOnNonFiniteLoss()],
+        callbacks=[StopOnLostLock(lock), log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
         ema_decay=options.ema,
         keep_checkpoints=options.keep_checkpoints,

@@ -15,6 +15,7 @@ from fastvit.errors import InputError
 from fastvit.files import PARTIAL, remove_folder
 from fastvit.report.run_log import LOG_FILE
 from fastvit.train.distributed import MARKER, is_own_run
+from fastvit.train.lock import LOCK_FILE
 from fastvit.train.options import FinetuneOptions
 
 REPORT_FILE = "report.html"
@@ -58,11 +59,20 @@ def resolve_output_dir(options: FinetuneOptions) -> FinetuneOptions:
     existing = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"--output-dir: cannot write in {existing}")
-    if is_run(output_dir) and not (options.overwrite or options.resume):
-        raise InputError(
-            f"--output-dir: {output_dir} already holds a run; give --overwrite, --resume or another folder"
-        )
+    check_is_free(options)
     return options
+
+
+def check_is_free(options: FinetuneOptions) -> None:
+    """Check that the folder holds no run, or that the options say what to do with it.
+
+    Raises:
+        InputError: they do not.
+    """
+    if is_run(Path(options.output_dir)) and not (options.overwrite or options.resume):
+        raise InputError(
+            f"--output-dir: {options.output_dir} already holds a run; give --overwrite, --resume or another folder"
+        )
 
 
 def is_run(folder: Path) -> bool:
@@ -83,6 +93,8 @@ def remove_run(folder: Path) -> None:
         remove_folder(adapter)
     for fold in folder.glob("fold-*"):
         remove_run(fold)
+        for lock in fold.glob(f"{LOCK_FILE}*"):  # of a process that has ended
+            lock.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds the user's own files
             fold.rmdir()
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)
