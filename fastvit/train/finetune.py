@@ -46,7 +46,14 @@ from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
 from fastvit.train.options import FinetuneOptions, parse_options
 from fastvit.train.recipes import ImageMixer, RecipeTuner
 from fastvit.train.results import write_fold_summary, write_results
-from fastvit.train.resume import OutOfMemory, explain_early_end, resolve_resume, shrink_batch
+from fastvit.train.resume import (
+    OutOfMemory,
+    check_fixed_options,
+    explain_early_end,
+    read_run_options,
+    resolve_resume,
+    shrink_batch,
+)
 from fastvit.train.run_folder import (
     check_is_free,
     describe_next_start,
@@ -92,6 +99,8 @@ def run_folds(options: FinetuneOptions, folds: int) -> dict[str, float]:
     check_is_free(options)
     if options.overwrite:
         remove_run(output_dir)
+    if options.resume and (before := read_run_options(output_dir)):
+        check_fixed_options(before, options)
     runs = []
     for fold in range(1, folds + 1):
         folder = output_dir / f"fold-{fold}"

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import PartialState
@@ -14,37 +15,106 @@ from accelerate import PartialState
 from fastvit.errors import InputError, is_out_of_memory
 from fastvit.files import WriteError
 from fastvit.ops import eager
+from fastvit.train.arguments import get_flag
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import RecipeTuner
 from fastvit.train.run_folder import describe_next_start, find_last_checkpoint, select_run_options
+
+# Options that a run keeps, and why. All others may change: they apply from the resumed step on, the learning rate,
+# weight decay and schedule in place of those in the checkpoint.
+ADAPTED = "the checkpoint has other weights and optimizer states"
+SPLIT = "images for validation would be among those that the model was trained on"
+FIXED = {
+    **dict.fromkeys(("from_scratch", "patch_size", "image_size", "freeze_backbone", "lora", "fsdp"), ADAPTED),
+    **dict.fromkeys(("seed", "validation_fraction", "streaming", "folds", "fold"), SPLIT),
+}
+ADAPTIVE_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # with a state of their own
 
 
 def resolve_resume(options: FinetuneOptions) -> FinetuneOptions:
     """With --resume: print which options differ from the run's, and keep the batch size that --auto-batch found.
 
     Raises:
-        InputError: the `config.yaml` of the run cannot be read.
+        InputError: the `config.yaml` of the run cannot be read, or an option differs that cannot change within a run.
     """
     if not options.resume:
         return options
-    if find_last_checkpoint(options.output_dir) is None:
+    has_checkpoint = find_last_checkpoint(options.output_dir) is not None
+    if not has_checkpoint:
         print(f"note: there is no checkpoint in {options.output_dir}; the run starts from the beginning")
-    config = Path(options.output_dir) / "config.yaml"
-    if not config.exists():
+    before = read_run_options(Path(options.output_dir))
+    if not before:
         return options
-    try:
-        before = dict(yaml.safe_load(config.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
-        raise InputError(f"--resume: {config}: expected the options of the run, found a damaged file") from None
     found = {name: before[name] for name in ("batch_size", "gradient_accumulation") if type(before.get(name)) is int}
     is_same_step = math.prod(found.values()) == options.batch_size * options.gradient_accumulation
     if options.auto_batch and is_same_step and found.get("batch_size", math.inf) < options.batch_size:
         options = dataclasses.replace(options, **found)
     now = select_run_options(options)
+    if has_checkpoint:
+        check_fixed_options(before, options)
     for name in sorted((now.keys() | before.keys()) - {"output_dir"}):
         if now.get(name) != before.get(name):
             print(f"note: {name} is {now.get(name)}; the run had {before.get(name)} before")
     return options
+
+
+def read_run_options(output_dir: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run; empty where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    config = output_dir / "config.yaml"
+    if not config.exists():
+        return {}
+    try:
+        return dict(yaml.safe_load(config.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
+        raise InputError(f"--resume: {config}: expected the options of the run, found a damaged file") from None
+
+
+def check_fixed_options(before: dict[str, Any], options: FinetuneOptions) -> None:
+    """Check the options that cannot change within a run.
+
+    Args:
+        before: content of the run's `config.yaml`, without the options that were None.
+        options: those of the resumed run.
+
+    Raises:
+        InputError: the first one that differs, with both values.
+    """
+    earlier = {field.name: before.get(field.name, field.default) for field in dataclasses.fields(options)}
+
+    def refuse(name: str, reason: str) -> None:
+        flag, value = get_flag(name), getattr(options, name)
+        raise InputError(
+            f"{flag}: the run in {options.output_dir} has {format_option(earlier[name])}, got {format_option(value)};"
+            f" it cannot change with --resume, as {reason}; give {flag} as before, or start another run"
+        )
+
+    for name, reason in FIXED.items():
+        is_size = name in ("image_size", "patch_size")  # from scratch; else of the model, whose shapes are checked
+        if getattr(options, name) != earlier[name] and not (is_size and options.from_scratch is None):
+            refuse(name, reason)
+    # A model's folder may have been moved, or be a copy from the hub.
+    if options.from_scratch is None and Path(options.model).name != Path(earlier["model"]).name:
+        refuse("model", ADAPTED)
+    if (options.ema is None) != (earlier["ema"] is None):
+        refuse("ema", "the best checkpoint was selected with the other weights")
+    if options.layer_decay != earlier["layer_decay"] and 1.0 in (options.layer_decay, earlier["layer_decay"]):
+        refuse("layer_decay", "the optimizer groups the weights otherwise")
+    if {options.scheduler, earlier["scheduler"]} & {*ADAPTIVE_SCHEDULERS}:
+        for name in ("scheduler", "learning_rate"):
+            if getattr(options, name) != earlier[name]:
+                refuse(name, "the schedule has adapted the learning rate to the evaluations before")
+    step = options.batch_size * options.gradient_accumulation
+    if options.max_steps <= 0 and step != earlier["batch_size"] * earlier["gradient_accumulation"]:
+        name = "batch_size" if options.batch_size != earlier["batch_size"] else "gradient_accumulation"
+        refuse(name, "epochs are counted in steps of as many images (batch size x gradient accumulation)")
+
+
+def format_option(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class OutOfMemory(InputError):

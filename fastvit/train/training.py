@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from huggingface_hub import ModelCard
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     IntervalStrategy,
@@ -29,7 +31,7 @@ from transformers.trainer_utils import (
     get_last_checkpoint,
     sort_checkpoints,
 )
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from fastvit.checkpoints.configuration import format_error, format_value, is_finite_number, is_integer, read_json
 from fastvit.checkpoints.inspection import check_shapes, check_shard_metadata, read_headers
@@ -144,6 +146,22 @@ class EpochSetter(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.images.set_epoch(int(state.epoch))
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Measures the time of training over all starts of a run; checkpoints have it."""
+
+    def __init__(self):
+        self.earlier, self.start = 0.0, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.perf_counter()
+
+    def read(self) -> float:
+        return self.earlier + (0.0 if self.start is None else time.perf_counter() - self.start)
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"earlier": self.read()}}
 
 
 class Meter(TrainerCallback):
@@ -268,6 +286,7 @@ class FineTuner(Trainer):
         self.meter = Meter()
         super().__init__(*args, **kwargs)
         self.add_callback(self.meter)
+        self.add_callback(Clock())
         if isinstance(self.train_dataset, ImageSet):
             self.add_callback(EpochSetter(self.train_dataset))
         self.add_callback(OverdueEvaluation(self))
@@ -368,7 +387,38 @@ class FineTuner(Trainer):
     def log(self, logs, *args, **kwargs) -> None:
         if "loss" in logs:
             logs |= self.meter.read(self.args, self.state)
+        if "train_runtime" in logs:
+            self.include_earlier_starts(logs)
         super().log(logs, *args, **kwargs)
+
+    def include_earlier_starts(self, metrics: dict[str, float]) -> None:
+        """Replace the time and speed of this start by those of the whole run."""
+        seconds = self.find_callback(Clock).read()
+        steps = self.state.global_step - self._initial_global_step
+        if steps > 0:  # otherwise the speed is zero
+            scale = self.state.global_step / steps * metrics["train_runtime"] / seconds
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                metrics[name] = round(metrics[name] * scale, 3)
+        metrics["train_runtime"] = round(seconds, 4)
+
+    def find_callback(self, kind: type) -> Any:
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint has those of its run
+        return position
+
+    def _load_callback_state(self) -> None:
+        # A checkpoint has the arguments of its callbacks besides their state.
+        stopping = self.find_callback(EarlyStoppingCallback)
+        super()._load_callback_state()
+        if stopping is not None:
+            restored = self.find_callback(EarlyStoppingCallback)
+            restored.early_stopping_patience = stopping.early_stopping_patience
+        clock = self.find_callback(Clock)
+        if not is_finite_number(clock.earlier):  # a damaged file
+            clock.earlier = 0.0
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = Path(resume_from_checkpoint)
@@ -378,11 +428,28 @@ class FineTuner(Trainer):
             check_shard_metadata(folder)
             if (folder / SAFE_WEIGHTS_NAME).is_file():
                 check_shapes(read_headers(folder / SAFE_WEIGHTS_NAME), shapes, folder / SAFE_WEIGHTS_NAME)
+            check_class_names(folder / CONFIG_NAME, self.model.config.id2label)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        given = [dict(group, params=None) for group in self.optimizer.param_groups]
         with report_unreadable_checkpoint(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # The options of this start take precedence over those in the checkpoint.
+        groups, scheduler = self.optimizer.param_groups, self.lr_scheduler
+        for group, before in zip(groups, given, strict=True):
+            group["weight_decay"] = before["weight_decay"]
+        if isinstance(scheduler, LambdaLR):  # the others set the rate by the evaluations before
+            scheduler.base_lrs = [before["initial_lr"] for before in given]
+            for group, rate, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * schedule(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in groups]
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # otherwise fp16 was given up, with its scale of the loss
+            super()._load_scaler(checkpoint)
 
     def _load_rng_state(self, checkpoint):
         with report_unreadable_checkpoint(checkpoint):
@@ -426,17 +493,20 @@ class FineTuner(Trainer):
             return super().create_optimizer(model)
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
-        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 scale = self.layer_decay ** get_depth_from_top(name, self.model.config.num_hidden_layers)
-                weight_decay = self.args.weight_decay if name in decayed else 0.0
-                groups.setdefault((scale, weight_decay), []).append(parameter)
+                groups.setdefault((scale, name in decayed), []).append(parameter)
         optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
             [
-                {"params": parameters, "lr": self.args.learning_rate * scale, "weight_decay": weight_decay}
-                for (scale, weight_decay), parameters in groups.items()
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * scale,
+                    "weight_decay": self.args.weight_decay if is_decayed else 0.0,
+                }
+                for (scale, is_decayed), parameters in groups.items()
             ],
             **optimizer_kwargs,
         )
@@ -474,6 +544,24 @@ def check_trainer_state(path: Path) -> None:
         if not is_finite_number(state.get(name)) or state[name] < 0:
             raise InputError(f"{path}: {name}: expected a number, got {format_value(state.get(name))}")
     TrainerState.load_from_json(str(path))
+
+
+def check_class_names(config: Path, names: dict[int, str]) -> None:
+    """Check that a checkpoint was trained with the same classes in the same order.
+
+    Args:
+        config: its config.json, which need not exist.
+        names: the classes of the images.
+
+    Raises:
+        InputError: a class differs.
+    """
+    stored = read_json(config).get("id2label") if config.is_file() else None
+    if isinstance(stored, dict) and stored != {str(label): name for label, name in names.items()}:
+        raise InputError(
+            f"--resume: the run has the classes {', '.join(map(str, stored.values()))[:200]}; the images have"
+            f" {', '.join(names.values())[:200]}"
+        )
 
 
 def protect_workers(loader):
