@@ -80,6 +80,7 @@ def write_atomically(folder: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
+            reset_modes(partial)
             sync(*partial.rglob("*"))
             for path in sorted(partial.iterdir()):
                 path.replace(folder / path.name)
@@ -95,6 +96,15 @@ def remove_folder(folder: Path) -> None:
     doomed.parent.mkdir(exist_ok=True)
     folder.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def reset_modes(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode of new files; safetensors lets only their owner read them."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    for file in (path, *path.rglob("*")):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(0o666 & ~mask)
 
 
 def sync(*paths: Path) -> None:

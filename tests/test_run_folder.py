@@ -6,20 +6,26 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import interrupted_run as fault
 import pytest
 import torch
+import transformers
 import yaml
 from interrupted_run import OPTIONS, Run, start_server
 from launch import launch, read_output, run_finetune
+from PIL import Image
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastvit import cli
 from fastvit.errors import InputError
+from fastvit.files import reset_modes
+from fastvit.models.loading import load_pretrained
 from fastvit.train import lock
 from fastvit.train.finetune import main
 from fastvit.train.lock import LOCK_FILE, FolderLock
@@ -386,3 +392,112 @@ def test_training_time_of_a_resumed_run_covers_all_starts(stopped, tmp_path):
     assert logged["train_runtime"] == results["train_runtime"]
     assert f'"train_runtime": {results["train_runtime"]}' in (tmp_path / "out" / "log.jsonl").read_text()
     assert ">2 h 00 min<" in (tmp_path / "out" / "report.html").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and messages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(server, tmp_path_factory):
+    """A finished run in a folder with a space in its name."""
+    folder = tmp_path_factory.mktemp("finished")
+    run = Run(folder, "--max-steps", "2", "--output-dir", "my leaves")
+    assert run.wait() == 0, run.read_log()
+    return run
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def read_modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_of_a_run_have_the_mode_of_new_files(finished):
+    mask = os.umask(0o077)
+    os.umask(mask)
+    assert read_modes(finished.folder / "my leaves") == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("dest", ["hf", "timm.safetensors", "vit.npz"])
+def test_converted_files_have_the_mode_of_new_files(dest, finished, umask, tmp_path):
+    (tmp_path / "to").mkdir()
+    assert cli.main(["convert", str(finished.folder / "my leaves"), str(tmp_path / "to" / dest)]) == 0
+    assert read_modes(tmp_path / "to") == {0o640}
+
+
+def test_files_of_adapters_have_the_mode_of_new_files(umask, tmp_path):
+    written = tmp_path / "adapter" / "adapter_model.safetensors"
+    written.parent.mkdir()
+    os.close(os.open(written, os.O_CREAT, 0o600))
+    reset_modes(written.parent)
+    assert read_modes(tmp_path) == {0o640}
+
+
+def test_commands_to_copy_quote_the_folder(finished):
+    assert "try it: fastvit predict 'my leaves' IMAGE" in finished.read_log()
+
+
+def test_label_is_shown_without_flops_and_progress_of_loading(finished, capfd):
+    assert "total_flos" not in finished.read_log() and "train_runtime" in finished.read_log()
+    image = str(finished.folder / "my leaves" / "examples.png")
+    assert cli.main(["predict", str(finished.folder / "my leaves"), image, "--device", "cpu"]) == 0
+    assert "Loading weights" not in capfd.readouterr().err
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("command", ["predict", "attention", "finetune", "convert"])
+def test_unfinished_run_names_the_checkpoint_to_use(command, stopped, tmp_path, monkeypatch, capsys):
+    shutil.copytree(stopped, tmp_path / "leaves")
+    monkeypatch.chdir(tmp_path)
+    argv = {
+        "finetune": ["--model", "leaves", "--dataset", "generated", "--output-dir", "out"],
+        "convert": ["leaves", "converted"],
+    }.get(command, ["leaves", "leaves/examples.png"])
+    assert cli.main([command, *argv]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line == (
+        "error: leaves: expected a finished run, found one without a model; use leaves/checkpoint-6, its last"
+        " checkpoint, or finish it with `fastvit finetune` and --resume"
+    )
+    if command == "predict":
+        assert cli.main(["predict", "leaves/checkpoint-6", "leaves/examples.png", "--device", "cpu"]) == 0
+
+
+def test_folder_of_folds_and_run_without_a_checkpoint_are_named(tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(InputError, match="found one without a model; finish it with `fastvit finetune` and --resume"):
+        load_pretrained(str(tmp_path))
+    (tmp_path / "fold-1").mkdir()
+    (tmp_path / "fold-1" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"found the folder of 1 folds; use one of them, such as .*fold-1"):
+        load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("options", [[], ["--data-dir", "images"], ["--streaming"]], ids=["bare", "model", "streaming"])
+def test_unreachable_hub_is_reported_at_once(options, tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (9, 9)).save(tmp_path / "images" / label / f"{number}.png")
+    # In a new process, since the hub's address is read at import; nothing listens on port 9.
+    program = (
+        "import time; waits = []; time.sleep = waits.append\n"
+        "from fastvit.train.finetune import main\n"
+        f"assert main({options}) == 2\n"
+        "assert sum(waits) < 1, waits\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "without a network use" in line and "Retrying" not in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -21,6 +21,7 @@ from fastvit.checkpoints.npz import read_npz, write_npz
 from fastvit.checkpoints.tensors import TORCH_SUFFIXES, read_tensors, read_weights
 from fastvit.checkpoints.timm import read_timm, write_timm
 from fastvit.errors import InputError
+from fastvit.files import reset_modes
 
 
 def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Checkpoint:
@@ -98,6 +99,7 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.absolute().parent) as scratch:
         fresh = Path(scratch) / ("new" + dest.suffix)
         write(checkpoint, fresh)
+        reset_modes(fresh)
         replace_destination(fresh, dest, Path(scratch) / "old")
     return dest
 

@@ -53,11 +53,35 @@ def read_config(model: str | Path, **hub: Any) -> dict[str, Any]:
     path = Path(model, hub.get("subfolder") or "", "config.json")
     if path.is_file():
         read_json(path)
+    elif path.parent.is_dir():
+        check_is_finished(path.parent)
     try:
         stored, _ = ViTConfig.get_config_dict(model, **hub)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{model}: config.json cannot be read: {format_error(error)}") from error
     return stored
+
+
+def check_is_finished(folder: Path) -> None:
+    """Checks that a folder without config.json is not that of an unfinished run, or of one with folds.
+
+    Raises:
+        InputError: If it is, with the folder to use instead.
+    """
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    folds = sorted(folder.glob("fold-*/config.json"))
+    if folds:
+        raise InputError(
+            f"{folder}: expected a model, found the folder of {len(folds)} folds; use one of them, such as"
+            f" {folds[0].parent}"
+        )
+    if not checkpoints and not (folder / "config.yaml").is_file():
+        return
+    last = max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+    advice = "finish it with `fastvit finetune` and --resume"
+    if last is not None and (last / "config.json").is_file() and (last / "model.safetensors").is_file():
+        advice = f"use {last}, its last checkpoint, or {advice}"
+    raise InputError(f"{folder}: expected a finished run, found one without a model; {advice}")
 
 
 def check_checkpoint(

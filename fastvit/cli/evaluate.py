@@ -40,11 +40,14 @@ def main(argv: list[str]) -> None:
     options = build_parser().parse_args(argv)
     check_counts(options, "batch_size")
 
+    from fastvit.checkpoints.hub import skip_unreachable_hub
     from fastvit.data.datasets import load_images
     from fastvit.models.calibration import compute_reliability
     from fastvit.report import classification
     from fastvit.serve.predictor import Predictor
 
+    if options.dataset not in (None, "generated"):
+        load_images = skip_unreachable_hub()(load_images)
     images = load_images(
         options.dataset,
         options.data_dir,

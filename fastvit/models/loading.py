@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import ViTConfig
-from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file, logging
 
 from fastvit.checkpoints.configuration import format_value, parse_config, read_json
+from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.checkpoints.images import ImageSettings, parse_image_settings
 from fastvit.checkpoints.inspection import read_config
 from fastvit.errors import InputError
@@ -36,13 +39,30 @@ def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
     """
 
     def load() -> ViTForImageClassification:
-        loaded, info = ViTForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
+        with hide_progress_bar():
+            loaded, info = ViTForImageClassification.from_pretrained(model, output_loading_info=True, **kwargs)
         for key, found, expected in sorted(info["mismatched_keys"]):  # a set: name the same one each time
             if not key.startswith("classifier."):
                 raise InputError(f"{model}: {key}: expected shape {list(expected)}, found {list(found)}")
         return loaded
 
     return _guard(model, load)
+
+
+@contextlib.contextmanager
+def hide_progress_bar() -> Iterator[None]:
+    """Context without the progress bar of loading weights; those of downloads remain."""
+    is_shown, is_hub_silent = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()  # also those of the hub
+    if not is_hub_silent:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_shown:
+            logging.enable_progress_bar()
+        if is_hub_silent:
+            disable_progress_bars()
 
 
 def read_image_settings(model: str) -> tuple[Path, dict[str, Any]] | None:
@@ -73,7 +93,8 @@ def _guard(model: str, load: Callable[[], T]) -> T:
     if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
         raise InputError(f"model: expected a hub id (owner/name) or a folder, found no folder {model!r}")
     try:
-        return load()
+        with contextlib.nullcontext() if Path(model).is_dir() else skip_unreachable_hub():
+            return load()
     except InputError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImagePro
 from transformers.trainer import TRAINER_STATE_NAME
 
 from fastvit.checkpoints.configuration import make_pair
+from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
 from fastvit.data.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.data.streaming import Stream, StreamedDataset, stream_images
@@ -28,6 +30,12 @@ from fastvit.train.run_folder import find_last_checkpoint
 
 def load_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset:
     """Load the images that the options name; with --fold, one of the folds for validation."""
+    is_on_hub = options.dataset not in (None, "generated")
+    with skip_unreachable_hub() if is_on_hub else contextlib.nullcontext():
+        return read_data(options, processes)
+
+
+def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset:
     if options.streaming:
         return stream_images(
             options.dataset,

@@ -214,6 +214,7 @@ def check_combinations(options: FinetuneOptions) -> None:
         if condition:
             raise InputError(message)
 
+    check_start(options.from_scratch, options.model != DEFAULT_MODEL and options.model)
     folds, fold, lora = options.folds, options.fold, options.lora
     refuse(options.dataset and options.data_dir, "--data-dir: give a folder or a --dataset, not both")
     refuse(options.dataset and options.labels, "--labels: give a table of files or a --dataset, not both")
@@ -249,6 +250,15 @@ def check_combinations(options: FinetuneOptions) -> None:
     )
 
 
+def check_start(from_scratch: str | None, model: str | Literal[False] | None) -> None:
+    """Check that a run starts from a checkpoint or from scratch, not both."""
+    if from_scratch and model:
+        raise InputError(
+            f"--from-scratch: give --from-scratch {from_scratch} (random weights) or --model {model} (its weights), not"
+            " both; one of them may be in the --config file"
+        )
+
+
 def build_parser() -> argparse.ArgumentParser:
     generated = ", ".join(f"{get_flag(name)} {value}" for name, value in GENERATED_DEFAULTS.items())
     parser = argparse.ArgumentParser(
@@ -275,6 +285,7 @@ def parse_options(argv: list[str] | None) -> FinetuneOptions:
         InputError: an option cannot be used.
     """
     given = parse_given(build_parser(), FinetuneOptions, argv)
+    check_start(given.get("from_scratch"), given.get("model"))
     config = given.pop("config")
     given = (read_config(config, FinetuneOptions) if config is not None else {}) | given
     if given.get("dataset") == "generated" and "model" not in given:

@@ -24,6 +24,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from fastvit.data.images import seed_rng
 from fastvit.errors import InputError
+from fastvit.files import reset_modes
 from fastvit.train.training import FineTuner
 
 
@@ -324,4 +325,5 @@ def merge_adapters(trainer: RecipeTuner, folder: Path) -> None:
     """Write the adapters to `folder`, and merge them into the trainer's model."""
     if trainer.args.should_save:
         trainer.model.save_pretrained(folder)
+        reset_modes(folder)
     trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from transformers.trainer_utils import PredictionOutput, TrainOutput
@@ -79,7 +80,7 @@ def write_results(
         trainer.push_to_hub()
     print(f"\nmodel, metrics and model card: {output_dir}")
     print(f"report: {output_dir / REPORT_FILE}")
-    print(f"try it: fastvit predict {output_dir} IMAGE")
+    print(f"try it: fastvit predict {shlex.quote(str(output_dir))} IMAGE")
     return metrics
 
 
@@ -91,7 +92,7 @@ def save_model(trainer: RecipeTuner, result: TrainOutput, options: FinetuneOptio
     )  # Trainer's covers the steps of this process only
     if result.metrics["train_samples_per_second"] > 0 or not (output_dir / "train_results.json").exists():
         # Otherwise there was nothing left to train, and the file has the speed of the run before.
-        trainer.log_metrics("train", result.metrics)
+        trainer.log_metrics("train", {name: value for name, value in result.metrics.items() if name != "total_flos"})
         trainer.save_metrics("train", result.metrics)
     trainer.save_state()
     if options.lora is not None:

@@ -105,7 +105,9 @@ def select_run_options(options: FinetuneOptions) -> dict[str, Any]:
     return {
         name: value
         for name, value in dataclasses.asdict(options).items()
-        if name not in ("overwrite", "resume") and value is not None
+        if name not in ("overwrite", "resume")
+        and value is not None
+        and not (name == "model" and options.from_scratch is not None)
     }
 
 

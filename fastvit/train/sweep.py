@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,9 @@ def write_results(study: Any, shared: dict[str, Any], names: list[str], folder: 
     best = {**shared, **study.best_trial.params}
     write_text(folder / BEST, yaml.safe_dump(best, sort_keys=False))
     print(format_table(header, rows[:20]))
-    print(f"\nall trials: {folder / TABLE}\ntrain with the best: fastvit finetune --config {folder / BEST}")
+    print(
+        f"\nall trials: {folder / TABLE}\ntrain with the best: fastvit finetune --config {shlex.quote(str(folder / BEST))}"
+    )
     return best
 
 

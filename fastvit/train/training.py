@@ -38,7 +38,7 @@ from fastvit.checkpoints.inspection import check_shapes, check_shard_metadata, r
 from fastvit.data.images import ImageSet
 from fastvit.data.streaming import Stream, build_stream_loader
 from fastvit.errors import InputError
-from fastvit.files import PARTIAL, remove_folder, sync, wrap_write_errors, write_atomically, write_text
+from fastvit.files import PARTIAL, remove_folder, reset_modes, sync, wrap_write_errors, write_atomically, write_text
 from fastvit.report import run_log
 from fastvit.train.distributed import is_set_on_any_process
 
@@ -334,6 +334,7 @@ class FineTuner(Trainer):
                     self.state.best_model_checkpoint = str(checkpoint)
                 if self.args.should_save:
                     self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+                    reset_modes(partial)
                     sync(partial, *partial.rglob("*"))
                     if checkpoint.exists():
                         remove_folder(checkpoint)

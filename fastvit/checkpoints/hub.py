@@ -1,0 +1,38 @@
+"""The hub where it cannot be reached: caches are used at once, or an error is raised."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+from huggingface_hub import constants, get_session
+
+
+@contextlib.contextmanager
+def skip_unreachable_hub() -> Iterator[None]:
+    """Context in which the hub's libraries work offline if the hub cannot be reached.
+
+    They use their caches then. Otherwise they would repeat the first request for half a minute.
+    """
+    if is_hub_reachable():
+        yield
+        return
+    modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def is_hub_reachable() -> bool:
+    """Whether the hub answers a single request."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # those of two HTTP libraries, and of offline mode
+        return False
+    return True
