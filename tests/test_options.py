@@ -103,7 +103,7 @@ def test_command_line_takes_precedence_over_a_file():
 # ---------------------------------------------------------------------------------------------------------------------
 
 VALUES = {
-    "model": "somewhere", "from_scratch": "tiny", "image_size": 32, "freeze_backbone": True, "hidden_dropout": 0.5,
+    "from_scratch": "tiny", "image_size": 32, "freeze_backbone": True, "hidden_dropout": 0.5,
     "data_dir": "images", "class_balanced": 0.9, "randaugment": [2, 9], "augment": False, "tune": False,
     "precision": "bf16", "epochs": 0.5, "max_steps": -1, "learning_rate": 1e-5, "report_to": "wandb", "ema": 0.9,
     "early_stopping": 3, "output_dir": "out", "push_to_hub": "me/it", "resume": True, "seed": 0,
@@ -126,9 +126,31 @@ def test_file_and_command_line_mean_the_same():
 def test_config_file_of_a_run_holds_every_option():
     options = parse_options(write_config(**VALUES))
     stored = select_run_options(options)
-    unset = FIELDS.keys() - stored.keys() - {"overwrite", "resume"}
+    unset = FIELDS.keys() - stored.keys() - {"overwrite", "resume", "model"}  # from scratch, it is of no use
     assert all(getattr(options, name) is None for name in unset)
     assert select_run_options(parse_options(write_config(**stored))) == stored
+
+
+@pytest.mark.parametrize("from_file", ["", "model", "from_scratch", "both"])
+@pytest.mark.parametrize("dataset", ["generated", "beans"])
+def test_from_scratch_and_a_model_are_refused_together(from_file, dataset):
+    both = {"model": "me/vit", "from_scratch": "tiny"}
+    in_file = {name: value for name, value in both.items() if from_file in (name, "both")}
+    given = [text for name in both.keys() - in_file.keys() for text in (get_flag(name), both[name])]
+    with pytest.raises(InputError, match=r"--from-scratch: give --from-scratch tiny .* or --model me/vit"):
+        parse_options([*write_config(dataset=dataset, **in_file), *given])
+
+
+def test_from_scratch_and_the_default_model_are_refused_where_both_are_given():
+    with pytest.raises(InputError, match=f"--from-scratch tiny .* or --model {DEFAULT_MODEL}"):
+        parse_options(["--from-scratch", "tiny", "--model", DEFAULT_MODEL])
+    # Files of earlier versions have the default beside the size.
+    assert parse_options(write_config(from_scratch="tiny", model=DEFAULT_MODEL)).from_scratch == "tiny"
+
+
+def test_options_of_a_run_from_scratch_name_no_model():
+    assert "model" not in select_run_options(parse_options(["--from-scratch", "tiny"]))
+    assert select_run_options(parse_options(["--model", "me/vit"]))["model"] == "me/vit"
 
 
 def test_texts_in_a_file_are_read_as_on_the_command_line():
@@ -374,9 +396,12 @@ def test_run_of_the_version_before_is_resumed_and_repeated(capsys):
             leaves.draw_leaf(label, seed=seed, size=24).save(f"images/{label}/{seed}.png")
     Path("old.yaml").write_text(BEFORE)
     options = parse_options(["--config", "old.yaml"])
-    assert select_run_options(options) == yaml.safe_load(BEFORE)
+    # It named the default model beside --from-scratch, which has none.
+    expected = {name: value for name, value in yaml.safe_load(BEFORE).items() if name != "model"}
+    assert select_run_options(options) == expected
     assert main(["--config", "old.yaml"]) == 0
-    assert Path("out/config.yaml").read_text() == BEFORE.lstrip()
+    assert yaml.safe_load(Path("out/config.yaml").read_text()) == expected
+    Path("out/config.yaml").write_text(BEFORE)
     capsys.readouterr()
     assert main(["--config", "out/config.yaml", "--max-steps", "3", "--resume"]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]

@@ -16,6 +16,7 @@ from pathlib import Path
 from fastvit.checkpoints.checkpoint import Checkpoint
 from fastvit.checkpoints.configuration import read_json
 from fastvit.checkpoints.hugging_face import read_hf, write_hf
+from fastvit.checkpoints.inspection import check_is_finished
 from fastvit.checkpoints.names import Format
 from fastvit.checkpoints.npz import read_npz, write_npz
 from fastvit.checkpoints.tensors import TORCH_SUFFIXES, read_tensors, read_weights
@@ -40,6 +41,8 @@ def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Chec
     """
     source = Path(source)
     if source.is_dir():
+        if not (source / "config.json").is_file():
+            check_is_finished(source)
         config = read_json(source / "config.json")
         if "architecture" in config:
             checkpoint = read_timm(source, read_weights(source), config, num_heads)

@@ -52,7 +52,8 @@ def resolve_resume(options: FinetuneOptions) -> FinetuneOptions:
     now = select_run_options(options)
     if has_checkpoint:
         check_fixed_options(before, options)
-    for name in sorted((now.keys() | before.keys()) - {"output_dir"}):
+    unused = {"output_dir", "model"} if options.from_scratch is not None else {"output_dir"}
+    for name in sorted((now.keys() | before.keys()) - unused):
         if now.get(name) != before.get(name):
             print(f"note: {name} is {now.get(name)}; the run had {before.get(name)} before")
     return options

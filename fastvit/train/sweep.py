@@ -171,9 +171,8 @@ def write_results(study: Any, shared: dict[str, Any], names: list[str], folder: 
     best = {**shared, **study.best_trial.params}
     write_text(folder / BEST, yaml.safe_dump(best, sort_keys=False))
     print(format_table(header, rows[:20]))
-    print(
-        f"\nall trials: {folder / TABLE}\ntrain with the best: fastvit finetune --config {shlex.quote(str(folder / BEST))}"
-    )
+    print(f"\nall trials: {folder / TABLE}")
+    print(f"train with the best: fastvit finetune --config {shlex.quote(str(folder / BEST))}")
     return best
 
 
