@@ -15,6 +15,7 @@ import fastvit
 from fastvit import cli
 from fastvit.cli import sweep as sweep_command
 from fastvit.data import leaves
+from fastvit.errors import InputError
 from fastvit.train import sweep
 from fastvit.train.arguments import HelpFormatter, add_arguments, get_flag
 from fastvit.train.finetune import main
