@@ -347,6 +347,13 @@ def test_options_that_a_checkpoint_overrides_are_refused(options, message, stopp
     assert (tmp_path / "out" / "config.yaml").read_bytes() == before
 
 
+def test_run_in_fp16_continues_in_another_precision(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "out")
+    torch.save({"scale": 65536.0}, tmp_path / "out" / "checkpoint-6" / "scaler.pt")  # of the loss, on GPUs
+    run = Run(tmp_path, *PLAIN, "--resume")
+    assert run.wait() == 0, run.read_log()
+
+
 def test_every_option_may_change_before_the_first_checkpoint(stopped, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(stopped / "config.yaml", tmp_path / "out")
