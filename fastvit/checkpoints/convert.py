@@ -22,7 +22,6 @@ from fastvit.checkpoints.npz import read_npz, write_npz
 from fastvit.checkpoints.tensors import TORCH_SUFFIXES, read_tensors, read_weights
 from fastvit.checkpoints.timm import read_timm, write_timm
 from fastvit.errors import InputError
-from fastvit.files import reset_modes
 
 
 def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Checkpoint:
@@ -102,7 +101,6 @@ def convert(
     with tempfile.TemporaryDirectory(prefix=f".{dest.name}.", dir=dest.absolute().parent) as scratch:
         fresh = Path(scratch) / ("new" + dest.suffix)
         write(checkpoint, fresh)
-        reset_modes(fresh)
         replace_destination(fresh, dest, Path(scratch) / "old")
     return dest
 
