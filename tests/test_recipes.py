@@ -363,9 +363,10 @@ def test_early_stopping_keeps_its_count_after_a_resume():
 
 
 def test_resume_from_a_checkpoint_without_an_average_is_refused(capsys):
-    options = [*SCRATCH, "--output-dir", "out", "--batch-size", "4", "--eval-steps", "1"]
+    options = [*SCRATCH, "--output-dir", "out", "--batch-size", "4", "--eval-steps", "1", "--ema", "0.9"]
     assert main([*options, "--max-steps", "1"]) == 0
-    assert main([*options, "--max-steps", "2", "--resume", "--ema", "0.9"]) == 2
+    Path("out/checkpoint-1/average.pt").unlink()
+    assert main([*options, "--max-steps", "2", "--resume"]) == 2
     assert "--ema: expected a checkpoint with average.pt, found none in out/checkpoint-1" in capsys.readouterr().err
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from huggingface_hub import constants, get_session
 
@@ -18,7 +19,9 @@ def skip_unreachable_hub() -> Iterator[None]:
     if is_hub_reachable():
         yield
         return
-    modules = [sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules]
+    modules: list[Any] = [
+        sys.modules[name] for name in ("huggingface_hub.constants", "datasets.config") if name in sys.modules
+    ]
     before = [module.HF_HUB_OFFLINE for module in modules]
     for module in modules:
         module.HF_HUB_OFFLINE = True
