@@ -499,6 +499,8 @@ def test_unreachable_hub_is_reported_at_once(options, tmp_path):
         "from fastvit.train.finetune import main\n"
         f"assert main({options}) == 2\n"
         "assert sum(waits) < 1, waits\n"
+        "import datasets, huggingface_hub\n"
+        "assert not datasets.config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE\n"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(

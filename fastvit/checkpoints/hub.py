@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import constants, get_session
 
+SETTINGS = ("huggingface_hub.constants", "datasets.config")  # modules that have the setting of offline mode
+
 
 @contextlib.contextmanager
 def skip_unreachable_hub() -> Iterator[None]:
@@ -19,16 +21,16 @@ def skip_unreachable_hub() -> Iterator[None]:
     if is_hub_reachable():
         yield
         return
-    names = ("huggingface_hub.constants", "datasets.config")
-    modules: list[Any] = [sys.modules[name] for name in names if name in sys.modules]
-    before = [module.HF_HUB_OFFLINE for module in modules]
-    for module in modules:
-        module.HF_HUB_OFFLINE = True
+    modules: dict[str, Any] = sys.modules
+    before = {name: modules[name].HF_HUB_OFFLINE for name in SETTINGS if name in modules}
+    for name in before:
+        modules[name].HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        for name in SETTINGS:
+            if name in modules:  # datasets, imported meanwhile, has copied the setting of the hub's library
+                modules[name].HF_HUB_OFFLINE = before.get(name, before[SETTINGS[0]])
 
 
 def is_hub_reachable() -> bool:
