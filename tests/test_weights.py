@@ -35,7 +35,10 @@ from fastvit.checkpoints.timm import infer_timm_heads
 from fastvit.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not record mean and std", "ignore:.*neither classifier nor pooler", "ignore:.*cannot be recorded"
+    "ignore:.*does not record mean and std",
+    "ignore:.*neither classifier nor pooler",
+    "ignore:.*cannot be recorded",
+    "ignore:timm does not read the number of heads",
 )
 
 
@@ -231,11 +234,34 @@ def test_torch_files_are_unwrapped(tmp_path, wrap):
     assert all(torch.equal(first.state_dict[name], second.state_dict[name]) for name in first.state_dict)
 
 
-def test_heads_are_64_wide_unless_the_model_is_known(tmp_path):
-    for options, width, heads in [({}, 192, 3), ({}, 1280, 16), ({}, 1408, 16), ({"architecture": "test_vit"}, 64, 2)]:
-        assert infer_timm_heads(width, options, tmp_path) == heads
-    with pytest.raises(InputError, match="num_heads"):
+def test_heads_are_those_of_the_timm_model_of_this_size_and_otherwise_required(tmp_path):
+    known = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}
+    assert {width: infer_timm_heads(width, {}, tmp_path) for width in known} == known
+    assert infer_timm_heads(64, {"architecture": "test_vit"}, tmp_path) == 2
+    with pytest.raises(InputError, match="num_heads.*timm has no model of hidden size 100"):
         infer_timm_heads(100, {}, tmp_path)
+    with pytest.raises(InputError, match="num_heads.*or 2 if the head dim is the usual 64"):
+        infer_timm_heads(128, {}, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [128, 192])  # timm has no model of hidden size 128, and one of 192 with 3 heads
+def test_heads_that_are_not_64_wide_survive_a_round_trip_through_timm(tmp_path, width):
+    source = save_hf(tmp_path / "hf", hidden_size=width, num_attention_heads=8)
+    with pytest.warns(UserWarning, match=f"hidden size {width} with num_heads=8"):
+        convert(source, tmp_path / "m.safetensors")
+    back = convert(tmp_path / "m.safetensors", tmp_path / "back")
+    assert ViTConfig.from_pretrained(back).num_attention_heads == 8
+    before, after = (load(ViTForImageClassification, folder)(make_pixels()).logits for folder in (source, back))
+    torch.testing.assert_close(before, after)
+    with pytest.raises(InputError, match="num_heads: .* has 8 heads, got 4"):
+        convert(tmp_path / "m.safetensors", tmp_path / "other", num_heads=4)
+
+
+@pytest.mark.parametrize("heads", ["x", "-1", "0", "9" * 400])
+def test_a_damaged_record_of_the_heads_is_ignored(tmp_path, heads):
+    save_file(make_timm(), tmp_path / "m.safetensors", metadata={"num_heads": heads})
+    assert read_checkpoint(tmp_path / "m.safetensors", num_heads=HEADS).config.num_attention_heads == HEADS
 
 
 @pytest.mark.parametrize("size", [30, {"height": 30, "width": 30}])

@@ -31,7 +31,10 @@ from fastvit.checkpoints.convert import convert, read_checkpoint
 from fastvit.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not record mean and std", "ignore:.*neither classifier nor pooler", "ignore:.*cannot be recorded"
+    "ignore:.*does not record mean and std",
+    "ignore:.*neither classifier nor pooler",
+    "ignore:.*cannot be recorded",
+    "ignore:timm does not read the number of heads",
 )
 
 

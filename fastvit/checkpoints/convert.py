@@ -19,7 +19,13 @@ from fastvit.checkpoints.hugging_face import read_hf, write_hf
 from fastvit.checkpoints.inspection import check_is_finished
 from fastvit.checkpoints.names import Format
 from fastvit.checkpoints.npz import read_npz, write_npz
-from fastvit.checkpoints.tensors import TORCH_SUFFIXES, read_tensors, read_weights
+from fastvit.checkpoints.tensors import (
+    TORCH_SUFFIXES,
+    has_torch_suffix,
+    read_recorded_heads,
+    read_tensors,
+    read_weights,
+)
 from fastvit.checkpoints.timm import read_timm, write_timm
 from fastvit.errors import InputError
 
@@ -28,9 +34,11 @@ def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Chec
     """Reads a checkpoint and detects its format. No code in it is run.
 
     Args:
-        source: A Hugging Face or timm folder, a timm .safetensors, .pth, .pt or .bin file, or an .npz file.
-        num_heads: The number of attention heads, which a timm file does not record. Required if the head dim is not 64
-            and the architecture is unknown. For other checkpoints it must match the recorded number.
+        source: A Hugging Face or timm folder, a timm .safetensors, .pth, .pth.tar, .pt, .ckpt or .bin file, or an .npz
+            file. Of a training script's checkpoint the moving averages of the weights are read if it has them, as in
+            timm.
+        num_heads: The number of attention heads, which a timm file does not record unless `convert` wrote it. Required
+            if timm has no model of this hidden size. It must match a recorded number.
 
     Returns:
         The checkpoint, with the tensors under the names of the hub.
@@ -51,8 +59,11 @@ def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Chec
         raise InputError(f"{source}: no such file or folder")
     elif source.suffix == ".npz":
         checkpoint = read_npz(source)
-    elif source.suffix == ".safetensors" or source.suffix in TORCH_SUFFIXES:
-        checkpoint = read_timm(source, read_tensors(source), {}, num_heads)
+    elif source.suffix == ".safetensors":
+        tensors = read_tensors(source)
+        checkpoint = read_timm(source, tensors, {"num_heads": read_recorded_heads(source)}, num_heads)
+    elif has_torch_suffix(source):
+        checkpoint = read_timm(source, read_tensors(source, of_training=True), {}, num_heads)
     else:
         expected = ", ".join((".safetensors", *TORCH_SUFFIXES, ".npz"))
         raise InputError(f"{source}: expected a folder or a file ending in {expected}, got {source.suffix!r}")
@@ -111,7 +122,7 @@ def check_dest(dest: Path, to: Format, overwrite: bool) -> None:
         raise InputError(f"to: expected hf, timm or npz, got {to!r}")
     if suffix and dest.suffix != suffix:
         raise InputError(f"dest: expected a file ending in {suffix} for {to}, got {dest}")
-    if not suffix and dest.suffix in (".safetensors", ".npz", *TORCH_SUFFIXES):
+    if not suffix and dest.name.endswith((".safetensors", ".npz", *TORCH_SUFFIXES)):
         raise InputError(f"dest: expected the name of a folder for hf, or a .safetensors or .npz file, got {dest}")
     if not dest.absolute().parent.is_dir():
         raise InputError(f"dest: no such folder: {dest.parent}")

@@ -25,9 +25,13 @@ from fastvit.checkpoints.names import EMBEDDINGS, count_layers, group_by_name, l
 from fastvit.checkpoints.tensors import save_tensors
 from fastvit.errors import InputError
 
-# Number of heads where the head dim is not 64: by architecture, else by hidden size (huge, giant, gigantic).
+# Number of heads by architecture, else by hidden size: of the models with a class token in timm 1.0. The head dim is 64
+# up to hidden size 1024, but not in so400m (1152), huge, giant and gigantic.
 TIMM_HEADS_BY_ARCHITECTURE = {"test_vit": 2}
-TIMM_HEADS_BY_HIDDEN_SIZE = {1280: 16, 1408: 16, 1664: 16}
+TIMM_HEADS_BY_HIDDEN_SIZE = {
+    **{size: size // 64 for size in (192, 256, 320, 384, 512, 640, 768, 832, 896, 1024, 1536)},
+    **dict.fromkeys((1152, 1280, 1408, 1664), 16),
+}
 
 # Unsupported features, by a pattern of the tensor's name.
 UNSUPPORTED = {
@@ -49,7 +53,7 @@ TIMM_DEFAULTS = {
 
 
 def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_heads: int | None) -> Checkpoint:
-    """Builds a checkpoint from the tensors and the config.json ({} without one) of a timm model."""
+    """Builds a checkpoint from the tensors of a timm model and its config.json, or whatever options are known of it."""
     if any(name.removeprefix("vit.") == EMBEDDINGS[0].hf for name in tensors):
         raise InputError(
             f"{source}: expected timm names, found Hugging Face names: pass the folder with their config.json"
@@ -62,7 +66,7 @@ def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_h
     rows = list_parameters(depth, **parts, prefix="vit." if parts["classifier"] else "")
     known = {"L": options["num_classes"]} if parts["classifier"] and options.get("num_classes") else {}
     sizes = check_tensors(tensors, rows, "timm", known, source)
-    sizes["H"] = num_heads or infer_timm_heads(sizes["D"], options, source)
+    sizes["H"] = options.get("num_heads") or num_heads or infer_timm_heads(sizes["D"], options, source)
     if sizes["H"] < 1 or sizes["D"] % sizes["H"]:
         raise InputError(f"num_heads: expected a divisor of the hidden size {sizes['D']}, got {sizes['H']}")
 
@@ -106,18 +110,17 @@ def merge_timm_options(config_json: dict[str, Any], source: Path) -> dict[str, A
 
 
 def infer_timm_heads(hidden_size: int, options: dict[str, Any], source: Path) -> int:
-    """Returns the recorded number of heads, else that of a known architecture, else hidden_size / 64."""
-    heads = (
-        options.get("num_heads")
-        or TIMM_HEADS_BY_ARCHITECTURE.get(str(options.get("architecture")))
-        or TIMM_HEADS_BY_HIDDEN_SIZE.get(hidden_size)
+    """Returns the number of heads of timm's models of this architecture, else of this hidden size."""
+    heads = TIMM_HEADS_BY_ARCHITECTURE.get(str(options.get("architecture"))) or TIMM_HEADS_BY_HIDDEN_SIZE.get(
+        hidden_size
     )
-    if heads is None and hidden_size % 64:
+    if heads is None:
+        usual = f", or {hidden_size // 64} if the head dim is the usual 64" if hidden_size % 64 == 0 else ""
         raise InputError(
-            f"num_heads: expected the number of heads (--heads): {source} does not record it, and its hidden size "
-            f"{hidden_size} is not a multiple of the usual head dim, 64"
+            f"num_heads: expected the number of heads (--heads) that the model was trained with{usual}: {source} does"
+            f" not record it, and timm has no model of hidden size {hidden_size}"
         )
-    return int(heads or hidden_size // 64)
+    return heads
 
 
 def read_timm_labels(options: dict[str, Any], num_labels: int | None, source: Path) -> list[str] | None:
@@ -149,8 +152,19 @@ def read_timm_image_settings(options: dict, config: ViTConfig, source: Path) -> 
 
 
 def write_timm(checkpoint: Checkpoint, path: Path) -> None:
-    """Writes a checkpoint as a .safetensors file with the names of timm."""
+    """Writes a checkpoint as a .safetensors file with the names of timm, and its number of heads in the header.
+
+    timm does not read the header: a warning is issued if its models of this hidden size have another number of heads.
+    """
     check_writable_config(checkpoint.config, "timm")
+    heads, hidden_size = checkpoint.config.num_attention_heads, checkpoint.config.hidden_size
+    if TIMM_HEADS_BY_HIDDEN_SIZE.get(hidden_size) != heads:
+        warnings.warn(
+            f"timm does not read the number of heads from a file: build its model of hidden size {hidden_size} with"
+            f" num_heads={heads}",
+            stacklevel=2,
+        )
     groups = group_by_name(list_checkpoint_parameters(checkpoint), "timm")
     state_dict = checkpoint.state_dict
-    save_tensors({name: torch.cat([state_dict[row.hf] for row in group]) for name, group in groups.items()}, path)
+    tensors = {name: torch.cat([state_dict[row.hf] for row in group]) for name, group in groups.items()}
+    save_tensors(tensors, path, num_heads=str(heads))

@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
         "--heads",
         type=int,
         metavar="N",
-        help="attention heads, if the source does not state them [head dim 64]",
+        help="attention heads, if the source does not state them [those of timm's model of this hidden size]",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace DEST")
     options = parser.parse_args(argv)
