@@ -23,8 +23,8 @@ from fastvit.errors import InputError, escape_unprintable
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 TORCH_SUFFIXES = (".bin", ".pth", ".pt", ".pth.tar", ".pt.tar", ".ckpt")
 
-# Where a training script keeps the weights in its checkpoint. timm loads the first of these that is not None: the moving
-# averages, where the script computed them, are the weights that it evaluated.
+# Where a training script keeps the weights in its checkpoint, in timm's order. The moving averages, if the script
+# computed them, are the weights that it evaluated.
 AVERAGES = ("state_dict_ema", "model_ema")
 WRAPPERS = (*AVERAGES, "state_dict", "model")
 
@@ -113,7 +113,7 @@ def unwrap_state_dict(content: Any, path: Path, averages: bool) -> Any:
 
 
 def remove_wrapper_prefixes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Removes the names of the wrappers around a model: torch.compile, DistributedDataParallel, AveragedModel, Lightning.
+    """Removes names of wrappers: torch.compile, DistributedDataParallel, AveragedModel, Lightning.
 
     Raises:
         InputError: If only some names begin with "module." or "model.", or two names become the same.
