@@ -36,6 +36,7 @@ from fastvit.benchmarks.report import README_ROWS, draw_bars, print_table, rende
 from fastvit.errors import InputError
 from fastvit.files import write_text
 from fastvit.report.info import get_device_name
+from fastvit.train.arguments import Parser
 
 KERNELS = ("bench_layer_norm", "bench_patch_embed", "bench_attention", "bench_layer_norm_linear")
 MODELS = ("bench_model", "bench_quantize")
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastvit benchmark",
         description="Time fastvit beside other libraries on this machine.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_root() -> Path:
-    """Returns the folder of benchmarks/results and README.md: the source tree, otherwise the current folder."""
+    """Returns the folder of README.md and of the results in it: the source tree, otherwise the current folder."""
     root = Path(__file__).resolve().parent.parent
     return root if (root / "pyproject.toml").exists() else Path()
 
@@ -152,7 +153,7 @@ def run_suite(options: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device: expected cpu, got cuda, and PyTorch finds no GPU")
     # Toy numbers are kept apart.
-    parent = find_root() / ("runs/benchmark" if options.quick or ops.is_interpreting() else "benchmarks/results")
+    parent = Path("runs/benchmark" if options.quick or ops.is_interpreting() else "benchmarks/results")
     folder = options.out or parent / re.sub(r"[^a-z0-9]+", "-", get_device_name(device).lower()).strip("-")
     chosen = {name: getattr(options, name) for name in ("suite", "quick", "full", "only", "providers")}
     settings = Settings(device, **chosen, deadline=time.monotonic() + (options.time_budget or float("inf")))
@@ -222,7 +223,7 @@ def run_tasks(tasks: Sequence[Task], settings: Settings, save: Callable[[Result]
 
 
 def write_report(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="fastvit benchmark report", description="Write results to one HTML page.")
+    parser = Parser(prog="fastvit benchmark report", description="Write results to one HTML page.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folders (or files) of results")
     parser.add_argument("--out", type=Path, default=Path("benchmark-report.html"), help="[benchmark-report.html]")
     parser.add_argument("--csv", action="store_true", help="print all records as CSV instead")
@@ -237,7 +238,7 @@ def write_report(argv: list[str]) -> int:
 
 
 def compare_folders(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastvit benchmark compare",
         description="List what became slower or needs more memory, beyond noise. Exit code 1 if something of ours did.",
     )
@@ -254,7 +255,7 @@ def compare_folders(argv: list[str]) -> int:
 
 
 def write_readme(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastvit benchmark readme",
         description="Write the tables of README.md and docs/benchmarks.md from benchmarks/results.",
     )

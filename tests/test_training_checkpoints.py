@@ -71,7 +71,7 @@ def test_names_with_and_without_a_wrapper_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"names begin with 'module.', such as module.blocks.*others do not, such as"):
         read_checkpoint(tmp_path / "m.pth", num_heads=HEADS)
     torch.save(make_timm() | {"_orig_mod.norm.weight": torch.ones(32)}, tmp_path / "m.pth")
-    with pytest.raises(InputError, match="two tensors have the same name without '_orig_mod.'"):
+    with pytest.raises(InputError, match=r"two tensors have the same name without '_orig_mod\.'"):
         read_checkpoint(tmp_path / "m.pth", num_heads=HEADS)
 
 

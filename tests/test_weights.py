@@ -238,9 +238,9 @@ def test_heads_are_those_of_the_timm_model_of_this_size_and_otherwise_required(t
     known = {192: 3, 384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1664: 16}
     assert {width: infer_timm_heads(width, {}, tmp_path) for width in known} == known
     assert infer_timm_heads(64, {"architecture": "test_vit"}, tmp_path) == 2
-    with pytest.raises(InputError, match="num_heads.*timm has no model of hidden size 100"):
+    with pytest.raises(InputError, match=r"num_heads.*timm has no model of hidden size 100"):
         infer_timm_heads(100, {}, tmp_path)
-    with pytest.raises(InputError, match="num_heads.*or 2 if the head dim is the usual 64"):
+    with pytest.raises(InputError, match=r"num_heads.*or 2 if the head dim is the usual 64"):
         infer_timm_heads(128, {}, tmp_path)
 
 
@@ -254,7 +254,7 @@ def test_heads_that_are_not_64_wide_survive_a_round_trip_through_timm(tmp_path, 
     assert ViTConfig.from_pretrained(back).num_attention_heads == 8
     before, after = (load(ViTForImageClassification, folder)(make_pixels()).logits for folder in (source, back))
     torch.testing.assert_close(before, after)
-    with pytest.raises(InputError, match="num_heads: .* has 8 heads, got 4"):
+    with pytest.raises(InputError, match=r"num_heads: .* has 8 heads, got 4"):
         convert(tmp_path / "m.safetensors", tmp_path / "other", num_heads=4)
 
 

@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from fastvit.checkpoints.checkpoint import compute_sizes
 from fastvit.checkpoints.configuration import format_error, parse_config, read_json
+from fastvit.checkpoints.locations import check_location
 from fastvit.checkpoints.names import list_parameters
 from fastvit.checkpoints.tensors import read_shard_names, read_tensors
 from fastvit.errors import InputError
@@ -47,9 +48,11 @@ def read_config(model: str | Path, **hub: Any) -> dict[str, Any]:
         The content of config.json, not validated.
 
     Raises:
-        InputError: If the file is not a JSON object.
+        InputError: If there is no such folder, or the file is not a JSON object.
         OSError: If there is no config.json, from transformers.
     """
+    if not hub.get("subfolder"):
+        check_location(model)
     path = Path(model, hub.get("subfolder") or "", "config.json")
     if path.is_file():
         read_json(path)

@@ -147,8 +147,8 @@ def describe_unsafe_file(path: Path) -> str:
         found = []
     named = f" ({escape_unprintable(', '.join(sorted(found)[:5]))})" if found else ""
     return (
-        f"{path}: expected only tensors, found damage or objects that could run code{named}. If you trust the file, save"
-        f" its weights alone: checkpoint = torch.load({escape_unprintable(path.name)!r}, weights_only=False); then"
+        f"{path}: expected only tensors, found damage or objects that could run code{named}. If you trust the file,"
+        f" save its weights alone: checkpoint = torch.load({escape_unprintable(path.name)!r}, weights_only=False); then"
         " torch.save(checkpoint['state_dict'], 'weights.pth'), where 'state_dict' is the key of the weights"
     )
 

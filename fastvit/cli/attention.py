@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastvit.cli.parsers import build_model_parser
+from fastvit.errors import escape_unprintable
 
 
 def main(argv: list[str]) -> None:
@@ -15,11 +16,13 @@ def main(argv: list[str]) -> None:
 
     from fastvit.data.images import decode_image
     from fastvit.report import figures
-    from fastvit.serve.attention import classify_with_attention, preprocess_image
+    from fastvit.serve.attention import classify_with_attention, describe_prediction, preprocess_image
     from fastvit.serve.predictor import Predictor
 
     image = decode_image(options.image)
     with Predictor(options.model, options.device) as predictor:
         attended = classify_with_attention(predictor.model, preprocess_image(predictor, image))
-    figures.save_image(figures.draw_attention_sheet(image, attended.maps, attended.grid), Path(options.output))
-    print(f"written: {options.output}")
+    predicted = describe_prediction(attended.probabilities, predictor.class_names)
+    sheet = figures.draw_attention_sheet(image, attended.maps, attended.grid, predicted)
+    figures.save_image(sheet, Path(options.output))
+    print(f"{escape_unprintable(predicted)}\nwritten: {options.output}")

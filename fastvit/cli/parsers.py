@@ -7,14 +7,14 @@ from typing import Any
 
 from fastvit.cli.commands import COMMANDS
 from fastvit.errors import InputError
-from fastvit.train.arguments import HelpFormatter, get_flag
+from fastvit.train.arguments import HelpFormatter, Parser, get_flag
 
 
 def build_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
     """Build the parser of a command, described by its line in `COMMANDS` unless `settings` say otherwise."""
     summary = COMMANDS[name]
     settings.setdefault("description", f"{summary[0].upper()}{summary[1:]}.")
-    return argparse.ArgumentParser(prog=f"fastvit {name}", formatter_class=HelpFormatter, **settings)
+    return Parser(prog=f"fastvit {name}", formatter_class=HelpFormatter, **settings)
 
 
 def build_model_parser(name: str, **settings: Any) -> argparse.ArgumentParser:

@@ -25,6 +25,28 @@ def get_temperature(config: Any) -> float:
     return getattr(config, "calibration_temperature", None) or 1.0
 
 
+def has_independent_labels(config: Any) -> bool:
+    """Whether each label of a model has its own probability: one logit, or several labels per image."""
+    return config.num_labels == 1 or config.problem_type == "multi_label_classification"
+
+
+def compute_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
+    """Compute the probabilities of a model with this config, as it was trained and calibrated.
+
+    sigmoid(logits) if its labels are independent, as in the pipelines of transformers, otherwise
+    softmax(logits / temperature).
+
+    Args:
+        logits: [..., num_labels].
+        config: of the model; read for `num_labels`, `problem_type` and `calibration_temperature`.
+
+    Returns:
+        Probabilities, float32 [..., num_labels].
+    """
+    logits = logits.float()
+    return logits.sigmoid() if has_independent_labels(config) else (logits / get_temperature(config)).softmax(-1)
+
+
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """Find the temperature T between 0.01 and 100 that minimises the cross-entropy of softmax(logits / T).
 

@@ -15,15 +15,23 @@ from fastvit.checkpoints.configuration import format_value, parse_config, read_j
 from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.checkpoints.images import ImageSettings, parse_image_settings
 from fastvit.checkpoints.inspection import read_config
+from fastvit.checkpoints.locations import check_location
 from fastvit.errors import InputError
 from fastvit.models.heads import ViTForImageClassification
 
 T = TypeVar("T")
 
 
-def load_config(model: str) -> ViTConfig:
-    """Load the config of a hub id or folder; raise InputError if it is missing or malformed."""
-    return _guard(model, lambda: parse_config(read_config(model), f"{model}: config.json"))
+REMEDY = "without a network, pass a folder with a checkpoint"
+
+
+def load_config(model: str, remedy: str = REMEDY) -> ViTConfig:
+    """Load the config of a hub id or folder.
+
+    Raises:
+        InputError: if it is missing or malformed; if the hub cannot be reached, the error ends with `remedy`.
+    """
+    return _guard(model, lambda: parse_config(read_config(model), f"{model}: config.json"), remedy)
 
 
 def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
@@ -88,10 +96,9 @@ def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
     return parse_image_settings(settings, config, path)
 
 
-def _guard(model: str, load: Callable[[], T]) -> T:
+def _guard(model: str, load: Callable[[], T], remedy: str = REMEDY) -> T:
     """Run `load`; raise the errors of transformers for a missing or broken checkpoint as InputError of one line."""
-    if not Path(model).is_dir() and (model.startswith((".", "/", "~")) or model.count("/") != 1):
-        raise InputError(f"model: expected a hub id (owner/name) or a folder, found no folder {model!r}")
+    check_location(model, has_owner=True)
     try:
         with contextlib.nullcontext() if Path(model).is_dir() else skip_unreachable_hub():
             return load()
@@ -102,6 +109,5 @@ def _guard(model: str, load: Callable[[], T]) -> T:
         if Path(model).is_dir():
             raise InputError(f"{model}: cannot be loaded as a ViT checkpoint ({first_line})") from error
         raise InputError(
-            f"model: cannot get {model!r} from the hub ({first_line}); without a network use --model FOLDER"
-            " (a checkpoint on this machine) or --from-scratch SIZE"
+            f"model: found no folder {model!r}, and cannot get it from the hub ({first_line}); {remedy}"
         ) from error

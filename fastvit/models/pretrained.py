@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastvit.errors import InputError
 from fastvit.models.attention_interface import register_attention
 from fastvit.models.features import Features, resolve_block_indices
 from fastvit.models.vit import ViTAttention, ViTEmbeddings, ViTLayer, resample_position_embeddings
+from fastvit.ops.block import Fp8Linear
 
 register_attention()  # transformers rejects values of `attn_implementation` that are not registered
 
@@ -123,6 +125,19 @@ class ViTPreTrainedModel(PreTrainedModel):
             model.resize_position_embeddings(image_size)
         return (model, info) if return_info else model
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save a folder that `from_pretrained` loads; see `transformers.PreTrainedModel.save_pretrained`.
+
+        Raises:
+            InputError: if the model was quantised by `fastvit.quantize`, whose tensors have no place in this format.
+        """
+        if kind := find_quantized_kind(self):
+            raise InputError(
+                f"model: cannot save a model quantised to {kind} in this format; save it before fastvit.quantize and"
+                f" quantise it after from_pretrained, or torch.save(model.state_dict(), FILE)"
+            )
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     def resize_position_embeddings(self, image_size: int | tuple[int, int]) -> None:
         """Set the model's image size, an int or (height, width), and resample its position embeddings to it."""
         embeddings = self.base_model.embeddings
@@ -198,6 +213,17 @@ class ViTPreTrainedModel(PreTrainedModel):
             patches = features.patch_map if reshape else features.patch_tokens
             layers.append((patches, features.cls_token) if return_class_token else patches)
         return tuple(layers)
+
+
+def find_quantized_kind(model: nn.Module) -> str | None:
+    """Return the kind that `fastvit.quantize` quantised the model to, or None.
+
+    Models that transformers quantised, in `from_pretrained`, it also saves.
+    """
+    if any(type(module) is Fp8Linear for module in model.modules()):
+        return "fp8"
+    is_int8 = any(type(parameter).__module__.startswith("torchao.") for parameter in model.parameters())
+    return "int8" if is_int8 and getattr(model, "hf_quantizer", None) is None else None
 
 
 # The arguments of `from_pretrained` that locate a checkpoint.

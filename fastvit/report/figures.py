@@ -178,13 +178,16 @@ def _check_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return attentions
 
 
-def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+def draw_attention_sheet(
+    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], title: str = ""
+) -> Image.Image:
     """Draw the attention of the class token: the image, the rollout over all layers, and each layer separately.
 
     Args:
         image: the preprocessed image, of any size and mode.
         attentions: `[layers, heads, tokens, tokens]`, the class token first, then the patches in row-major order.
         grid: (rows, columns) of patches; tokens = 1 + rows x columns.
+        title: a line above everything, such as the predicted class.
 
     Returns:
         An RGB image. The image and the rollout are at the top. Below are the layers, six per row, averaged over heads.
@@ -197,7 +200,8 @@ def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple
 
     num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
     large = 2 * _LAYER_TILE + _GAP
-    top_of_layers = _GAP + label + large + _GAP
+    top = _GAP + label if title else _GAP
+    top_of_layers = top + label + large + _GAP
     layer_rows = -(-num_layers // _LAYERS_PER_ROW)
     width = _GAP + step * min(max(num_layers, 4), _LAYERS_PER_ROW)
     sheet = Image.new("RGB", (width, top_of_layers + layer_rows * (label + step)), _PAPER)
@@ -206,13 +210,20 @@ def draw_attention_sheet(image: Image.Image, attentions: np.ndarray, grid: tuple
         _draw_text(ImageDraw.Draw(sheet), (left, top), title, width=side)
         sheet.paste(_pad_to_square(content, side), (left, top + label))
 
+    if title:
+        _draw_text(ImageDraw.Draw(sheet), (_GAP, _GAP), title, width=width - 2 * _GAP)
     image = ImageOps.contain(convert_to_rgb(image), (large, large))
-    place("image", image, _GAP, _GAP, large)
-    place("rollout over all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, _GAP, large)
+    place("image", image, _GAP, top, large)
+    place("rollout over all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, top, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
-        left, top = _GAP + column * step, top_of_layers + row * (label + step)
-        place(f"layer {index + 1}", overlay_heatmap(image, heat), left, top, _LAYER_TILE)
+        place(
+            f"layer {index + 1}",
+            overlay_heatmap(image, heat),
+            _GAP + column * step,
+            top_of_layers + row * (label + step),
+            _LAYER_TILE,
+        )
     return sheet
 
 

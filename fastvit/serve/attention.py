@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from fastvit.models.calibration import get_temperature
+from fastvit.models.calibration import compute_probabilities
 from fastvit.serve.predictor import Predictor
 
 
@@ -36,7 +37,7 @@ def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult
     """
     output = model(pixels.to(model.device), output_attentions=True)
     return AttentionResult(
-        (output.logits[0].float() / get_temperature(model.config)).softmax(dim=-1).cpu().numpy(),
+        compute_probabilities(output.logits[0], model.config).cpu().numpy(),
         torch.cat(output.attentions).float().cpu().numpy(),
         model.vit.embeddings.get_grid(pixels),
     )
@@ -45,3 +46,9 @@ def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult
 def preprocess_image(predictor: Predictor, image: Image.Image) -> torch.Tensor:
     """Resize and crop an RGB image for the predictor's model; returns uint8 `[1, height, width, 3]`."""
     return torch.from_numpy(predictor.preprocessor(image).copy())[None]
+
+
+def describe_prediction(probabilities: np.ndarray, class_names: Sequence[str], count: int = 3) -> str:
+    """Format the most probable classes and their probabilities on one line."""
+    best = np.argsort(-probabilities, kind="stable")[:count]
+    return ", ".join(f"{class_names[index]} {probabilities[index]:.2%}" for index in best)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.errors import InputError, is_out_of_memory
-from fastvit.models.calibration import get_temperature
+from fastvit.models.calibration import compute_probabilities
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.models.vit import get_image_mean, get_image_std
 from fastvit.ops import eager
@@ -58,8 +58,6 @@ class Runner:
         self.model, self.device, self.dtype = model, device, dtype
         self.top_k, self.limit, self.flip = top_k, max_batch, flip
         config: Any = model.config
-        self.temperature = get_temperature(config)
-        self.is_multi_label = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         # Our models normalise in their patch embedding. Other models, or another mean, need a separate normalisation.
         self.accepts_uint8 = isinstance(model, ViTPreTrainedModel) and all(
             np.allclose(ours, theirs)
@@ -87,7 +85,7 @@ class Runner:
         logits = self.compute_logits(pixels)
         if self.flip:
             logits = (logits + self.compute_logits(pixels.flip(2 if self.accepts_uint8 else 3))) / 2
-        probabilities = logits.sigmoid() if self.is_multi_label else (logits / self.temperature).softmax(-1)
+        probabilities = compute_probabilities(logits, self.model.config)
         return probabilities, probabilities.topk(self.top_k).indices
 
     def compute_logits(self, pixels: Tensor) -> Tensor:

@@ -65,6 +65,23 @@ def option(
     )
 
 
+class Parser(argparse.ArgumentParser):
+    """Names the nearest option if one is misspelt."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def,override]
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self.describe_nearest(unknown)}")
+        return namespace
+
+    def describe_nearest(self, unknown: list[str]) -> str:
+        """The options that are nearest to unknown ones, as the end of a message; empty if none is similar."""
+        known = [flag for action in self._actions for flag in action.option_strings]
+        flags = [argument.partition("=")[0].replace("_", "-") for argument in unknown if argument.startswith("--")]
+        nearest = [flag for name in flags for flag in difflib.get_close_matches(name, known, n=1)]
+        return f"; did you mean {', '.join(nearest)}?" if nearest else ""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that are informative: not `None`, `False` or an empty text."""
 

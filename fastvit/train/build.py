@@ -193,7 +193,9 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> ViTForImageC
         )
         return ViTForImageClassification(config)
 
-    config = load_config(options.model)
+    config = load_config(
+        options.model, "without a network, use --model FOLDER (a checkpoint on this machine) or --from-scratch SIZE"
+    )
     config.update(labels)
     if options.image_size is not None:
         config.image_size = options.image_size

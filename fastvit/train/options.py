@@ -20,6 +20,7 @@ from fastvit.train.arguments import (
     POSITIVE,
     Expected,
     HelpFormatter,
+    Parser,
     add_arguments,
     check_values,
     get_flag,
@@ -261,7 +262,7 @@ def check_start(from_scratch: str | None, model: str | Literal[False] | None) ->
 
 def build_parser() -> argparse.ArgumentParser:
     generated = ", ".join(f"{get_flag(name)} {value}" for name, value in GENERATED_DEFAULTS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fastvit finetune",
         usage="fastvit finetune [OPTION ...]",
         description="Fine-tune a Vision Transformer to classify your images.",
