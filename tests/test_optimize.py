@@ -104,7 +104,7 @@ def test_attention_maps_come_from_the_own_forward(name):
     fastvit.optimize(model)
     with fastvit.backend("reference"):
         found = run(model, output_attentions=True, output_hidden_states=True)
-        with forbid_fallback(model):
+        with forbid_fallback(model), torch.no_grad():
             run(model)
     for field in ("attentions", "hidden_states"):
         assert getattr(expected, field)

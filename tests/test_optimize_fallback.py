@@ -9,6 +9,7 @@ import transformers
 from optimized_models import (
     DEVICE,
     IMAGES,
+    MODELS,
     SIZES,
     assert_close,
     assert_same_bits,
@@ -20,7 +21,7 @@ from optimized_models import (
     make_pixels,
     run,
 )
-from test_modeling import relative_error
+from test_modeling import randomise, relative_error
 from timm_import import import_timm
 from torch import nn
 
@@ -166,7 +167,7 @@ def test_registered_attention_function_of_a_user_is_called(logged):
     run(model)
     assert len(calls) == 2 and "its attention is 'sum'" in logged()[0]
     model.set_attn_implementation("eager")
-    with fastvit.backend("reference"), forbid_fallback(model):
+    with fastvit.backend("reference"), forbid_fallback(model), torch.no_grad():
         run(model)
 
 
@@ -237,3 +238,36 @@ def test_block_that_runs_its_own_forward_compiles(logged):
         output = get_main_tensor(run(torch.compile(model, fullgraph=True, backend="aot_eager")))
     assert relative_error(output, expected["output"]) < 1e-5
     assert len(logged()) == 2
+
+
+@pytest.mark.parametrize("name", ["ViT", "DINOv2", "CLIP", "YOLOS", "DINOv3", "timm"])
+def test_second_derivatives_of_eager_attention_are_kept(name):
+    model = build(name)
+    if name == "timm":
+        for block in model.blocks:
+            block.attn.fused_attn = False
+    else:
+        model.set_attn_implementation("eager")
+    names = ("fc1.weight", "up_proj.weight", "intermediate.dense.weight")
+    weight = next(parameter for name, parameter in model.named_parameters() if name.endswith(names))
+
+    def compute_second_derivative():
+        loss = get_main_tensor(run(model)).square().mean()
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), weight)[0]
+
+    expected = compute_second_derivative()
+    report = fastvit.optimize(model)
+    assert len(report.left) == MODELS[name][1] and "second derivatives" in str(report)
+    with fastvit.backend("reference"):
+        assert torch.equal(compute_second_derivative(), expected)
+
+
+def test_own_model_with_eager_attention_keeps_second_derivatives():
+    config = transformers.ViTConfig(**IMAGES, num_labels=3, attn_implementation="eager")
+    model = fastvit.ViTForImageClassification(config).to(DEVICE)
+    randomise(model)
+    weight = model.vit.encoder.layer[0].intermediate.dense.weight
+    with fastvit.backend("reference"):
+        (gradient,) = torch.autograd.grad(model(make_pixels()).logits.square().sum(), weight, create_graph=True)
+        assert torch.autograd.grad(gradient.square().sum(), weight)[0].abs().sum() > 0

@@ -51,6 +51,7 @@ ViTPreTrainedModel.from_pretrained(pretrained_model_name_or_path, *model_args, c
 ViTPreTrainedModel.get_intermediate_layers(pixel_values, n=1, reshape=False, return_class_token=False,
     norm=True)
 ViTPreTrainedModel.resize_position_embeddings(image_size)
+ViTPreTrainedModel.save_pretrained(save_directory, *args, **kwargs)
 backend(name)
 convert(source, dest, *, to=None, num_heads=None, overwrite=False)
 optimize(model)

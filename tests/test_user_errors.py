@@ -12,7 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessorPil
+from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
 
 import fastvit
 from fastvit import cli
@@ -186,14 +186,15 @@ def test_attention_sheet_has_a_title_above_everything(image):
     np.testing.assert_array_equal(titled[added + 8 :], plain[8:])
 
 
-def test_no_bar_of_loaded_weights_is_shown(tmp_path, capsys):
+def test_no_bar_of_loaded_weights_is_shown(tmp_path, capfd):
     folder = save_model(tmp_path / "model")
     fastvit.ViTForImageClassification.from_pretrained(folder)
-    before = capsys.readouterr().err
+    before = capfd.readouterr().err
+    assert "Loading weights" in before
     load_pretrained(str(folder))
-    assert "Loading weights" not in capsys.readouterr().err
+    assert "Loading weights" not in capfd.readouterr().err
     fastvit.ViTForImageClassification.from_pretrained(folder)  # a library's user sees transformers' own bar, as before
-    assert capsys.readouterr().err.count("Loading weights") == before.count("Loading weights")
+    assert capfd.readouterr().err.count("Loading weights") == before.count("Loading weights")
 
 
 def test_benchmark_writes_into_the_working_directory(tmp_path, monkeypatch, capsys):
@@ -216,3 +217,33 @@ def test_quantised_model_is_not_saved_in_a_format_that_cannot_hold_it(kind, tmp_
     with pytest.raises(InputError, match=rf"quantised to {kind}.*save it before fastvit.quantize.*torch\.save"):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+# --- attention maps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_plain", [False, True], ids=["fused", "plain"])
+@pytest.mark.parametrize("is_list", [False, True], ids=["batch", "images of two sizes"])
+def test_returned_attention_maps_have_the_gradients_of_eager_attention(is_plain, is_list):
+    torch.manual_seed(0)
+    model = fastvit.ViTForImageClassification(ViTConfig(**CONFIG))
+    if is_plain:
+        fastvit.restore(model)
+    images = [torch.randn(3, 32, 32), torch.randn(3, 16, 24)] if is_list else torch.randn(2, 3, 32, 32)
+    gradients = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        output = model(images, output_attentions=True)
+        maps = [each for layer in output.attentions for each in (layer if is_list else [layer])]
+        gradients[implementation] = torch.autograd.grad(output.logits[:, 0].sum(), maps)
+    for ours, theirs in zip(gradients["sdpa"], gradients["eager"], strict=True):
+        assert theirs.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_attention_maps_of_registered_attention_have_gradients():
+    torch.manual_seed(0)
+    model = ViTModel(ViTConfig(**CONFIG, attn_implementation="fastvit"))
+    output = model(torch.randn(2, 3, 32, 32), output_attentions=True)
+    gradients = torch.autograd.grad(output.last_hidden_state[:, 0].square().sum(), output.attentions)
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)

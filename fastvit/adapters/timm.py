@@ -33,6 +33,8 @@ def read_block(layer: Any) -> Block:
         feed_forward=FeedForward((mlp.fc1,), mlp.fc2, mlp.act, gated, mlp.drop1.p if mlp.training else 0.0),
         after_feed_forward=Branch((mlp.drop2,), scales[1], find_drop_path(layer.drop_path2)),
         bypassed=(attention, attention.attn_drop, mlp, mlp.drop1, layer.ls1, layer.ls2, *extras),
+        # timm's name for eager attention, operation by operation.
+        attention_implementation="sdpa" if getattr(attention, "fused_attn", True) else "eager",
         unsupported_reason=unsupported_reason,
     )
 

@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from fastvit import ops
 from fastvit.errors import InputError
+from fastvit.ops.varlen import attend_with_maps
 
 NAME = "fastvit"
 
@@ -99,10 +100,13 @@ def attention_forward(
         attention_mask = add_bias_to_mask(attention_mask, position_bias)
 
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    context = ops.attention(query, key, value, scale=scaling, dropout_p=dropout, mask=attention_mask)
-    probabilities = None
-    if kwargs.get("output_attentions", False):
-        probabilities = ops.attention_probabilities(query, key, scale=scaling, mask=attention_mask)
+    probabilities, has_maps = None, kwargs.get("output_attentions", False)
+    if has_maps and torch.is_grad_enabled():  # maps that are not used for the output would have no gradients
+        context, probabilities = attend_with_maps(query, key, value, attention_mask, scale=scaling, dropout_p=dropout)
+    else:
+        context = ops.attention(query, key, value, scale=scaling, dropout_p=dropout, mask=attention_mask)
+        if has_maps:
+            probabilities = ops.attention_probabilities(query, key, scale=scaling, mask=attention_mask)
     return context.unflatten(-1, (query.shape[2], -1)), probabilities
 
 

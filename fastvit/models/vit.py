@@ -255,26 +255,14 @@ class ViTSelfAttention(nn.Module):
         projections = (self.query(hidden_states), self.key(hidden_states), self.value(hidden_states))  # [B, N, D] each
         heads = (self.num_heads, -1)
         query, key, value = (states.unflatten(-1, heads) for states in projections)  # [B, N, heads, head_dim] each
-        if self.config._attn_implementation == "eager":
-            return varlen.attend_with_maps(self.attend, query, key, value, attention_mask, output_attentions)
         dropout_p = self.dropout_prob if self.training else 0.0
+        # Maps that are not used for the output would have no gradients.
+        if self.config._attn_implementation == "eager" or (output_attentions and torch.is_grad_enabled()):
+            context, maps = varlen.attend_with_maps(query, key, value, attention_mask, dropout_p=dropout_p)
+            return context, maps if output_attentions else None
         context = varlen.attend(ops.attention, query, key, value, mask=attention_mask, dropout_p=dropout_p)
         probabilities = varlen.attention_probabilities(query, key, attention_mask) if output_attentions else None
         return context, probabilities
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute attention operation by operation, as `attn_implementation="eager"` requests.
-
-        Args:
-            query: [B, N, heads, head_dim], as are `key` and `value`.
-            mask: broadcastable to [B, heads, N, N], or None.
-
-        Returns:
-            The context [B, N, D], and the probabilities [B, heads, N, N] after dropout.
-        """
-        probabilities = ops.attention_probabilities(query, key, mask=mask)  # softmax(Q K^T / sqrt(head_dim) + mask)
-        dropped = F.dropout(probabilities, self.dropout_prob, self.training)
-        return torch.einsum("bhqk,bkhd->bqhd", dropped, value).flatten(2), dropped
 
 
 class ViTSelfOutput(nn.Module):

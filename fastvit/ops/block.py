@@ -279,6 +279,8 @@ def block_unsupported_reason(block: Block) -> str | None:
         return f"there is no operation for the activation {get_qualified_name(type(feed_forward.activation))}"
     if feed_forward.hidden_dropout:
         return "there is dropout inside the feed-forward"
+    if block.attention_implementation == "eager" and torch.is_grad_enabled():
+        return "its attention is 'eager', which has second derivatives; it is fused under torch.no_grad(), or as 'sdpa'"
     if block.attention_implementation not in STANDARD_ATTENTION:
         return f"its attention is {block.attention_implementation!r}"
     return None
@@ -379,12 +381,14 @@ def attend(
     if inputs.rotate is not None:
         query, key = inputs.rotate(query.transpose(1, 2), key.transpose(1, 2))
         query, key = query.transpose(1, 2), key.transpose(1, 2)
-    if is_separate or inputs.rotate is not None:
+    probabilities = None
+    if inputs.output_attentions and torch.is_grad_enabled():  # maps that are not used for the output have no gradients
+        context, probabilities = varlen.attend_with_maps(query, key, value, mask, **options)
+    elif is_separate or inputs.rotate is not None:
         context = varlen.attend(ops.attention, query, key, value, mask=mask, **options)
     else:
         context = varlen.attend(ops.attention_packed, qkv, mask=mask, num_heads=heads, **options)
-    probabilities = None
-    if inputs.output_attentions:
+    if inputs.output_attentions and probabilities is None:
         probabilities = varlen.attention_probabilities(query, key, mask, block.attention_scale)
     if class_token_only:
         residual = varlen.select_class_tokens(residual, mask)

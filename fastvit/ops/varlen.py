@@ -15,6 +15,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit import ops
@@ -73,15 +74,28 @@ def attention_probabilities(query: Tensor, key: Tensor, mask: Mask, scale: float
 
 
 def attend_with_maps(
-    attention: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, value: Tensor, mask: Mask, maps: bool
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask = None, *, scale: float | None = None, dropout_p: float = 0.0
 ) -> tuple[Tensor, Any]:
-    """(context, probabilities) of an attention that computes both, per image if packed; probabilities if `maps`."""
+    """Compute attention operation by operation. The context is computed from the maps, which therefore have gradients.
+
+    Args:
+        query: [B, N, heads, head_dim], as are `key` and `value`.
+        mask: broadcastable to [B, heads, N, N], a `Packing`, or None.
+        scale: factor of the scores; None for 1 / sqrt(head_dim).
+        dropout_p: probability of dropping an attention probability.
+
+    Returns:
+        The context [B, N, heads * head_dim], and the probabilities after dropout, [B, heads, N, N]. Packed, a list with
+        [heads, N, N] for each image.
+    """
+    maps = attention_probabilities(query, key, mask, scale)  # softmax(scale Q K^T + mask)
+    if dropout_p:
+        is_packed = isinstance(mask, Packing)
+        maps = [F.dropout(own, dropout_p) for own in maps] if is_packed else F.dropout(maps, dropout_p)
     if not isinstance(mask, Packing):
-        context, probabilities = attention(query, key, value, mask)
-        return context, probabilities if maps else None
-    images = zip(*(split_images(tensor, mask) for tensor in (query, key, value)), strict=True)
-    contexts, own_maps = zip(*(attention(q[None], k[None], v[None], None) for q, k, v in images), strict=True)
-    return torch.cat(contexts, dim=1), [own[0] for own in own_maps] if maps else None
+        return torch.einsum("bhqk,bkhd->bqhd", maps, value).flatten(2), maps
+    contexts = [torch.einsum("hqk,khd->qhd", *pair) for pair in zip(maps, split_images(value, mask), strict=True)]
+    return torch.cat(contexts).flatten(1).unsqueeze(0), maps
 
 
 def embed_images(embeddings: Callable[..., Tensor], images: Sequence[Tensor]) -> Tensor:
