@@ -178,7 +178,7 @@ def test_demo_attention_and_predictor_show_the_same_probabilities(kind, tmp_path
 def test_attention_sheet_has_a_title_above_everything(image):
     attentions = np.random.default_rng(0).dirichlet(np.ones(5), (2, 2, 5)).astype(np.float32)
     plain, titled = (
-        np.asarray(figures.draw_attention_sheet(Image.open(image), attentions, (2, 2), title))
+        np.asarray(figures.draw_attention_sheet(Image.open(image), attentions, (2, 2), title=title))
         for title in ("", "rust 97.00%")
     )
     added = titled.shape[0] - plain.shape[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastvit.cli.commands import COMMANDS
 from fastvit.errors import InputError
 from fastvit.train.arguments import HelpFormatter, Parser, get_flag
+
+if TYPE_CHECKING:
+    from fastvit.serve.sources import Source
 
 
 def build_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
@@ -28,6 +31,33 @@ def build_model_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
 def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images per batch")
     parser.add_argument("--flip", action="store_true", help="predict the mean over each image and its mirror image")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", nargs="*", metavar="IMAGE", help="image files, folders, and patterns such as 'photos/**/*.jpg'"
+    )
+    parser.add_argument("--dataset", metavar="ID", help="or a hub dataset, 'beans', or 'generated' (leaves)")
+    parser.add_argument("--split", metavar="NAME", help="split of the dataset [test, else validation, else train]")
+    parser.add_argument("--image-column", metavar="NAME", help="column of the images in the dataset [found by name]")
+
+
+def find_sources(options: argparse.Namespace) -> list[Source]:
+    """List the images that the options of `add_source_arguments` name.
+
+    Raises:
+        InputError: they name none, or both images and a dataset.
+    """
+    if bool(options.images) == (options.dataset is not None):
+        raise InputError(f"IMAGE: expected images or a --dataset, got {'both' if options.images else 'neither'}")
+    for name in ("split", "image_column"):
+        if options.images and getattr(options, name) is not None:
+            raise InputError(f"{get_flag(name)}: expected with --dataset only")
+    from fastvit.serve.sources import list_dataset_sources, list_sources
+
+    if options.dataset is not None:
+        return list_dataset_sources(options.dataset, options.split, options.image_column)
+    return list_sources(options.images)
 
 
 def check_counts(options: argparse.Namespace, *names: str) -> None:

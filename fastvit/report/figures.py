@@ -179,7 +179,7 @@ def _check_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def draw_attention_sheet(
-    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], title: str = ""
+    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], *, title: str = ""
 ) -> Image.Image:
     """Draw the attention of the class token: the image, the rollout over all layers, and each layer separately.
 
