@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from huggingface_hub import constants
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessorPil, ViTModel
@@ -81,7 +82,7 @@ def test_a_name_beside_checkpoints_is_a_folder_even_if_none_is_similar(tmp_path,
     assert "found no folder 'runs/other'\n" in capsys.readouterr().err
 
 
-def test_unreachable_hub_is_asked_once_and_no_foreign_options_are_recommended(monkeypatch, capsys):
+def test_unreachable_hub_is_asked_once_and_no_foreign_options_are_recommended(image, monkeypatch, capsys):
     attempts = []
 
     def refuse(address, *rest, **options):
@@ -93,7 +94,7 @@ def test_unreachable_hub_is_asked_once_and_no_foreign_options_are_recommended(mo
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     begun = time.monotonic()
-    assert cli.main(["predict", "nobody/nothing", "x.jpg"]) == 2
+    assert cli.main(["predict", "nobody/nothing", str(image)]) == 2
     error = capsys.readouterr().err
     assert time.monotonic() - begun < 15 and len(attempts) <= 2  # huggingface_hub may make one of its own
     assert "found no folder 'nobody/nothing', and cannot get it from the hub" in error
@@ -186,7 +187,8 @@ def test_attention_sheet_has_a_title_above_everything(image):
     np.testing.assert_array_equal(titled[added + 8 :], plain[8:])
 
 
-def test_no_bar_of_loaded_weights_is_shown(tmp_path, capfd):
+def test_no_bar_of_loaded_weights_is_shown(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)  # a training run hides all bars
     folder = save_model(tmp_path / "model")
     fastvit.ViTForImageClassification.from_pretrained(folder)
     before = capfd.readouterr().err

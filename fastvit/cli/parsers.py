@@ -46,8 +46,11 @@ def find_sources(options: argparse.Namespace) -> list[Source]:
     """List the images that the options of `add_source_arguments` name.
 
     Raises:
-        InputError: they name none, or both images and a dataset.
+        InputError: they name none, or both images and a dataset; or the model cannot exist, which is checked first.
     """
+    from fastvit.checkpoints.locations import check_location
+
+    check_location(options.model, has_owner=True)
     if bool(options.images) == (options.dataset is not None):
         raise InputError(f"IMAGE: expected images or a --dataset, got {'both' if options.images else 'neither'}")
     for name in ("split", "image_column"):
