@@ -98,7 +98,7 @@ def test_unreachable_hub_is_asked_once_and_no_foreign_options_are_recommended(im
     error = capsys.readouterr().err
     assert time.monotonic() - begun < 15 and len(attempts) <= 2  # huggingface_hub may make one of its own
     assert "found no folder 'nobody/nothing', and cannot get it from the hub" in error
-    assert "Connection refused" in error and "--model" not in error and "--from-scratch" not in error
+    assert "--model" not in error and "--from-scratch" not in error
 
 
 def test_finetune_without_a_network_recommends_its_own_options(tmp_path, monkeypatch, capsys):
@@ -114,11 +114,11 @@ def test_from_pretrained_of_a_missing_folder_speaks_of_folders(name, forbid_netw
     assert isinstance(raised.value, OSError) and "repo" not in str(raised.value).lower()
 
 
-def test_unfinished_run_names_its_last_checkpoint(tmp_path, capsys):
+def test_unfinished_run_names_its_last_checkpoint(image, tmp_path, capsys):
     for step in (5, 10, 9):
         save_model(tmp_path / "run" / f"checkpoint-{step}")
-    assert cli.main(["predict", str(tmp_path / "run"), "x.jpg"]) == 2
-    assert f"its last checkpoint is {tmp_path / 'run' / 'checkpoint-10'}" in capsys.readouterr().err
+    assert cli.main(["predict", str(tmp_path / "run"), str(image)]) == 2
+    assert f"use {tmp_path / 'run' / 'checkpoint-10'}, its last checkpoint" in capsys.readouterr().err
 
 
 def test_file_as_a_model_is_refused_with_the_command_that_converts_it(image, capsys):

@@ -194,7 +194,7 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> ViTForImageC
         return ViTForImageClassification(config)
 
     config = load_config(
-        options.model, "without a network, use --model FOLDER (a checkpoint on this machine) or --from-scratch SIZE"
+        options.model, "without a network use --model FOLDER (a checkpoint on this machine) or --from-scratch SIZE"
     )
     config.update(labels)
     if options.image_size is not None:
