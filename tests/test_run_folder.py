@@ -454,6 +454,7 @@ def test_commands_to_copy_quote_the_folder(finished):
 def test_label_is_shown_without_flops_and_progress_of_loading(finished, capfd):
     assert "total_flos" not in finished.read_log() and "train_runtime" in finished.read_log()
     image = str(finished.folder / "my leaves" / "examples.png")
+    transformers.utils.logging.enable_progress_bar()  # a training run in this process has disabled it
     assert cli.main(["predict", str(finished.folder / "my leaves"), image, "--device", "cpu"]) == 0
     assert "Loading weights" not in capfd.readouterr().err
     assert transformers.utils.logging.is_progress_bar_enabled()
