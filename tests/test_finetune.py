@@ -19,12 +19,13 @@ from transformers import ViTConfig
 
 import fastvit
 from fastvit import cli
+from fastvit.adapters.backbones import compute_depths
 from fastvit.data import leaves
 from fastvit.report.run_log import RunLog
 from fastvit.train.build import load_model
 from fastvit.train.finetune import main
 from fastvit.train.options import parse_options
-from fastvit.train.training import FineTuner, get_depth_from_top
+from fastvit.train.training import FineTuner
 
 TINY = ["--from-scratch", "micro", "--image-size", "16", "--patch-size", "8", "--precision", "fp32", "--cpu"]
 SHORT = [
@@ -260,11 +261,12 @@ def test_generated_leaves_are_the_offline_default(tmp_path, capsys):
 
 
 def test_layer_decay_lowers_the_learning_rate_with_depth():
-    assert get_depth_from_top("classifier.weight", 12) == 0
-    assert get_depth_from_top("vit.layernorm.bias", 12) == 0
-    assert get_depth_from_top("vit.encoder.layer.11.output.dense.weight", 12) == 1
-    assert get_depth_from_top("vit.encoder.layer.0.output.dense.weight", 12) == 12
-    assert get_depth_from_top("vit.embeddings.patch_embeddings.projection.weight", 12) == 13
+    with torch.device("meta"):
+        depths = compute_depths(fastvit.ViTForImageClassification(ViTConfig()))
+    assert depths["classifier.weight"] == depths["vit.layernorm.bias"] == 0
+    assert depths["vit.encoder.layer.11.output.dense.weight"] == 1
+    assert depths["vit.encoder.layer.0.output.dense.weight"] == 12
+    assert depths["vit.embeddings.patch_embeddings.projection.weight"] == depths["vit.embeddings.cls_token"] == 13
 
 
 def test_layer_decay_reaches_the_optimizer(finished_run):
@@ -358,10 +360,10 @@ def test_wrong_checkpoints_are_one_clear_line(kind, tmp_path, capsys):
         (tmp_path / "model" / "config.json").write_text(json.dumps(stored))
     assert main(["--data-dir", "images", "--model", "./model", *SHORT, "--cpu"]) == 2
     expected = {
-        "another architecture": "expected a checkpoint of model type 'vit', found 'bert'",
+        "another architecture": "SigLIP; found model type 'bert'",
         "wrong shape": "intermediate.dense.",
         "no folder": "found no folder './model'",
-        "no weights": "cannot be loaded as a ViT checkpoint",
+        "no weights": "./model: cannot be loaded (",
     }
     line = last_line(capsys)
     assert expected[kind] in line

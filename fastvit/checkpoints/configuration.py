@@ -35,6 +35,8 @@ SIZE_LIMITS = {
     "encoder_stride": 2**8,
     "pooler_output_size": 2**16,
     "num_labels": 2**18,
+    "num_register_tokens": 2**12,
+    "mlp_ratio": 2**8,
 }
 PAIR_KEYS = ("image_size", "patch_size")  # one number, or (height, width)
 NULLABLE_KEYS = ("pooler_output_size", "num_labels")  # may be null
@@ -61,6 +63,8 @@ SETTABLE_PROPERTIES = (
     "name_or_path",
     "torch_dtype",
     "_attn_implementation",
+    "out_features",  # of DINOv2, BEiT and others that are also backbones of detectors
+    "out_indices",
 )
 
 MAX_JSON_BYTES = 100 * 2**20  # ten times the names of the largest number of labels
@@ -126,7 +130,18 @@ def parse_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
     Raises:
         InputError: If a key is not allowed, or a value is of the wrong type or out of bounds.
     """
-    check_keys(stored, where)
+    check_stored(stored, where)
+    try:
+        config = ViTConfig.from_dict(dict(stored))
+    except Exception as error:  # the config's own validation has no common error class
+        raise InputError(f"{where}: not a valid ViT config: {format_error(error)}") from error
+    check_consistency(config, where)
+    return config
+
+
+def check_stored(stored: Mapping[str, Any], where: str | Path, config_class: type = ViTConfig) -> None:
+    """Raises InputError unless every key of a config.json is a setting of `config_class`, within its bounds."""
+    check_keys(stored, where, config_class)
     for name, limit in SIZE_LIMITS.items():
         if name in stored:
             check_size(name, stored[name], limit, where)
@@ -137,12 +152,6 @@ def parse_config(stored: Mapping[str, Any], where: str | Path) -> ViTConfig:
                 f"{where}: {name}: expected a number from {least:g} to {greatest:g}, got {format_value(value)}"
             )
     check_labels(stored, where)
-    try:
-        config = ViTConfig.from_dict(dict(stored))
-    except Exception as error:  # the config's own validation has no common error class
-        raise InputError(f"{where}: not a valid ViT config: {format_error(error)}") from error
-    check_consistency(config, where)
-    return config
 
 
 def format_error(error: Exception) -> str:
@@ -151,7 +160,7 @@ def format_error(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300] + " ..."
 
 
-def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
+def check_keys(stored: Mapping[str, Any], where: str | Path, config_class: type = ViTConfig) -> None:
     """Raises InputError for keys that refer to other files, to code, or to attributes of the config's class."""
     for key in REFUSED_KEYS:
         if stored.get(key) is not None:
@@ -168,10 +177,11 @@ def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
             raise InputError(
                 f"{where}: quantization_config: expected quant_method {expected}, got {format_value(method)}"
             )
-    allowed = {field.name for field in dataclasses.fields(ViTConfig)} | set(SETTABLE_PROPERTIES)
+    fields: Any = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    allowed = {field.name for field in fields} | set(SETTABLE_PROPERTIES)
     for key in stored:
         # Setting it on the config would replace a method or an attribute of the class.
-        if key not in allowed and (hasattr(ViTConfig, key) or key.startswith("__")):
+        if key not in allowed and (hasattr(config_class, key) or key.startswith("__")):
             raise InputError(
                 f"{where}: {format_value(key)}: expected a setting of a ViT, found an attribute of the config's class"
             )
@@ -185,7 +195,7 @@ def check_keys(stored: Mapping[str, Any], where: str | Path) -> None:
 def check_size(name: str, value: Any, limit: int, where: str | Path) -> None:
     if value is None and name in NULLABLE_KEYS:
         return
-    least = 0 if name == "num_labels" else 1
+    least = 0 if name in ("num_labels", "num_register_tokens") else 1
     values = value if name in PAIR_KEYS and isinstance(value, (list, tuple)) else [value]
     is_pair_or_one = values is not value or len(values) == 2
     if not is_pair_or_one or not all(is_integer(side) and least <= side <= limit for side in values):

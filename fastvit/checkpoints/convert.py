@@ -1,6 +1,7 @@
 """Reads checkpoints in three formats and converts between them.
 
-    hf    a Hugging Face folder: config.json (model_type "vit"), weights, preprocessor_config.json
+    hf    a Hugging Face folder: config.json (model_type "vit"), weights, preprocessor_config.json; DINOv2,
+          DeiT, ViTMAE and ViTMSN are read as well where they compute a plain ViT (`folding`)
     timm  a VisionTransformer of the timm library: a file of tensors, or a folder as on the hub
     npz   the JAX files of the paper's authors (github.com/google-research/vision_transformer)
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from fastvit.checkpoints.checkpoint import Checkpoint
 from fastvit.checkpoints.configuration import read_json
+from fastvit.checkpoints.folding import FOLDABLE, check_foldable, read_foldable
 from fastvit.checkpoints.hugging_face import read_hf, write_hf
 from fastvit.checkpoints.inspection import check_is_finished
 from fastvit.checkpoints.names import Format
@@ -53,7 +55,10 @@ def read_checkpoint(source: str | Path, *, num_heads: int | None = None) -> Chec
         config = read_json(source / "config.json")
         if "architecture" in config:
             checkpoint = read_timm(source, read_weights(source), config, num_heads)
+        elif config.get("model_type") in FOLDABLE:
+            checkpoint = read_foldable(source, config)
         else:
+            check_foldable(source, config)
             checkpoint = read_hf(source, config)
     elif not source.is_file():
         raise InputError(f"{source}: no such file or folder")

@@ -39,10 +39,10 @@ def main(argv: list[str]) -> int:
                 print(f"error: {escape_unprintable(str(error))}", file=sys.stderr)
                 code = 2
                 continue
-            probabilities, maps, grid = classify_with_attention(predictor.model, preprocess_image(predictor, image))
-            title = describe_prediction(probabilities, predictor.class_names)
+            result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
+            title = describe_prediction(result.probabilities, predictor.class_names)
             target.parent.mkdir(exist_ok=True)
-            figures.save_image(figures.draw_attention_sheet(image, maps, grid, title=title), target)
+            figures.save_image(figures.draw_attention_sheet(image, *result[1:], title=title), target)
             print(escape_unprintable(f"{name}: {title}"))
             print(f"written: {escape_unprintable(str(target))}")
     return code

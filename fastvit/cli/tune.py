@@ -82,12 +82,12 @@ def load_model(name: str, image_size: int | None) -> torch.nn.Module:
     """Load a pretrained model, or build one of a named size with random weights."""
     from transformers import ViTConfig
 
+    from fastvit.adapters.backbones import load_classifier
     from fastvit.models.heads import ViTForImageClassification
-    from fastvit.models.loading import load_pretrained
     from fastvit.train.options import SIZES
 
     if name not in SIZES or Path(name).exists():
-        return load_pretrained(name)
+        return load_classifier(name)
     hidden_size, num_layers, num_heads = SIZES[name]
     return ViTForImageClassification(
         ViTConfig(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from fastvit.models import heads
+from fastvit.models import backbone, heads
+from fastvit.models.backbone import BackboneConfig
 
 AUTO_CLASSES = {
     "AutoModel": "ViTModel",
@@ -17,14 +19,21 @@ def register() -> None:
     """Make the Auto classes of transformers load fastvit's classes for ViT checkpoints, for this process.
 
     It affects `AutoModel`, `AutoModelForImageClassification`, `AutoModelForMaskedImageModeling` and `pipeline`, but not
-    models that are already loaded. `fastvit.unregister()` undoes it. Calling this twice is harmless.
+    models that are already loaded. They also load fine-tuned models of other families whose classifier transformers
+    has no class for. `fastvit.unregister()` undoes it. Calling this twice is harmless.
     """
     _register_classes(heads)
+    transformers.AutoConfig.register(backbone.WRAPPER_TYPE, BackboneConfig, exist_ok=True)
+    transformers.AutoModelForImageClassification.register(
+        BackboneConfig, backbone.BackboneForImageClassification, exist_ok=True
+    )
 
 
 def unregister() -> None:
     """Undo `fastvit.register()`: the Auto classes load transformers' own ViT classes again."""
     _register_classes(transformers)
+    CONFIG_MAPPING._extra_content.pop(backbone.WRAPPER_TYPE, None)
+    transformers.AutoModelForImageClassification._model_mapping._extra_content.pop(BackboneConfig, None)
 
 
 def _register_classes(source: object) -> None:

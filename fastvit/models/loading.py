@@ -31,7 +31,12 @@ def load_config(model: str, remedy: str = REMEDY) -> ViTConfig:
     Raises:
         InputError: if it is missing or malformed; if the hub cannot be reached, the error ends with `remedy`.
     """
-    return _guard(model, lambda: parse_config(read_config(model), f"{model}: config.json"), remedy)
+    return explain_load_errors(model, lambda: parse_config(read_config(model), f"{model}: config.json"), remedy)
+
+
+def read_model_type(model: str, remedy: str = REMEDY) -> Any:
+    """Read the model type in the config.json of a hub id or folder; arguments as for `load_config`."""
+    return explain_load_errors(model, lambda: read_config(model), remedy).get("model_type")
 
 
 def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
@@ -54,7 +59,7 @@ def load_pretrained(model: str, **kwargs: Any) -> ViTForImageClassification:
                 raise InputError(f"{model}: {key}: expected shape {list(expected)}, found {list(found)}")
         return loaded
 
-    return _guard(model, load)
+    return explain_load_errors(model, load)
 
 
 @contextlib.contextmanager
@@ -75,7 +80,9 @@ def hide_progress_bar() -> Iterator[None]:
 
 def read_image_settings(model: str) -> tuple[Path, dict[str, Any]] | None:
     """Return path and content of the preprocessor_config.json of a hub id or folder, or None if it has none."""
-    found = _guard(model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False))
+    found = explain_load_errors(
+        model, lambda: cached_file(model, IMAGE_PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False)
+    )
     return None if found is None else (Path(found), read_json(Path(found)))
 
 
@@ -96,7 +103,7 @@ def load_image_settings(model: str, config: ViTConfig) -> ImageSettings | None:
     return parse_image_settings(settings, config, path)
 
 
-def _guard(model: str, load: Callable[[], T], remedy: str = REMEDY) -> T:
+def explain_load_errors(model: str, load: Callable[[], T], remedy: str = REMEDY) -> T:
     """Run `load`; raise the errors of transformers for a missing or broken checkpoint as InputError of one line."""
     check_location(model, has_owner=True)
     try:
@@ -107,7 +114,7 @@ def _guard(model: str, load: Callable[[], T], remedy: str = REMEDY) -> T:
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(model).is_dir():
-            raise InputError(f"{model}: cannot be loaded as a ViT checkpoint ({first_line})") from error
+            raise InputError(f"{model}: cannot be loaded ({first_line})") from error
         raise InputError(
             f"model: found no folder {model!r}, and cannot get it from the hub ({first_line}); {remedy}"
         ) from error

@@ -163,30 +163,43 @@ def _check_attentions(attentions: np.ndarray) -> np.ndarray:
     return attentions
 
 
-def overlay_rollout(image: Image.Image, attentions: np.ndarray, grid: tuple[int, int]) -> Image.Image:
+def overlay_rollout(
+    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], num_prefix: int = 1
+) -> Image.Image:
     """Overlay the rollout of the class token on an image. Arguments as for `draw_attention_sheet`."""
-    return overlay_heatmap(image, attention_rollout(_check_grid(attentions, grid))[0, 1:].reshape(grid))
+    rollout = attention_rollout(_check_grid(attentions, grid, num_prefix))
+    return overlay_heatmap(image, _select_patches(rollout, num_prefix).reshape(grid))
 
 
-def _check_grid(attentions: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def _select_patches(maps: np.ndarray, num_prefix: int) -> np.ndarray:
+    """Attention of the class token to the patches: `[..., tokens, tokens]` -> `[..., patches]`.
+
+    Without a class token it is the mean over the patches.
+    """
+    return maps[..., 0, num_prefix:] if num_prefix else maps.mean(axis=-2)
+
+
+def _check_grid(attentions: np.ndarray, grid: tuple[int, int], num_prefix: int) -> np.ndarray:
     attentions = _check_attentions(attentions)
     rows, columns = grid
-    if attentions.shape[-1] != 1 + rows * columns:
-        raise ValueError(
-            f"grid: expected rows x columns = {attentions.shape[-1] - 1} (tokens without the class token), got {grid}"
-        )
+    patches = attentions.shape[-1] - num_prefix
+    if patches != rows * columns:
+        without = "tokens without the class token" if num_prefix == 1 else f"tokens without {num_prefix} others"
+        raise ValueError(f"grid: expected rows x columns = {patches} ({without}), got {grid}")
     return attentions
 
 
 def draw_attention_sheet(
-    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], *, title: str = ""
+    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], num_prefix: int = 1, *, title: str = ""
 ) -> Image.Image:
     """Draw the attention of the class token: the image, the rollout over all layers, and each layer separately.
 
     Args:
         image: the preprocessed image, of any size and mode.
         attentions: `[layers, heads, tokens, tokens]`, the class token first, then the patches in row-major order.
-        grid: (rows, columns) of patches; tokens = 1 + rows x columns.
+        grid: (rows, columns) of patches; tokens = num_prefix + rows x columns.
+        num_prefix: number of tokens before the patches: the class token, registers. Without any, the mean over the
+            patches takes the place of the class token.
         title: a line above everything, such as the predicted class.
 
     Returns:
@@ -195,8 +208,8 @@ def draw_attention_sheet(
     Raises:
         ValueError: `attentions` or `grid` has another shape.
     """
-    attentions = _check_grid(attentions, grid)
-    of_layers = attentions[:, :, 0, 1:].mean(axis=1, dtype=np.float32).reshape(-1, *grid)
+    attentions = _check_grid(attentions, grid, num_prefix)
+    of_layers = _select_patches(attentions, num_prefix).mean(axis=1, dtype=np.float32).reshape(-1, *grid)
 
     num_layers, label, step = len(of_layers), _FONT_SIZE + 8, _LAYER_TILE + _GAP
     large = 2 * _LAYER_TILE + _GAP
@@ -214,7 +227,8 @@ def draw_attention_sheet(
         _draw_text(ImageDraw.Draw(sheet), (_GAP, _GAP), title, width=width - 2 * _GAP)
     image = ImageOps.contain(convert_to_rgb(image), (large, large))
     place("image", image, _GAP, top, large)
-    place("rollout over all layers", overlay_rollout(image, attentions, grid), _GAP + large + _GAP, top, large)
+    rollout = overlay_rollout(image, attentions, grid, num_prefix)
+    place("rollout over all layers", rollout, _GAP + large + _GAP, top, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         place(

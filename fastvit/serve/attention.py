@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fastvit.checkpoints.configuration import make_pair
+from fastvit.models.backbone import BackboneForImageClassification, count_prefix_tokens, get_vision_config
 from fastvit.models.calibration import compute_probabilities
+from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.serve.predictor import Predictor
 
 
@@ -20,11 +23,13 @@ class AttentionResult(NamedTuple):
         probabilities: float32 `[C]`.
         maps: attention maps, float32 `[layers, heads, tokens, tokens]`.
         grid: (rows, columns) of patches.
+        num_prefix: number of tokens before the patches: class token, distillation token, registers.
     """
 
     probabilities: np.ndarray
     maps: np.ndarray
     grid: tuple[int, int]
+    num_prefix: int = 1
 
 
 @torch.inference_mode()
@@ -32,14 +37,25 @@ def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult
     """Classify one image and return its attention maps.
 
     Args:
-        model: a ViT classifier of this package.
+        model: a classifier of any family, as `fastvit.adapters.backbones` loads it.
         pixels: uint8 `[1, height, width, 3]`.
     """
-    output = model(pixels.to(model.device), output_attentions=True)
+    vision = get_vision_config(model.config)
+    implementation = vision._attn_implementation
+    is_ours = vision.model_type == "vit" and isinstance(model, ViTPreTrainedModel | BackboneForImageClassification)
+    try:
+        if not is_ours:
+            model.set_attn_implementation("eager")  # the only one of transformers' that returns maps
+        output = model(pixels.to(model.device), output_attentions=True)
+    finally:
+        if not is_ours:
+            model.set_attn_implementation(implementation)
+    rows, columns = (side // patch for side, patch in zip(pixels.shape[1:3], make_pair(vision.patch_size), strict=True))
     return AttentionResult(
         compute_probabilities(output.logits[0], model.config).cpu().numpy(),
         torch.cat(output.attentions).float().cpu().numpy(),
-        model.vit.embeddings.get_grid(pixels),
+        (rows, columns),
+        count_prefix_tokens(model.config),
     )
 
 

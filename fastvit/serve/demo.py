@@ -47,9 +47,9 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
             image = decode_image(path, "The file")
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from None
-        shares, maps, grid = classify_with_attention(predictor.model, preprocess_image(predictor, image))
+        result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
         shown = ImageOps.contain(image, (MAP_SIDE, MAP_SIDE))
-        return dict(zip(names, shares.tolist(), strict=True)), figures.overlay_rollout(shown, maps, grid)
+        return dict(zip(names, result.probabilities.tolist(), strict=True)), figures.overlay_rollout(shown, *result[1:])
 
     def get_path(payload: Any) -> str | None:
         """Replaces the decoding of Gradio, whose error messages are less specific."""

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastvit.adapters import backbones
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.images import to_image
 from fastvit.errors import InputError
-from fastvit.models.loading import load_pretrained
+from fastvit.models.backbone import FAMILIES, accepts_uint8, get_vision_config
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.serve.batching import CLOSED, Batcher
 from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
@@ -66,8 +67,9 @@ class Predictor:
     """A thread-safe image classifier. As a context manager it is closed at the end of the block.
 
     Args:
-        model: a folder or hub id of a ViT, or a loaded classifier of fastvit or transformers, optionally after
-            `fastvit.optimize`. A loaded model is set to eval mode and moved to `device` and `dtype` if given.
+        model: a folder or hub id of a classifier of any family that `fastvit.optimize` knows, or a loaded classifier of
+            fastvit or transformers, optionally after `fastvit.optimize`. A loaded model is set to eval mode and moved
+            to `device` and `dtype` if given.
         device: device of the model. Default: a GPU if available; a loaded model stays on its device.
         dtype: dtype of the weights, a floating `torch.dtype` or its name. Default: unchanged.
         max_batch: maximum batch size. A batch may combine several calls.
@@ -278,7 +280,7 @@ def load_classifier(model: str | os.PathLike[str] | nn.Module, image_processor: 
         if not hasattr(getattr(model, "config", None), "id2label"):
             raise InputError(f"model: expected a classifier of fastvit or transformers, got {type(model).__name__}")
         return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor)
-    classifier = load_pretrained(os.fspath(model))
+    classifier = backbones.load_classifier(os.fspath(model))
     preprocessor = resolve_preprocessor(os.fspath(model), image_processor)
     # Not shared with the caller, so the model can normalise with the statistics of its image processor.
     classifier.config.image_mean, classifier.config.image_std = list(preprocessor.mean), list(preprocessor.std)
@@ -301,11 +303,15 @@ def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
         raise InputError("model: config.problem_type: expected a classifier, got 'regression'")
     if getattr(config, "num_channels", 3) != 3:
         raise InputError(f"model: config.num_channels: expected 3, for RGB, got {config.num_channels}")
-    if isinstance(model, ViTPreTrainedModel) and make_pair(config.image_size) != preprocessor.image_size:
-        raise InputError(
-            f"image processor: expected images of {make_pair(config.image_size)} (height, width) for this model,"
-            f" got {preprocessor.image_size}"
-        )
+    vision = get_vision_config(config)
+    is_loaded = accepts_uint8(model)  # by us, from a folder or the hub
+    if isinstance(model, ViTPreTrainedModel) or (is_loaded and FAMILIES[vision.model_type].has_fixed_size):
+        image_size = make_pair(vision.image_size)
+        if image_size != preprocessor.image_size:
+            raise InputError(
+                f"image processor: expected images of {image_size} (height, width) for this model,"
+                f" got {preprocessor.image_size}"
+            )
 
 
 def get_class_names(config: Any) -> list[str]:

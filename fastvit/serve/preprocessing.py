@@ -30,7 +30,9 @@ from fastvit.errors import InputError
 from fastvit.models.loading import read_image_settings
 
 # Image processors that resize, crop, rescale and normalise, in this order, and do nothing else.
-SUPPORTED_FAMILIES = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip")
+SUPPORTED_FAMILIES = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip", "DINOv3ViT")
+# The defaults of DINOv3's, which transformers only has with torchvision. It differs from ViT's in nothing else.
+DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIDES = ("height", "width")
 
 
@@ -170,6 +172,8 @@ def load_preprocessor(model: str) -> Preprocessor:
     # The oldest files have no type: they are ViT's. Missing settings have the defaults of the type.
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViT"
     family = get_processor_family(named, str(path))
+    if family == "DINOv3ViT":
+        family, settings = "ViT", {**DINOV3_DEFAULTS, **settings, "image_processor_type": "ViTImageProcessor"}
     try:
         processor = getattr(transformers, f"{family}ImageProcessorPil").from_dict(settings)
         return Preprocessor.from_processor(processor, str(path))

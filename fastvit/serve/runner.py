@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastvit.errors import InputError, is_out_of_memory
+from fastvit.models.backbone import accepts_uint8
 from fastvit.models.calibration import compute_probabilities
 from fastvit.models.pretrained import ViTPreTrainedModel
-from fastvit.models.vit import get_image_mean, get_image_std
 from fastvit.ops import eager
 from fastvit.serve.preprocessing import Preprocessor
 
@@ -59,11 +59,11 @@ class Runner:
         self.top_k, self.limit, self.flip = top_k, max_batch, flip
         config: Any = model.config
         # Our models normalise in their patch embedding. Other models, or another mean, need a separate normalisation.
-        self.accepts_uint8 = isinstance(model, ViTPreTrainedModel) and all(
+        self.accepts_uint8 = (isinstance(model, ViTPreTrainedModel) or accepts_uint8(model)) and all(
             np.allclose(ours, theirs)
             for ours, theirs in (
-                (get_image_mean(config), preprocessor.mean),
-                (get_image_std(config), preprocessor.std),
+                (getattr(config, "image_mean", None) or [0.5] * 3, preprocessor.mean),
+                (getattr(config, "image_std", None) or [0.5] * 3, preprocessor.std),
             )
         )
         mean, std = (

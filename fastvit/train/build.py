@@ -14,18 +14,29 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImageProcessorPil
 from transformers.trainer import TRAINER_STATE_NAME
 
+from fastvit.adapters.backbones import build_classifier
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
 from fastvit.data.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.data.streaming import Stream, StreamedDataset, stream_images
 from fastvit.errors import InputError
+from fastvit.models.backbone import FAMILIES, get_vision_config
 from fastvit.models.heads import ViTForImageClassification
-from fastvit.models.loading import load_config, load_image_settings, load_pretrained
+from fastvit.models.loading import (
+    load_config,
+    load_image_settings,
+    load_pretrained,
+    read_image_settings,
+    read_model_type,
+)
+from fastvit.serve.preprocessing import load_preprocessor
 from fastvit.train.folds import select_fold
 from fastvit.train.options import SIZES, FinetuneOptions
 from fastvit.train.recipes import RandAugment, TargetLoss, add_adapters, compute_class_weights
 from fastvit.train.run_folder import find_last_checkpoint
+
+REMEDY = "without a network use --model FOLDER (a checkpoint on this machine) or --from-scratch SIZE"
 
 
 def load_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset:
@@ -159,16 +170,19 @@ def build_stream(
     return stream
 
 
-def load_model(options: FinetuneOptions, class_names: list[str]) -> ViTForImageClassification:
-    """Load or initialise the model, with a classifier for `class_names`.
+def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
+    """Load or initialise the model, with a classifier for `class_names`. A ViT with its usual pool is our own model.
 
     Raises:
         InputError: the checkpoint cannot be loaded, or the image size is no multiple of the patch size.
     """
-    labels = {
+    classes = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
         "problem_type": "single_label_classification",
+    }
+    labels = {
+        **classes,
         "attention_probs_dropout_prob": options.attention_dropout,
         "hidden_dropout_prob": options.hidden_dropout,
         "drop_path_rate": options.drop_path,
@@ -193,9 +207,18 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> ViTForImageC
         )
         return ViTForImageClassification(config)
 
-    config = load_config(
-        options.model, "without a network use --model FOLDER (a checkpoint on this machine) or --from-scratch SIZE"
-    )
+    if not is_plain_vit(options):
+        return build_classifier(
+            options.model,
+            classes,
+            pool=options.pool,
+            image_size=options.image_size,
+            default_image_size=read_default_size(options.model),
+            drop_path=options.drop_path,
+            hidden_dropout=options.hidden_dropout,
+            attention_dropout=options.attention_dropout,
+        )
+    config = load_config(options.model, REMEDY)
     config.update(labels)
     if options.image_size is not None:
         config.image_size = options.image_size
@@ -208,11 +231,41 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> ViTForImageC
     return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
 
 
-def load_image_processor(options: FinetuneOptions, model: ViTForImageClassification) -> ViTImageProcessorPil:
-    """The image processor of the model: the normalisation and resampling of its checkpoint, at the size of training."""
-    height, width = make_pair(model.config.image_size)
+def is_plain_vit(options: FinetuneOptions) -> bool:
+    """Whether the model is a ViT classified by its class token, from a checkpoint or from scratch."""
+    return options.from_scratch is not None or (
+        options.pool in (None, "cls") and read_model_type(options.model, REMEDY) == "vit"
+    )
+
+
+def read_default_size(model: str) -> int | None:
+    """The size of the images that the image processor of a checkpoint returns, if there is one and they are square."""
+    if read_image_settings(model) is None:
+        return None
+    height, width = load_preprocessor(model).image_size
+    return height if height == width else None
+
+
+def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProcessorPil:
+    """The image processor of the model: the normalisation and resampling of its checkpoint, at the size of training.
+
+    Whole images are resized, also where the checkpoint's image processor crops them.
+    """
+    height, width = make_pair(get_vision_config(model.config).image_size)
     settings: dict[str, Any] = {}
-    if options.from_scratch is None:
+    if not is_plain_vit(options):
+        if read_image_settings(options.model) is None:
+            family = FAMILIES[get_vision_config(model.config).model_type]
+            family = FAMILIES.get(read_model_type(options.model), family)
+            mean, std = (list(values) for values in family.normalization)
+            settings = {"image_mean": mean, "image_std": std}
+            print(
+                f"note: {options.model} has no image processor; using {family.name}'s mean {mean} and deviation {std}"
+            )
+        else:
+            before = load_preprocessor(options.model)
+            settings = {"image_mean": list(before.mean), "image_std": list(before.std), "resample": before.resample}
+    elif options.from_scratch is None:
         base = load_image_settings(options.model, model.config)
         if base is None:
             print(f"note: {options.model} has no image processor; using mean and standard deviation 0.5")
@@ -221,10 +274,12 @@ def load_image_processor(options: FinetuneOptions, model: ViTForImageClassificat
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
-def prepare_model(options: FinetuneOptions, model: ViTForImageClassification) -> Any:
+def prepare_model(options: FinetuneOptions, model: Any) -> Any:
     """Freeze the backbone, recompute activations or add adapters, as the options say; returns the model to train."""
     if options.freeze_backbone:
-        model.vit.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if not name.startswith("classifier."):
+                parameter.requires_grad_(False)
     if options.gradient_checkpointing:
         # Newer versions of transformers 5 have renamed the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -243,12 +298,19 @@ def choose_precision(options: FinetuneOptions, hidden_size: int) -> str:
     return "bf16" if has_amx and hidden_size >= 192 else "fp32"
 
 
-def build_loss(options: FinetuneOptions, train: ImageSet | None, num_classes: int) -> TargetLoss | None:
-    """The loss for class weights or mixed labels; None for the model's own loss with Trainer's label smoothing."""
+def build_loss(
+    options: FinetuneOptions, train: ImageSet | None, num_classes: int, has_own_loss: bool = True
+) -> TargetLoss | None:
+    """The loss for class weights or mixed labels; None for the model's own loss with Trainer's label smoothing.
+
+    Args:
+        has_own_loss: whether the model's own loss counts the images of all batches of a step. Those of BEiT, CLIP and
+            SigLIP in transformers do not, although Trainer assumes it.
+    """
     weights = None
     if options.class_balanced is not None and train is not None:
         weights = compute_class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
-    elif not (options.mixup or options.cutmix):
+    elif has_own_loss and not (options.mixup or options.cutmix):
         return None
     return TargetLoss(weights, options.label_smoothing)
 
@@ -269,7 +331,7 @@ def count_steps(options: FinetuneOptions, images: ImageDataset, processes: Parti
 
 
 def build_training_arguments(
-    options: FinetuneOptions, precision: str, has_validation: bool, max_steps: int
+    options: FinetuneOptions, precision: str, has_validation: bool, max_steps: int, block_class: str
 ) -> TrainingArguments:
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
@@ -292,7 +354,7 @@ def build_training_arguments(
         data_seed=options.seed,
         ddp_find_unused_parameters=False,
         fsdp=True if options.fsdp else None,
-        fsdp_config={"transformer_layer_cls_to_wrap": ["ViTLayer"], "state_dict_type": "SHARDED_STATE_DICT"},
+        fsdp_config={"transformer_layer_cls_to_wrap": [block_class], "state_dict_type": "SHARDED_STATE_DICT"},
         dataloader_num_workers=options.workers,
         dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
         remove_unused_columns=False,

@@ -20,11 +20,13 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import EarlyStoppingCallback, ViTImageProcessorPil, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from fastvit.adapters.backbones import get_block_class_name
 from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.data.streaming import Stream, StreamedDataset
 from fastvit.errors import InputError, Stopped, report_errors
 from fastvit.files import write_atomically, write_text
+from fastvit.models.backbone import get_vision_config
 from fastvit.report import figures, info
 from fastvit.train.build import (
     build_image_sets,
@@ -35,6 +37,7 @@ from fastvit.train.build import (
     compute_accuracy,
     count_steps,
     describe_count,
+    is_plain_vit,
     load_data,
     load_image_processor,
     load_model,
@@ -141,16 +144,22 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
         if processes.is_main_process:
             begin_run(options, images, processor)
     print(f"example images: {Path(options.output_dir, 'examples.png')}")
-    precision = choose_precision(options, model.config.hidden_size)
+    precision = choose_precision(options, get_vision_config(model.config).hidden_size)
     interrupt, log, progress = StopOnInterrupt(), RunLogWriter(Path(options.output_dir)), Progress()
     trainer = RecipeTuner(
         model=model,
-        args=build_training_arguments(options, precision, VALIDATION in sets, count_steps(options, images, processes)),
+        args=build_training_arguments(
+            options,
+            precision,
+            VALIDATION in sets,
+            count_steps(options, images, processes),
+            get_block_class_name(model),
+        ),
         train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
         data_collator=mix,
-        compute_loss_func=build_loss(options, sets.get(TRAIN), len(images.class_names)),
+        compute_loss_func=build_loss(options, sets.get(TRAIN), len(images.class_names), is_plain_vit(options)),
         compute_metrics=compute_accuracy,
         callbacks=[StopOnLostLock(lock), log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,

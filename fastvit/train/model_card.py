@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import fastvit
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
+from fastvit.models.backbone import WRAPPER_TYPE, describe_model
 from fastvit.train.build import describe_count
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.run_folder import select_run_options
@@ -18,7 +20,7 @@ from fastvit.train.run_folder import select_run_options
 CARD = """
 # {name}
 
-A Vision Transformer that classifies images as {classes}. It was {origin} on {count} images of {dataset}.
+{kind} that classifies images as {classes}. It was {origin} on {count} images of {dataset}.
 
 ## Metrics
 
@@ -28,12 +30,12 @@ A Vision Transformer that classifies images as {classes}. It was {origin} on {co
 ## Use
 
 ```python
-from transformers import pipeline
+{registration}from transformers import pipeline
 
 print(pipeline("image-classification", "{name}")("image.jpg"))
 ```
 
-`from fastvit import ViTForImageClassification` loads it as well.
+`from fastvit import {loader}` loads it as well.
 
 ## Training
 
@@ -45,13 +47,14 @@ print(pipeline("image-classification", "{name}")("image.jpg"))
 
 
 def build_model_card(
-    options: FinetuneOptions, images: ImageDataset, metrics: dict[str, float], reports: str
+    options: FinetuneOptions, images: ImageDataset, metrics: dict[str, float], reports: str, config: Any
 ) -> ModelCard:
     """Build the model card of a run.
 
     Args:
         metrics: of the evaluated splits, as `write_results` returns them.
         reports: their tables of classes, as text.
+        config: the model's config.
     """
     name = options.push_to_hub or Path(options.output_dir).name
     results = [
@@ -72,8 +75,13 @@ def build_model_card(
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
     classes = ", ".join(images.class_names[:20]) + (", ..." if len(images.class_names) > 20 else "")
+    # transformers has no class for some classifiers of ours.
+    registration = "import fastvit\nfastvit.register()\n\n" if config.model_type == WRAPPER_TYPE else ""
     text = CARD.format(
         name=name,
+        kind=describe_model(config),
+        registration=registration,
+        loader="ViTForImageClassification" if config.model_type == "vit" else "Predictor",
         classes=classes,
         origin=origin,
         count=describe_count(images),

@@ -57,7 +57,13 @@ GENERATED_DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class ModelOptions:
-    model: str = option(DEFAULT_MODEL, "pretrained ViT: hub id or folder", metavar="ID|FOLDER")
+    model: str = option(
+        DEFAULT_MODEL, "pretrained model: hub id or folder of a ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP, SigLIP, ...",
+        metavar="ID|FOLDER",
+    )  # fmt: skip
+    pool: Literal["cls", "mean", "cls+mean"] | None = option(
+        None, "classify by the class token, the mean of the patch tokens, or both [the model's usual]"
+    )
     from_scratch: Literal["micro", "tiny", "small", "base", "large"] | None = option(
         None, "random weights instead, for a model of this size"
     )
@@ -230,6 +236,7 @@ def check_combinations(options: FinetuneOptions) -> None:
         folds and fold is None and int(os.environ.get("WORLD_SIZE", "1")) > 1,
         "--folds: expected one process; several processes train one fold after the other with --fold I",
     )
+    refuse(options.pool and options.from_scratch, "--pool: expected a pretrained --model, got --from-scratch")
     refuse(lora and options.from_scratch, "--lora: expected a pretrained --model to adapt, got --from-scratch")
     refuse(lora and options.freeze_backbone, "--lora: give --lora or --freeze-backbone, not both")
     refuse(

@@ -27,11 +27,12 @@ from transformers import TrainerState
 
 import fastvit
 from fastvit import ops
+from fastvit.adapters.backbones import load_classifier
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.errors import escape_unprintable
-from fastvit.models.loading import load_pretrained
+from fastvit.models.backbone import describe_model, get_vision_config
 from fastvit.report import classification, figures, info
 from fastvit.report.charts import Series, draw_line_chart, format_thousands
 from fastvit.report.html import format_percent, render_template
@@ -143,10 +144,10 @@ def gather_report(
         device: device that computes the attention maps.
         seconds: duration of training.
     """
-    model = load_pretrained(options.output_dir).to(device).eval()
+    model = load_classifier(options.output_dir).to(device).eval()
     examined = next((split for split in (VALIDATION, TEST) if split in predictions), None)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    config = model.config
+    config = get_vision_config(model.config)
     architecture = (
         f"{config.num_hidden_layers} blocks of hidden size {config.hidden_size}, {parameters:.1f} M parameters,"
         f" images of {'×'.join(map(str, make_pair(config.image_size)))}"
@@ -155,7 +156,7 @@ def gather_report(
     return RunReport(
         folder=options.output_dir,
         dataset=images.name,
-        model=f"A Vision Transformer of {architecture}, {origin}",
+        model=f"{describe_model(config)} of {architecture}, {origin}",
         class_names=images.class_names,
         pictures=pictures,
         counts={
@@ -194,7 +195,7 @@ def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits:
     for index in map(int, worst):
         pixels = images.get_pixels(index)
         picture = Image.fromarray(pixels)
-        _, maps, grid = classify_with_attention(model, torch.from_numpy(pixels)[None])
+        result = classify_with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
             Mistake(
                 index + 1,
@@ -202,7 +203,7 @@ def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits:
                 names[int(predicted[index])],
                 float(shares[index, predicted[index]]),
                 picture,
-                figures.overlay_rollout(picture, maps, grid),
+                figures.overlay_rollout(picture, *result[1:]),
                 escape_unprintable(images.get_name(index)),
             )
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, default_data_collator
 
+from fastvit.adapters.backbones import find_lora_targets
 from fastvit.data.images import seed_rng
 from fastvit.errors import InputError
 from fastvit.files import reset_modes
@@ -310,12 +311,14 @@ def copy_weights(source: torch.nn.Module, destination: torch.nn.Module) -> None:
 
 
 def add_adapters(model: Any, rank: int) -> Any:
-    """Add low-rank adapters to query and value with peft (Hu et al. 2021, arXiv:2106.09685).
+    """Add low-rank adapters to query and value of every block with peft (Hu et al. 2021, arXiv:2106.09685).
 
     Only the adapters and the classifier are trained.
     """
     peft = require("peft", "lora", "--lora")
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["query", "value"], modules_to_save=["classifier"])
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=find_lora_targets(model), modules_to_save=["classifier"]
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft uses a deprecated name
         return peft.get_peft_model(model, config)

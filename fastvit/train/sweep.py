@@ -22,9 +22,11 @@ from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from fastvit.adapters.backbones import get_block_class_name
 from fastvit.data.datasets import TRAIN, VALIDATION
 from fastvit.errors import InputError
 from fastvit.files import write_text
+from fastvit.models.backbone import get_vision_config
 from fastvit.train import build
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import ImageMixer, RecipeTuner, TargetLoss, require
@@ -59,8 +61,10 @@ class Sweep:
         sets = build.build_image_sets(options, images, processor, processes)
         if VALIDATION not in sets:
             raise InputError(f"fastvit sweep: expected a validation split, {images.name} has none")
-        precision = build.choose_precision(options, model.config.hidden_size)
-        arguments = build.build_training_arguments(options, precision, True, options.max_steps)
+        precision = build.choose_precision(options, get_vision_config(model.config).hidden_size)
+        arguments = build.build_training_arguments(
+            options, precision, True, options.max_steps, get_block_class_name(model)
+        )
         # A trial reports its accuracy after every epoch, and writes no files.
         arguments.eval_strategy, arguments.save_strategy = IntervalStrategy.EPOCH, IntervalStrategy.NO
         arguments.load_best_model_at_end = False

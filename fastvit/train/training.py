@@ -31,6 +31,7 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
+from fastvit.adapters.backbones import compute_depths, has_own_names, load_weights
 from fastvit.checkpoints.configuration import format_error, format_value, is_finite_number, is_integer, read_json
 from fastvit.checkpoints.inspection import check_shapes, check_shard_metadata, read_headers
 from fastvit.data.images import ImageSet
@@ -374,7 +375,17 @@ class FineTuner(Trainer):
             if (folder / SAFE_WEIGHTS_NAME).is_file():
                 check_shapes(read_headers(folder / SAFE_WEIGHTS_NAME), shapes, folder / SAFE_WEIGHTS_NAME)
             check_class_names(folder / CONFIG_NAME, self.model.config.id2label)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if has_own_names(self.model) and (folder / SAFE_WEIGHTS_NAME).is_file():
+                load_weights(self.model, folder)  # Trainer would skip the tensors of other names
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        folder = Path(self.state.best_model_checkpoint or "")
+        if has_own_names(self.model) and (folder / SAFE_WEIGHTS_NAME).is_file():
+            load_weights(self.model, folder)
+        else:
+            super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         given = [dict(group, params=None) for group in self.optimizer.param_groups]
@@ -438,11 +449,11 @@ class FineTuner(Trainer):
             return super().create_optimizer(model)
         model = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(model))
+        depths = compute_depths(model)
         groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                scale = self.layer_decay ** get_depth_from_top(name, self.model.config.num_hidden_layers)
-                groups.setdefault((scale, name in decayed), []).append(parameter)
+                groups.setdefault((self.layer_decay ** depths[name], name in decayed), []).append(parameter)
         optimizer_class, optimizer_kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
         self.optimizer = optimizer_class(
             [
@@ -529,12 +540,3 @@ def start_worker(start: Callable[[int], None] | None, worker_id: int) -> None:
         signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(30))
     if start is not None:
         start(worker_id)
-
-
-def get_depth_from_top(name: str, num_layers: int) -> int:
-    """Depth of a parameter: 0 for the head and the final norm, 1 for the last block, num_layers + 1 for embeddings."""
-    if "embeddings." in name:
-        return num_layers + 1
-    if ".layer." in name:
-        return num_layers - int(name.split(".layer.")[1].split(".")[0])
-    return 0

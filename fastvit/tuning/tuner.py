@@ -138,9 +138,10 @@ def collect_calls(
 def make_pixels(model: Any, batch_size: int, image_size: Any) -> Iterator[tuple[Tensor, dict[str, Any]]]:
     """Images in the formats that the model accepts; ours also accepts uint8, as used by `finetune` and `Predictor`."""
     from fastvit.checkpoints.configuration import make_pair
+    from fastvit.models.backbone import get_vision_config
     from fastvit.models.pretrained import ViTPreTrainedModel
 
-    config = getattr(model, "config", None)
+    config = get_vision_config(getattr(model, "config", None))
     native_size = (
         getattr(config, "image_size", None) or getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))[1:]
     )
