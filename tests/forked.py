@@ -22,10 +22,15 @@ def serve(environment: Mapping[str, str], *modules: str) -> Iterator[None]:
         fixed["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         for name, value in {**fixed, **environment}.items():
             patch.setenv(name, value)
+        preload = forkserver._forkserver._preload_modules
+        forkserver._forkserver._stop()  # that of an earlier test file has another environment
         forkserver.set_forkserver_preload(["forked", *modules])
         forkserver.ensure_running()
-    yield
-    forkserver._forkserver._stop()  # it would live, and hold what it imported, as long as the tests
+    try:
+        yield
+    finally:
+        forkserver._forkserver._stop()  # it would hold what it imported as long as the tests run
+        forkserver.set_forkserver_preload(preload)
 
 
 def start(
