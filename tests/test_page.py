@@ -42,7 +42,7 @@ def make_run(num_classes: int = 3, **changes) -> RunReport:
         dataset="some images",
         model="A model",
         class_names=names,
-        pictures="1,234",
+        num_images="1,234",
         counts={"train": np.arange(num_classes) + 5, "validation": confusion.sum(axis=1)},
         examples={name: [make_noise(96, index)] * 6 for index, name in enumerate(names[: page.MAX_EXAMPLE_CLASSES])},
         history=history,
@@ -105,6 +105,11 @@ def test_finetune_writes_a_page_with_the_results_of_the_run(report):
     assert "max-steps 6 -1" in text and "transformers" in text and "Python" in text
     assert "fastvit predict &#39;" in html and "out &amp; &lt;out&gt;" in html
     assert html.count("data:image/jpeg;base64,") == 2 * min(wrong, page.MAX_MISTAKES) + 3 * page.EXAMPLES_PER_CLASS
+    changed = re.search(r"(?s)<caption>Options that differ.*?</table>", html)[0]
+    assert set(re.findall(r'<th scope="row">([\w-]+)</th>', changed)) == {
+        "data-dir", "output-dir", "max-steps", "from-scratch", "image-size", "patch-size", "precision", "cpu",
+        "eval-steps", "batch-size", "logging-steps",
+    }  # fmt: skip
 
 
 def test_confusion_matrix_and_metrics_are_tables_with_captions_and_scopes():

@@ -52,7 +52,7 @@ class Mistake:
 
     Attributes:
         number: position in the split, from 1.
-        picture: the image.
+        image: the image itself.
         attention: the image with the attention map of the class token over it.
         name: path of the image, or its row in the dataset.
     """
@@ -61,7 +61,7 @@ class Mistake:
     truth: str
     predicted: str
     probability: float
-    picture: Image.Image
+    image: Image.Image
     attention: Image.Image
     name: str = ""
 
@@ -71,7 +71,7 @@ class RunReport:
     """The content of the page.
 
     Attributes:
-        pictures: number of training images, as text.
+        num_images: number of training images, as text.
         counts: split -> images per class, int `[C]`; not for streamed splits.
         examples: class name -> some training images.
         history: Trainer's log records.
@@ -85,7 +85,7 @@ class RunReport:
     dataset: str
     model: str
     class_names: list[str]
-    pictures: str
+    num_images: str
     counts: Mapping[str, np.ndarray]
     examples: Mapping[str, Sequence[Image.Image]]
     history: list[dict[str, Any]]
@@ -114,7 +114,7 @@ def render(run: RunReport) -> str:
         example_side=EXAMPLE_SIDE,
         mistake_side=MISTAKE_SIDE,
         changed={name: pair for name, pair in run.options.items() if pair[0] != pair[1]},
-        kept={name: pair for name, pair in run.options.items() if pair[0] == pair[1]},
+        unchanged={name: pair for name, pair in run.options.items() if pair[0] == pair[1]},
         commands=list_commands(run),
     )
 
@@ -127,7 +127,7 @@ def render(run: RunReport) -> str:
 def gather_report(
     options: FinetuneOptions,
     images: ImageDataset,
-    pictures: str,
+    num_images: str,
     sets: Mapping[str, ImageSet],
     predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
     state: TrainerState,
@@ -137,7 +137,7 @@ def gather_report(
     """Collect the content of the page from a run whose model is saved in its output folder.
 
     Args:
-        pictures: number of training images, as text.
+        num_images: number of training images, as text.
         sets: split -> images; a streamed split is not counted.
         predictions: split -> (labels int `[N]`, logits float `[N, C]`) in the order of `sets[split]`.
         state: Trainer's state, with its logs.
@@ -158,7 +158,7 @@ def gather_report(
         dataset=images.name,
         model=f"{describe_model(config)} of {architecture}, {origin}",
         class_names=images.class_names,
-        pictures=pictures,
+        num_images=num_images,
         counts={
             name: np.bincount(split.labels, minlength=len(images.class_names))
             for name, split in sets.items()
@@ -175,7 +175,7 @@ def gather_report(
         mistakes=[] if examined is None else find_confident_mistakes(model, sets[examined], *predictions[examined]),
         mistakes_in=examined,
         options={
-            field.name: (getattr(options, field.name), field.default or None)
+            field.name: (getattr(options, field.name), field.default)
             for field in dataclasses.fields(options)
             if field.name not in ("overwrite", "resume") and not (field.name == "model" and options.from_scratch)
         },
@@ -338,7 +338,7 @@ def summarize_split(confusion: np.ndarray, class_names: list[str]) -> dict[str, 
         ]
     return {
         "metrics": metrics,
-        "pictures": int(confusion.sum()),
+        "num_images": int(confusion.sum()),
         "mistakes": int(confusion.sum() - np.trace(confusion)),
         "classes": classes,
         "matrix": matrix,
