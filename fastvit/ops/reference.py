@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -114,23 +113,6 @@ def cut_into_patches(
     pixels = pixels[:, :, : rows * patch_height, : columns * patch_width].to(weight.dtype)
     patches = pixels.reshape(batch, channels, rows, patch_height, columns, patch_width)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_height * patch_width)
-
-
-Affine = tuple[Tensor, Tensor | None]  # weight [units, D] and bias [units] of a linear layer
-Norm = tuple[Tensor, Tensor, float]  # weight and bias [D] of a LayerNorm, and its epsilon
-
-
-class BlockWeights(NamedTuple):
-    """The weights of a pre-LayerNorm block."""
-
-    norm_before: Norm
-    query: Affine  # [D, D], like key, value and output
-    key: Affine
-    value: Affine
-    output: Affine
-    norm_after: Norm
-    first: Affine  # [F, D], of the feed-forward
-    second: Affine  # [D, F]
 
 
 def join_tokens(
