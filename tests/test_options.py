@@ -185,6 +185,8 @@ def test_class_balanced_without_a_value():
         ("randaugment: 3", "options.yaml: randaugment: expected a list of 2 values, got 3"),
         ("randaugment: [1, x]", "options.yaml: randaugment: expected a whole number, got 'x'"),
         ("[1, 2", "cannot read options.yaml"),
+        ("epochs: 1\nepochs: 2", "options.yaml: expected each option once, got 'epochs' and 'epochs'"),
+        ("batch-size: 4\nbatch_size: 5", "options.yaml: expected each option once, got 'batch-size' and 'batch_size'"),
         ("- 3", "expected 'option: value' lines in options.yaml, got a list"),
     ],
 )

@@ -129,14 +129,20 @@ def read_config(path: str | Path, options_class: type) -> dict[str, Any]:
     A value is converted as its text is on the command line. `null` stands for the default.
 
     Raises:
-        InputError: the file cannot be read, a name is unknown, or a value has the wrong type.
+        InputError: the file cannot be read, a name is unknown or given twice, or a value has the wrong type.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        content, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--config: cannot read {path} ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict | None):
         raise InputError(f"--config: expected 'option: value' lines in {path}, got a {type(content).__name__}")
+    spellings: dict[str, str] = {}  # PyYAML keeps the last of equal keys without an error
+    for key_node, _ in node.value if content else ():
+        key = str(key_node.value)
+        if (first := spellings.setdefault(key.replace("-", "_"), key)) is not key:
+            raise InputError(f"--config: {path}: expected each option once, got {first!r} and {key!r}")
     known = {field.name: field for field in dataclasses.fields(options_class)}
     given = {}
     for key, value in (content or {}).items():
