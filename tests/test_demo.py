@@ -96,7 +96,7 @@ def test_file_that_is_not_an_image_raises(url, tmp_path):
     from gradio_client import Client, handle_file
 
     (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(Exception, match="The file: expected an image, found a file that is none"):
+    with pytest.raises(Exception, match="The file: expected an image, found a file in none of these formats"):
         Client(url, verbose=False).predict(handle_file(str(tmp_path / "bad.png")), api_name="/predict")
 
 

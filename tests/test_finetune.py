@@ -303,7 +303,7 @@ def make_broken_folder(kind: str, root: Path) -> list[str]:
         ("one class", "expected at least 2 classes, found 1: healthy"),
         ("more classes in validation", "no training images for 1 class(es): angular_leaf_spot"),
         ("no classes", "expected every image in the folder of a class, found"),
-        ("no image", "0.png: expected an image, found a file that is none"),
+        ("no image", "0.png: expected an image, found a file in none of these formats"),
         ("truncated", "0.png: cannot be decoded"),
     ],
 )

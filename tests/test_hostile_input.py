@@ -125,8 +125,8 @@ def test_broken_exif_is_ignored(exif):
 
 
 NO_IMAGES = {
-    "zero bytes": (b"", "expected an image, found a file that is none"),
-    "text": (b"just words, whatever the name says", "expected an image, found a file that is none"),
+    "zero bytes": (b"", "expected an image, found a file in none of these formats"),
+    "text": (b"just words, whatever the name says", "expected an image, found a file in none of these formats"),
     "eps": (
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n",
         "expected an image, found",

@@ -292,7 +292,7 @@ def test_one_lazy_image_may_be_passed_many_times(predictor, folder):
 
 BAD = [
     ("nothing.png", "nothing.png: no such file"),
-    (b"no image", "images[1]: expected an image, found a file that is none"),
+    (b"no image", "images[1]: expected an image, found a file in none of these formats"),
     (7, "images[2]: expected a path, bytes, a file, a PIL image, an array or a tensor, got int"),
     (np.zeros((5, 6, 7), np.uint8), "images[3]: expected [height, width], or with 1, 3 or 4 channels at one end"),
     (np.zeros((3, 9, 3), np.uint8), "images[4]: expected [height, width], or with"),

@@ -200,7 +200,7 @@ def test_dtype_changes_leave_quantised_weights_unchanged(dtype):
 def test_training_and_input_gradients_raise():
     model = fastvit.quantize(make_model(), "fp8")
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    with pytest.raises(fastvit.InputError, match=r"quantised to fp8, for inference alone: call eval\(\)"):
+    with pytest.raises(fastvit.InputError, match=r"quantised to fp8, for inference only: call eval\(\)"):
         model.train()(make_pixels())
     model.eval()
     with pytest.raises(fastvit.InputError, match="disable gradients"):

@@ -230,7 +230,7 @@ def test_an_unreadable_image_or_archive_of_a_stream_is_named(kind, tmp_path):
     images = open_shards(root)
     if kind == "no image":
         write_shard(root / "train-1.tar", [("bad", b"not an image", b"0")])
-        message = "bad.png: expected an image, found a file that is none"
+        message = "bad.png: expected an image, found a file in none of these formats"
     else:
         shard = root / "train-1.tar"
         shard.write_bytes(shard.read_bytes()[:700])

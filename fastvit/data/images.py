@@ -108,7 +108,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         formats = ", ".join(list_readable_formats())
         if (hint := find_missing_decoder(source)) is not None:
             formats = f"{formats}; {hint}"
-        raise InputError(f"{name}: expected an image, found a file that is none (of {formats})") from None
+        raise InputError(f"{name}: expected an image, found a file in none of these formats: {formats}") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise InputError(f"{name}: expected an image of at most {limit:,} pixels, to fit into memory") from None

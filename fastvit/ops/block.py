@@ -81,7 +81,7 @@ class Fp8Linear(nn.Module):
 
     def check_inference(self, x: Tensor) -> None:
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
-            raise InputError("model: quantised to fp8, for inference alone: call eval(), and disable gradients")
+            raise InputError("model: quantised to fp8, for inference only: call eval() and disable gradients")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Called by `.to`, `.float` and the like: the buffers move to another device but keep their dtypes."""

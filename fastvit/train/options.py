@@ -105,7 +105,7 @@ class ImageOptions:
 @dataclass
 class TrainingOptions:
     epochs: float = option(4.0, "passes over the training images", POSITIVE)
-    max_steps: int = option(-1, "train for N steps instead; -1: go by --epochs")
+    max_steps: int = option(-1, "train for N steps instead; -1: use --epochs")
     batch_size: int = option(16, "images per step and device", POSITIVE)
     learning_rate: float = option(2e-4, "peak learning rate of AdamW", POSITIVE, metavar="RATE")
     weight_decay: float = option(0.0, "weight decay, not for biases and norms", NOT_NEGATIVE)
