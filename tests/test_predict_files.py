@@ -163,10 +163,10 @@ def test_output_of_another_model_or_option_is_not_continued(photos, model, capsy
         patch.setattr(Predictor, "stream", fail)
         assert cli.main(command) == 130
     assert cli.main([*command, "--top", "2"]) == 2
-    assert "out.csv was begun with top 3, now 2: continue with the same, or begin anew" in capsys.readouterr().err
+    assert "out.csv was started with top 3, now 2: continue with the same, or start over" in capsys.readouterr().err
     monkeypatch.setattr(predict, "compute_fingerprint", lambda model: 1)  # trained anew in the same folder
     assert cli.main(command) == 2
-    assert "out.csv was begun with weights" in capsys.readouterr().err
+    assert "out.csv was started with weights" in capsys.readouterr().err
     assert cli.main([*command, "--top", "2", "--overwrite"]) == 0
     assert cli.main(command) == 2
     assert "out.csv exists already" in capsys.readouterr().err

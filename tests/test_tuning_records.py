@@ -319,6 +319,6 @@ def test_predictor_tunes_a_single_image_and_its_largest_batch(monkeypatch, caplo
     with caplog.at_level(logging.INFO, "fastvit"):
         fastvit.Predictor(make_model(), max_batch=8, image_processor=processor).close()
     assert requested == [[(8, False), (1, False)]]
-    assert "measured (tune=False leaves this out)" in caplog.text
+    assert "measured (tune=False skips this)" in caplog.text
     fastvit.Predictor(make_model(), max_batch=1, image_processor=processor, tune=False).close()
     assert len(requested) == 1

@@ -104,7 +104,7 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
 
 
 def compute_fingerprint(model: torch.nn.Module) -> int:
-    """Compute a checksum of the first values of each parameter, which tells a model that was trained anew."""
+    """Compute a checksum of the first values of each parameter, which tells a model that was trained again."""
     checksum = 0
     for parameter in model.parameters():
         checksum = zlib.crc32(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes(), checksum)

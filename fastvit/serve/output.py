@@ -26,7 +26,7 @@ class PredictionFile:
     Args:
         path: the file, whose suffix names the format.
         settings: the model and the options that change the predictions; those of a journal must be the same.
-        overwrite: whether to replace an existing file, and to begin anew beside a journal.
+        overwrite: whether to replace an existing file, and to start over beside a journal.
 
     Raises:
         InputError: the suffix is unknown, the file exists, or a journal has other settings.
@@ -92,13 +92,13 @@ class PredictionFile:
             done = {row["image"] for row in rows}
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(
-                f"{self.journal}: not a journal of predictions ({error}); begin anew (--overwrite)"
+                f"{self.journal}: not a journal of predictions ({error}); start over (--overwrite)"
             ) from None
         if first != self.settings:
             differing = sorted(name for name in {*first, *self.settings} if first.get(name) != self.settings.get(name))
             changes = ", ".join(f"{name} {first.get(name)!r}, now {self.settings.get(name)!r}" for name in differing)
             raise InputError(
-                f"--output: {self.path} was begun with {changes}: continue with the same, or begin anew (--overwrite)"
+                f"--output: {self.path} was started with {changes}: continue with the same, or start over (--overwrite)"
             )
         return done
 

@@ -125,7 +125,7 @@ class Predictor:
         self.class_names = get_class_names(config)
         first = next(self.model.parameters())
         if tune and (line := tune_at_start(self.model, [(size, False) for size in sorted({1, max_batch})[::-1]])):
-            logger.info("%s (tune=False leaves this out)", line)
+            logger.info("%s (tune=False skips this)", line)
         runner = Runner(
             self.model,
             self.preprocessor,

@@ -72,7 +72,7 @@ def get_launch_id() -> str | None:
 
 
 def is_own_run(folder: Path) -> bool:
-    """Whether the run in `folder` was begun by this launch, before torchrun restarted it."""
+    """Whether the run in `folder` was started by this launch, before torchrun restarted it."""
     with contextlib.suppress(OSError):
         return (folder / MARKER).read_text() == get_launch_id()
     return False

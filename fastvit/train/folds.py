@@ -19,7 +19,7 @@ SUMMARIZED = ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1"
 
 
 def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> ImageDataset:
-    """Split the images for training and validation anew: one fold for validation, the others for training.
+    """Split the images again for training and validation: one fold for validation, the others for training.
 
     Args:
         images: its training and validation splits are joined first; its test split stays.
