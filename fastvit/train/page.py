@@ -186,24 +186,24 @@ def gather_report(
 
 def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits: np.ndarray) -> list[Mistake]:
     """Find the wrong predictions of the highest probability, and compute their attention maps."""
-    shares = torch.from_numpy(logits).float().softmax(dim=-1).numpy()
-    predicted = shares.argmax(-1)
+    probabilities = torch.from_numpy(logits).float().softmax(dim=-1).numpy()
+    predicted = probabilities.argmax(-1)
     wrong = np.flatnonzero(predicted != labels)
-    worst = wrong[np.argsort(-shares[wrong, predicted[wrong]], kind="stable")][:MAX_MISTAKES]
+    worst = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:MAX_MISTAKES]
     names = model.config.id2label
     found = []
     for index in map(int, worst):
         pixels = images.get_pixels(index)
-        picture = Image.fromarray(pixels)
+        image = Image.fromarray(pixels)
         result = classify_with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
             Mistake(
                 index + 1,
                 names[int(labels[index])],
                 names[int(predicted[index])],
-                float(shares[index, predicted[index]]),
-                picture,
-                figures.overlay_rollout(picture, *result[1:]),
+                float(probabilities[index, predicted[index]]),
+                image,
+                figures.overlay_rollout(image, *result[1:]),
                 escape_unprintable(images.get_name(index)),
             )
         )
