@@ -101,7 +101,7 @@ def test_finetune_writes_a_page_with_the_results_of_the_run(report):
             assert f"{record['loss']:.4f}" in text
     assert html.count("<svg") == 5  # loss, accuracy, learning rate, speed, memory
     wrong = round(18 * (1 - json.loads((folder / "eval_results.json").read_text())["eval_accuracy"]))
-    assert wrong > 0 and html.count("Its attention rollout") == min(wrong, page.MAX_MISTAKES)
+    assert wrong > 0 and html.count("Its attention map") == min(wrong, page.MAX_MISTAKES)
     assert "max-steps 6 -1" in text and "transformers" in text and "Python" in text
     assert "fastvit predict &#39;" in html and "out &amp; &lt;out&gt;" in html
     assert html.count("data:image/jpeg;base64,") == 2 * min(wrong, page.MAX_MISTAKES) + 3 * page.EXAMPLES_PER_CLASS

@@ -244,8 +244,9 @@ def test_attention_sheet_shows_every_layer_with_its_label(layers, monkeypatch):
     written = {}
     monkeypatch.setattr(figures, "_draw_text", lambda draw, position, text, **options: written.update({text: position}))
     sheet = draw_attention_sheet(GREY, random_attentions(layers, 2, 13), (3, 4))
-    assert list(written) == ["image", "rollout over all layers", *(f"layer {index + 1}" for index in range(layers))]
-    assert len(set(written.values())) == layers + 2
+    large = ["image", "last layer", "rollout over all layers"]
+    assert list(written) == [*large, *(f"layer {index + 1}" for index in range(layers))]
+    assert len(set(written.values())) == layers + 3
     assert all(left + 128 <= sheet.width and top + 128 <= sheet.height for left, top in written.values())
     assert sheet.width <= 1000
 

@@ -13,7 +13,7 @@ from fastvit.errors import InputError, escape_unprintable
 def main(argv: list[str]) -> int:
     """Draw the attention of each image; returns exit code 2 if an image could not be read."""
     parser = build_model_parser(
-        "attention", description="Draw the attention of the class token: per block, and rolled out through all blocks."
+        "attention", description="Draw the attention of the class token: the last block, all blocks, and the rollout."
     )
     add_source_arguments(parser)
     parser.add_argument(

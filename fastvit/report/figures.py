@@ -171,6 +171,14 @@ def overlay_rollout(
     return overlay_heatmap(image, _select_patches(rollout, num_prefix).reshape(grid))
 
 
+def overlay_last_layer(
+    image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], num_prefix: int = 1
+) -> Image.Image:
+    """Overlay the class token's attention in the last layer, averaged over heads. Arguments as for the sheet."""
+    last = _check_grid(attentions, grid, num_prefix)[-1].mean(axis=0, dtype=np.float32)
+    return overlay_heatmap(image, _select_patches(last, num_prefix).reshape(grid))
+
+
 def _select_patches(maps: np.ndarray, num_prefix: int) -> np.ndarray:
     """Attention of the class token to the patches: `[..., tokens, tokens]` -> `[..., patches]`.
 
@@ -192,7 +200,10 @@ def _check_grid(attentions: np.ndarray, grid: tuple[int, int], num_prefix: int) 
 def draw_attention_sheet(
     image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], num_prefix: int = 1, *, title: str = ""
 ) -> Image.Image:
-    """Draw the attention of the class token: the image, the rollout over all layers, and each layer separately.
+    """Draw the attention of the class token: the last layer, the rollout over all layers, and each layer separately.
+
+    In trained models the first layers may attend mostly to a few patches; the rollout then shows these, and the last
+    layer the object.
 
     Args:
         image: the preprocessed image, of any size and mode.
@@ -203,7 +214,8 @@ def draw_attention_sheet(
         title: a line above everything, such as the predicted class.
 
     Returns:
-        An RGB image. The image and the rollout are at the top. Below are the layers, six per row, averaged over heads.
+        An RGB image. At the top are the image, the last layer and the rollout. Below are all layers, six per row,
+        averaged over heads.
 
     Raises:
         ValueError: `attentions` or `grid` has another shape.
@@ -216,7 +228,7 @@ def draw_attention_sheet(
     top = _GAP + label if title else _GAP
     top_of_layers = top + label + large + _GAP
     layer_rows = -(-num_layers // _LAYERS_PER_ROW)
-    width = _GAP + step * min(max(num_layers, 4), _LAYERS_PER_ROW)
+    width = _GAP + step * _LAYERS_PER_ROW
     sheet = Image.new("RGB", (width, top_of_layers + layer_rows * (label + step)), _PAPER)
 
     def place(title: str, content: Image.Image, left: int, top: int, side: int) -> None:
@@ -227,8 +239,9 @@ def draw_attention_sheet(
         _draw_text(ImageDraw.Draw(sheet), (_GAP, _GAP), title, width=width - 2 * _GAP)
     image = ImageOps.contain(convert_to_rgb(image), (large, large))
     place("image", image, _GAP, top, large)
+    place("last layer", overlay_last_layer(image, attentions, grid, num_prefix), _GAP + large + _GAP, top, large)
     rollout = overlay_rollout(image, attentions, grid, num_prefix)
-    place("rollout over all layers", rollout, _GAP + large + _GAP, top, large)
+    place("rollout over all layers", rollout, _GAP + 2 * (large + _GAP), top, large)
     for index, heat in enumerate(of_layers):
         row, column = divmod(index, _LAYERS_PER_ROW)
         place(

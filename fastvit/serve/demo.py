@@ -49,7 +49,9 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
             raise gradio.Error(str(error), print_exception=False) from None
         result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
         shown = ImageOps.contain(image, (MAP_SIDE, MAP_SIDE))
-        return dict(zip(names, result.probabilities.tolist(), strict=True)), figures.overlay_rollout(shown, *result[1:])
+        return dict(zip(names, result.probabilities.tolist(), strict=True)), figures.overlay_last_layer(
+            shown, *result[1:]
+        )
 
     def get_path(payload: Any) -> str | None:
         """Replaces the decoding of Gradio, whose error messages are less specific."""
@@ -65,7 +67,7 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
             with gradio.Column():
                 classes = gradio.Label(num_top_classes=min(MAX_CLASSES, len(names)), label="Classes")
                 attention = gradio.Image(
-                    label="Attention rollout of the class token",
+                    label="Attention of the class token (last layer)",
                     interactive=False,
                     height=IMAGE_HEIGHT,
                     buttons=["download", "fullscreen"],  # without "share", which uploads the image

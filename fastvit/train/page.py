@@ -203,7 +203,7 @@ def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits:
                 names[int(predicted[index])],
                 float(probabilities[index, predicted[index]]),
                 image,
-                figures.overlay_rollout(image, *result[1:]),
+                figures.overlay_last_layer(image, *result[1:]),
                 escape_unprintable(images.get_name(index)),
             )
         )
