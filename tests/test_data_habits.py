@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -378,6 +379,39 @@ def test_a_metadata_file_with_labels_is_found_in_the_folders_around(folder, tmp_
     assert images.notes == ["train: 2 of 6 images have no label and are left out"]
     streamed = stream_images(data_dir=tmp_path / "data", need_validation=False)
     assert sorted(take_labels(streamed, 4)) == ["cat", "cat", "dog", "dog"]
+
+
+@pytest.mark.parametrize("name", ["train/site{}/{}.png", "images/train_{}{}.png", "test_{}{}.png", "eval/{}{}.png"])
+def test_a_metadata_file_that_names_of_splits_hide_is_an_error(name, tmp_path):
+    names = [name.format(n % 2, n) for n in range(4)] + [f"photo{n}.png" for n in range(2) if "site" not in name]
+    for file in names:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / file)
+    rows = [[file, ["cat", "dog"][number // 2 % 2]] for number, file in enumerate(names)]
+    file = write_csv(tmp_path / "metadata.csv", [["file_name", "label"], *rows])
+    for read in (load_images, stream_images):
+        with pytest.raises(InputError, match=r"metadata\.csv: its labels are not read.*--labels"):
+            read(data_dir=tmp_path)
+    assert load_images(labels_file=file, validation_fraction=0).class_names == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_two_labels_of_an_image_in_a_metadata_file_are_an_error(kind, tmp_path):
+    root = make_classes(tmp_path, ["photos"], count=4) / "photos"
+    rows = [{"file_name": f"photos{n % 4}.png", "label": "cat" if n % 2 else "dog"} for n in (0, 1, 2, 3, 3)]
+    for last, error in (("cat", None), ("dog", "expected one label per image, found 'cat' and 'dog' for photos3.png")):
+        rows[-1]["label"] = last
+        table, file = datasets.Dataset.from_list(rows), root / f"metadata.{kind}"
+        {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](file)
+        with pytest.raises(InputError, match=error) if error else nullcontext():
+            assert load_images(data_dir=root, validation_fraction=0).class_names == ["cat", "dog"]
+
+
+def test_classes_that_a_parquet_metadata_file_declares_are_read(tmp_path):
+    root = make_classes(tmp_path, ["photos"], count=4) / "photos"
+    rows = datasets.Dataset.from_list([{"file_name": f"photos{n}.png", "label": n % 2} for n in range(4)])
+    rows.cast_column("label", datasets.ClassLabel(names=["owl", "cat"])).to_parquet(root / "metadata.parquet")
+    assert load(root) == {"train": {"owl": 2, "cat": 2}}
 
 
 @pytest.mark.parametrize("text", ["None", "NA", "null"])

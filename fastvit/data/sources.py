@@ -25,7 +25,7 @@ from fastvit.data.folders import (
     list_entries,
     list_images,
 )
-from fastvit.errors import InputError
+from fastvit.errors import InputError, escape_unprintable
 
 # Short names of datasets on the hub.
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
@@ -105,11 +105,7 @@ def open_source(
         columns = read_columns(files[0]) if files else []
         usual = LABEL_COLUMNS if label_column is None else (label_column,)
         if (column := next((name for name in usual if name in columns), None)) is not None:
-            for file in files:
-                if file.suffix == ".csv":
-                    with file.open(encoding="utf-8-sig", newline="") as opened:
-                        check_label_texts((row.get(column) for row in csv.DictReader(opened)), file)
-            return normalize_splits(datasets.load_dataset("imagefolder", data_dir=source, streaming=streaming), source)
+            return load_metadata_folder(source, files, column, streaming)
     try:
         return read_class_folders(root, image_column, label_column)
     except InputError as error:
@@ -124,6 +120,73 @@ def check_folder(data_dir: str | Path) -> Path:
     if not Path(data_dir).is_dir():
         raise InputError(f"data_dir: expected a folder of images, found none at {data_dir}")
     return Path(data_dir)
+
+
+def load_metadata_folder(source: str, files: Sequence[Path], column: str, streaming: bool) -> dict[str, Any]:
+    """Loads a folder of images whose labels are in metadata files.
+
+    Args:
+        source: The folder.
+        files: Its metadata files.
+        column: The label column of the metadata files.
+        streaming: Whether to open the images without reading them.
+
+    Returns:
+        Splits of the `datasets` library by their normalized names.
+
+    Raises:
+        InputError: If a label is ambiguous, an image has two labels, or `datasets` does not read the metadata files.
+    """
+    import datasets
+
+    for file in files:
+        check_metadata_labels(file, column)
+    loaded = datasets.load_dataset("imagefolder", data_dir=source, streaming=streaming)
+    # Beside folders or files with names of splits, `datasets` ignores the metadata file, and folders become the labels.
+    features = [(split.features or {}).get(column) for split in loaded.values()]
+    classes = read_class_feature(files[0], column)  # of a Parquet file; in others, labels are text or numbers
+    if any(
+        feature is None or (isinstance(feature, datasets.ClassLabel) and feature != classes) for feature in features
+    ):
+        raise InputError(
+            f"{files[0]}: its labels are not read, as names of files or folders beside it stand for splits (found"
+            f" {', '.join(loaded)}); put a metadata file into the folder of each split, or give this file with --labels"
+            " (its column called split, if there is one, assigns the images to splits)"
+        )
+    return normalize_splits(loaded, source)
+
+
+def read_class_feature(file: Path, column: str) -> Any:
+    """Reads the type of a metadata file's column that `datasets` recorded in a Parquet file; None in other files."""
+    import datasets
+    import pyarrow.parquet
+
+    if file.suffix != ".parquet":
+        return None
+    return datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(column)
+
+
+def check_metadata_labels(file: Path, column: str) -> None:
+    """Raises InputError for ambiguous labels in a metadata file, and for images with two labels."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        rows = pyarrow.parquet.read_table(file).to_pylist()
+    else:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            lines = csv.DictReader(opened) if file.suffix == ".csv" else map(json.loads, filter(str.strip, opened))
+            rows = [row for row in lines if isinstance(row, dict)]
+    if file.suffix == ".csv":
+        check_label_texts((row.get(column) for row in rows), file)
+    known: dict[str, Any] = {}
+    for name, label in ((row.get("file_name"), row.get(column)) for row in rows):
+        if not isinstance(name, str):
+            continue
+        first = known.setdefault(name, label)
+        if first != label and not (is_absent(first) and is_absent(label)):
+            raise InputError(
+                f"{file}: expected one label per image, found {first!r} and {label!r} for {escape_unprintable(name)}"
+            )
 
 
 def is_parquet_folder(root: Path) -> bool:
