@@ -130,7 +130,11 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_with_shapes(tmp_path
             r"pos_embed: expected 1 \+ a square number of positions, found 9",
         ),
         (good | {"norm.bias": torch.zeros(32, dtype=torch.int8)}, r"norm\.bias: expected floating point"),
-        ({"fc.weight": torch.zeros(2)}, r"patch_embed\.proj\.weight is missing"),
+        ({"fc.weight": torch.zeros(2)}, r"patch_embed\.proj\.weight is missing: expected shape \[D, C, h, w\]$"),
+        (
+            {f"{part}.{name}": tensor.clone() for part in ("student", "teacher") for name, tensor in good.items()},
+            r"missing.*, found student\.patch_embed\.proj\.weight, teacher\.patch_embed\.proj\.weight; .* its prefix",
+        ),
     ]
     for tensors, message in cases:
         save_file(tensors, tmp_path / "m.safetensors")

@@ -12,7 +12,7 @@ from transformers import ViTConfig
 
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.names import CLASSIFIER, POOLER, Format, Parameter, Sizes, group_by_name, list_parameters
-from fastvit.errors import InputError
+from fastvit.errors import InputError, escape_unprintable
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -99,7 +99,11 @@ def check_tensors(
             expected[0] = len(group) * sizes["D"]
         shape = "[" + ", ".join(map(str, expected)) + "]"
         if name not in tensors:
-            raise InputError(f"{source}: tensor {name} is missing: expected shape {shape}")
+            others = [escape_unprintable(found) for found in tensors if found.endswith(f".{name}")]
+            hint = (
+                f", found {', '.join(others[:3])}; save the weights of one model, without its prefix" if others else ""
+            )
+            raise InputError(f"{source}: tensor {name} is missing: expected shape {shape}{hint}")
         found = list(tensors[name].shape)
         if found != expected or 0 in found:
             raise InputError(f"{source}: tensor {name}: expected shape {shape}, found {found}")
