@@ -393,6 +393,8 @@ def test_a_metadata_file_that_names_of_splits_hide_is_an_error(name, tmp_path):
         with pytest.raises(InputError, match=r"metadata\.csv: its labels are not read.*--labels"):
             read(data_dir=tmp_path)
     assert load_images(labels_file=file, validation_fraction=0).class_names == ["cat", "dog"]
+    with pytest.raises(InputError, match=r"found none at .*metadata\.csv; .* is given with --labels"):
+        load(file)
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])

@@ -118,7 +118,8 @@ def open_source(
 def check_folder(data_dir: str | Path) -> Path:
     """Raises InputError unless `data_dir` is a folder."""
     if not Path(data_dir).is_dir():
-        raise InputError(f"data_dir: expected a folder of images, found none at {data_dir}")
+        hint = "; a table of file names and labels is given with --labels" if Path(data_dir).is_file() else ""
+        raise InputError(f"data_dir: expected a folder of images, found none at {data_dir}{hint}")
     return Path(data_dir)
 
 
