@@ -10,7 +10,8 @@ TORCH ?= torch==2.13.0
 # model, other libraries' models, operators, benchmarks; tests/compile asks for this environment by itself.
 OLDEST ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/fastvit-oldest
 OLDEST_TESTS := $(wildcard $(patsubst %,tests/test_%.py, attention* layer_norm* gelu linear feed_forward patch_embed* \
-	quantize* bounds tuning* operators ops modeling eager drop_in optimize* benchmarks))
+	quantize* bounds tuning* operators ops modeling eager drop_in optimize* benchmarks \
+	finetune folding))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-oldest finetune test test-oldest compat real-weights lint format docs benchmark gpu kernels-report \

@@ -338,14 +338,13 @@ class FineTuner(Trainer):
         super().log(logs, *args, **kwargs)
 
     def include_earlier_starts(self, metrics: dict[str, float]) -> None:
-        """Replace the time and speed of this start by those of the whole run."""
-        seconds = self.find_callback(Clock).read()
-        steps = self.state.global_step - self._initial_global_step
-        if steps > 0:  # otherwise the speed is zero
-            scale = self.state.global_step / steps * metrics["train_runtime"] / seconds
-            for name in ("train_samples_per_second", "train_steps_per_second"):
-                metrics[name] = round(metrics[name] * scale, 3)
-        metrics["train_runtime"] = round(seconds, 4)
+        """Replace the time and speed of this start by those of the whole run, if it was resumed."""
+        clock = self.find_callback(Clock)
+        if clock.earlier:
+            seconds, steps = clock.read(), self.state.global_step
+            metrics["train_runtime"] = round(seconds, 4)
+            metrics["train_steps_per_second"] = round(steps / seconds, 3)
+            metrics["train_samples_per_second"] = round(steps * self.meter.images_per_step / seconds, 3)
 
     def find_callback(self, kind: type) -> Any:
         return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
