@@ -49,6 +49,7 @@ def main(mode: str) -> None:
     optimizer.step()
     assert parallel(pixels[mine], labels=labels[mine]).loss.isfinite()
     print("same gradients")
+    dist.barrier()  # otherwise one process may close connections that the other still uses
     dist.destroy_process_group()
 
 
