@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_formats import (
+    EXPECTED_WARNINGS,
     GRID,
     HEADS,
     LABELS,
@@ -34,12 +35,7 @@ from fastvit.checkpoints.convert import convert, read_checkpoint
 from fastvit.checkpoints.timm import infer_timm_heads
 from fastvit.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not record mean and std",
-    "ignore:.*neither classifier nor pooler",
-    "ignore:.*cannot be recorded",
-    "ignore:timm does not read the number of heads",
-)
+pytestmark = pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
 
 
 @pytest.fixture

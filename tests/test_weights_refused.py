@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoint_formats import (
     DEPTH,
+    EXPECTED_WARNINGS,
     HEADS,
     LABELS,
     MLP,
@@ -30,12 +31,7 @@ from transformers import ViTForMaskedImageModeling, ViTModel
 from fastvit.checkpoints.convert import convert, read_checkpoint
 from fastvit.errors import InputError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not record mean and std",
-    "ignore:.*neither classifier nor pooler",
-    "ignore:.*cannot be recorded",
-    "ignore:timm does not read the number of heads",
-)
+pytestmark = pytest.mark.filterwarnings(*EXPECTED_WARNINGS)
 
 
 @pytest.fixture
