@@ -15,10 +15,10 @@ class Clock(TrainerCallback, ExportableState):
     """Measures the time of training over all starts of a run; checkpoints have it."""
 
     def __init__(self):
-        self.earlier, self.start = 0.0, None
+        self.earlier, self.start, self.first_step = 0.0, None, 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
+        self.start, self.first_step = time.perf_counter(), state.global_step
 
     def read(self) -> float:
         return self.earlier + (0.0 if self.start is None else time.perf_counter() - self.start)

@@ -18,6 +18,7 @@ from fastvit.train import page
 from fastvit.train.build import describe_count
 from fastvit.train.distributed import MARKER
 from fastvit.train.folds import summarize_folds
+from fastvit.train.meters import Clock
 from fastvit.train.model_card import build_model_card
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import RecipeTuner, merge_adapters
@@ -90,8 +91,9 @@ def save_model(trainer: RecipeTuner, result: TrainOutput, options: FinetuneOptio
     result.metrics["train_loss"] = compute_mean_loss(
         trainer.state.log_history
     )  # Trainer's covers the steps of this process only
-    if result.metrics["train_samples_per_second"] > 0 or not (output_dir / "train_results.json").exists():
-        # Otherwise there was nothing left to train, and the file has the speed of the run before.
+    has_trained = trainer.state.global_step > trainer.find_callback(Clock).first_step
+    if has_trained or not (output_dir / "train_results.json").exists():
+        # Otherwise there was nothing left to train, and the file has the time and speed of the run before.
         trainer.log_metrics("train", {name: value for name, value in result.metrics.items() if name != "total_flos"})
         trainer.save_metrics("train", result.metrics)
     trainer.save_state()
