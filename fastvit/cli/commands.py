@@ -15,6 +15,7 @@ COMMANDS = {
     "predict": "classify images",
     "evaluate": "measure a model on labelled images",
     "attention": "draw the attention of the class token",
+    "serve": "serve a model over HTTP: classes, embeddings, attention, metrics",
     "demo": "serve a page on this machine: drop an image, see classes and attention",
     "convert": "convert checkpoints between the formats of timm, Google (.npz) and Hugging Face",
     "tune": "measure on this GPU whether our kernels or PyTorch are faster, and record it",

@@ -175,8 +175,13 @@ def overlay_last_layer(
     image: Image.Image, attentions: np.ndarray, grid: tuple[int, int], num_prefix: int = 1
 ) -> Image.Image:
     """Overlay the class token's attention in the last layer, averaged over heads. Arguments as for the sheet."""
+    return overlay_heatmap(image, compute_last_layer(attentions, grid, num_prefix))
+
+
+def compute_last_layer(attentions: np.ndarray, grid: tuple[int, int], num_prefix: int = 1) -> np.ndarray:
+    """Compute the class token's attention in the last layer, averaged over heads: float32 `[rows, columns]`."""
     last = _check_grid(attentions, grid, num_prefix)[-1].mean(axis=0, dtype=np.float32)
-    return overlay_heatmap(image, _select_patches(last, num_prefix).reshape(grid))
+    return _select_patches(last, num_prefix).reshape(grid)
 
 
 def _select_patches(maps: np.ndarray, num_prefix: int) -> np.ndarray:

@@ -73,6 +73,11 @@ class Batcher:
         if self._closed:
             raise RuntimeError(CLOSED)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether calls will be computed: the batcher is open, and its thread has not died."""
+        return not self._closed and self._thread.is_alive()
+
     def announce(self) -> None:
         """Announce a call whose inputs are being prepared. `submit` or `withdraw` must follow."""
         self.check_open()
