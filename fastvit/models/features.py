@@ -65,3 +65,15 @@ def resolve_block_indices(n: int | Sequence[int], count: int) -> list[int]:
     if not blocks or blocks != sorted(set(blocks)) or not 0 <= blocks[0] <= blocks[-1] < count:
         raise InputError(f"n: expected increasing block indices from 0 to {count - 1}, got {list(n)}")
     return blocks
+
+
+@torch.inference_mode()
+def compute_pooled(model: Any, pixels: Tensor) -> Tensor:
+    """Compute the features that a classifier of any family classifies: uint8 [B, H, W, 3] -> float32 [B, D]."""
+    inputs: list[Tensor] = []
+    hook = model.classifier.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    try:
+        model(pixels.to(model.device))
+    finally:
+        hook.remove()
+    return inputs[0].float()

@@ -16,7 +16,9 @@ from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import prometheus_client
+import torch
 import uvicorn
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
@@ -31,10 +33,10 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastvit import __version__
-from fastvit.data.images import decode_image
 from fastvit.errors import InputError, escape_unprintable
+from fastvit.models.features import compute_pooled
 from fastvit.report import figures
-from fastvit.serve.attention import classify_with_attention, preprocess_image
+from fastvit.serve.attention import classify_with_attention
 from fastvit.serve.limits import Limits
 from fastvit.serve.output import build_record
 from fastvit.serve.predictor import Prediction, Predictor
@@ -55,7 +57,7 @@ class ImageServer:
         self.predictor, self.limits, self.token = predictor, limits, token
         self.num_waiting = 0
         self.callers = CapacityLimiter(2 * predictor._batcher.max_batch)  # fill a batch while another one is computed
-        self.drawing = CapacityLimiter(1)
+        self.single = CapacityLimiter(1)
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         self.requests = Counter("fastvit_requests", "Answers", ["path", "status"], registry=registry)
@@ -115,18 +117,34 @@ class ImageServer:
         images = [content for _, content in uploads]
         return build_answer(uploads, await run_sync(self.predictor, images, limiter=self.callers))
 
+    def preprocess(self, uploads: Uploads) -> list[np.ndarray | InputError]:
+        if not hasattr(self.predictor.model, "classifier"):
+            raise HTTPException(501, "the model is an exported file, which computes classes alone")
+        return [get() for get in self.predictor._decode(list(enumerate(content for _, content in uploads)))]
+
+    def embed(self, uploads: Uploads) -> Response:
+        prepared = self.preprocess(uploads)
+        pixels = [each for each in prepared if not isinstance(each, InputError)]
+        features = iter(())
+        if pixels:
+            with self.model_lock:
+                features = iter(compute_pooled(self.predictor.model, torch.from_numpy(np.stack(pixels))).tolist())
+        results = [each if isinstance(each, InputError) else {"embedding": next(features)} for each in prepared]
+        return build_answer(uploads, results)
+
     def draw_attention(self, uploads: Uploads, view: str) -> Response:
-        try:
-            pixels = preprocess_image(self.predictor, decode_image(uploads[0][1]))
-        except InputError as error:
-            return build_answer(uploads, [error])
+        if len(uploads) > 1:
+            raise HTTPException(400, f"expected one image, got {len(uploads)}")
+        (pixels,) = self.preprocess(uploads)
+        if isinstance(pixels, InputError):
+            return build_answer(uploads, [pixels])
         with self.model_lock:
-            result = classify_with_attention(self.predictor.model, pixels)
+            result = classify_with_attention(self.predictor.model, torch.from_numpy(np.stack([pixels])))
         if view == "map":
             return build_answer(uploads, [{"attention": figures.compute_last_layer(*result[1:]).tolist()}])
         draw = figures.draw_attention_sheet if view == "sheet" else figures.overlay_last_layer
         file = io.BytesIO()
-        draw(Image.fromarray(pixels[0].numpy()), *result[1:]).save(file, "PNG")
+        draw(Image.fromarray(pixels), *result[1:]).save(file, "PNG")
         return Response(file.getvalue(), media_type="image/png")
 
 
@@ -202,12 +220,15 @@ def build_app(predictor: Predictor, limits: Limits, token: str | None = None) ->
         """Return the most probable classes of each image, or its error."""
         return await server.classify(uploads)
 
+    @app.post("/embed", **images)
+    async def embed(uploads: Images) -> Response:
+        """Return the features of each image that the model classifies, or its error."""
+        return await run_sync(server.embed, uploads, limiter=server.single)
+
     @app.post("/attention", **images)
     async def attention(uploads: Images, view: Literal["overlay", "sheet", "map"] = "overlay") -> Response:
         """Return the attention of the class token: a PNG of the last layer, of all layers, or the last layer's map."""
-        if len(uploads) > 1:
-            raise HTTPException(400, f"expected one image, got {len(uploads)}")
-        return await run_sync(server.draw_attention, uploads, view, limiter=server.drawing)
+        return await run_sync(server.draw_attention, uploads, view, limiter=server.single)
 
     @app.get("/health")
     async def health() -> JSONResponse:
