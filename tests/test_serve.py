@@ -4,8 +4,11 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -35,7 +38,10 @@ class Client:
     """Sends bytes as they are."""
 
     def __init__(self, port):
-        self.connect = lambda: socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.port = port
+
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def send(self, data, *, half_close=False):
         """Send bytes on a new connection; returns (status, headers, body), status 0 if there is no answer."""
@@ -211,6 +217,20 @@ def test_health_metrics_and_description(served):
     assert client.read_metric('requests_total{path="/health",status="200"}') == before + 1
     assert {"/classify", "/attention", "/health"} <= json.loads(client.get("/openapi.json")[2])["paths"].keys()
     assert client.get("/docs")[0] == 200
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_commands_of_the_docs(served, own_folder):
+    client, _ = served
+    for name in ("leaf.jpg", "a.jpg", "b.jpg"):
+        Path(name).write_bytes(LEAF)
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^curl .*$", page, re.MULTILINE)
+    assert len(commands) == 8
+    for command in commands:
+        words = shlex.split(command.replace(":8000", f":{client.port}"))
+        subprocess.run([words[0], "--fail", "--silent", "--show-error", *words[1:]], check=True)
+    assert Image.open("attention.png").size == (16, 16)
 
 
 # --- requests that are refused ---------------------------------------------------------------------------------------

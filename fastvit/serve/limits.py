@@ -3,14 +3,10 @@
 from dataclasses import dataclass, field
 
 
-def limit(default: int, help: str) -> int:
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class Limits:
-    queue: int = limit(256, "accepted requests without an answer; further ones are answered 429")
-    max_mb: int = limit(32, "size of a request in MiB")
-    max_files: int = limit(32, "images per request")
-    max_megapixels: int = limit(64, "size of an image in millions of pixels")
-    timeout: int = limit(30, "seconds in which a request must arrive")
+    queue: int = field(default=256, metadata={"help": "accepted requests without an answer; others are answered 429"})
+    max_mb: int = field(default=32, metadata={"help": "size of a request in MiB"})
+    max_files: int = field(default=32, metadata={"help": "images per request"})
+    max_megapixels: int = field(default=64, metadata={"help": "size of an image in millions of pixels"})
+    timeout: int = field(default=30, metadata={"help": "seconds in which a request must arrive"})

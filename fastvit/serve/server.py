@@ -47,6 +47,7 @@ FILE = {"type": "string", "contentMediaType": "application/octet-stream"}
 FORM = {"type": "object", "properties": {"images": {"type": "array", "items": FILE}}}
 BODY = {"requestBody": {"content": {"multipart/form-data": {"schema": FORM}, "image/*": {"schema": FILE}}}}
 
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 Uploads = list[tuple[str, bytes]]  # (file name for the answer, content) of each image of a request
 
 
@@ -92,9 +93,7 @@ class ImageServer:
             self.requests.labels(path, status).inc()
             self.seconds.labels(path).observe(time.perf_counter() - start)
 
-    async def check_token(
-        self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-    ) -> None:
+    async def check_token(self, given: Bearer) -> None:
         if self.token and not hmac.compare_digest((given.credentials if given else "").encode(), self.token.encode()):
             raise HTTPException(401, "expected the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"})
 
@@ -113,23 +112,20 @@ class ImageServer:
         finally:
             self.num_waiting -= 1
 
-    async def classify(self, uploads: Uploads) -> Response:
-        images = [content for _, content in uploads]
-        return build_answer(uploads, await run_sync(self.predictor, images, limiter=self.callers))
-
     def preprocess(self, uploads: Uploads) -> list[np.ndarray | InputError]:
         if not hasattr(self.predictor.model, "classifier"):
             raise HTTPException(501, "the model is an exported file, which computes classes alone")
         return [get() for get in self.predictor._decode(list(enumerate(content for _, content in uploads)))]
 
     def embed(self, uploads: Uploads) -> Response:
-        prepared = self.preprocess(uploads)
-        pixels = [each for each in prepared if not isinstance(each, InputError)]
-        features = iter(())
-        if pixels:
+        results: list[Any] = self.preprocess(uploads)
+        good = [index for index, each in enumerate(results) if not isinstance(each, InputError)]
+        if good:
+            pixels = torch.from_numpy(np.stack([results[index] for index in good]))
             with self.model_lock:
-                features = iter(compute_pooled(self.predictor.model, torch.from_numpy(np.stack(pixels))).tolist())
-        results = [each if isinstance(each, InputError) else {"embedding": next(features)} for each in prepared]
+                features = compute_pooled(self.predictor.model, pixels).tolist()
+            for index, embedding in zip(good, features, strict=True):
+                results[index] = {"embedding": embedding}
         return build_answer(uploads, results)
 
     def draw_attention(self, uploads: Uploads, view: str) -> Response:
@@ -218,7 +214,8 @@ def build_app(predictor: Predictor, limits: Limits, token: str | None = None) ->
     @app.post("/classify", **images)
     async def classify(uploads: Images) -> Response:
         """Return the most probable classes of each image, or its error."""
-        return await server.classify(uploads)
+        images = [content for _, content in uploads]
+        return build_answer(uploads, await run_sync(predictor, images, limiter=server.callers))
 
     @app.post("/embed", **images)
     async def embed(uploads: Images) -> Response:
@@ -264,15 +261,13 @@ class TimedProtocol(H11Protocol):
 
     def start_timer(self) -> None:
         """Abort the connection if it has no other request in time."""
-        last = self.cycle
-
-        def abort() -> None:
-            if self.cycle is last:
-                self.transport.abort()
-
         if self.timer is not None:
             self.timer.cancel()
-        self.timer = self.loop.call_later(self.timeout_keep_alive, abort)
+        self.timer = self.loop.call_later(self.timeout_keep_alive, self.abort_after, self.cycle)
+
+    def abort_after(self, cycle: Any) -> None:
+        if self.cycle is cycle:
+            self.transport.abort()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep a connection whose client has sent its request and closed its half, for the answer."""
@@ -294,15 +289,8 @@ def build_server(predictor: Predictor, limits: Limits, token: str | None = None)
     """Build the server, and set Pillow's limit of pixels. SIGINT or SIGTERM lets it answer what it has accepted."""
     Image.MAX_IMAGE_PIXELS = limits.max_megapixels * 10**6 // 2  # Pillow raises at twice this number, and warns at it
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    config = uvicorn.Config(
-        build_app(predictor, limits, token),
-        http=TimedProtocol,
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=limits.timeout,
+    return uvicorn.Server(uvicorn.Config(
+        build_app(predictor, limits, token), http=TimedProtocol, ws="none", lifespan="off", log_level="warning",
+        access_log=False, server_header=False, timeout_keep_alive=limits.timeout,
         limit_concurrency=CONNECTIONS_PER_PLACE * limits.queue,
-    )
-    return uvicorn.Server(config)
+    ))  # fmt: skip
