@@ -123,9 +123,9 @@ class ImageServer:
         if good:
             pixels = torch.from_numpy(np.stack([results[index] for index in good]))
             with self.model_lock:
-                features = compute_pooled(self.predictor.model, pixels).tolist()
-            for index, embedding in zip(good, features, strict=True):
-                results[index] = {"embedding": embedding}
+                pooled = compute_pooled(self.predictor.model, pixels).tolist()
+            for index, features in zip(good, pooled, strict=True):
+                results[index] = {"pooled": features}
         return build_answer(uploads, results)
 
     def draw_attention(self, uploads: Uploads, view: str) -> Response:
@@ -177,8 +177,8 @@ async def read_uploads(request: Request, limits: Limits) -> Uploads:
     parser.spool_max_size = left  # keeps files in memory
     try:
         fields = (await parser.parse()).multi_items()
-    except MultiPartException as error:
-        raise HTTPException(400, error.message) from None
+    except (MultiPartException, UnicodeError) as error:  # some charsets decode nothing
+        raise HTTPException(400, f"the form cannot be read ({error})") from None
     files = [file for _, file in fields if isinstance(file, UploadFile)]
     if not parser.is_complete or not files or len(files) < len(fields):
         raise HTTPException(400, f"expected a complete form of files, got the fields {[name for name, _ in fields]}")
