@@ -1,5 +1,6 @@
 """`fastvit serve`: its answers, its limits, hostile and slow clients, load, and the end under load."""
 
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.client import HTTPResponse
 from pathlib import Path
 from select import select
@@ -95,7 +95,7 @@ def model(tmp_path_factory):
     return hostile.write_files(tmp_path_factory.mktemp("model") / "tiny", hostile.build_checkpoint())
 
 
-@contextmanager
+@contextlib.contextmanager
 def serve(model, token=None, **limits):
     """Serve in a thread of this process; yields a client and the predictor."""
     with (
@@ -104,6 +104,7 @@ def serve(model, token=None, **limits):
         listen("127.0.0.1", 0) as listener,
     ):
         patch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # the server sets it
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # so that an answer may wait for its reader
         server = build_server(predictor, Limits(**limits), token)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -121,7 +122,7 @@ def served(model):
         yield served
 
 
-@contextmanager
+@contextlib.contextmanager
 def block_model(predictor):
     """The model does not answer inside of the block."""
     launch, go = predictor._batcher.launch, threading.Event()
@@ -340,6 +341,21 @@ def test_a_slow_request_ends_after_the_timeout(kind, model):
                 time.sleep(0.2 if status else 0)
         assert status == expected and 0.9 < time.monotonic() - start < 10
         wait_for(lambda: client.read_metric("queue_length") == 0)
+
+
+def read_rest(connection):
+    with contextlib.suppress(ConnectionError):
+        return b"".join(iter(lambda: connection.recv(2**20), b""))
+    return b""
+
+
+def test_a_client_that_does_not_read_its_answers_is_disconnected(model):
+    with serve(model, timeout=1) as (client, _), client.connect() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(3 * encode_post(LEAF, path="/attention?view=sheet"))
+        wait_for(lambda: client.read_metric("queue_length") == 1)
+        wait_for(lambda: client.read_metric("queue_length") == 0)
+        assert len(read_rest(connection)) < 100_000 < len(client.post(LEAF, path="/attention?view=sheet")[2])
 
 
 def test_a_half_closed_connection_is_answered_if_its_request_is_whole(served):

@@ -269,6 +269,14 @@ class TimedProtocol(H11Protocol):
         if self.cycle is cycle:
             self.transport.abort()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(self.timeout_keep_alive, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self.unread.cancel()
+        super().resume_writing()
+
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep a connection whose client has sent its request and closed its half, for the answer."""
         is_waiting = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
