@@ -46,7 +46,8 @@ from fastvit.train.build import (
 )
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
-from fastvit.train.options import FinetuneOptions, parse_options
+from fastvit.train.options import FinetuneOptions, list_stepwise_options, parse_options
+from fastvit.train.probe import fit_classifier
 from fastvit.train.recipes import ImageMixer, RecipeTuner
 from fastvit.train.results import write_fold_summary, write_results
 from fastvit.train.resume import (
@@ -124,6 +125,12 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     set_seed(options.seed)
     images = load_data(options, processes)
     print_counts(images)
+    stepwise = list_stepwise_reasons(options)
+    if stepwise and options.freeze_backbone:
+        print(
+            f"note: the classifier is trained step by step because of {', '.join(stepwise)}; without, it is fitted to"
+            " features that are computed once"
+        )
     model = load_model(options, images.class_names)
     processor = load_image_processor(options, model)
     model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
@@ -173,9 +180,17 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     if processes.num_processes > 1:
         accelerate.utils.set_seed(options.seed, device_specific=True)  # different dropout on each
     try:
-        return train(trainer, images, sets, options, interrupt, log)
+        return train(trainer, images, sets, options, interrupt, log, fits_features=not stepwise)
     finally:
         progress.close()
+
+
+def list_stepwise_reasons(options: FinetuneOptions) -> list[str]:
+    """Why training goes step by step; empty if the classifier is fitted to the features of a frozen backbone."""
+    if not options.freeze_backbone:
+        return ["a backbone that is trained"]
+    has_checkpoint = options.resume and find_last_checkpoint(options.output_dir) is not None
+    return list_stepwise_options(options) + ["the checkpoint"] * has_checkpoint
 
 
 def set_callbacks(trainer: RecipeTuner, options: FinetuneOptions, progress: Progress) -> None:
@@ -205,17 +220,26 @@ def train(
     options: FinetuneOptions,
     interrupt: StopOnInterrupt,
     log: RunLogWriter,
+    *,
+    fits_features: bool,
 ) -> dict[str, float]:
     """Train, write the results, and log how the run ended.
+
+    Args:
+        fits_features: fit the classifier to features in place of training step by step.
 
     Raises:
         Stopped: by a signal, after a checkpoint was saved.
     """
     with log, explain_early_end(trainer, options):
-        with interrupt, explain_lost_process(Path(options.output_dir)):
-            result = trainer.train(
-                resume_from_checkpoint=find_last_checkpoint(options.output_dir) if options.resume else None
-            )
+        if fits_features:
+            assert isinstance(trainer.train_dataset, ImageSet)
+            result = fit_classifier(trainer, trainer.train_dataset, options.label_smoothing)
+        else:
+            with interrupt, explain_lost_process(Path(options.output_dir)):
+                result = trainer.train(
+                    resume_from_checkpoint=find_last_checkpoint(options.output_dir) if options.resume else None
+                )
         signum = interrupt.signum if interrupt.is_stop_requested() else None
         metrics = write_results(trainer, result, images, sets, options) if signum is None else {}
     if signum is not None:

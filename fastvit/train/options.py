@@ -7,6 +7,7 @@ fields. Values are checked when a `FinetuneOptions` is made, before any file is 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,7 @@ class ModelOptions:
         None, "height and width in pixels [the model's; from scratch: 224]", AT_LEAST_ONE, metavar="PIXELS"
     )
     patch_size: int = option(16, "from scratch: height and width of a patch", AT_LEAST_ONE, metavar="PIXELS")
-    freeze_backbone: bool = option(False, "train the classifier alone (linear probe)")
+    freeze_backbone: bool = option(False, "fit the classifier alone, on features computed once (linear probe)")
     attention_dropout: float = option(0.0, "dropout probability of the attention weights", BELOW_ONE, metavar="P")
     hidden_dropout: float = option(0.0, "dropout probability of the hidden states", BELOW_ONE, metavar="P")
 
@@ -258,6 +259,21 @@ def check_combinations(options: FinetuneOptions) -> None:
     )
 
 
+# With --freeze-backbone these, and --augment, need a backbone that computes the images again in every epoch.
+STEPWISE = (
+    *("max_steps", "randaugment", "mixup", "cutmix", "drop_path", "attention_dropout", "hidden_dropout", "ema"),
+    *("early_stopping", "streaming", "fsdp"),
+)
+
+
+def list_stepwise_options(options: FinetuneOptions) -> list[str]:
+    """What needs training step by step although the backbone is frozen: options, and several processes."""
+    found = [get_flag(name) for name in STEPWISE if getattr(options, name) not in (None, False, 0, -1)]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        found.append("several processes")
+    return found or ["--augment"] * options.augment
+
+
 def check_start(from_scratch: str | None, model: str | Literal[False] | None) -> None:
     """Check that a run starts from a checkpoint or from scratch, not both."""
     if from_scratch and model:
@@ -299,6 +315,10 @@ def parse_options(argv: list[str] | None) -> FinetuneOptions:
     if given.get("dataset") == "generated" and "model" not in given:
         given = GENERATED_DEFAULTS | given
     options = FinetuneOptions(**given)
+    if options.freeze_backbone and "augment" not in given:
+        # Random crops would need the backbone again in every epoch: they are the default of training step by step.
+        without = dataclasses.replace(options, augment=False)
+        options = options if list_stepwise_options(without) else without
 
     # These import PyTorch, which --help and the errors above do not wait for.
     from transformers import SchedulerType
