@@ -94,6 +94,21 @@ def build_checkpoint(name: str) -> transformers.PreTrainedModel:
     return model.eval()
 
 
+def build_backbone(name: str, images: int = 1, patches: int = 36) -> tuple[torch.nn.Module, dict]:
+    """The backbone of a case as transformers computes it, and arguments with which it computes images of any size."""
+    backbone, options = build_checkpoint(name), {"interpolate_pos_encoding": True}
+    if name in ("BEiT", "DINOv2", "DINOv2 giant", "DINOv2 with registers", "DINOv3 ViT"):
+        options = {}  # they accept every size
+    for attribute in ("beit", "dinov2", "vision_model", "vit"):
+        backbone = getattr(backbone, attribute, backbone)
+    if name == "ViTMAE":  # no masks, and patches in their order
+        backbone.config.mask_ratio = 0.0
+        options["noise"] = torch.arange(float(patches)).expand(images, -1)
+    if name.startswith("BEiT"):  # by the mean, the norm is in the pooler
+        backbone.layernorm = torch.nn.Identity()
+    return backbone, options
+
+
 def save_checkpoint(name: str, folder: Path) -> Path:
     build_checkpoint(name).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(CASES[name].processor))

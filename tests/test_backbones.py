@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from backbones import CASES, build_checkpoint, save_checkpoint
+from backbones import CASES, build_backbone, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -164,16 +164,7 @@ def test_other_image_sizes_interpolate_positions_as_the_model_does(name, home):
     model = build_classifier(str(home / name), LABELS, image_size=48).eval()
     assert get_vision_config(model.config).image_size == 48
     backbone = next(child for child_name, child in model.named_children() if child_name != "classifier")
-    original, options = build_checkpoint(name), {"interpolate_pos_encoding": True}
-    if name in ("BEiT", "DINOv2", "DINOv2 giant", "DINOv2 with registers", "DINOv3 ViT"):
-        options = {}  # they accept every size
-    for attribute in ("beit", "dinov2", "vision_model", "vit"):
-        original = getattr(original, attribute, original)
-    if name == "ViTMAE":  # no masks, and patches in their order
-        original.config.mask_ratio = 0.0
-        options["noise"] = torch.arange(36.0)[None]
-    if name.startswith("BEiT"):  # by the mean, the norm is in the pooler
-        original.layernorm = torch.nn.Identity()
+    original, options = build_backbone(name)
     pixels = torch.randn(1, 3, 48, 48)
     with torch.no_grad():
         expected, found = original(pixels, **options).last_hidden_state, backbone(pixels).last_hidden_state

@@ -12,6 +12,7 @@ COMMANDS = [
     "benchmark",
     "convert",
     "demo",
+    "embed",
     "evaluate",
     "finetune",
     "info",

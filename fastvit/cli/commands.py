@@ -14,6 +14,7 @@ COMMANDS = {
     "watch": "show a run of finetune while it trains",
     "predict": "classify images",
     "evaluate": "measure a model on labelled images",
+    "embed": "compute features of images: search, cluster, nearest neighbours",
     "attention": "draw the attention of the class token",
     "serve": "serve a model over HTTP: classes, embeddings, attention, metrics",
     "demo": "serve a page on this machine: drop an image, see classes and attention",

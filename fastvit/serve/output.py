@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from fastvit.errors import InputError
 from fastvit.files import wrap_write_errors
 
+Writers = dict[str, Callable[[Path, Iterator[dict[str, Any]], dict[str, Any]], None]]
 PARQUET_ROWS = 10_000  # rows of one row group
 
 
@@ -27,14 +28,16 @@ class PredictionFile:
         path: the file, whose suffix names the format.
         settings: the model and the options that change the predictions; those of a journal must be the same.
         overwrite: whether to replace an existing file, and to start over beside a journal.
+        writers: suffix -> function that writes the rows of a journal with its settings; default: of predictions.
 
     Raises:
         InputError: the suffix is unknown, the file exists, or a journal has other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False):
-        if path.suffix not in WRITERS:
-            raise InputError(f"--output: expected a file ending in {', '.join(WRITERS)}, got {path}")
+    def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False, writers: Writers | None = None):
+        self.writers = writers = writers or WRITERS
+        if path.suffix not in writers:
+            raise InputError(f"--output: expected a file ending in {', '.join(writers)}, got {path}")
         if not path.parent.is_dir():
             raise InputError(f"--output: no such folder: {path.parent}")
         if path.exists() and not overwrite:
@@ -49,7 +52,7 @@ class PredictionFile:
             if self.journal.stat().st_size == 0:
                 self._write_line(settings)
 
-    def add(self, name: str, classes: list[tuple[str, float]], error: str = "") -> None:
+    def add(self, name: str, classes: list[Any], error: str = "") -> None:
         """Append the prediction of an image, or its error, to the journal."""
         self._write_line({"image": name, "classes": classes, "error": error})
 
@@ -59,7 +62,7 @@ class PredictionFile:
         partial = self.path.with_name(f".{self.path.name}.partial")
         with wrap_write_errors(self.path):
             try:
-                WRITERS[self.path.suffix](partial, self._read_rows(), self.settings["top"])
+                self.writers[self.path.suffix](partial, self.read_rows(), self.settings)
                 partial.replace(self.path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -102,14 +105,15 @@ class PredictionFile:
             )
         return done
 
-    def _read_rows(self) -> Iterator[dict[str, Any]]:
+    def read_rows(self) -> Iterator[dict[str, Any]]:
         with self.journal.open(encoding="utf-8") as file:
             next(file)
             yield from map(json.loads, file)
 
 
-def write_csv(path: Path, rows: Iterator[dict[str, Any]], top: int) -> None:
+def write_csv(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Write the columns image, label, probability, label_2, probability_2, ..., error."""
+    top = settings["top"]
     numbers = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
@@ -119,7 +123,7 @@ def write_csv(path: Path, rows: Iterator[dict[str, Any]], top: int) -> None:
             writer.writerow([row["image"], *cells, *[""] * (2 * top - len(cells)), row["error"]])
 
 
-def write_jsonl(path: Path, rows: Iterator[dict[str, Any]], top: int) -> None:
+def write_jsonl(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Write the lines of `fastvit predict --json`; an image that could not be read has `error` instead of `classes`."""
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -133,7 +137,7 @@ def build_record(name: str, classes: list[tuple[str, float]], error: str = "") -
     return {"image": name, "classes": [{"label": label, "probability": round(score, 6)} for label, score in classes]}
 
 
-def write_parquet(path: Path, rows: Iterator[dict[str, Any]], top: int) -> None:
+def write_parquet(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:
     """Write the columns image, label, probability, labels, probabilities and error."""
     import pyarrow
     import pyarrow.parquet
@@ -158,7 +162,7 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]], top: int) -> None:
         writer.write_table(pyarrow.Table.from_pylist(batch, schema))
 
 
-WRITERS: dict[str, Callable[[Path, Iterator[dict[str, Any]], int], None]] = {
+WRITERS: Writers = {
     ".csv": write_csv,
     ".jsonl": write_jsonl,
     ".parquet": write_parquet,

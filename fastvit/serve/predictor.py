@@ -32,6 +32,7 @@ from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.images import to_image
 from fastvit.errors import InputError
 from fastvit.models.backbone import FAMILIES, accepts_uint8, get_vision_config
+from fastvit.models.calibration import compute_probabilities
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.serve.batching import CLOSED, Batcher
 from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
@@ -135,6 +136,7 @@ class Predictor:
             top_k=min(top_k, config.num_labels),
             flip=flip,
             capture=capture_graphs() if cuda_graphs and first.device.type == "cuda" else None,
+            activation=self.activation,
         )
         self._batcher = Batcher(
             runner.launch, max_batch=max_batch, max_wait=max_wait_ms / 1e3, launch_ahead=runner.is_asynchronous
@@ -142,6 +144,8 @@ class Predictor:
         self._pool = ThreadPoolExecutor(workers or os.cpu_count(), thread_name_prefix="fastvit-decoding")
         # Also called at garbage collection and at the end of the program.
         self._shut_down = weakref.finalize(self, shut_down, self._batcher, self._pool)
+
+    activation = staticmethod(compute_probabilities)
 
     def __call__(self, images: Any, *, raise_errors: bool | None = None) -> Any:
         """Classify one image, or a list or tuple of images.
@@ -289,6 +293,8 @@ def load_classifier(model: str | os.PathLike[str] | nn.Module, image_processor: 
 
 def resolve_preprocessor(model: Any, image_processor: Any) -> Preprocessor:
     """Convert `image_processor`, or by default the one saved with the model (a folder or hub id)."""
+    if isinstance(image_processor, Preprocessor):
+        return image_processor
     if image_processor is not None:
         return Preprocessor.from_processor(image_processor)
     if not model:

@@ -41,6 +41,7 @@ class Runner:
         top_k: number of class indices to return, best first.
         flip: average the logits of each image and its mirror image.
         capture: captures a function as a CUDA graph; None: no graphs.
+        activation: maps logits and the config to probabilities.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Runner:
         top_k: int,
         flip: bool = False,
         capture: Capture | None = None,
+        activation: Callable[[Tensor, Any], Tensor] = compute_probabilities,
     ):
         self.model, self.device, self.dtype = model, device, dtype
-        self.top_k, self.limit, self.flip = top_k, max_batch, flip
+        self.top_k, self.limit, self.flip, self.activation = top_k, max_batch, flip, activation
         config: Any = model.config
         # Our models normalise in their patch embedding. Other models, or another mean, need a separate normalisation.
         self.accepts_uint8 = (isinstance(model, ViTPreTrainedModel) or accepts_uint8(model)) and all(
@@ -85,7 +87,7 @@ class Runner:
         logits = self.compute_logits(pixels)
         if self.flip:
             logits = (logits + self.compute_logits(pixels.flip(2 if self.accepts_uint8 else 3))) / 2
-        probabilities = compute_probabilities(logits, self.model.config)
+        probabilities = self.activation(logits, self.model.config)
         return probabilities, probabilities.topk(self.top_k).indices
 
     def compute_logits(self, pixels: Tensor) -> Tensor:
