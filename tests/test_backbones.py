@@ -346,6 +346,7 @@ def test_images_have_the_size_of_the_image_processor(home):
             "expected a checkpoint of ViT, DeiT, BEiT, DINOv2, DINOv2 with registers, DINOv3 ViT,",
         ),
         ({"architecture": "vit_tiny_patch16_224"}, "a timm checkpoint; convert it first: fastvit convert other FOLDER"),
+        ({"model_type": "yolos"}, "CLIP, SigLIP; found model type 'yolos': YOLOS is trained for detection"),
         ({"model_type": "siglip2"}, "SigLIP2 for images of variable size (NaFlex) is not supported"),
         ({"model_type": ["dinov2"]}, "found model type ['dinov2']"),
         ({"model_type": "dinov2", "hidden_size": 10**9}, "hidden_size: expected a whole number from 1 to 65,536"),

@@ -72,14 +72,15 @@ def main(argv: list[str]) -> int:
     from fastvit.serve.embedding import Embedder
 
     settings = {"pool": options.pool, "image_size": options.image_size, "max_batch": options.batch_size}
-    with Embedder(options.model, options.device, **settings) as embedder, tempfile.TemporaryDirectory() as folder:
+    embedder = Embedder(options.model, options.device, **settings)
+    with embedder, tempfile.TemporaryDirectory() as folder:
+        query = embedder(options.neighbours) if options.neighbours else None
         path = options.output or Path(folder, "features.jsonl")
         rows, failed = compute_rows(embedder, items, path, options)
         if options.knn:
             print_accuracy(rows, options.knn)
-        if options.neighbours:
-            query = embedder(options.neighbours)[-embedder.model.sizes["pooled"] :]
-            print_neighbours(rows, query, options)
+        if query is not None:
+            print_neighbours(rows, query[-embedder.model.sizes["pooled"] :], options)
     return 2 if failed else 0
 
 
@@ -108,7 +109,7 @@ def list_labelled(options: argparse.Namespace) -> Iterable[Item]:
     for name, split in images.splits.items():
         if options.split in (None, name):
             labels = [images.class_names[label] for label in split.labels]
-            is_file = options.dataset is None and not is_streamed
+            is_file = not is_streamed and Path(split.get_name(0)).exists()  # else a row of a table
             names = [split.get_name(i) if is_file else f"{name}/{i}" for i in range(len(split))]
             found += [Item(names[i], partial(split.load, i), labels[i], name) for i in range(len(split))]
     return yield_streamed(images, found) if is_streamed and options.split in (None, "train") else found
@@ -183,12 +184,12 @@ def print_accuracy(rows: list[dict[str, Any]], k: int) -> None:
 
     from fastvit.serve.embedding import measure_neighbours
 
+    if len(rows) < 2:
+        raise InputError(f"--knn: expected at least 2 images, found {len(rows)}")
     names = sorted({row["label"] for row in rows})
     splits = {name: [row for row in rows if row["split"] == name] for name in ("train", "validation", "test")}
     bank_name, *query_names = [name for name, found in splits.items() if found]
     bank, queries = splits[bank_name], splits[query_names[0]] if query_names else None
-    if len(bank) < 2:
-        raise InputError(f"--knn: expected at least 2 images in {bank_name}, found {len(bank)}")
     labels, truth = (np.array([names.index(row["label"]) for row in part]) for part in (bank, queries or bank))
     asked = f"{len(truth)} images of {query_names[0]}" if queries else "each image, with the others as neighbours"
     print(f"{k} nearest neighbours among {len(bank)} images of {bank_name}, accuracy on {asked}:")

@@ -108,6 +108,12 @@ FAMILIES = {
     "siglip_vision_model": SIGLIP,
 }
 
+# Models that look like a supported family -> why they are not.
+REFUSED = {
+    "siglip2": ": SigLIP2 for images of variable size (NaFlex) is not supported; checkpoints of one size are 'siglip'",
+    "yolos": ": YOLOS is trained for detection, and its tokens are those of boxes",
+}
+
 
 def get_family(stored: Mapping[str, Any], where: str) -> Family:
     """The family of a checkpoint by its config.json.
@@ -120,13 +126,9 @@ def get_family(stored: Mapping[str, Any], where: str) -> Family:
         return FAMILIES[model_type]
     if "architecture" in stored or model_type == "timm_wrapper":
         raise InputError(f"{where}: a timm checkpoint; convert it first: fastvit convert {where} FOLDER")
-    if model_type == "siglip2":
-        raise InputError(
-            f"{where}: SigLIP2 for images of variable size (NaFlex) is not supported; expected a SigLIP2 checkpoint of"
-            " one image size, which has the model type 'siglip'"
-        )
     names = ", ".join(dict.fromkeys(family.name for family in FAMILIES.values()))
-    raise InputError(f"{where}: expected a checkpoint of {names}; found model type {format_value(model_type)}")
+    reason = REFUSED.get(model_type, "") if isinstance(model_type, str) else ""
+    raise InputError(f"{where}: expected a checkpoint of {names}; found model type {format_value(model_type)}{reason}")
 
 
 def choose_pool(family: Family, pool: str | None) -> str:

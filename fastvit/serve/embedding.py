@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import logging
 
 from fastvit.adapters.backbones import build_classifier
 from fastvit.checkpoints.configuration import make_pair
@@ -80,9 +81,7 @@ class Embedder(Predictor):
         super().__init__(found, device or ("cuda" if torch.cuda.is_available() else "cpu"), max_batch=max_batch,
                          image_processor=preprocessor, top_k=1)  # fmt: skip
 
-    @staticmethod
-    def activation(logits: Tensor, config: Any) -> Tensor:
-        return logits
+    _activation = staticmethod(lambda logits, config: logits)
 
     def _build_prediction(self, probabilities: np.ndarray, best: np.ndarray) -> Any:
         return probabilities
@@ -98,9 +97,12 @@ def load_feature_model(model: str, pool: str | None, image_size: int | None) -> 
     height, width = (None, None) if preprocessor is None else preprocessor.image_size
     torch.manual_seed(0)  # of weights that are dropped, or not read
     labels = {"id2label": {0: "0", 1: "1"}, "label2id": {"0": 0, "1": 1}}
-    classifier = build_classifier(
-        model, labels, pool=pool, image_size=image_size, default_image_size=height if height == width else None
-    )
+    default_size, verbosity = height if height == width else None, logging.get_verbosity()
+    logging.set_verbosity_error()  # the classifier is new, and dropped
+    try:
+        classifier = build_classifier(model, labels, pool=pool, image_size=image_size, default_image_size=default_size)
+    finally:
+        logging.set_verbosity(verbosity)
     vision = get_vision_config(classifier.config)
     size = make_pair(vision.image_size)
     if preprocessor is None:
@@ -160,7 +162,7 @@ def find_neighbours(bank: np.ndarray, query: np.ndarray, count: int) -> list[tup
 
 
 def encode_features(features: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(features, dtype=np.float32)).decode()
+    return base64.b64encode(features.astype(np.float32).tobytes()).decode()
 
 
 def decode_row(row: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:

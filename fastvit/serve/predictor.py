@@ -136,7 +136,7 @@ class Predictor:
             top_k=min(top_k, config.num_labels),
             flip=flip,
             capture=capture_graphs() if cuda_graphs and first.device.type == "cuda" else None,
-            activation=self.activation,
+            activation=self._activation,
         )
         self._batcher = Batcher(
             runner.launch, max_batch=max_batch, max_wait=max_wait_ms / 1e3, launch_ahead=runner.is_asynchronous
@@ -145,7 +145,7 @@ class Predictor:
         # Also called at garbage collection and at the end of the program.
         self._shut_down = weakref.finalize(self, shut_down, self._batcher, self._pool)
 
-    activation = staticmethod(compute_probabilities)
+    _activation = staticmethod(compute_probabilities)
 
     def __call__(self, images: Any, *, raise_errors: bool | None = None) -> Any:
         """Classify one image, or a list or tuple of images.

@@ -131,8 +131,8 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             f"note: the classifier is trained step by step because of {', '.join(stepwise)}; without, it is fitted to"
             " features that are computed once"
             if stepwise
-            else "note: the classifier is fitted to features that are computed once; --epochs, --learning-rate and other"
-            " options of the optimizer have no effect"
+            else "note: the classifier is fitted to features that are computed once; --epochs, --learning-rate and the"
+            " other options of the optimizer have no effect"
         )
     model = load_model(options, images.class_names)
     processor = load_image_processor(options, model)

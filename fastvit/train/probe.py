@@ -10,6 +10,7 @@ loss on training images that were held out. The standardisation is folded into W
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from fastvit.errors import InputError
 from fastvit.train.training import FineTuner
 
 STRENGTHS = [10 ** (exponent / 2) for exponent in range(2, -11, -1)]  # of the L2 penalty, strong to weak
+DEFAULT_STRENGTH = 0.1  # where every class has a single image
 PATIENCE = 2  # weaker penalties to try after the best one so far
 HELD_OUT_FOLDS = 5
 MAX_FOLDED_IMAGES = 20_000  # with more, one fold is held out: its loss has little noise
@@ -40,7 +42,7 @@ class Head(NamedTuple):
         strength: of the L2 penalty.
         loss: mean loss over the training images, without the penalty.
         held_out_loss: mean loss over held-out training images, of classifiers fitted without them.
-        held_out_accuracy: their accuracy.
+        held_out_accuracy: their accuracy; both are NaN where every class has a single image.
     """
 
     weight: Tensor
@@ -155,13 +157,14 @@ def fit_head(
     problem = Problem((features - mean) / std, labels, class_weights, label_smoothing)
     zeros = features.new_zeros(num_classes, features.shape[1] + 1)
 
-    count = min(HELD_OUT_FOLDS, len(labels))
-    fold_of = assign_folds(labels, count, seed)
-    masks = [fold_of == fold for fold in range(count if len(labels) <= MAX_FOLDED_IMAGES else 1)]
+    fold_of = assign_folds(labels, HELD_OUT_FOLDS, seed)
+    fold_of[torch.bincount(labels)[labels] == 1] = -1  # the only image of a class is always trained on
+    numbers = range(HELD_OUT_FOLDS if len(labels) <= MAX_FOLDED_IMAGES else 1)
+    masks = [mask for fold in numbers if (mask := fold_of == fold).any()]
     folds = [(problem.select(~mask), problem.select(mask)) for mask in masks]
     solutions = [zeros] * len(folds)
     found: list[tuple[float, float, float]] = []  # loss, accuracy, strength
-    for strength in STRENGTHS:
+    for strength in STRENGTHS if folds else ():
         losses, is_right = [], []
         for index, (kept, held_out) in enumerate(folds):
             solutions[index] = kept.solve(strength, solutions[index])
@@ -170,7 +173,7 @@ def fit_head(
         found.append((float(np.mean(losses)), float(torch.cat(is_right).double().mean()), strength))
         if len(found) - found.index(min(found)) > PATIENCE:
             break
-    loss, accuracy, strength = min(found)
+    loss, accuracy, strength = min(found, default=(math.nan, math.nan, DEFAULT_STRENGTH))
     solution = problem.solve(strength, zeros)
     weight = solution[:, :-1] / std
     bias = solution[:, -1] - weight @ mean
@@ -226,8 +229,9 @@ def fit_classifier(trainer: FineTuner, images: ImageSet, label_smoothing: float 
     set_head(trainer.model, head)
     trainer.log({"loss": head.loss, "l2_strength": head.strength})
     handler.on_train_end(args, state, control)
+    found = f"accuracy {head.held_out_accuracy:.2%} on held-out training images"
     print(
         f"classifier fitted to {features.shape[1]} features of {len(images):,} images, L2 strength {head.strength:.2g}:"
-        f" accuracy {head.held_out_accuracy:.2%} on held-out training images"
+        f" {'no image could be held out' if math.isnan(head.held_out_loss) else found}"
     )
     return TrainOutput(state.global_step, head.loss, speed_metrics("train", start, len(images), len(batches)))
