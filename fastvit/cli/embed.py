@@ -109,7 +109,7 @@ def list_labelled(options: argparse.Namespace) -> Iterable[Item]:
     for name, split in images.splits.items():
         if options.split in (None, name):
             labels = [images.class_names[label] for label in split.labels]
-            is_file = not is_streamed and Path(split.get_name(0)).exists()  # else a row of a table
+            is_file = not is_streamed and len(split) and Path(split.get_name(0)).exists()  # else a row
             names = [split.get_name(i) if is_file else f"{name}/{i}" for i in range(len(split))]
             found += [Item(names[i], partial(split.load, i), labels[i], name) for i in range(len(split))]
     return yield_streamed(images, found) if is_streamed and options.split in (None, "train") else found
