@@ -17,6 +17,7 @@ COMMANDS = [
     "finetune",
     "info",
     "predict",
+    "serve",
     "sweep",
     "tune",
     "watch",
