@@ -394,6 +394,8 @@ def seed_rng(seed: int) -> Iterator[None]:
 class ImageSet(torch.utils.data.Dataset):
     """Cached images with labels, for a Trainer: {"pixel_values": uint8 [height, width, 3], "labels": int}.
 
+    Labels of several per image, or numbers, are float32 [names] instead of int.
+
     Args:
         cache: The images; skipped ones are left out.
         labels: The label of each image in `cache`, skipped ones included.
@@ -418,7 +420,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.seed, self.epoch, self.with_seeds = seed, 0, with_seeds
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
-        self.labels = [int(labels[index]) for index in self.indices]
+        self.labels = np.asarray(labels)[self.indices]
         self.augment = augment
 
     def __len__(self) -> int:
@@ -435,7 +437,7 @@ class ImageSet(torch.utils.data.Dataset):
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
         entry: dict[str, torch.Tensor | int] = {
             "pixel_values": torch.from_numpy(self.get_pixels(item)),
-            "labels": self.labels[item],
+            "labels": torch.from_numpy(label) if (label := self.labels[item]).ndim else int(label),
         }
         if self.with_seeds:
             entry["seed"] = self.compute_seed(item)

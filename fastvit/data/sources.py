@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from fastvit.errors import InputError, escape_unprintable
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
+MORE_LABEL_COLUMNS = ("target", "category", "class_name", "label_name")  # in tables
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # Labels of a CSV file that pandas and `datasets` read as empty cells.
 AMBIGUOUS_TEXTS = {"None", "NA", "N/A", "n/a", "NULL", "null", "<NA>"}
@@ -47,14 +49,15 @@ class LabelledFiles:
     Attributes:
         name: The folder or file in messages.
         class_names: The classes in the order of their labels.
-        splits: Split -> (path, label) of each image.
+        splits: Split -> (path, label) of each image; the label is float32 [names] unless `task` is "single-label".
         notes: What was left out.
     """
 
     name: str
     class_names: list[str]
-    splits: dict[str, list[tuple[str, int]]]
+    splits: dict[str, list[tuple[str, Any]]]
     notes: list[str] = field(default_factory=list)
+    task: str = "single-label"
 
 
 def open_source(
@@ -65,6 +68,7 @@ def open_source(
     label_column: str | None,
     *,
     streaming: bool = False,
+    task: str = "auto",
 ) -> LabelledFiles | dict[str, Any]:
     """Opens labelled images.
 
@@ -75,6 +79,7 @@ def open_source(
         image_column: The column of the images.
         label_column: The column of the labels.
         streaming: Whether to open a hub dataset without reading it.
+        task: What the labels are for, or "auto" (`fastvit.data.targets`).
 
     Returns:
         Files, or splits of the `datasets` library by their normalized names.
@@ -88,7 +93,7 @@ def open_source(
         from fastvit.data.label_files import read_label_file
 
         root = Path(labels).parent if data_dir is None else check_folder(data_dir)
-        return read_label_file(Path(labels), root, image_column, label_column)
+        return read_label_file(Path(labels), root, image_column, label_column, task)
     if data_dir is None:
         assert dataset is not None
         source = ALIASES.get(dataset, dataset)
@@ -104,8 +109,9 @@ def open_source(
         files = find_metadata_files(root)
         columns = read_columns(files[0]) if files else []
         usual = LABEL_COLUMNS if label_column is None else (label_column,)
-        if (column := next((name for name in usual if name in columns), None)) is not None:
-            return load_metadata_folder(source, files, column, streaming)
+        several = find_label_columns(label_column, [name for name in columns if name != "file_name"], task)
+        if label_columns := several or [name for name in usual if name in columns][:1]:
+            return load_metadata_folder(source, files, label_columns, streaming)
     try:
         return read_class_folders(root, image_column, label_column)
     except InputError as error:
@@ -123,13 +129,13 @@ def check_folder(data_dir: str | Path) -> Path:
     return Path(data_dir)
 
 
-def load_metadata_folder(source: str, files: Sequence[Path], column: str, streaming: bool) -> dict[str, Any]:
+def load_metadata_folder(source: str, files: Sequence[Path], columns: list[str], streaming: bool) -> dict[str, Any]:
     """Loads a folder of images whose labels are in metadata files.
 
     Args:
         source: The folder.
         files: Its metadata files.
-        column: The label column of the metadata files.
+        columns: The label columns of the metadata files.
         streaming: Whether to open the images without reading them.
 
     Returns:
@@ -140,12 +146,12 @@ def load_metadata_folder(source: str, files: Sequence[Path], column: str, stream
     """
     import datasets
 
-    for file in files:
+    for file, column in itertools.product(files, columns):
         check_metadata_labels(file, column)
     loaded = datasets.load_dataset("imagefolder", data_dir=source, streaming=streaming)
     # Beside folders or files with names of splits, `datasets` ignores the metadata file, and folders become the labels.
-    features = [(split.features or {}).get(column) for split in loaded.values()]
-    classes = read_class_feature(files[0], column)  # of a Parquet file; in others, labels are text or numbers
+    features = [(split.features or {}).get(column) for split in loaded.values() for column in columns]
+    classes = read_class_feature(files[0], columns[0])  # of a Parquet file; in others, labels are text or numbers
     if any(
         feature is None or (isinstance(feature, datasets.ClassLabel) and feature != classes) for feature in features
     ):
@@ -326,6 +332,24 @@ def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], 
         f"{source}: found no {kind} column among {', '.join(features)}; name it with --{kind}-column"
         + (" (in a folder, each class is a sub-folder; at least 2 are needed)" if kind == "label" else "")
     )
+
+
+def find_label_columns(given: str | None, others: Sequence[str], task: str) -> list[str]:
+    """Returns the columns of labels if there are several: those of "a,b", or all `others` of a task without classes.
+
+    Args:
+        given: The value of --label-column.
+        others: The columns that may hold labels.
+        task: What the labels are for.
+    """
+    if given is not None and given not in others and "," in given:
+        names = [name.strip() for name in given.split(",")]
+        if unknown := [name for name in names if name not in others]:
+            raise InputError(f"label_column: expected some of {', '.join(others)}, got {', '.join(unknown)}")
+        return names
+    usual = (*LABEL_COLUMNS, *MORE_LABEL_COLUMNS)
+    is_given = given is not None or any(name.strip().lower() in usual for name in others)
+    return list(others) if task in ("multi-label", "regression") and len(others) > 1 and not is_given else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,6 +162,8 @@ def stream_images(
         raise InputError(f"{source}: expected images and labels, found rows whose columns are not declared")
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    if "List" in type(features[label_column]).__name__ or isinstance(features[label_column], list):
+        raise InputError(f"{source}: expected one label per image, found lists; they are read without --streaming")
     for name in [name for name, split in splits.items() if label_column not in (split.features or features)]:
         notes.append(f"{name}: its images have no labels and are left out")
         del splits[name]
