@@ -55,7 +55,8 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
 
     import fastvit
     from fastvit.data.images import ImageCache, ImageSet
-    from fastvit.train.build import compute_accuracy
+    from fastvit.report.tasks import TASKS
+    from fastvit.train.objectives import build_metrics
     from fastvit.train.training import FineTuner
 
     torch.set_num_threads(1)
@@ -72,7 +73,12 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
     model = fastvit.ViTForImageClassification(config)
     pixels = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
     args = TrainingArguments(output_dir, use_cpu=True, per_device_eval_batch_size=8, report_to="none")
-    trainer = FineTuner(model=model, args=args, data_collator=default_data_collator, compute_metrics=compute_accuracy)
+    trainer = FineTuner(
+        model=model,
+        args=args,
+        data_collator=default_data_collator,
+        compute_metrics=build_metrics(TASKS["single-label"], None),
+    )
     seen = []
     for size in sizes:
         result = trainer.predict(ImageSet(ImageCache(pixels[:size], {}), np.arange(size)))

@@ -222,16 +222,25 @@ def test_training_images_without_any_label_are_an_error(tmp_path):
             read(root)
 
 
-def test_labels_that_are_measurements_or_lists_are_an_error(tmp_path):
+def test_labels_that_are_measurements_or_lists_are_another_task_and_an_error_in_a_stream(tmp_path):
     measured = save_hub_dataset(tmp_path / "pets", {"train": [0.5, 0.25, 0.75, 0.5]}, datasets.Value("float64"))
     tagged = save_hub_dataset(tmp_path / "tags", {"train": [[0, 1], [1]]}, datasets.List(datasets.Value("int64")))
     stars = save_hub_dataset(tmp_path / "stars", {"train": [0.5, 1.5] * 3}, datasets.Value("float64"))
-    for read in (load_images, lambda root: stream_images(root, need_validation=False)):
-        with pytest.raises(InputError, match="expected classes, found numbers that hardly repeat, such as 0"):
-            read(measured)
-        with pytest.raises(InputError, match="expected one label per image, found"):
-            read(tagged)
-        assert read(stars).class_names == ["0.5", "1.5"]
+    for root, kind, message in (
+        (measured, "regression", "expected classes, found numbers that hardly repeat, such as 0"),
+        (tagged, "multi-label", "expected one label per image, found"),
+    ):
+        assert load_images(root).task == kind
+        for read in (
+            lambda root: load_images(root, task="single-label"),
+            lambda root: stream_images(root, need_validation=False),
+        ):
+            with pytest.raises(InputError, match=message):
+                read(root)
+    with pytest.raises(InputError, match=r"may be one class per image \(--task single-label\) or numbers"):
+        load_images(stars)
+    assert load_images(stars, task="single-label").class_names == ["0.5", "1.5"]
+    assert stream_images(stars, need_validation=False).class_names == ["0.5", "1.5"]
 
 
 def test_two_splits_for_validation_are_an_error(tmp_path):
@@ -507,7 +516,6 @@ def test_a_table_may_name_splits_and_numbers_and_lack_labels(flat, tmp_path):
         ([["file_name", "red", "green"], ["cat/cat0.png", "1", "0"]], "label_column: expected one of .*, found none"),
         ([["file_name", "label"], ["cat/cat0.png"]], "row 2: expected 2 columns, found 1"),
         ([["file_name", "label", "split"], ["cat/cat0.png", "cat", "x"]], "row 1: expected train, validation or test"),
-        ([["file_name", "label"], *[[path, n / 7] for n, (path, _) in enumerate(PAIRS)]], "numbers that hardly repeat"),
         ([["file_name", "label"]], "expected rows of file names and labels, found none"),
     ],
 )

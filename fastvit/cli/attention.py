@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
                 code = 2
                 continue
             result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
-            title = describe_prediction(result.probabilities, predictor.class_names)
+            title = describe_prediction(result.probabilities, predictor.class_names, predictor.task)
             target.parent.mkdir(exist_ok=True)
             figures.save_image(figures.draw_attention_sheet(image, *result[1:], title=title), target)
             print(escape_unprintable(f"{name}: {title}"))

@@ -14,7 +14,8 @@ from fastvit.cli.parsers import add_prediction_arguments, build_model_parser, ch
 from fastvit.errors import InputError, escape_unprintable
 
 if TYPE_CHECKING:
-    from fastvit.data.datasets import Split
+    from fastvit.data.datasets import ImageDataset, Split
+    from fastvit.report.tasks import Task
     from fastvit.serve.predictor import Predictor
 
 
@@ -27,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--split", metavar="NAME", help="train, validation or test [validation, else test, else train]")
     parser.add_argument("--image-column", metavar="NAME", help="column of the images [found by name]")
-    parser.add_argument("--label-column", metavar="NAME", help="column of the classes [found by name]")
+    parser.add_argument("--label-column", metavar="NAME", help="column of the labels, or several: A,B,C")
     parser.add_argument(
         "--skip-bad-images", action="store_true", help="skip images that cannot be decoded, and count them"
     )
@@ -43,46 +44,77 @@ def main(argv: list[str]) -> None:
     from fastvit.checkpoints.hub import skip_unreachable_hub
     from fastvit.data.datasets import load_images
     from fastvit.models.calibration import compute_reliability
-    from fastvit.report import classification
     from fastvit.serve.predictor import Predictor
 
     if options.dataset not in (None, "generated"):
         load_images = skip_unreachable_hub()(load_images)
-    images = load_images(
-        options.dataset,
-        options.data_dir,
-        labels_file=options.labels,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        validation_fraction=0,
-    )
-    for note in images.notes:
-        print(f"note: {note}", file=sys.stderr)
-    split_name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
-    if split_name not in images.splits:
-        raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {split_name!r}")
-    split = images.splits[split_name]
     with Predictor(options.model, options.device, max_batch=options.batch_size, flip=options.flip) as predictor:
-        names = predictor.class_names
-        unknown = sorted(set(images.class_names) - set(names))
-        if unknown:
-            raise InputError(f"{images.name}: the model does not know the class(es) {', '.join(unknown[:10])}")
+        task, names = predictor.task, predictor.class_names
+        is_trained_so = predictor.model.config.problem_type == task.problem_type  # else one logit for one class
+        images = load_images(
+            options.dataset,
+            options.data_dir,
+            labels_file=options.labels,
+            image_column=options.image_column,
+            label_column=options.label_column,
+            task=task.kind if is_trained_so else "single-label",
+            validation_fraction=0,
+        )
+        for note in images.notes:
+            print(f"note: {note}", file=sys.stderr)
+        split_name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
+        if split_name not in images.splits:
+            raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {split_name!r}")
+        split = images.splits[split_name]
+        labels = align_labels(images, split.labels, names, task)
         indices, probabilities = predict_split(predictor, split, options.skip_bad_images)
     if not indices:
         raise InputError(f"{images.name}: no image left in split {split_name!r}")
-    labels = np.array([names.index(images.class_names[label]) for label in split.labels])[indices]
-    confusion = classification.confusion_matrix(labels, probabilities.argmax(-1), len(names))
-    error = compute_reliability(probabilities, labels).expected_calibration_error
-    metrics = {**classification.classification_metrics(confusion), "calibration_error": error}
-    skipped = len(split) - len(indices)
+    evaluation = task.evaluate(labels[indices], probabilities, names, predictor.thresholds)
+    metrics, skipped = evaluation.metrics, len(split) - len(indices)
+    if evaluation.confusion is not None:
+        error = compute_reliability(probabilities, labels[indices]).expected_calibration_error
+        metrics |= {"calibration_error": error, "confusion": evaluation.confusion.tolist()}
     if options.json:
-        found = {"split": split_name, "class_names": names, "skipped": skipped, **metrics}
-        print(json.dumps({**found, "confusion": confusion.tolist()}))
+        print(json.dumps({"split": split_name, "class_names": names, "skipped": skipped, **metrics}))
         return
     note = f", {skipped} skipped" if skipped else ""
-    print(f"{images.name}, {split_name}: accuracy {metrics['accuracy']:.2%} on {len(indices)} images{note}")
-    print(f"expected calibration error of the probabilities: {error:.2%}\n")
-    print(classification.format_metrics(confusion, names))
+    value = task.format_metric(metrics[task.metric])
+    print(f"{images.name}, {split_name}: {task.metric_name} {value} on {len(indices)} images{note}")
+    if evaluation.confusion is not None:
+        print(f"expected calibration error of the probabilities: {error:.2%}")
+    print(f"\n{evaluation.format_text()}")
+
+
+def align_labels(images: ImageDataset, labels: np.ndarray, names: list[str], task: Task) -> np.ndarray:
+    """Arrange labels of a dataset for a model with the classes `names`.
+
+    Args:
+        images: the dataset.
+        labels: its classes int64 `[N]`, or its labels or numbers float32 `[N, names]`.
+        names: If a model has one label, images of all other classes are without it.
+        task: that of the model.
+
+    Raises:
+        InputError: the model does not know a class, or the images lack a number that it predicts.
+    """
+    given, is_multi_label = images.class_names, task.kind == "multi-label"
+    if task.kind == "regression" and len(names) == len(given) == 1:
+        return labels
+    missing = [name for name in names if name not in given] if task.kind != "single-label" else []
+    if missing and not (is_multi_label and len(missing) < len(names)):
+        found = f"expected the {task.noun} of the model ({', '.join(names[:10])}), found {', '.join(given[:10])}"
+        raise InputError(f"{images.name}: {found}")
+    unknown = sorted(set(given) - set(names))
+    if unknown and (task.kind == "single-label" or (is_multi_label and len(names) > 1)):
+        raise InputError(f"{images.name}: the model does not know the {task.noun} {', '.join(unknown[:10])}")
+    if missing:
+        print(f"note: {images.name}: no images with the labels {', '.join(missing[:10])}", file=sys.stderr)
+    if task.kind == "single-label":
+        return np.array([names.index(given[label]) for label in labels])
+    table = np.eye(len(given), dtype=np.float32)[labels] if labels.ndim == 1 else labels
+    table = np.append(table, np.zeros((len(table), 1), dtype=np.float32), axis=1)  # for the labels without images
+    return table[:, [given.index(name) if name in given else -1 for name in names]]
 
 
 def predict_split(predictor: Predictor, split: Split, skip_bad: bool) -> tuple[list[int], np.ndarray]:

@@ -23,15 +23,17 @@ from fastvit.errors import InputError, escape_unprintable
 if TYPE_CHECKING:
     import torch
 
-    from fastvit.serve.predictor import Predictor
+    from fastvit.serve.predictor import Prediction, Predictor
     from fastvit.serve.sources import Source
 
 
 def main(argv: list[str]) -> int:
-    """Print or write the most probable classes of each image; returns exit code 2 if an image could not be read."""
+    """Print or write what the model predicts for each image; returns exit code 2 if an image could not be read."""
     parser = build_model_parser("predict")
     add_source_arguments(parser)
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to print")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="number of classes to print, of a model of classes"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line")
     parser.add_argument(
         "-o",
@@ -61,18 +63,30 @@ def print_predictions(predictor: Predictor, sources: Sequence[Source], as_json: 
     from fastvit.serve.output import build_record
 
     code = 0
-    results = predictor.stream(source.image for source in sources)
-    for (name, _), result in zip(sources, results, strict=True):
+    predicted = predictor.stream(source.image for source in sources)
+    for (name, _), result in zip(sources, predicted, strict=True):
         if isinstance(result, InputError):
             print(f"error: {escape_unprintable(str(result))}", file=sys.stderr)
             code = 2
         elif as_json:
-            print(json.dumps(build_record(name, list(result.top)), ensure_ascii=not name.isprintable()))
+            record = build_record(name, list_results(predictor, result), kind=predictor.task.kind)
+            print(json.dumps(record, ensure_ascii=not name.isprintable()))
         else:
             print(escape_unprintable(name))
-            for label, score in result.top:
-                print(f"  {score:7.2%}  {escape_unprintable(label)}")
+            results = list_results(predictor, result)
+            for label, score in results:
+                print(f"  {predictor.task.format_score(score):>7}  {escape_unprintable(label)}")
+            if not results:
+                print("  no label reaches its threshold")
     return code
+
+
+def list_results(predictor: Predictor, result: Prediction) -> list[tuple[str, float]]:
+    """The most probable classes, the labels that reach their thresholds, or the numbers; rounded for files."""
+    if predictor.task.kind == "regression":
+        return [(label, float(f"{value:.7g}")) for label, value in result.selected]
+    pairs = result.top if predictor.task.kind == "single-label" else result.selected
+    return [(label, round(score, 6)) for label, score in pairs]
 
 
 def write_predictions(predictor: Predictor, sources: Sequence[Source], options: argparse.Namespace) -> int:
@@ -81,9 +95,14 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
 
     from fastvit.serve.output import PredictionFile
 
-    top = min(options.top, len(predictor.class_names))
+    kind = predictor.task.kind
     settings = {name: getattr(options, name) for name in ("model", "dataset", "split", "flip")}
-    settings |= {"top": top, "weights": compute_fingerprint(predictor.model)}
+    settings |= {
+        "top": min(options.top, len(predictor.class_names)) if kind == "single-label" else 1,
+        "weights": compute_fingerprint(predictor.model),
+        "task": kind,
+        "names": predictor.class_names if kind == "regression" else [],
+    }
     unique = {source.name: source for source in sources}
     failed = 0
     with PredictionFile(options.output, settings, options.overwrite) as output:
@@ -96,7 +115,7 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
                 failed += 1
                 output.add(name, [], str(result))
             else:
-                output.add(name, [(label, round(score, 6)) for label, score in result.top])
+                output.add(name, list_results(predictor, result))
         output.finish()
     note = f"; {failed} could not be read: see `error` in the file" if failed else ""
     print(f"written: {options.output} ({len(unique)} images{note})")

@@ -39,6 +39,8 @@ def main(argv: list[str]) -> None:
         listen(options.host, options.port) as listener,
         Predictor(options.model, options.device, **settings) as predictor,
     ):
+        if predictor.task.kind == "regression":
+            raise InputError(f"MODEL: expected a classifier, got a regression in {options.model}")
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{options.model}: {url}, described at {url}/docs  (Ctrl-C ends it)", flush=True)

@@ -62,7 +62,10 @@ class PredictionFile:
         partial = self.path.with_name(f".{self.path.name}.partial")
         with wrap_write_errors(self.path):
             try:
-                self.writers[self.path.suffix](partial, self.read_rows(), self.settings)
+                # A multi-label model predicts any number of labels.
+                longest = max((len(row.get("classes", ())) for row in self.read_rows()), default=0)
+                settings = {**self.settings, "top": max(self.settings.get("top", 0), longest)}
+                self.writers[self.path.suffix](partial, self.read_rows(), settings)
                 partial.replace(self.path)
             finally:
                 partial.unlink(missing_ok=True)
@@ -112,41 +115,46 @@ class PredictionFile:
 
 
 def write_csv(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write the columns image, label, probability, label_2, probability_2, ..., error."""
-    top = settings["top"]
+    """Write the columns image, label, probability, label_2, probability_2, ..., error, or image, numbers, error."""
+    top, names = settings["top"], settings.get("names")
     numbers = ["", *(f"_{rank}" for rank in range(2, top + 1))]
+    header = names or [f"{kind}{number}" for number in numbers for kind in ("label", "probability")]
     with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", *(f"{kind}{n}" for n in numbers for kind in ("label", "probability")), "error"])
+        writer.writerow(["image", *header, "error"])
         for row in rows:
-            cells = [cell for label, score in row["classes"] for cell in (label, round(score, 6))]
-            writer.writerow([row["image"], *cells, *[""] * (2 * top - len(cells)), row["error"]])
+            cells = [cell for pair in row["classes"] for cell in (pair[1:] if names else pair)]
+            writer.writerow([row["image"], *cells, *[""] * (len(header) - len(cells)), row["error"]])
 
 
 def write_jsonl(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write the lines of `fastvit predict --json`; an image that could not be read has `error` instead of `classes`."""
+    """Write the lines of `fastvit predict --json`; an image that could not be read has `error` instead of results."""
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(build_record(row["image"], row["classes"], row["error"])) + "\n")
+            file.write(json.dumps(build_record(row["image"], row["classes"], row["error"], settings["task"])) + "\n")
 
 
-def build_record(name: str, classes: list[tuple[str, float]], error: str = "") -> dict[str, Any]:
-    """Build the JSON object of an image."""
+def build_record(
+    name: str, classes: list[tuple[str, float]], error: str = "", kind: str = "single-label"
+) -> dict[str, Any]:
+    """Build the JSON object of an image: its `classes`, or the `values` of a regression."""
     if error:
         return {"image": name, "error": error}
+    if kind == "regression":
+        return {"image": name, "values": dict(classes)}
     return {"image": name, "classes": [{"label": label, "probability": round(score, 6)} for label, score in classes]}
 
 
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Write the columns image, label, probability, labels, probabilities and error."""
+    """Write the columns image, label, probability, labels, probabilities and error, or image, numbers and error."""
     import pyarrow
     import pyarrow.parquet
 
     text, number = pyarrow.string(), pyarrow.float32()
-    schema = pyarrow.schema([
-        ("image", text), ("label", text), ("probability", number),
-        ("labels", pyarrow.list_(text)), ("probabilities", pyarrow.list_(number)), ("error", text),
-    ])  # fmt: skip
+    lists = [("labels", pyarrow.list_(text)), ("probabilities", pyarrow.list_(number))]
+    names = settings.get("names")
+    columns = [(name, number) for name in names] if names else [("label", text), ("probability", number), *lists]
+    schema = pyarrow.schema([("image", text), *columns, ("error", text)])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         batch: list[dict[str, Any]] = []
         for row in rows:
@@ -154,7 +162,8 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str
             batch.append({
                 "image": row["image"].encode("utf-8", "backslashreplace").decode(),
                 "label": labels[0] if labels else None, "probability": scores[0] if scores else None,
-                "labels": labels, "probabilities": scores, "error": row["error"] or None,
+                "labels": labels, "probabilities": scores, **(dict(row["classes"]) if names else {}),
+                "error": row["error"] or None,
             })  # fmt: skip
             if len(batch) == PARQUET_ROWS:
                 writer.write_table(pyarrow.Table.from_pylist(batch, schema))

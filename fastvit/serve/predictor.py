@@ -32,8 +32,9 @@ from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.images import to_image
 from fastvit.errors import InputError
 from fastvit.models.backbone import FAMILIES, accepts_uint8, get_vision_config
-from fastvit.models.calibration import compute_probabilities
+from fastvit.models.calibration import compute_probabilities, get_thresholds
 from fastvit.models.pretrained import ViTPreTrainedModel
+from fastvit.report.tasks import get_task
 from fastvit.serve.batching import CLOSED, Batcher
 from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
 from fastvit.serve.runner import Runner, capture_graphs
@@ -48,20 +49,23 @@ PREFETCH_BATCHES = 2  # batches of one call that are decoded, and that are compu
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The classification of one image.
+    """The classification of one image, or the numbers that a regression predicts for it.
 
     Attributes:
-        label: name of the most probable class.
-        score: probability of that class.
-        top: (label, score) of the `top_k` most probable classes, best first.
+        label: name of the most probable class; of a regression, of the first number.
+        score: probability of that class; of a regression, the first number.
+        top: (label, score) of the `top_k` most probable classes, best first; of a regression, all numbers.
         probabilities: float32 `[classes]`, in the order of `Predictor.class_names`. They sum to 1, except for
-            multi-label models.
+            multi-label models; of a regression, the numbers.
+        selected: (label, score) of what the model predicts: the most probable class; the labels of a multi-label model
+            that reach their thresholds, best first; all numbers of a regression.
     """
 
     label: str
     score: float
     top: tuple[tuple[str, float], ...]
     probabilities: np.ndarray
+    selected: tuple[tuple[str, float], ...] = ()
 
 
 class Predictor:
@@ -88,6 +92,8 @@ class Predictor:
         model: the loaded model.
         preprocessor: its image preprocessing.
         class_names: names of the classes, by index.
+        task: what the model predicts (`fastvit.report.tasks`).
+        thresholds: probability from which each label of a multi-label model is predicted, float `[classes]`.
 
     Raises:
         InputError: the model, the image processor or another argument cannot be used.
@@ -124,6 +130,7 @@ class Predictor:
         self.model: Any = classifier
         config: Any = self.model.config
         self.class_names = get_class_names(config)
+        self.task, self.thresholds = get_task(config), get_thresholds(config)
         first = next(self.model.parameters())
         if tune and (line := tune_at_start(self.model, [(size, False) for size in sorted({1, max_batch})[::-1]])):
             logger.info("%s (tune=False skips this)", line)
@@ -244,8 +251,12 @@ class Predictor:
                 yield each
 
     def _build_prediction(self, probabilities: np.ndarray, best: np.ndarray) -> Prediction:
-        top = tuple((self.class_names[index], float(probabilities[index])) for index in best)
-        return Prediction(*top[0], top, probabilities)
+        chosen = self.task.select(probabilities, self.thresholds)
+        selected, top = (
+            tuple((self.class_names[index], float(probabilities[index])) for index in indices)
+            for indices in (chosen, chosen if self.task.kind == "regression" else best)
+        )
+        return Prediction(*top[0], top, probabilities, selected)
 
 
 def preprocess(preprocessor: Preprocessor, source: Any, name: str) -> Prepared:
@@ -305,8 +316,6 @@ def resolve_preprocessor(model: Any, image_processor: Any) -> Preprocessor:
 def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
     """Raise InputError if preprocessed images do not fit the model, or the model is not a classifier."""
     config: Any = model.config
-    if config.problem_type == "regression":
-        raise InputError("model: config.problem_type: expected a classifier, got 'regression'")
     if getattr(config, "num_channels", 3) != 3:
         raise InputError(f"model: config.num_channels: expected 3, for RGB, got {config.num_channels}")
     vision = get_vision_config(config)

@@ -20,6 +20,7 @@ from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
 from fastvit.data.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.data.streaming import Stream, StreamedDataset, stream_images
+from fastvit.data.targets import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fastvit.errors import InputError
 from fastvit.models.backbone import FAMILIES, get_vision_config
 from fastvit.models.heads import ViTForImageClassification
@@ -30,8 +31,10 @@ from fastvit.models.loading import (
     read_image_settings,
     read_model_type,
 )
+from fastvit.report.tasks import TASKS
 from fastvit.serve.preprocessing import load_preprocessor
 from fastvit.train.folds import select_fold
+from fastvit.train.objectives import LabelLoss, NumberHead, NumberLoss, compute_spread
 from fastvit.train.options import SIZES, FinetuneOptions
 from fastvit.train.recipes import RandAugment, TargetLoss, add_adapters, compute_class_weights
 from fastvit.train.run_folder import find_last_checkpoint
@@ -67,6 +70,7 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
             labels_file=options.labels,
             image_column=options.image_column,
             label_column=options.label_column,
+            task=options.task or "auto",
             validation_fraction=options.validation_fraction if options.fold is None else 0,
             seed=options.seed,
             image_size=options.image_size or 64,
@@ -78,16 +82,21 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
 
 
 def print_counts(images: ImageDataset) -> None:
-    """Print a table of images per class and split."""
-    width = max(len(name) for name in [*images.class_names, "class"])
-    print(f"{images.name}: {len(images.class_names)} classes")
-    print(f"  {'class':<{width}}" + "".join(f"{name:>12}" for name in images.splits))
-    counts = images.count_labels()
+    """Print a table of images per class and split, or of the means of numbers."""
+    task = TASKS[images.task]
+    heading = {REGRESSION: "mean of", MULTI_LABEL: "label"}.get(images.task, "class")
+    width = max(len(name) for name in [*images.class_names, heading])
+    print(f"{images.name}: {len(images.class_names)} {task.noun}")
+    print(f"  {heading:<{width}}" + "".join(f"{name:>12}" for name in images.splits))
+    counts, cell = images.count_labels(), "12.6g" if images.task == REGRESSION else "12d"
     for label, class_name in list(enumerate(images.class_names))[:50]:
-        print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>12}" for count in counts.values()))
+        print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>{cell}}" for count in counts.values()))
     if len(images.class_names) > 50:
-        print(f"  ... and {len(images.class_names) - 50} more classes")
-    print(f"  {'total':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
+        print(f"  ... and {len(images.class_names) - 50} more {task.noun}")
+    print(
+        f"  {'images' if images.task == REGRESSION else 'total':<{width}}"
+        + "".join(f"{len(split):>12}" for split in images.splits.values())
+    )
     for note in images.notes:
         print(f"note: {note}")
 
@@ -170,16 +179,24 @@ def build_stream(
     return stream
 
 
-def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
+def load_model(options: FinetuneOptions, class_names: list[str], task: str = SINGLE_LABEL) -> Any:
     """Load or initialise the model, with a classifier for `class_names`. A ViT with its usual pool is our own model.
 
     Raises:
         InputError: the checkpoint cannot be loaded, or the image size is no multiple of the patch size.
     """
+    model = load_any_model(options, class_names, task)
+    for name in ("label_thresholds", "calibration_temperature"):  # of the classifier that the checkpoint had
+        if getattr(model.config, name, None) is not None:
+            setattr(model.config, name, None)
+    return model
+
+
+def load_any_model(options: FinetuneOptions, class_names: list[str], task: str) -> Any:
     classes = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
-        "problem_type": "single_label_classification",
+        "problem_type": TASKS[task].problem_type,
     }
     labels = {
         **classes,
@@ -274,8 +291,14 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
     return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
 
 
-def prepare_model(options: FinetuneOptions, model: Any) -> Any:
-    """Freeze the backbone, recompute activations or add adapters, as the options say; returns the model to train."""
+def prepare_model(options: FinetuneOptions, model: Any, spread: tuple[np.ndarray, np.ndarray] | None = None) -> Any:
+    """Freeze the backbone, recompute activations or add adapters, as the options say; returns the model to train.
+
+    Args:
+        spread: mean and standard deviation of the targets of a regression.
+    """
+    if spread is not None:
+        model.classifier = NumberHead(model.classifier, *spread)
     if options.freeze_backbone:
         for name, parameter in model.named_parameters():
             if not name.startswith("classifier."):
@@ -299,27 +322,28 @@ def choose_precision(options: FinetuneOptions, hidden_size: int) -> str:
 
 
 def build_loss(
-    options: FinetuneOptions, train: ImageSet | None, num_classes: int, has_own_loss: bool = True
+    options: FinetuneOptions,
+    train: ImageSet | None,
+    num_classes: int,
+    has_own_loss: bool = True,
+    task: str = SINGLE_LABEL,
 ) -> TargetLoss | None:
-    """The loss for class weights or mixed labels; None for the model's own loss with Trainer's label smoothing.
+    """The loss for class weights, mixed or other labels; None for the model's own loss with Trainer's label smoothing.
 
     Args:
         has_own_loss: whether the model's own loss counts the images of all batches of a step. Those of BEiT, CLIP and
             SigLIP in transformers do not, although Trainer assumes it.
+        task: what the model predicts.
     """
+    if task != SINGLE_LABEL:
+        assert train is not None
+        return LabelLoss() if task == MULTI_LABEL else NumberLoss(compute_spread(train.labels)[1])
     weights = None
     if options.class_balanced is not None and train is not None:
         weights = compute_class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
     elif has_own_loss and not (options.mixup or options.cutmix):
         return None
     return TargetLoss(weights, options.label_smoothing)
-
-
-def compute_accuracy(prediction) -> dict[str, float]:
-    """Accuracy and mean loss. Trainer's own loss counts the images twice that pad the last batches."""
-    logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
 
 
 def count_steps(options: FinetuneOptions, images: ImageDataset, processes: PartialState) -> int:
@@ -331,8 +355,16 @@ def count_steps(options: FinetuneOptions, images: ImageDataset, processes: Parti
 
 
 def build_training_arguments(
-    options: FinetuneOptions, precision: str, has_validation: bool, max_steps: int, block_class: str
+    options: FinetuneOptions,
+    precision: str,
+    has_validation: bool,
+    max_steps: int,
+    block_class: str,
+    task: str = SINGLE_LABEL,
+    num_names: int = 1,
 ) -> TrainingArguments:
+    # The mean error of several numbers is that of the largest ones; the loss is in units of their deviations.
+    metric = "loss" if task == REGRESSION and num_names > 1 else TASKS[task].metric
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
         output_dir=options.output_dir,
@@ -366,7 +398,8 @@ def build_training_arguments(
         save_steps=options.eval_steps,
         load_best_model_at_end=has_validation,
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
-        metric_for_best_model="accuracy" if has_validation else None,
+        metric_for_best_model=metric if has_validation else None,
+        greater_is_better=TASKS[task].greater_is_better,
         report_to=options.report_to,
         push_to_hub=options.push_to_hub is not None,
         hub_model_id=options.push_to_hub,

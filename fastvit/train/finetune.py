@@ -24,17 +24,18 @@ from fastvit.adapters.backbones import get_block_class_name
 from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.data.streaming import Stream, StreamedDataset
+from fastvit.data.targets import REGRESSION, SINGLE_LABEL
 from fastvit.errors import InputError, Stopped, report_errors
 from fastvit.files import write_atomically, write_text
 from fastvit.models.backbone import get_vision_config
 from fastvit.report import figures, info
+from fastvit.report.tasks import TASKS
 from fastvit.train.build import (
     build_image_sets,
     build_loss,
     build_stream,
     build_training_arguments,
     choose_precision,
-    compute_accuracy,
     count_steps,
     describe_count,
     is_plain_vit,
@@ -46,7 +47,8 @@ from fastvit.train.build import (
 )
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
-from fastvit.train.options import FinetuneOptions, list_stepwise_options, parse_options
+from fastvit.train.objectives import build_metrics, compute_spread
+from fastvit.train.options import FinetuneOptions, check_task, list_stepwise_options, parse_options
 from fastvit.train.probe import fit_classifier
 from fastvit.train.recipes import ImageMixer, RecipeTuner
 from fastvit.train.results import write_fold_summary, write_results
@@ -125,7 +127,8 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     set_seed(options.seed)
     images = load_data(options, processes)
     print_counts(images)
-    stepwise = list_stepwise_reasons(options)
+    check_task(options, images.task)
+    stepwise = list_stepwise_reasons(options) + ([] if images.task == SINGLE_LABEL else [f"--task {images.task}"])
     if options.freeze_backbone:
         print(
             f"note: the classifier is trained step by step because of {', '.join(stepwise)}; without, it is fitted to"
@@ -134,7 +137,7 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             else "note: the classifier is fitted to features that are computed once; --epochs, --learning-rate and the"
             " other options of the optimizer have no effect"
         )
-    model = load_model(options, images.class_names)
+    model = load_model(options, images.class_names, images.task)
     processor = load_image_processor(options, model)
     model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     sets = build_image_sets(options, images, processor, processes)
@@ -146,8 +149,10 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     for name in ("early_stopping", "calibrate"):
         if getattr(options, name) and VALIDATION not in sets:
             raise InputError(f"--{name.replace('_', '-')}: expected a validation split, {images.name} has none")
-    model = prepare_model(options, model)
-    mix = ImageMixer(len(images.class_names), options.mixup, options.cutmix)
+    model = prepare_model(options, model, compute_spread(sets[TRAIN].labels) if images.task == REGRESSION else None)
+    task, num_classes = TASKS[images.task], len(images.class_names)
+    loss = build_loss(options, sets.get(TRAIN), num_classes, is_plain_vit(options), images.task)
+    mix = ImageMixer(num_classes, options.mixup, options.cutmix)
 
     # The options and the images have been checked: from here on the folder is written.
     with processes.main_process_first():
@@ -164,13 +169,15 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             VALIDATION in sets,
             count_steps(options, images, processes),
             get_block_class_name(model),
+            images.task,
+            num_classes,
         ),
         train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
         data_collator=mix,
-        compute_loss_func=build_loss(options, sets.get(TRAIN), len(images.class_names), is_plain_vit(options)),
-        compute_metrics=compute_accuracy,
+        compute_loss_func=loss,
+        compute_metrics=build_metrics(task, loss),
         callbacks=[StopOnLostLock(lock), log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
         ema_decay=options.ema,

@@ -88,7 +88,10 @@ class ImageOptions:
         metavar="FILE",
     )  # fmt: skip
     image_column: str | None = option(None, "column of the images [found by name]")
-    label_column: str | None = option(None, "column of the classes [found by name]")
+    label_column: str | None = option(None, "column of the labels, or several: A,B,C [found by name]")
+    task: Literal["auto", "single-label", "multi-label", "regression"] | None = option(
+        None, "one class per image, several labels, or numbers [auto: as the labels show, if they have one reading]"
+    )
     validation_fraction: float = option(0.15, "share held out if there is no validation split", metavar="SHARE")
     max_train_samples: int | None = option(None, "train on N images only [all]", AT_LEAST_ONE)
     max_eval_samples: int | None = option(None, "evaluate on N images only [all]", AT_LEAST_ONE)
@@ -204,6 +207,7 @@ class FinetuneOptions(OutputOptions, RecipeOptions, TrainingOptions, ImageOption
     def __post_init__(self) -> None:
         if self.dataset is None and self.data_dir is None and self.labels is None:
             self.dataset = "beans"
+        self.task = None if self.task == "auto" else self.task  # runs of earlier versions have no task
         if not self.output_dir:
             source = Path(self.dataset or self.data_dir or Path(self.labels or "").with_suffix(""))
             self.output_dir = str(Path("runs") / (source.parent.name if "*" in source.name else source.name))
@@ -244,11 +248,13 @@ def check_combinations(options: FinetuneOptions) -> None:
         options.fsdp and "LOCAL_RANK" not in os.environ,
         "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ...",
     )
+    check_task(options, options.task)
     if not options.streaming:
         refuse(options.class_names, "--class-names: expected together with --streaming; else the dataset has the names")
         return
     for name in ("randaugment", "mixup", "cutmix", "class_balanced", "folds"):
         refuse(getattr(options, name), f"{get_flag(name)}: cannot be used with --streaming")
+    refuse(options.task in OTHER_TASKS, f"--streaming: cannot be used with --task {options.task}")
     refuse(
         options.dataset == "generated",
         "--streaming: expected a hub dataset or --data-dir; generated leaves cannot be streamed",
@@ -272,6 +278,18 @@ def list_stepwise_options(options: FinetuneOptions) -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         found.append("several processes")
     return found or ["--augment"] * options.augment
+
+
+# Options that the task has no meaning for. FSDP cannot shard the head of a regression, which has its own state.
+OF_CLASSES = ("label_smoothing", "mixup", "cutmix", "class_balanced", "calibrate")
+OTHER_TASKS: dict[str, tuple[str, ...]] = {"multi-label": OF_CLASSES, "regression": (*OF_CLASSES, "fsdp")}
+
+
+def check_task(options: FinetuneOptions, task: str | None) -> None:
+    """Check the options of a run for a task; raises InputError for one that cannot be used."""
+    for name in OTHER_TASKS.get(task or "", ()):
+        if value := getattr(options, name):
+            raise InputError(f"{get_flag(name)}: cannot be used with --task {task}, got {value}")
 
 
 def check_start(from_scratch: str | None, model: str | Literal[False] | None) -> None:

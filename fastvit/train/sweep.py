@@ -24,10 +24,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastvit.adapters.backbones import get_block_class_name
 from fastvit.data.datasets import TRAIN, VALIDATION
+from fastvit.data.targets import SINGLE_LABEL
 from fastvit.errors import InputError
 from fastvit.files import write_text
 from fastvit.models.backbone import get_vision_config
+from fastvit.report.tasks import TASKS
 from fastvit.train import build
+from fastvit.train.objectives import build_metrics
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import ImageMixer, RecipeTuner, TargetLoss, require
 from fastvit.train.run_folder import select_run_options
@@ -54,6 +57,8 @@ class Sweep:
         self.options, self.space = options, space
         images = build.load_data(options, processes)
         build.print_counts(images)
+        if images.task != SINGLE_LABEL:
+            raise InputError(f"fastvit sweep: expected one class per image, found --task {images.task}")
         self.class_names = images.class_names
         model = build.load_model(options, self.class_names)
         processor = build.load_image_processor(options, model)
@@ -75,7 +80,7 @@ class Sweep:
             train_dataset=sets[TRAIN],
             eval_dataset=sets[VALIDATION],
             data_collator=ImageMixer(len(self.class_names)),
-            compute_metrics=build.compute_accuracy,
+            compute_metrics=build_metrics(TASKS[images.task], None),
             callbacks=[PruneOnNonFiniteLoss()],
             ema_decay=options.ema,
         )
