@@ -62,9 +62,9 @@ class PredictionFile:
         partial = self.path.with_name(f".{self.path.name}.partial")
         with wrap_write_errors(self.path):
             try:
-                # A multi-label model predicts any number of labels.
-                longest = max((len(row.get("classes", ())) for row in self.read_rows()), default=0)
-                settings = {**self.settings, "top": max(self.settings.get("top", 0), longest)}
+                settings = dict(self.settings)
+                if settings.get("task") == "multi-label":  # any number of labels reaches its threshold
+                    settings["top"] = max([1, *(len(row["classes"]) for row in self.read_rows())])
                 self.writers[self.path.suffix](partial, self.read_rows(), settings)
                 partial.replace(self.path)
             finally:
