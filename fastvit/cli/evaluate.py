@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
         image_column=options.image_column,
         label_column=options.label_column,
         validation_fraction=0,
+        need_train=False,
     )
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -7,10 +7,10 @@ The `datasets` library reads and caches datasets of the hub.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fastvit.data.sources import (
     VALIDATION,
     LabelledFiles,
     check_classes,
+    check_training_split,
     find_column,
     format_label,
     is_missing,
@@ -103,7 +104,9 @@ class ImageDataset:
         """
         train, found = self.load_example_split(), {}
         for label, name in enumerate(self.class_names[:num_classes]):
-            found[name] = list(islice(_make_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
+            found[name] = list(
+                itertools.islice(_make_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class)
+            )
         return found
 
     def load_example_split(self) -> Split:
@@ -130,6 +133,7 @@ def load_images(
     seed: int = 0,
     image_size: int = 64,
     generated_images: int = 2000,
+    need_train: bool = True,
 ) -> ImageDataset:
     """Loads a dataset of the hub, an image folder or the generated dataset.
 
@@ -144,9 +148,10 @@ def load_images(
         seed: Seed of that choice and of the generated images.
         image_size: Height and width of the generated images.
         generated_images: Number of generated images.
+        need_train: Whether to raise InputError if there is no training split.
 
     Returns:
-        The dataset, with a training split.
+        The dataset.
 
     Raises:
         InputError: If the dataset cannot be read, or lacks training images, labels or classes.
@@ -163,6 +168,8 @@ def load_images(
             images = read_tables(
                 source, image_column, label_column, ALIASES.get(dataset or "", dataset) or str(data_dir)
             )
+    if need_train:
+        check_training_split(images.splits, images.name)
     if VALIDATION not in images.splits and validation_fraction:
         train = images.splits.pop(TRAIN)
         kept, held_out = split_stratified(train.labels, validation_fraction, seed)
@@ -245,11 +252,12 @@ def read_tables(
     """Returns the dataset of splits of the `datasets` library, without the images that have no label."""
     import datasets
 
-    features = splits[TRAIN].features
+    features = splits.get(TRAIN, next(iter(splits.values()))).features
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
     values = {name: split[label_column][:] for name, split in splits.items() if label_column in split.features}
-    class_names, labels = map_labels(features[label_column], values[TRAIN], source)
+    counted = [values[TRAIN]] if TRAIN in values else values.values()
+    class_names, labels = map_labels(features[label_column], itertools.chain(*counted), source)
     images, notes = ImageDataset(source, class_names, {}), []
     present: dict[str, list[str]] = {}
     for name, split in splits.items():

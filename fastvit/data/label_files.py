@@ -68,8 +68,15 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
     is_header = bool(set(columns) & {image_column, label_column}) or find_by_name(columns, NAME_COLUMNS) is not None
     if not is_header and len(columns) == 2 and is_file(resolve, columns[0]):
         rows = [dict(zip(("file_name", "label"), row, strict=True)) for row in [columns, *(r.values() for r in rows)]]
-        columns = list(rows[0])
-    split_column = find_by_name(columns, SPLIT_COLUMNS)
+    return label_rows(file, rows, root, image_column, label_column)
+
+
+def label_rows(
+    file: Path, rows: list[dict[str, Any]], root: Path, image_column: str | None, label_column: str | None
+) -> LabelledFiles:
+    """Labels files by the rows of the table `file`; arguments and errors as those of `read_label_file`."""
+    resolve = build_resolver(root)
+    split_column = find_by_name(rows[0], SPLIT_COLUMNS)
     image_column, label_column = find_columns(rows[0], resolve, image_column, label_column, split_column)
 
     if file.suffix not in (".jsonl", ".parquet"):
@@ -97,6 +104,10 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
             " names their folder"
         )
     notes = [f"{repeated} rows of {file} repeat a file and are left out"] if repeated else []
+    listed = {os.path.normpath(path) for split in splits.values() for path in split}
+    found = [os.path.normpath(path) for path in find_images(root)]
+    if unlisted := sum(path not in listed for path in found):
+        notes.append(f"{unlisted} of {len(found)} images in {root} have no row in {file} and are left out")
     return build_labelled_files(file, splits, notes)
 
 
@@ -123,11 +134,10 @@ def find_columns(
 
 def build_labelled_files(file: Path, splits: dict[str, dict[str, Any]], notes: list[str]) -> LabelledFiles:
     """Numbers the classes, and leaves out the files without a label."""
-    if TRAIN not in splits:
-        raise InputError(f"{file}: expected a split called 'train', found {', '.join(splits)}")
     convert = choose_number_type(value for split in splits.values() for value in split.values())
     values = {name: {path: convert(value) for path, value in split.items()} for name, split in splits.items()}
-    _, trained = map_labels(None, values[TRAIN].values(), str(file))
+    counted = [values[TRAIN]] if TRAIN in values else values.values()
+    _, trained = map_labels(None, (value for split in counted for value in split.values()), str(file))
     present = {
         name: {format_label(value) for value in split.values() if not is_missing(value, trained)}
         for name, split in values.items()
@@ -148,9 +158,15 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise InputError(f"--labels: expected a file of file names and labels, found none at {file}")
     try:
         if file.suffix == ".parquet":
+            import datasets
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(file).to_pylist()
+            table = pyarrow.parquet.read_table(file)
+            features, rows = datasets.Features.from_arrow_schema(table.schema), table.to_pylist()
+            for name in [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]:
+                for row in rows:
+                    row[name] = None if row[name] in (None, -1) else features[name].int2str(row[name])
+            return rows
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".jsonl", ".ndjson"):
             return [json.loads(line) for line in text.split("\n") if line.strip()]

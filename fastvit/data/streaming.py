@@ -8,7 +8,6 @@ depend on nothing else, so that a resumed run skips the images it has seen and c
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import sys
@@ -35,14 +34,13 @@ from fastvit.data.sources import (
     TRAIN,
     VALIDATION,
     LabelledFiles,
+    check_training_split,
     find_column,
     find_values,
     format_label,
     is_absent,
     is_missing,
-    normalize_splits,
     open_source,
-    wrap_read_errors,
 )
 from fastvit.errors import InputError, ProcessError
 
@@ -205,11 +203,8 @@ def _open_splits(
     """
     import datasets
 
-    shards = None if data_dir is None or labels_file is not None else _find_tar_shards(str(data_dir))
-    if shards is not None:
-        with wrap_read_errors(source):
-            return normalize_splits(datasets.load_dataset("webdataset", streaming=True, **shards), source), None, []
     opened = open_source(dataset, data_dir, labels_file, image_column, label_column, streaming=True)
+    check_training_split(opened.splits if isinstance(opened, LabelledFiles) else opened, source)
     if isinstance(opened, LabelledFiles):
         features = datasets.Features(
             {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=opened.class_names)}
@@ -260,16 +255,6 @@ def _resolve_classes(
     if len(names) < 2:
         raise InputError(f"{source}: expected at least 2 classes, found {len(names)}: {', '.join(names)}")
     return names, labels
-
-
-def _find_tar_shards(data_dir: str) -> dict[str, Any] | None:
-    """Finds tar files for the `datasets` library: those of a folder, split by their names, or of a glob pattern."""
-    if Path(data_dir).is_dir():
-        return {"data_dir": data_dir} if any(Path(data_dir).rglob("*.tar")) else None
-    files = sorted(glob.glob(data_dir, recursive=True))  # noqa: PTH207 (the pattern is a whole path)
-    if not files or not all(file.endswith(".tar") for file in files):
-        raise InputError(f"data_dir: expected a folder, or a pattern of .tar files, got {data_dir}")
-    return {"data_files": {TRAIN: files}}
 
 
 def _read_class_names(given: str) -> list[str]:
