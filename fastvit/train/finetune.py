@@ -235,11 +235,16 @@ def train(
         Stopped: by a signal, after a checkpoint was saved.
     """
     with log, explain_early_end(trainer, options):
+
+        def describe_remedy() -> str:
+            last = find_last_checkpoint(options.output_dir)
+            return f"the last checkpoint is {last or 'none'}; continue with the same command and --resume"
+
         if fits_features:
             assert isinstance(trainer.train_dataset, ImageSet)
             result = fit_classifier(trainer, trainer.train_dataset, options.label_smoothing)
         else:
-            with interrupt, explain_lost_process(Path(options.output_dir)):
+            with interrupt, explain_lost_process(describe_remedy):
                 result = trainer.train(
                     resume_from_checkpoint=find_last_checkpoint(options.output_dir) if options.resume else None
                 )
