@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImageProcessorPil
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastvit.adapters.backbones import build_classifier
+from fastvit.adapters.backbones import build_classifier, check_image_size
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
@@ -69,7 +69,7 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
             label_column=options.label_column,
             validation_fraction=options.validation_fraction if options.fold is None else 0,
             seed=options.seed,
-            image_size=options.image_size or 64,
+            image_size=max(make_pair(options.image_size or 64)),
             generated_images=options.generated_images,
         )
     if options.folds is None or options.fold is None:
@@ -190,7 +190,7 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
     if options.from_scratch is not None:
         hidden_size, num_layers, num_heads = SIZES[options.from_scratch]
         image_size = options.image_size or 224
-        if image_size % options.patch_size:
+        if any(side % options.patch_size for side in make_pair(image_size)):
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {options.patch_size}, got {image_size}"
             )
@@ -222,11 +222,7 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
     config.update(labels)
     if options.image_size is not None:
         config.image_size = options.image_size
-        patch_size = make_pair(config.patch_size)
-        if any(options.image_size % side for side in patch_size):
-            raise InputError(
-                f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
-            )
+        check_image_size(options.image_size, config.patch_size)
     # The classifier alone may have other shapes, for other classes.
     return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
 
@@ -238,12 +234,9 @@ def is_plain_vit(options: FinetuneOptions) -> bool:
     )
 
 
-def read_default_size(model: str) -> int | None:
-    """The size of the images that the image processor of a checkpoint returns, if there is one and they are square."""
-    if read_image_settings(model) is None:
-        return None
-    height, width = load_preprocessor(model).image_size
-    return height if height == width else None
+def read_default_size(model: str) -> tuple[int, int] | None:
+    """The size of the images that the image processor of a checkpoint returns, if there is one."""
+    return None if read_image_settings(model) is None else load_preprocessor(model).image_size
 
 
 def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProcessorPil:
@@ -251,9 +244,10 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
 
     Whole images are resized, also where the checkpoint's image processor crops them.
     """
-    height, width = make_pair(get_vision_config(model.config).image_size)
+    size = get_vision_config(model.config).image_size
     settings: dict[str, Any] = {}
     if not is_plain_vit(options):
+        size = options.image_size or read_default_size(options.model) or size
         if read_image_settings(options.model) is None:
             family = FAMILIES[get_vision_config(model.config).model_type]
             family = FAMILIES.get(read_model_type(options.model), family)
@@ -271,7 +265,7 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
             print(f"note: {options.model} has no image processor; using mean and standard deviation 0.5")
         else:
             settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
-    return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
+    return ViTImageProcessorPil(size=dict(zip(("height", "width"), make_pair(size), strict=True)), **settings)
 
 
 def prepare_model(options: FinetuneOptions, model: Any) -> Any:
