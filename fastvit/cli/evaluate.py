@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
     from fastvit.checkpoints.hub import skip_unreachable_hub
     from fastvit.data.datasets import load_images
     from fastvit.models.calibration import compute_reliability
+    from fastvit.models.loading import explain_load_errors, read_config
     from fastvit.report import classification
     from fastvit.serve.predictor import Predictor
 
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> None:
         label_column=options.label_column,
         validation_fraction=0,
         need_train=False,
+        channels=explain_load_errors(options.model, lambda: read_config(options.model)).get("num_channels", 3),
     )
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -117,7 +117,7 @@ class ImageDataset:
 def _make_thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
     for index in indices:
         with contextlib.suppress(InputError):
-            image = split.load(int(index))
+            image = split.load(int(index)).convert("RGB")
             image.thumbnail((side, side))
             yield image
 
@@ -134,6 +134,7 @@ def load_images(
     image_size: int = 64,
     generated_images: int = 2000,
     need_train: bool = True,
+    channels: int = 3,
 ) -> ImageDataset:
     """Loads a dataset of the hub, an image folder or the generated dataset.
 
@@ -149,6 +150,7 @@ def load_images(
         image_size: Height and width of the generated images.
         generated_images: Number of generated images.
         need_train: Whether to raise InputError if there is no training split.
+        channels: The number of channels of the images (`decode_image`).
 
     Returns:
         The dataset.
@@ -163,10 +165,10 @@ def load_images(
     else:
         source = open_source(dataset, data_dir, labels_file, image_column, label_column)
         if isinstance(source, LabelledFiles):
-            images = read_files(source)
+            images = read_files(source, channels)
         else:
             images = read_tables(
-                source, image_column, label_column, ALIASES.get(dataset or "", dataset) or str(data_dir)
+                source, image_column, label_column, ALIASES.get(dataset or "", dataset) or str(data_dir), channels
             )
     if need_train:
         check_training_split(images.splits, images.name)
@@ -225,7 +227,7 @@ def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def read_files(files: LabelledFiles) -> ImageDataset:
+def read_files(files: LabelledFiles, channels: int) -> ImageDataset:
     """Returns the dataset of image files."""
 
     def build_split(images: list[tuple[str, int]]) -> Split:
@@ -237,7 +239,7 @@ def read_files(files: LabelledFiles) -> ImageDataset:
                 raise InputError(
                     f"{escape_unprintable(path)}: expected an image, found a broken link or no regular file"
                 )
-            return decode_image(path)
+            return decode_image(path, channels=channels)
 
         labels = np.array([label for _, label in images], dtype=np.int64)
         return Split(labels, load, compute_fingerprint(paths), paths.__getitem__)
@@ -247,7 +249,7 @@ def read_files(files: LabelledFiles) -> ImageDataset:
 
 
 def read_tables(
-    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str
+    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str, channels: int
 ) -> ImageDataset:
     """Returns the dataset of splits of the `datasets` library, without the images that have no label."""
     import datasets
@@ -268,13 +270,13 @@ def read_tables(
             continue
         found = [values[name][i] for i in kept]
         present[name] = [class_names[labels[v]] if v in labels else format_label(v) for v in dict.fromkeys(found)]
-        images.splits[name] = build_table_split(split, image_column, label_column, kept)
+        images.splits[name] = build_table_split(split, image_column, kept, channels)
         images.splits[name].labels = np.array([labels.get(value, -1) for value in found], dtype=np.int64)
     images.notes = notes + check_classes(class_names, present, source)
     return images
 
 
-def build_table_split(split, image_column: str, label_column: str, kept: list[int]) -> Split:
+def build_table_split(split, image_column: str, kept: list[int], channels: int = 3) -> Split:
     """Returns the images of the rows `kept`, with labels of -1."""
     import datasets
 
@@ -286,7 +288,7 @@ def build_table_split(split, image_column: str, label_column: str, kept: list[in
         if cell is None:
             raise InputError(f"row {index}: expected an image in column {image_column!r}, found an empty cell")
         path = cell["path"]
-        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}")
+        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}", channels)
 
     def get_name(index: int) -> str:
         cell = raw[index][image_column]

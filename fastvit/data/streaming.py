@@ -57,6 +57,7 @@ class StreamedDataset(ImageDataset):
         label_column: The column with the labels.
         labels: Value of the label column -> class.
         num_train: The number of training images; None if unknown.
+        channels: The number of channels of the images.
     """
 
     train: Any
@@ -64,6 +65,7 @@ class StreamedDataset(ImageDataset):
     label_column: str
     labels: dict[Any, int]
     num_train: int | None
+    channels: int = 3
     has_noted_missing: bool = False
 
     def read_encoded(self, row: dict[str, Any]) -> tuple[str, bytes]:
@@ -117,6 +119,7 @@ def stream_images(
     seed: int = 0,
     need_length: bool = False,
     need_validation: bool = True,
+    channels: int = 3,
 ) -> StreamedDataset:
     """Opens a dataset for streaming; its encoded validation and test images are read into memory.
 
@@ -133,6 +136,7 @@ def stream_images(
         seed: Seed of that choice.
         need_length: Whether to raise InputError if the number of training images is unknown.
         need_validation: Whether to raise InputError if there is no validation split.
+        channels: The number of channels of the images (`decode_image`).
 
     Returns:
         The dataset.
@@ -170,7 +174,7 @@ def stream_images(
 
     names, labels = _resolve_classes(splits[TRAIN], features[label_column], label_column, class_names, source)
     images = StreamedDataset(
-        source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train, notes=notes
+        source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train, channels, notes=notes
     )
     for name in (VALIDATION, TEST):
         if name not in splits:
@@ -299,7 +303,7 @@ def _read_into_memory(images: StreamedDataset, rows) -> tuple[Split | None, int]
 
     def load(index: int) -> Image.Image:
         name, data = encoded[index]
-        return decode_image(data, name)
+        return decode_image(data, name, images.channels)
 
     split = Split(np.array(labels, dtype=np.int64), load, digest.hexdigest(), lambda index: encoded[index][0])
     return split if encoded else None, num_missing
@@ -381,7 +385,8 @@ class Stream(torch.utils.data.IterableDataset):
             name, data = self.images.read_encoded(row)
             label = self.images.get_label(row, name)
             try:
-                pixels = np.asarray(decode_image(data, name).resize(self.decode_size[::-1], self.resample))
+                image = decode_image(data, name, self.images.channels)
+                pixels = np.asarray(image.resize(self.decode_size[::-1], self.resample))
             except InputError as error:
                 if not self.skip_bad:
                     raise ProcessError(str(error)) from None
@@ -399,7 +404,7 @@ class Stream(torch.utils.data.IterableDataset):
     def make_placeholder(self) -> dict[str, torch.Tensor | int]:
         """Builds an item to be discarded. Its label, -1, is no class, so that training on it raises an error."""
         size = self.augment.image_size if isinstance(self.augment, Augment) else self.decode_size
-        return {"pixel_values": torch.zeros(*size, 3, dtype=torch.uint8), "labels": -1}
+        return {"pixel_values": torch.zeros(*size, self.images.channels, dtype=torch.uint8), "labels": -1}
 
 
 def build_stream_loader(stream: Stream, batch_size: int, args: TrainingArguments, collate: Callable):

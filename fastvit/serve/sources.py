@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvit.checkpoints.locations import find_nearest
-from fastvit.data.datasets import build_table_split, load_images
+from fastvit.data.datasets import load_images
 from fastvit.data.images import list_image_suffixes
 from fastvit.data.sources import IMAGE_COLUMNS, LabelledFiles, find_column, open_source
 from fastvit.errors import InputError
@@ -105,7 +105,16 @@ def list_dataset_sources(dataset: str, split: str | None, image_column: str | No
     if name not in splits:
         raise InputError(f"--split: expected one of {', '.join(splits)}, got {name!r}")
     chosen = splits[name]
-    if dataset != "generated":  # images without labels are classified as well
-        column = find_column("image", image_column, chosen.features, IMAGE_COLUMNS, datasets.Image, dataset)
-        chosen = build_table_split(chosen, column, "", list(range(len(chosen))))
-    return [Source(f"{name}/{index}", partial(chosen.load, index)) for index in range(len(chosen))]
+    if dataset == "generated":
+        return [Source(f"{name}/{index}", partial(chosen.load, index)) for index in range(len(chosen))]
+    column = find_column("image", image_column, chosen.features, IMAGE_COLUMNS, datasets.Image, dataset)
+    rows = chosen.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return [Source(f"{name}/{index}", partial(read_cell, rows, index, column)) for index in range(len(rows))]
+
+
+def read_cell(rows: Any, index: int, column: str) -> Any:
+    """Return the path or the bytes of an image in a row; raise InputError for an empty cell."""
+    cell = rows[index][column]
+    if cell is None:
+        raise InputError(f"row {index}: expected an image in column {column!r}, found an empty cell")
+    return cell["path"] if cell["bytes"] is None else cell["bytes"]

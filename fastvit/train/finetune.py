@@ -43,6 +43,7 @@ from fastvit.train.build import (
     load_model,
     prepare_model,
     print_counts,
+    set_statistics,
 )
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
@@ -136,8 +137,9 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
         )
     model = load_model(options, images.class_names)
     processor = load_image_processor(options, model)
-    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     sets = build_image_sets(options, images, processor, processes)
+    set_statistics(options, images, sets, processor)
+    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     train_set: Stream | ImageSet
     if isinstance(images, StreamedDataset):
         train_set = build_stream(options, images, processor, processes)

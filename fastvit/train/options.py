@@ -72,6 +72,7 @@ class ModelOptions:
         None, "height and width in pixels, or one number for both [the model's; from scratch: 224]", AT_LEAST_ONE,
         metavar=("PIXELS", "WIDTH"), is_repeated=True,
     )  # fmt: skip
+    channels: int = option(3, "channels: 1 for grey, or those of multispectral TIFF or .npy files", AT_LEAST_ONE)
     patch_size: int = option(16, "from scratch: height and width of a patch", AT_LEAST_ONE, metavar="PIXELS")
     freeze_backbone: bool = option(False, "fit the classifier alone, on features computed once (linear probe)")
     attention_dropout: float = option(0.0, "dropout probability of the attention weights", BELOW_ONE, metavar="P")
@@ -248,6 +249,15 @@ def check_combinations(options: FinetuneOptions) -> None:
     refuse(
         options.fsdp and "LOCAL_RANK" not in os.environ,
         "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ...",
+    )
+    for name in ("randaugment", "lora"):
+        refuse(
+            getattr(options, name) and options.channels != 3,
+            f"{get_flag(name)}: expected images of 3 channels, got --channels {options.channels}",
+        )
+    refuse(
+        options.dataset == "generated" and options.channels != 3,
+        f"--channels: expected 3 for the generated leaves, got {options.channels}",
     )
     if not options.streaming:
         refuse(options.class_names, "--class-names: expected together with --streaming; else the dataset has the names")
