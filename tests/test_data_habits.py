@@ -356,7 +356,7 @@ def write_csv(file: Path, rows: list[list], delimiter: str = ",") -> Path:
 
 def test_a_caption_column_does_not_hide_the_folders(tmp_path):
     root = make_classes(tmp_path / "data")
-    rows = [[f"{name}/{name}{number}.png", "a pet"] for name in ("cat", "dog") for number in range(3)]
+    rows = [["cat/cat0.png", "a pet"], ["dog/dog0.png", "a pet", "of ours"]]
     write_csv(root / "metadata.csv", [["file_name", "text"], *rows])
     assert load(root) == {"train": TWO}
     assert stream_images(data_dir=root, need_validation=False).class_names == ["cat", "dog"]

@@ -62,9 +62,7 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
         InputError: If the table or its columns cannot be read, its files are not there, or a file has two labels.
     """
     rows, resolve = read_rows(file), build_resolver(root)
-    if not rows:
-        raise InputError(f"{file}: expected rows of file names and labels, found none")
-    columns = list(rows[0])
+    columns = list(rows[0]) if rows else []
     is_header = bool(set(columns) & {image_column, label_column}) or find_by_name(columns, NAME_COLUMNS) is not None
     if not is_header and len(columns) == 2 and is_file(resolve, columns[0]):
         rows = [dict(zip(("file_name", "label"), row, strict=True)) for row in [columns, *(r.values() for r in rows)]]
@@ -75,6 +73,8 @@ def label_rows(
     file: Path, rows: list[dict[str, Any]], root: Path, image_column: str | None, label_column: str | None
 ) -> LabelledFiles:
     """Labels files by the rows of the table `file`; arguments and errors as those of `read_label_file`."""
+    if not rows:
+        raise InputError(f"{file}: expected rows of file names and labels, found none")
     resolve = build_resolver(root)
     split_column = find_by_name(rows[0], SPLIT_COLUMNS)
     image_column, label_column = find_columns(rows[0], resolve, image_column, label_column, split_column)
@@ -169,7 +169,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             return rows
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise InputError(f"{file}: expected a JSON object per line")
+            return rows
         if file.suffix not in (".csv", ".tsv", ".txt"):
             raise InputError(f"--labels: expected a .csv, .tsv, .jsonl or .parquet file, got {file}")
         header = text.partition("\n")[0]

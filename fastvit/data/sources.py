@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import glob
+import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 from fastvit.data.folders import (
     METADATA_FILES,
+    SPLIT_WORDS,
     find_files,
     find_images,
     find_only_folder,
@@ -35,10 +37,6 @@ LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # Labels of a CSV file that pandas and `datasets` read as empty cells.
 AMBIGUOUS_TEXTS = {"None", "NA", "N/A", "n/a", "NULL", "null", "<NA>"}
-SPLIT_NAMES = dict.fromkeys(("val", "valid", "dev", "eval", "evaluation"), VALIDATION) | {
-    "training": TRAIN,
-    "testing": TEST,
-}
 
 
 @dataclass
@@ -132,11 +130,11 @@ def read_folder(root: Path, image_column: str | None, label_column: str | None) 
     from fastvit.data.label_files import label_rows, read_rows
 
     base, files = find_metadata_files(root)
-    tables = {file: read_rows(file) for file in files}
-    columns = list(dict.fromkeys(name for rows in tables.values() for row in rows[:1] for name in row))
+    with wrap_read_errors(str(root)):
+        columns = list(dict.fromkeys(name for file in files for name in read_columns(file)))
     usual = LABEL_COLUMNS if label_column is None else (label_column,)
     if "file_name" in columns and set(usual) & set(columns):
-        rows = [row for file in files for row in locate_rows(base, file, tables[file])]
+        rows = [row for file in files for row in locate_rows(base, file, read_rows(file))]
         return label_rows(files[0], rows, base, None if image_column == "image" else image_column, label_column)
     try:
         return read_class_folders(root, image_column, label_column)
@@ -154,7 +152,7 @@ def locate_rows(base: Path, file: Path, rows: list[dict[str, Any]]) -> list[dict
     split = match_split(file.parent.name) if file.parent != base else None
     tops = {Path(str(row.get("file_name"))).parts[:-1][:1] for row in rows}
     found = sorted(top[0] for top in tops if top and match_split(top[0]))
-    if found and file.parent == base and "split" not in rows[0]:
+    if found and file.parent == base and not any("split" in row for row in rows):
         raise InputError(
             f"{file}: its labels are not read, as the folders {format_list(found)} can be splits or hold training"
             " images; put a metadata file into the folder of each split, or give this file with --labels (its column"
@@ -170,6 +168,19 @@ def find_metadata_files(root: Path) -> tuple[Path, list[Path]]:
     files = [path for folder in folders for name in METADATA_FILES if (path := folder / name).is_file()]
     inner = find_only_folder(root) if not files else None
     return (root, files) if inner is None else find_metadata_files(inner)
+
+
+def read_columns(file: Path) -> list[str]:
+    """Reads the names of a metadata file's columns, of which the rows need not be well-formed if they have no label."""
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(file).names)
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as opened:
+        if file.suffix == ".csv":
+            return next(csv.reader(opened), [])
+        first = json.loads(opened.readline() or "{}")
+        return list(first) if isinstance(first, dict) else []
 
 
 def check_label_texts(texts: Iterable[str | None], file: Path) -> None:
@@ -259,7 +270,7 @@ def normalize_splits(loaded: dict[str, Any], source: str) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     given: dict[str, str] = {}
     for name, split in loaded.items():
-        usual = SPLIT_NAMES.get(name, name)
+        usual = SPLIT_WORDS.get(name, name)
         if usual in splits:
             raise InputError(f"{source}: expected one split for {usual}, found two: {given[usual]} and {name}")
         splits[usual], given[usual] = split, name
