@@ -96,19 +96,19 @@ def list_dataset_sources(dataset: str, split: str | None, image_column: str | No
     if dataset == "generated":
         splits = load_images(dataset, validation_fraction=0).splits
     else:
-        where = (None, dataset) if Path(dataset).is_dir() else (dataset, None)
-        opened = open_source(*where, None, image_column, None)
+        is_local = Path(dataset).is_dir()
+        opened = open_source(None if is_local else dataset, dataset if is_local else None, None, image_column, None)
         if isinstance(opened, LabelledFiles):
             raise InputError(f"--dataset: {dataset} is a folder of images, which is given as IMAGE")
         splits = opened
     name = split or next((name for name in ("test", "validation", "train") if name in splits), next(iter(splits)))
     if name not in splits:
         raise InputError(f"--split: expected one of {', '.join(splits)}, got {name!r}")
-    chosen = splits[name]
+    rows: Any = splits[name]
     if dataset == "generated":
-        return [Source(f"{name}/{index}", partial(chosen.load, index)) for index in range(len(chosen))]
-    column = find_column("image", image_column, chosen.features, IMAGE_COLUMNS, datasets.Image, dataset)
-    rows = chosen.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return [Source(f"{name}/{index}", partial(rows.load, index)) for index in range(len(rows))]
+    column = find_column("image", image_column, rows.features, IMAGE_COLUMNS, datasets.Image, dataset)
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return [Source(f"{name}/{index}", partial(read_cell, rows, index, column)) for index in range(len(rows))]
 
 
