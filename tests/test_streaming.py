@@ -81,7 +81,12 @@ def test_resumed_stream_continues_with_the_same_images_and_crops(workers, skip_b
 def test_skipped_images_of_a_resumed_stream_are_not_decoded(tmp_path, monkeypatch):
     decoded = []
     decode = "fastvit.data.streaming.decode_image"
-    monkeypatch.setattr(decode, lambda data, name, channels: decoded.append(name) or Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def record(data, name, channels):
+        decoded.append(name)
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    monkeypatch.setattr(decode, record)
     images = open_shards(make_shards(tmp_path / "shards"))
     resumed = stream(images)
     resumed.resume_after(3, 4)
