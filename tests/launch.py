@@ -44,6 +44,26 @@ def run_finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> N
         raise SystemExit(code)
 
 
+def run_predict(argv: list[str], stop_after: int | None = None) -> int:
+    """Run `fastvit predict` in one process; `stop_after` images, as Ctrl-C does, it is interrupted."""
+    import torch
+
+    from fastvit import cli
+    from fastvit.serve.predictor import Predictor
+
+    torch.set_num_threads(1)
+    stream = Predictor.stream
+
+    def interrupt(self, images, **options):
+        for count, result in enumerate(stream(self, images, **options)):
+            if count == stop_after:
+                raise KeyboardInterrupt
+            yield result
+
+    Predictor.stream = interrupt
+    return cli.main(argv)
+
+
 def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
     """Evaluate data sets of the given sizes, check predictions and loss, and return the gathered labels.
 

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> None:
 
     from fastvit.checkpoints.hub import skip_unreachable_hub
     from fastvit.data.datasets import load_images
+    from fastvit.models.backbone import get_vision_config
     from fastvit.models.calibration import compute_reliability
     from fastvit.serve.predictor import Predictor
 
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> None:
             label_column=options.label_column,
             task=task.kind if is_trained_so else "single-label",
             validation_fraction=0,
+            need_train=False,
+            channels=getattr(get_vision_config(predictor.model.config), "num_channels", 3),
         )
         for note in images.notes:
             print(f"note: {note}", file=sys.stderr)

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fastvit.data.sources import (
     VALIDATION,
     LabelledFiles,
     check_classes,
+    check_training_split,
     find_column,
     find_label_columns,
     format_label,
@@ -135,7 +136,7 @@ def count_names(labels: np.ndarray, num_names: int, task: str) -> np.ndarray:
 def _make_thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
     for index in indices:
         with contextlib.suppress(InputError):
-            image = split.load(int(index))
+            image = split.load(int(index)).convert("RGB")
             image.thumbnail((side, side))
             yield image
 
@@ -152,6 +153,8 @@ def load_images(
     seed: int = 0,
     image_size: int = 64,
     generated_images: int = 2000,
+    need_train: bool = True,
+    channels: int = 3,
 ) -> ImageDataset:
     """Loads a dataset of the hub, an image folder or the generated dataset.
 
@@ -167,9 +170,11 @@ def load_images(
         seed: Seed of that choice and of the generated images.
         image_size: Height and width of the generated images.
         generated_images: Number of generated images.
+        need_train: Whether to raise InputError if there is no training split.
+        channels: The number of channels of the images (`decode_image`).
 
     Returns:
-        The dataset, with a training split.
+        The dataset.
 
     Raises:
         InputError: If the dataset cannot be read, or lacks training images, labels or classes.
@@ -181,11 +186,18 @@ def load_images(
     else:
         source = open_source(dataset, data_dir, labels_file, image_column, label_column, task=task)
         if isinstance(source, LabelledFiles):
-            images = read_files(source)
+            images = read_files(source, channels)
         else:
             images = read_tables(
-                source, image_column, label_column, ALIASES.get(dataset or "", dataset) or str(data_dir), task
+                source,
+                image_column,
+                label_column,
+                ALIASES.get(dataset or "", dataset) or str(data_dir),
+                task,
+                channels,
             )
+    if need_train:
+        check_training_split(images.splits, images.name)
     if task not in ("auto", images.task):
         spread_classes(images, task)
     if VALIDATION not in images.splits and validation_fraction:
@@ -255,7 +267,7 @@ def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def read_files(files: LabelledFiles) -> ImageDataset:
+def read_files(files: LabelledFiles, channels: int) -> ImageDataset:
     """Returns the dataset of image files."""
 
     def build_split(images: list[tuple[str, Any]]) -> Split:
@@ -267,7 +279,7 @@ def read_files(files: LabelledFiles) -> ImageDataset:
                 raise InputError(
                     f"{escape_unprintable(path)}: expected an image, found a broken link or no regular file"
                 )
-            return decode_image(path)
+            return decode_image(path, channels=channels)
 
         labels = np.array([label for _, label in images], dtype=np.int64 if files.task == SINGLE_LABEL else np.float32)
         return Split(labels, load, compute_fingerprint(paths), paths.__getitem__)
@@ -277,12 +289,12 @@ def read_files(files: LabelledFiles) -> ImageDataset:
 
 
 def read_tables(
-    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str, task: str
+    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str, task: str, channels: int
 ) -> ImageDataset:
     """Returns the dataset of splits of the `datasets` library, without the images that have no label."""
     import datasets
 
-    features = splits[TRAIN].features
+    features = splits.get(TRAIN, next(iter(splits.values()))).features
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     columns = find_label_columns(label_column, [name for name in features if name != image_column], task) or [
         find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
@@ -299,12 +311,15 @@ def read_tables(
         targets = read_targets(
             task, rows, columns, source, item.names if isinstance(item, datasets.ClassLabel) else None
         )
-        kept_splits = {name: build_table_split(splits[name], image_column, kept) for name, kept in targets.kept.items()}
+        kept_splits = {
+            name: build_table_split(splits[name], image_column, kept, channels) for name, kept in targets.kept.items()
+        }
         for name, split in kept_splits.items():
             split.labels = targets.values[name]
         return ImageDataset(source, targets.names, kept_splits, task=task, notes=targets.notes)
     values = list_classes(rows, columns, source)
-    class_names, labels = map_labels(feature if len(columns) == 1 else None, values[TRAIN], source)
+    counted = [values[TRAIN]] if TRAIN in values else values.values()
+    class_names, labels = map_labels(feature if len(columns) == 1 else None, chain(*counted), source)
     images, notes = ImageDataset(source, class_names, {}), []
     present: dict[str, list[str]] = {}
     for name, split in splits.items():
@@ -315,13 +330,13 @@ def read_tables(
             continue
         found = [values[name][i] for i in kept]
         present[name] = [class_names[labels[v]] if v in labels else format_label(v) for v in dict.fromkeys(found)]
-        images.splits[name] = build_table_split(split, image_column, kept)
+        images.splits[name] = build_table_split(split, image_column, kept, channels)
         images.splits[name].labels = np.array([labels.get(value, -1) for value in found], dtype=np.int64)
     images.notes = notes + check_classes(class_names, present, source)
     return images
 
 
-def build_table_split(split, image_column: str, kept: list[int]) -> Split:
+def build_table_split(split, image_column: str, kept: list[int], channels: int = 3) -> Split:
     """Returns the images of the rows `kept`, with labels of -1."""
     import datasets
 
@@ -333,7 +348,7 @@ def build_table_split(split, image_column: str, kept: list[int]) -> Split:
         if cell is None:
             raise InputError(f"row {index}: expected an image in column {image_column!r}, found an empty cell")
         path = cell["path"]
-        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}")
+        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}", channels)
 
     def get_name(index: int) -> str:
         cell = raw[index][image_column]

@@ -67,14 +67,26 @@ def read_label_file(
         InputError: If the table or its columns cannot be read, its files are not there, or a file has two labels.
     """
     rows, resolve = read_rows(file), build_resolver(root)
-    if not rows:
-        raise InputError(f"{file}: expected rows of file names and labels, found none")
-    columns = list(rows[0])
+    columns = list(rows[0]) if rows else []
     is_header = bool(set(columns) & {image_column, label_column}) or find_by_name(columns, NAME_COLUMNS) is not None
     if not is_header and len(columns) == 2 and is_file(resolve, columns[0]):
         rows = [dict(zip(("file_name", "label"), row, strict=True)) for row in [columns, *(r.values() for r in rows)]]
-        columns = list(rows[0])
-    split_column = find_by_name(columns, SPLIT_COLUMNS)
+    return label_rows(file, rows, root, image_column, label_column, task)
+
+
+def label_rows(
+    file: Path,
+    rows: list[dict[str, Any]],
+    root: Path,
+    image_column: str | None,
+    label_column: str | None,
+    task: str = "auto",
+) -> LabelledFiles:
+    """Labels files by the rows of the table `file`; arguments and errors as those of `read_label_file`."""
+    if not rows:
+        raise InputError(f"{file}: expected rows of file names and labels, found none")
+    resolve = build_resolver(root)
+    split_column = find_by_name(rows[0], SPLIT_COLUMNS)
     image_column, columns = find_columns(rows[0], resolve, image_column, label_column, split_column, task)
 
     if file.suffix not in (".jsonl", ".parquet"):
@@ -103,21 +115,21 @@ def read_label_file(
             " names their folder"
         )
     notes = [f"{repeated} rows of {file} repeat a file and are left out"] if repeated else []
-    if TRAIN not in splits:
-        raise InputError(f"{file}: expected a split called 'train', found {', '.join(splits)}")
+    listed = {os.path.normpath(path) for split in splits.values() for path in split}
+    found = [os.path.normpath(path) for path in find_images(root)]
+    if unlisted := sum(path not in listed for path in found):
+        notes.append(f"{unlisted} of {len(found)} images in {root} have no row in {file} and are left out")
     cells = {name: list(split.values()) for name, split in splits.items()}
     task = resolve_task(task, cells, columns, str(file))
     if task == SINGLE_LABEL:
         classes = list_classes(cells, columns, str(file))
         pairs = {name: dict(zip(split, classes[name], strict=True)) for name, split in splits.items()}
         return build_labelled_files(file, pairs, notes)
-    targets, paths = (
-        read_targets(task, cells, columns, str(file)),
-        {name: list(split) for name, split in splits.items()},
-    )
+    targets = read_targets(task, cells, columns, str(file))
+    paths = {name: list(split) for name, split in splits.items()}
     files = {
-        name: [(paths[name][row], value) for row, value in zip(rows, targets.values[name], strict=True)]
-        for name, rows in targets.kept.items()
+        name: [(paths[name][row], value) for row, value in zip(kept, targets.values[name], strict=True)]
+        for name, kept in targets.kept.items()
     }
     return LabelledFiles(str(file), targets.names, files, notes + targets.notes, task)
 
@@ -152,7 +164,8 @@ def build_labelled_files(file: Path, splits: dict[str, dict[str, Any]], notes: l
     """Numbers the classes, and leaves out the files without a label."""
     convert = choose_number_type(value for split in splits.values() for value in split.values())
     values = {name: {path: convert(value) for path, value in split.items()} for name, split in splits.items()}
-    _, trained = map_labels(None, values[TRAIN].values(), str(file))
+    counted = [values[TRAIN]] if TRAIN in values else values.values()
+    _, trained = map_labels(None, (value for split in counted for value in split.values()), str(file))
     present = {
         name: {format_label(value) for value in split.values() if not is_missing(value, trained)}
         for name, split in values.items()
@@ -173,12 +186,21 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise InputError(f"--labels: expected a file of file names and labels, found none at {file}")
     try:
         if file.suffix == ".parquet":
+            import datasets
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(file).to_pylist()
+            table = pyarrow.parquet.read_table(file)
+            features, rows = datasets.Features.from_arrow_schema(table.schema), table.to_pylist()
+            for name in [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]:
+                for row in rows:
+                    row[name] = None if row[name] in (None, -1) else features[name].int2str(row[name])
+            return rows
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise InputError(f"{file}: expected a JSON object per line")
+            return rows
         if file.suffix not in (".csv", ".tsv", ".txt"):
             raise InputError(f"--labels: expected a .csv, .tsv, .jsonl or .parquet file, got {file}")
         header = text.partition("\n")[0]

@@ -113,7 +113,7 @@ def read_targets(
         if len(indices) < len(rows[split])
     ]
     kept = {split: indices for split, indices in kept.items() if indices}
-    if TRAIN not in kept:
+    if not kept or (TRAIN in rows and TRAIN not in kept):
         raise InputError(f"{source}: expected labels of the training images, found none")
     cells = {split: [rows[split][i] for i in indices] for split, indices in kept.items()}
     numbers = {split: [[to_number(cell) for cell in row] for row in found] for split, found in cells.items()}
@@ -133,13 +133,18 @@ def read_targets(
             raise InputError(f"{source}: column {names[wrong]!r}: expected {expected}, found {row[wrong]!r}")
     values = {split: np.array(matrix, dtype=np.float32) for split, matrix in numbers.items()}
     if task == MULTI_LABEL:
-        missing = [name for name, column in zip(names, values[TRAIN].T, strict=True) if not column.any()]
+        missing = [name for name, column in zip(names, get_trained(values).T, strict=True) if not column.any()]
         used = [name for name in missing if any(matrix[:, names.index(name)].any() for matrix in values.values())]
         if used or len(missing) == len(names):
             used = used or names
             raise InputError(f"{source}: no training images for {len(used)} label(s): {format_list(used)}")
         notes += [f"no images of {len(missing)} declared label(s): {format_list(missing)}"] if missing else []
     return Targets(names, values, kept, notes)
+
+
+def get_trained(splits: Mapping[str, Any]) -> Any:
+    """The training split, which has every label; without one, as for an evaluation, the only split."""
+    return splits.get(TRAIN, next(iter(splits.values())))
 
 
 def encode_labels(
@@ -156,7 +161,7 @@ def encode_labels(
             f"{source}: lists such as {everything[0]} may be 0 or 1 for each label, or the numbers of labels; give one"
             " column per label, or names"
         )
-    known = range(len(class_names)) if class_names else sort_values(set(chain(*lists[TRAIN])))
+    known = range(len(class_names)) if class_names else sort_values(set(chain(*get_trained(lists))))
     unknown = {format_label(label) for label in chain(*everything) if label not in known}
     if unknown:
         raise InputError(f"{source}: no training images for {len(unknown)} label(s): {format_list(sorted(unknown))}")

@@ -44,11 +44,12 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
         if path is None:  # the image was removed
             return None, None
         try:
-            image = decode_image(path, "The file")
+            image = decode_image(path, "The file", predictor.preprocessor.channels)
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from None
         result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
-        attention_map = figures.overlay_last_layer(ImageOps.contain(image, (MAP_SIDE, MAP_SIDE)), *result[1:])
+        shown = ImageOps.contain(image.convert("RGB"), (MAP_SIDE, MAP_SIDE))
+        attention_map = figures.overlay_last_layer(shown, *result[1:])
         if predictor.task.kind == "regression":
             return describe_prediction(result.probabilities, names, predictor.task, len(names)), attention_map
         return dict(zip(names, result.probabilities.tolist(), strict=True)), attention_map

@@ -272,7 +272,7 @@ def preprocess(preprocessor: Preprocessor, source: Any, name: str) -> Prepared:
     """
     name = str(source) if isinstance(source, (str, Path)) else name
     try:
-        return preprocessor(to_image(source, name), name)
+        return preprocessor(to_image(source, name, preprocessor.channels), name)
     except InputError as error:
         return error.with_traceback(None)  # its frames would keep the image alive
     except Exception as error:  # of a user's function, or of Pillow, which raises many types for damaged files
@@ -294,30 +294,30 @@ def load_classifier(model: str | os.PathLike[str] | nn.Module, image_processor: 
     if isinstance(model, nn.Module):
         if not hasattr(getattr(model, "config", None), "id2label"):
             raise InputError(f"model: expected a classifier of fastvit or transformers, got {type(model).__name__}")
-        return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor)
+        channels = getattr(model.config, "num_channels", 3)
+        return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor, channels)
     classifier = backbones.load_classifier(os.fspath(model))
-    preprocessor = resolve_preprocessor(os.fspath(model), image_processor)
+    channels = getattr(classifier.config, "num_channels", 3)
+    preprocessor = resolve_preprocessor(os.fspath(model), image_processor, channels)
     # Not shared with the caller, so the model can normalise with the statistics of its image processor.
     classifier.config.image_mean, classifier.config.image_std = list(preprocessor.mean), list(preprocessor.std)
     return classifier, preprocessor
 
 
-def resolve_preprocessor(model: Any, image_processor: Any) -> Preprocessor:
+def resolve_preprocessor(model: Any, image_processor: Any, channels: int = 3) -> Preprocessor:
     """Convert `image_processor`, or by default the one saved with the model (a folder or hub id)."""
     if isinstance(image_processor, Preprocessor):
         return image_processor
     if image_processor is not None:
-        return Preprocessor.from_processor(image_processor)
+        return Preprocessor.from_processor(image_processor, channels=channels)
     if not model:
         raise InputError("image_processor: expected one, as the model is neither a folder nor a hub id")
-    return load_preprocessor(model)
+    return load_preprocessor(model, channels)
 
 
 def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
     """Raise InputError if preprocessed images do not fit the model, or the model is not a classifier."""
     config: Any = model.config
-    if getattr(config, "num_channels", 3) != 3:
-        raise InputError(f"model: config.num_channels: expected 3, for RGB, got {config.num_channels}")
     vision = get_vision_config(config)
     is_loaded = accepts_uint8(model)  # by us, from a folder or the hub
     if isinstance(model, ViTPreTrainedModel) or (is_loaded and FAMILIES[vision.model_type].has_fixed_size):

@@ -64,12 +64,12 @@ class Runner:
         self.accepts_uint8 = (isinstance(model, ViTPreTrainedModel) or accepts_uint8(model)) and all(
             np.allclose(ours, theirs)
             for ours, theirs in (
-                (getattr(config, "image_mean", None) or [0.5] * 3, preprocessor.mean),
-                (getattr(config, "image_std", None) or [0.5] * 3, preprocessor.std),
+                (getattr(config, "image_mean", None) or [0.5] * preprocessor.channels, preprocessor.mean),
+                (getattr(config, "image_std", None) or [0.5] * preprocessor.channels, preprocessor.std),
             )
         )
         mean, std = (
-            torch.tensor(values, device=device).view(3, 1, 1) for values in (preprocessor.mean, preprocessor.std)
+            torch.tensor(values, device=device).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std)
         )
         self.scale, self.offset = 1 / (255 * std), -mean / std
         self.graphs = None if capture is None else GraphCache(self.forward, max_batch, capture)

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImageProcessorPil
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastvit.adapters.backbones import build_classifier
+from fastvit.adapters.backbones import build_classifier, check_image_size
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
@@ -62,6 +62,7 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
             seed=options.seed,
             need_length=options.max_steps <= 0,
             need_validation=options.validation_fraction != 0,
+            channels=options.channels,
         )
     with processes.local_main_process_first():
         images = load_images(
@@ -73,8 +74,9 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
             task=options.task or "auto",
             validation_fraction=options.validation_fraction if options.fold is None else 0,
             seed=options.seed,
-            image_size=options.image_size or 64,
+            image_size=max(make_pair(options.image_size or 64)),
             generated_images=options.generated_images,
+            channels=options.channels,
         )
     if options.folds is None or options.fold is None:
         return images
@@ -132,6 +134,7 @@ def build_image_sets(
                 split.load,
                 len(split),
                 choose_decode_size(size, crop),
+                channels=options.channels,
                 resample=processor.resample,
                 skip_bad=options.skip_bad_images,
                 key=split.key,
@@ -207,7 +210,7 @@ def load_any_model(options: FinetuneOptions, class_names: list[str], task: str) 
     if options.from_scratch is not None:
         hidden_size, num_layers, num_heads = SIZES[options.from_scratch]
         image_size = options.image_size or 224
-        if image_size % options.patch_size:
+        if any(side % options.patch_size for side in make_pair(image_size)):
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {options.patch_size}, got {image_size}"
             )
@@ -220,11 +223,17 @@ def load_any_model(options: FinetuneOptions, class_names: list[str], task: str) 
             patch_size=options.patch_size,
             encoder_stride=options.patch_size,
             layer_norm_eps=1e-6,
+            num_channels=options.channels,
             **labels,
         )
         return ViTForImageClassification(config)
 
     if not is_plain_vit(options):
+        if options.channels != 3:
+            raise InputError(
+                f"--channels: expected 3 for {options.model}, got {options.channels}; other channels need a ViT that is"
+                " classified by its class token, or --from-scratch"
+            )
         return build_classifier(
             options.model,
             classes,
@@ -239,13 +248,55 @@ def load_any_model(options: FinetuneOptions, class_names: list[str], task: str) 
     config.update(labels)
     if options.image_size is not None:
         config.image_size = options.image_size
-        patch_size = make_pair(config.patch_size)
-        if any(options.image_size % side for side in patch_size):
-            raise InputError(
-                f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
-            )
+        check_image_size(options.image_size, config.patch_size)
+    if config.num_channels not in (3, options.channels):
+        expected = f"{config.num_channels}, those of {options.model}"
+        raise InputError(f"--channels: expected {expected}, got {options.channels}")
     # The classifier alone may have other shapes, for other classes.
-    return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
+    loaded = load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
+    if config.num_channels != options.channels:
+        adapt_channels(loaded, options.channels)
+    return loaded
+
+
+@torch.no_grad()
+def adapt_channels(model: ViTForImageClassification, channels: int) -> None:
+    """Give a model of RGB images other channels, as timm does.
+
+    For one channel the weights of the patch embedding are summed over red, green and blue, as grey images are three
+    equal channels. For others, those of red, green and blue are repeated in turn, and scaled by 3 / channels.
+    """
+    embeddings = model.vit.embeddings.patch_embeddings
+    weight = embeddings.projection.weight  # [D, 3, h, w]
+    repeated = weight[:, torch.arange(channels) % 3] * (3 / channels)
+    adapted = weight.sum(1, keepdim=True) if channels == 1 else repeated
+    embeddings.projection.weight = torch.nn.Parameter(adapted)
+    embeddings.projection.in_channels = embeddings.num_channels = model.config.num_channels = channels
+
+
+def has_statistics(options: FinetuneOptions) -> bool:
+    """Whether the checkpoint has a mean and a deviation for images of these channels."""
+    return options.from_scratch is None and (
+        options.channels == 3 or load_config(options.model, REMEDY).num_channels == options.channels
+    )
+
+
+def set_statistics(
+    options: FinetuneOptions, images: ImageDataset, sets: dict[str, ImageSet], processor: ViTImageProcessorPil
+) -> None:
+    """Normalise images of other channels than the checkpoint's by the mean and deviation of 1,000 training images."""
+    if options.channels == 3 or has_statistics(options):
+        return
+    if TRAIN in sets:
+        chosen = sets[TRAIN].indices[:: max(1, len(sets[TRAIN]) // 1000)]
+        pixels = (np.asarray(sets[TRAIN].images[index]) for index in chosen)
+    else:
+        split = images.load_example_split()
+        pixels = (np.asarray(split.load(index)) for index in range(len(split)))
+    moments = [((each / 255).mean((0, 1)), np.square(each / 255).mean((0, 1))) for each in pixels]
+    mean, square = np.mean(moments, axis=0)
+    deviation = np.sqrt(np.maximum(square - mean**2, 255.0**-2))  # at least one step of 8 bits
+    processor.image_mean, processor.image_std = mean.tolist(), deviation.tolist()
 
 
 def is_plain_vit(options: FinetuneOptions) -> bool:
@@ -255,12 +306,9 @@ def is_plain_vit(options: FinetuneOptions) -> bool:
     )
 
 
-def read_default_size(model: str) -> int | None:
-    """The size of the images that the image processor of a checkpoint returns, if there is one and they are square."""
-    if read_image_settings(model) is None:
-        return None
-    height, width = load_preprocessor(model).image_size
-    return height if height == width else None
+def read_default_size(model: str) -> tuple[int, int] | None:
+    """The size of the images that the image processor of a checkpoint returns, if there is one."""
+    return None if read_image_settings(model) is None else load_preprocessor(model).image_size
 
 
 def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProcessorPil:
@@ -268,9 +316,10 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
 
     Whole images are resized, also where the checkpoint's image processor crops them.
     """
-    height, width = make_pair(get_vision_config(model.config).image_size)
+    size = get_vision_config(model.config).image_size
     settings: dict[str, Any] = {}
     if not is_plain_vit(options):
+        size = options.image_size or read_default_size(options.model) or size
         if read_image_settings(options.model) is None:
             family = FAMILIES[get_vision_config(model.config).model_type]
             family = FAMILIES.get(read_model_type(options.model), family)
@@ -282,13 +331,13 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
         else:
             before = load_preprocessor(options.model)
             settings = {"image_mean": list(before.mean), "image_std": list(before.std), "resample": before.resample}
-    elif options.from_scratch is None:
+    elif has_statistics(options):
         base = load_image_settings(options.model, model.config)
         if base is None:
             print(f"note: {options.model} has no image processor; using mean and standard deviation 0.5")
         else:
             settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
-    return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
+    return ViTImageProcessorPil(size=dict(zip(("height", "width"), make_pair(size), strict=True)), **settings)
 
 
 def prepare_model(options: FinetuneOptions, model: Any, spread: tuple[np.ndarray, np.ndarray] | None = None) -> Any:

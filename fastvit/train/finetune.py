@@ -44,6 +44,7 @@ from fastvit.train.build import (
     load_model,
     prepare_model,
     print_counts,
+    set_statistics,
 )
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
@@ -139,8 +140,9 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
         )
     model = load_model(options, images.class_names, images.task)
     processor = load_image_processor(options, model)
-    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     sets = build_image_sets(options, images, processor, processes)
+    set_statistics(options, images, sets, processor)
+    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     train_set: Stream | ImageSet
     if isinstance(images, StreamedDataset):
         train_set = build_stream(options, images, processor, processes)
@@ -242,11 +244,16 @@ def train(
         Stopped: by a signal, after a checkpoint was saved.
     """
     with log, explain_early_end(trainer, options):
+
+        def describe_remedy() -> str:
+            last = find_last_checkpoint(options.output_dir)
+            return f"the last checkpoint is {last or 'none'}; continue with the same command and --resume"
+
         if fits_features:
             assert isinstance(trainer.train_dataset, ImageSet)
             result = fit_classifier(trainer, trainer.train_dataset, options.label_smoothing)
         else:
-            with interrupt, explain_lost_process(Path(options.output_dir)):
+            with interrupt, explain_lost_process(describe_remedy):
                 result = trainer.train(
                     resume_from_checkpoint=find_last_checkpoint(options.output_dir) if options.resume else None
                 )

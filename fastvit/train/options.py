@@ -68,9 +68,11 @@ class ModelOptions:
     from_scratch: Literal["micro", "tiny", "small", "base", "large"] | None = option(
         None, "random weights instead, for a model of this size"
     )
-    image_size: int | None = option(
-        None, "height and width in pixels [the model's; from scratch: 224]", AT_LEAST_ONE, metavar="PIXELS"
-    )
+    image_size: int | list[int] | None = option(  # noqa: RUF009
+        None, "height and width in pixels, or one number for both [the model's; from scratch: 224]", AT_LEAST_ONE,
+        metavar=("PIXELS", "WIDTH"), is_repeated=True,
+    )  # fmt: skip
+    channels: int = option(3, "channels: 1 for grey, or those of multispectral TIFF or .npy files", AT_LEAST_ONE)
     patch_size: int = option(16, "from scratch: height and width of a patch", AT_LEAST_ONE, metavar="PIXELS")
     freeze_backbone: bool = option(False, "fit the classifier alone, on features computed once (linear probe)")
     attention_dropout: float = option(0.0, "dropout probability of the attention weights", BELOW_ONE, metavar="P")
@@ -227,6 +229,10 @@ def check_combinations(options: FinetuneOptions) -> None:
             raise InputError(message)
 
     check_start(options.from_scratch, options.model != DEFAULT_MODEL and options.model)
+    size = options.image_size
+    refuse(
+        isinstance(size, list) and len(size) != 2, f"--image-size: expected one number, or height and width, got {size}"
+    )
     folds, fold, lora = options.folds, options.fold, options.lora
     refuse(options.dataset and options.data_dir, "--data-dir: give a folder or a --dataset, not both")
     refuse(options.dataset and options.labels, "--labels: give a table of files or a --dataset, not both")
@@ -249,6 +255,15 @@ def check_combinations(options: FinetuneOptions) -> None:
         "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ...",
     )
     check_task(options, options.task)
+    for name in ("randaugment", "lora"):
+        refuse(
+            getattr(options, name) and options.channels != 3,
+            f"{get_flag(name)}: expected images of 3 channels, got --channels {options.channels}",
+        )
+    refuse(
+        options.dataset == "generated" and options.channels != 3,
+        f"--channels: expected 3 for the generated leaves, got {options.channels}",
+    )
     if not options.streaming:
         refuse(options.class_names, "--class-names: expected together with --streaming; else the dataset has the names")
         return

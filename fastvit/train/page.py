@@ -28,9 +28,8 @@ from transformers import TrainerState
 import fastvit
 from fastvit import ops
 from fastvit.adapters.backbones import load_classifier
-from fastvit.checkpoints.configuration import make_pair
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset, count_names
-from fastvit.data.images import ImageSet
+from fastvit.data.images import ImageSet, to_bands
 from fastvit.data.targets import REGRESSION
 from fastvit.errors import escape_unprintable
 from fastvit.models.backbone import describe_model, get_vision_config
@@ -41,6 +40,7 @@ from fastvit.report.html import render_template
 from fastvit.report.run_log import extract_curve
 from fastvit.report.tasks import TASKS, Evaluation, Task
 from fastvit.serve.attention import classify_with_attention
+from fastvit.serve.preprocessing import load_preprocessor
 from fastvit.train.options import FinetuneOptions
 
 MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE = 20, 6, 96
@@ -157,7 +157,7 @@ def gather_report(
     config = get_vision_config(model.config)
     architecture = (
         f"{config.num_hidden_layers} blocks of hidden size {config.hidden_size}, {parameters:.1f} M parameters,"
-        f" images of {'×'.join(map(str, make_pair(config.image_size)))}"
+        f" images of {'×'.join(map(str, load_preprocessor(options.output_dir, options.channels).image_size))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
     return RunReport(
@@ -194,7 +194,7 @@ def show_mistakes(model, images: ImageSet, evaluation: Evaluation) -> list[Mista
     found = []
     for index, truth, predicted, probability in evaluation.mistakes:
         pixels = images.get_pixels(index)
-        image = Image.fromarray(pixels)
+        image = to_bands(pixels).convert("RGB")
         result = classify_with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
             Mistake(

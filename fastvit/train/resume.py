@@ -25,7 +25,8 @@ from fastvit.train.run_folder import describe_next_start, find_last_checkpoint, 
 ADAPTED = "the checkpoint has other weights and optimizer states"
 SPLIT = "images for validation would be among those that the model was trained on"
 FIXED = {
-    **dict.fromkeys(("from_scratch", "patch_size", "image_size", "freeze_backbone", "lora", "fsdp", "task"), ADAPTED),
+    **dict.fromkeys(("from_scratch", "patch_size", "image_size", "channels", "freeze_backbone"), ADAPTED),
+    **dict.fromkeys(("lora", "fsdp", "task"), ADAPTED),
     **dict.fromkeys(("seed", "validation_fraction", "streaming", "folds", "fold"), SPLIT),
 }
 ADAPTIVE_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # with a state of their own
