@@ -42,6 +42,7 @@ from fastvit.data.sources import (
     is_missing,
     open_source,
 )
+from fastvit.data.targets import REGRESSION, SINGLE_LABEL
 from fastvit.errors import InputError, ProcessError
 
 MAX_FILE_SHARDS = 1024  # lists of image files; with 200,000 `datasets` shuffles for 40 s
@@ -212,6 +213,11 @@ def _open_splits(
     opened = open_source(dataset, data_dir, labels_file, image_column, label_column, streaming=True)
     check_training_split(opened.splits if isinstance(opened, LabelledFiles) else opened, source)
     if isinstance(opened, LabelledFiles):
+        if opened.task != SINGLE_LABEL:
+            found = "numbers" if opened.task == REGRESSION else "lists"
+            raise InputError(
+                f"{source}: expected one label per image, found {found}; they are read without --streaming"
+            )
         features = datasets.Features(
             {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=opened.class_names)}
         )
