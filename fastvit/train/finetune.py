@@ -44,6 +44,7 @@ from fastvit.train.build import (
     prepare_model,
     print_counts,
 )
+from fastvit.train.defaults import describe_recipe, resolve_recipe
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
 from fastvit.train.options import FinetuneOptions, list_stepwise_options, parse_options
@@ -84,11 +85,11 @@ def run(options: FinetuneOptions) -> dict[str, float]:
     """
     if options.folds is not None and options.fold is None:
         with FolderLock(Path(options.output_dir)):
-            return run_folds(options, options.folds)
+            return run_folds(resolve_recipe(options), options.folds)
     output_dir = Path(options.output_dir)
     with join_processes(options.cpu) as processes, lock_for_all(output_dir, processes) as lock:
         check_is_free(options)  # again: another run may have ended since the options were parsed
-        options = resolve_resume(options)
+        options = resolve_resume(resolve_recipe(options))
         while True:
             try:
                 return fine_tune(options, processes, lock)
@@ -134,6 +135,8 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             else "note: the classifier is fitted to features that are computed once; --epochs, --learning-rate and the"
             " other options of the optimizer have no effect"
         )
+    if stepwise:
+        print(describe_recipe(options))
     model = load_model(options, images.class_names)
     processor = load_image_processor(options, model)
     model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)

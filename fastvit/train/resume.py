@@ -52,7 +52,7 @@ def resolve_resume(options: FinetuneOptions) -> FinetuneOptions:
     now = select_run_options(options)
     if has_checkpoint:
         check_fixed_options(before, options)
-    unused = {"output_dir", "model"} if options.from_scratch is not None else {"output_dir"}
+    unused = {"output_dir", "recipe"} | ({"model"} if options.from_scratch is not None else set())
     for name in sorted((now.keys() | before.keys()) - unused):
         if now.get(name) != before.get(name):
             print(f"note: {name} is {now.get(name)}; the run had {before.get(name)} before")
