@@ -137,3 +137,14 @@ def test_unknown_recipe_is_refused(capsys):
     assert "argument --recipe: expected one of plain, dinov2, mae, clip, got 'best'" in capsys.readouterr().err
     with pytest.raises(InputError, match="missing-folder"):
         resolve("--model", "./missing-folder")
+
+
+def test_docs_have_the_values():
+    page = Path(__file__).parents[1].joinpath("docs/recipes.md").read_text(encoding="utf-8")
+    for name, recipe in RECIPES.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        epochs, rate, layer_decay, weight_decay, warmup, scheduler = (cell.strip() for cell in row.split("|")[3:9])
+        numbers = [float(cell) for cell in (epochs, rate.partition(" ")[0], layer_decay, weight_decay, warmup)]
+        options = ("epochs", "learning_rate", "layer_decay", "weight_decay", "warmup")
+        assert numbers == [recipe[option] for option in options] and scheduler == recipe["scheduler"]
+        assert ("images" in rate) == (name != "plain")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fastvit.checkpoints.inspection import read_config
+from fastvit.errors import InputError
 from fastvit.models.loading import explain_load_errors
 from fastvit.train.build import REMEDY
 from fastvit.train.options import DEFAULT_MODEL, FinetuneOptions
-from fastvit.train.resume import read_run_options
+from fastvit.train.run_folder import read_run_options
 
 PLAIN: dict[str, Any] = {
     "epochs": 4.0,
@@ -51,21 +52,27 @@ def resolve_recipe(options: FinetuneOptions) -> FinetuneOptions:
     runs of versions without recipes are plain.
 
     Raises:
-        InputError: the model's config.json or the run's `config.yaml` cannot be read.
+        InputError: the model's config.json or the run's `config.yaml` cannot be read, or names no recipe.
     """
     folder = Path(options.output_dir)
     before = (read_run_options(folder) or read_run_options(folder / "fold-1")) if options.resume else {}
-    if options.recipe is None and before:
-        name = before.get("recipe", "plain")
-        values = {option: before.get(option, value) for option, value in PLAIN.items()}
-    else:
-        name = options.recipe or choose_recipe(options)
-        values = dict(RECIPES[name])
-        if name != "plain":
-            images = options.batch_size * options.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
-            values["learning_rate"] = float(f"{values['learning_rate'] * math.sqrt(images / IMAGES_PER_STEP):.2g}")
-    missing = {option: value for option, value in values.items() if getattr(options, option) is None}
-    return dataclasses.replace(options, recipe=name, **missing)
+    recipe = options.recipe or (before.get("recipe", "plain") if before else choose_recipe(options))
+    if recipe not in RECIPES:
+        raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
+    values = compute_defaults(recipe, options)
+    if options.recipe is None:
+        values |= {name: before[name] for name in PLAIN.keys() & before.keys()}
+    missing = {name: value for name, value in values.items() if getattr(options, name) is None}
+    return dataclasses.replace(options, recipe=recipe, **missing)
+
+
+def compute_defaults(recipe: str, options: FinetuneOptions) -> dict[str, Any]:
+    """The values of a recipe, for the images per step of `options`."""
+    values = dict(RECIPES[recipe])
+    if recipe != "plain":
+        images = options.batch_size * options.gradient_accumulation * int(os.environ.get("WORLD_SIZE", "1"))
+        values["learning_rate"] = float(f"{values['learning_rate'] * math.sqrt(images / IMAGES_PER_STEP):.2g}")
+    return values
 
 
 def choose_recipe(options: FinetuneOptions) -> str:

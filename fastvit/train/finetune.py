@@ -55,7 +55,6 @@ from fastvit.train.resume import (
     OutOfMemory,
     check_fixed_options,
     explain_early_end,
-    read_run_options,
     resolve_resume,
     shrink_batch,
 )
@@ -63,6 +62,7 @@ from fastvit.train.run_folder import (
     check_is_free,
     describe_next_start,
     find_last_checkpoint,
+    read_run_options,
     remove_run,
     select_run_options,
 )

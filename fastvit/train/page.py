@@ -38,6 +38,7 @@ from fastvit.report.charts import Series, draw_line_chart, format_thousands
 from fastvit.report.html import format_percent, render_template
 from fastvit.report.run_log import extract_curve
 from fastvit.serve.attention import classify_with_attention
+from fastvit.train.defaults import compute_defaults
 from fastvit.train.options import FinetuneOptions
 
 MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE = 20, 6, 96
@@ -153,6 +154,7 @@ def gather_report(
         f" images of {'×'.join(map(str, make_pair(config.image_size)))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
+    defaults = compute_defaults(options.recipe or "plain", options)
     return RunReport(
         folder=options.output_dir,
         dataset=images.name,
@@ -175,7 +177,7 @@ def gather_report(
         mistakes=[] if examined is None else find_confident_mistakes(model, sets[examined], *predictions[examined]),
         mistakes_in=examined,
         options={
-            field.name: (getattr(options, field.name), field.default)
+            field.name: (getattr(options, field.name), defaults.get(field.name, field.default))
             for field in dataclasses.fields(options)
             if field.name not in ("overwrite", "resume") and not (field.name == "model" and options.from_scratch)
         },
