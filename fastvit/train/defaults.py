@@ -56,7 +56,7 @@ def resolve_recipe(options: FinetuneOptions) -> FinetuneOptions:
     """
     folder = Path(options.output_dir)
     before = (read_run_options(folder) or read_run_options(folder / "fold-1")) if options.resume else {}
-    recipe = options.recipe or (before.get("recipe", "plain") if before else choose_recipe(options))
+    recipe: Any = options.recipe or (before.get("recipe", "plain") if before else choose_recipe(options))
     if recipe not in RECIPES:
         raise InputError(f"--recipe: expected one of {', '.join(RECIPES)}, got {recipe!r}")
     values = compute_defaults(recipe, options)
