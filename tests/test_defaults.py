@@ -11,6 +11,7 @@ from backbones import save_checkpoint
 from fastvit import cli
 from fastvit.data import leaves
 from fastvit.models.backbone import FAMILIES
+from fastvit.train.build import choose_precision
 from fastvit.train.defaults import FAMILY_RECIPES, PLAIN, RECIPES, resolve_recipe
 from fastvit.train.finetune import main
 from fastvit.train.options import FinetuneOptions, parse_options
@@ -131,3 +132,12 @@ def test_docs_have_the_values_and_every_family_a_recipe():
         options = ("epochs", "learning_rate", "layer_decay", "weight_decay", "warmup")
         assert numbers == [recipe[option] for option in options] and scheduler == recipe["scheduler"]
         assert ("images" in rate) == (name != "plain")
+
+
+@pytest.mark.parametrize(("capability", "hidden_size", "expected"), [
+    ("amx_bf16", 384, "bf16"), ("avx512_bf16", 384, "bf16"), ("avx512_bf16", 96, "fp32"), ("avx2", 384, "fp32"),
+])  # fmt: skip
+def test_precision_is_bf16_where_the_processor_has_it(capability, hidden_size, expected, monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {capability: True})
+    assert choose_precision(parse_options(["--cpu"]), hidden_size) == expected
+    assert choose_precision(parse_options(["--cpu", "--precision", "fp16"]), hidden_size) == "fp16"
