@@ -109,7 +109,7 @@ def test_finetune_writes_a_page_with_the_results_of_the_run(report):
     changed = re.search(r"(?s)<caption>Options that differ.*?</table>", html)[0]
     assert set(re.findall(r'<th scope="row">([\w-]+)</th>', changed)) == {
         "data-dir", "output-dir", "max-steps", "from-scratch", "image-size", "patch-size", "precision", "cpu",
-        "eval-steps", "batch-size", "logging-steps",
+        "eval-steps", "batch-size", "logging-steps", "recipe",
     }  # fmt: skip
 
 

@@ -360,14 +360,15 @@ def prepare_model(options: FinetuneOptions, model: Any, spread: tuple[np.ndarray
 
 
 def choose_precision(options: FinetuneOptions, hidden_size: int) -> str:
-    """bf16, fp16 or fp32. "auto" is bf16 where that is faster: on most GPUs, and for wide models on CPUs with AMX."""
+    """bf16, fp16 or fp32. "auto" is bf16 where that is faster: on most GPUs, for wide models on CPUs that have it."""
     if options.precision != "auto":
         return options.precision
     if torch.cuda.is_available() and not options.cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Below a hidden size of about 192 the casts cost more time than the matmuls save.
-    has_amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return "bf16" if has_amx and hidden_size >= 192 else "fp32"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = found.get("amx_bf16", False) or found.get("avx512_bf16", False)
+    return "bf16" if has_bf16 and hidden_size >= 192 else "fp32"
 
 
 def build_loss(

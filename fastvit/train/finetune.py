@@ -46,6 +46,7 @@ from fastvit.train.build import (
     print_counts,
     set_statistics,
 )
+from fastvit.train.defaults import describe_recipe, resolve_recipe
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
 from fastvit.train.objectives import build_metrics, compute_spread
@@ -57,7 +58,6 @@ from fastvit.train.resume import (
     OutOfMemory,
     check_fixed_options,
     explain_early_end,
-    read_run_options,
     resolve_resume,
     shrink_batch,
 )
@@ -65,6 +65,7 @@ from fastvit.train.run_folder import (
     check_is_free,
     describe_next_start,
     find_last_checkpoint,
+    read_run_options,
     remove_run,
     select_run_options,
 )
@@ -87,11 +88,11 @@ def run(options: FinetuneOptions) -> dict[str, float]:
     """
     if options.folds is not None and options.fold is None:
         with FolderLock(Path(options.output_dir)):
-            return run_folds(options, options.folds)
+            return run_folds(resolve_recipe(options), options.folds)
     output_dir = Path(options.output_dir)
     with join_processes(options.cpu) as processes, lock_for_all(output_dir, processes) as lock:
         check_is_free(options)  # again: another run may have ended since the options were parsed
-        options = resolve_resume(options)
+        options = resolve_resume(resolve_recipe(options))
         while True:
             try:
                 return fine_tune(options, processes, lock)
@@ -138,6 +139,8 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             else "note: the classifier is fitted to features that are computed once; --epochs, --learning-rate and the"
             " other options of the optimizer have no effect"
         )
+    if stepwise:
+        print(describe_recipe(options))
     model = load_model(options, images.class_names, images.task)
     processor = load_image_processor(options, model)
     sets = build_image_sets(options, images, processor, processes)

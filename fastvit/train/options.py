@@ -110,16 +110,23 @@ class ImageOptions:
 
 @dataclass
 class TrainingOptions:
-    epochs: float = option(4.0, "passes over the training images", POSITIVE)
+    """Options of the optimization. Those marked [recipe] are None until `defaults.resolve_recipe` has set them."""
+
+    recipe: Literal["plain", "dinov2", "mae", "clip"] | None = option(
+        None, "defaults of the options marked [recipe] [by the model's family]"
+    )
+    epochs: float = option(None, "passes over the training images [recipe]", POSITIVE)
     max_steps: int = option(-1, "train for N steps instead; -1: use --epochs")
     batch_size: int = option(16, "images per step and device", POSITIVE)
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW", POSITIVE, metavar="RATE")
-    weight_decay: float = option(0.0, "weight decay, not for biases and norms", NOT_NEGATIVE)
-    warmup: float = option(0.0, "warm-up steps; below 1: their share of all steps", NOT_NEGATIVE, metavar="STEPS")
-    scheduler: str = option("linear", "learning rate schedule of transformers: linear, cosine, constant, ...")
+    learning_rate: float = option(None, "peak learning rate of AdamW [recipe]", POSITIVE, metavar="RATE")
+    weight_decay: float = option(None, "weight decay, not for biases and norms [recipe]", NOT_NEGATIVE)
+    warmup: float = option(
+        None, "warm-up steps; below 1: their share of all steps [recipe]", NOT_NEGATIVE, metavar="STEPS"
+    )
+    scheduler: str = option(None, "schedule of transformers: linear, cosine, constant, ... [recipe]")
     layer_decay: float = option(
-        1.0,
-        "learning rate of a block relative to the block above",
+        None,
+        "learning rate of a block relative to the block above [recipe]",
         Expected("above 0 and at most 1", lambda value: 0 < value <= 1),
         metavar="FACTOR",
     )
@@ -359,6 +366,6 @@ def parse_options(argv: list[str] | None) -> FinetuneOptions:
     from fastvit.train.run_folder import resolve_output_dir
 
     schedules = [schedule.value for schedule in SchedulerType]
-    if options.scheduler not in schedules:
+    if options.scheduler and options.scheduler not in schedules:
         raise InputError(f"--scheduler: expected one of {', '.join(schedules)}, got {options.scheduler!r}")
     return resolve_output_dir(options)

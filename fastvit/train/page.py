@@ -41,6 +41,7 @@ from fastvit.report.run_log import extract_curve
 from fastvit.report.tasks import TASKS, Evaluation, Task
 from fastvit.serve.attention import classify_with_attention
 from fastvit.serve.preprocessing import load_preprocessor
+from fastvit.train.defaults import compute_defaults
 from fastvit.train.options import FinetuneOptions
 
 MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE = 20, 6, 96
@@ -160,6 +161,7 @@ def gather_report(
         f" images of {'×'.join(map(str, load_preprocessor(options.output_dir, options.channels).image_size))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
+    defaults = compute_defaults(options.recipe or "plain", options)
     return RunReport(
         folder=options.output_dir,
         dataset=images.name,
@@ -179,7 +181,7 @@ def gather_report(
         mistakes=[] if examined is None else show_mistakes(model, sets[examined], evaluations[examined]),
         mistakes_in=examined,
         options={
-            field.name: (getattr(options, field.name), field.default)
+            field.name: (getattr(options, field.name), defaults.get(field.name, field.default))
             for field in dataclasses.fields(options)
             if field.name not in ("overwrite", "resume") and not (field.name == "model" and options.from_scratch)
         },

@@ -30,6 +30,7 @@ from fastvit.files import write_text
 from fastvit.models.backbone import get_vision_config
 from fastvit.report.tasks import TASKS
 from fastvit.train import build
+from fastvit.train.defaults import describe_recipe, resolve_recipe
 from fastvit.train.objectives import build_metrics
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import ImageMixer, RecipeTuner, TargetLoss, require
@@ -134,6 +135,8 @@ def run(options: FinetuneOptions, space: dict[str, Range], trials: int, folder: 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     set_seed(options.seed)
+    options = resolve_recipe(options)
+    print(describe_recipe(options))
     shared = {name: value for name, value in select_run_options(options).items() if name != "output_dir"}
     study = {"study_name": "fastvit", "storage": f"sqlite:///{(folder / STUDY).resolve()}"}
     attributes = {"options": shared, "space": {name: list(limits) for name, limits in space.items()}}
