@@ -27,7 +27,8 @@ def check_outputs(notebook) -> None:
 @pytest.mark.parametrize("path", notebooks.NOTEBOOKS, **NAMES)
 def test_notebook_runs(path, tmp_path):
     """FASTVIT_NOTEBOOK_QUICK=1: fewer images and steps, in the cells where the notebook itself says so."""
-    notebook = notebooks.execute(path, tmp_path, FASTVIT_NOTEBOOK_QUICK="1", FASTVIT_CACHE_DIR=str(tmp_path / "cache"))
+    caches = {"FASTVIT_CACHE_DIR": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    notebook = notebooks.execute(path, tmp_path, FASTVIT_NOTEBOOK_QUICK="1", **caches)
     check_outputs(notebook)
 
 
