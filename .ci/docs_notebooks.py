@@ -19,7 +19,10 @@ def write_math(text: str) -> str:
     """LaTeX between dollar signs to MathML, except in code."""
 
     def replace(formula: re.Match) -> str:
-        return convert(formula[2], display="block" if formula[1] == "$$" else "inline").replace("_", "&#95;")
+        math = convert(formula[2], display="block" if formula[1] == "$$" else "inline").replace("_", "&#95;")
+        # To Markdown, a line that begins with <math> is a block of HTML, which would end the paragraph.
+        # A block that is wider than a phone scrolls.
+        return f'<div style="overflow-x: auto">{math}</div>' if formula[1] == "$$" else f"<span>{math}</span>"
 
     parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.DOTALL)
     return "".join(part if part.startswith("`") else FORMULA.sub(replace, part) for part in parts)

@@ -28,7 +28,8 @@ def execute(path: Path, folder: Path, **environment: str) -> nbformat.NotebookNo
         cell.metadata = {}
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     python_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    client = NotebookClient(notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(folder)}})
+    options = {"timeout": 600, "record_timing": False, "coalesce_streams": True}
+    client = NotebookClient(notebook, **options, resources={"metadata": {"path": str(folder)}})
     return client.execute(env={**os.environ, "PYTHONPATH": python_path, **environment})
 
 
