@@ -76,8 +76,8 @@ def read_foldable(source: Path, config_json: Mapping[str, Any]) -> Checkpoint:
         settings = read_image_processor(source, config)
     else:
         warnings.warn(
-            f"{source}: no preprocessor_config.json; using ImageNet's mean and standard deviation, as the published models"
-            " of this family do",
+            f"{source}: no preprocessor_config.json; using ImageNet's mean and standard deviation, those of published"
+            " models of its family",
             stacklevel=2,
         )
         imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
