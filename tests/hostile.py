@@ -154,10 +154,8 @@ def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def edit_header(data: bytes, edit: Callable[[dict], None]) -> bytes:
+def edit_header(data: bytes, edit: Callable[[dict], dict]) -> bytes:
     """A .safetensors file with an edited header and the same bytes of tensors."""
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    edit(header)
-    changed = json.dumps(header).encode()
+    changed = json.dumps(edit(json.loads(data[8:end]))).encode()
     return len(changed).to_bytes(8, "little") + changed + data[end:]

@@ -64,8 +64,11 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def replace_values(content: dict, rng: random.Random) -> None:
-    """Replaces 1 to 3 values of a JSON object, at any depth."""
+def replace_values(data: bytes, rng: random.Random) -> bytes:
+    """Replaces 1 to 3 values, at any depth, of a JSON file or of the header of a .safetensors file."""
+    if not data.startswith(b"{"):
+        return hostile.edit_header(data, lambda header: json.loads(replace_values(json.dumps(header).encode(), rng)))
+    content = json.loads(data)
     for _ in range(rng.randint(1, 3)):
         places, nodes = [], [content]
         while nodes:
@@ -76,6 +79,7 @@ def replace_values(content: dict, rng: random.Random) -> None:
                     nodes.append(node[key])
         node, key = rng.choice(places)
         node[key] = copy.deepcopy(rng.choice(VALUES))
+    return json.dumps(content).encode()
 
 
 @functools.cache
@@ -114,6 +118,7 @@ def check_decoding(data: bytes) -> None:
 
 SETTINGS = ("config.json", "preprocessor_config.json")
 HUB_FILES = (*SETTINGS, "model.safetensors", "hub.bin", "legacy.bin")
+FOREIGN_FILES = ("timm.safetensors", "google.npz", "timm.pth")
 
 
 @functools.cache
@@ -130,27 +135,12 @@ def build_checkpoints() -> dict[str, bytes]:
         return {**hostile.build_checkpoint(), **files}
 
 
-def build_weights_case(rng: random.Random, folder: Path) -> Callable[[], object]:
-    files, name = build_checkpoints(), rng.choice(HUB_FILES)
+def build_checkpoint_case(names, change, rng: random.Random, folder: Path) -> Callable[[], object]:
+    """One of the files `names` changed, beside the other files of a folder if it belongs into one."""
+    files, name = build_checkpoints(), rng.choice(names)
+    others = () if name in FOREIGN_FILES else SETTINGS if name.endswith(".bin") else HUB_FILES[:3]
     stored = "pytorch_model.bin" if name.endswith(".bin") else name
-    others = SETTINGS if name not in SETTINGS else HUB_FILES[:3]
-    return partial(check_files, folder, {key: files[key] for key in others} | {stored: mutate(files[name], rng)})
-
-
-def build_settings_case(rng: random.Random, folder: Path) -> Callable[[], object]:
-    files, name = {name: build_checkpoints()[name] for name in HUB_FILES[:3]}, rng.choice(HUB_FILES[:3])
-    if name == "model.safetensors":
-        files[name] = hostile.edit_header(files[name], partial(replace_values, rng=rng))
-    else:
-        content = json.loads(files[name])
-        replace_values(content, rng)
-        files[name] = json.dumps(content).encode()
-    return partial(check_files, folder, files)
-
-
-def build_foreign_case(rng: random.Random, folder: Path) -> Callable[[], object]:
-    name = rng.choice(["timm.safetensors", "google.npz", "timm.pth"])
-    return partial(check_files, folder, {name: mutate(build_checkpoints()[name], rng)})
+    return partial(check_files, folder, {key: files[key] for key in others} | {stored: change(files[name], rng)})
 
 
 def check_files(folder: Path, files: dict[str, bytes]) -> None:
@@ -183,16 +173,20 @@ def check_loading(folder: Path) -> None:
     assert model(pixels).logits.shape == (1, model.num_labels)
 
 
-NUM_EXAMPLES = {build_image_case: 8, build_weights_case: 2, build_settings_case: 2, build_foreign_case: 2}
+KINDS = {  # number of examples, and what builds a case
+    "images": (8, build_image_case),
+    "weights": (2, partial(build_checkpoint_case, HUB_FILES, mutate)),
+    "settings": (2, partial(build_checkpoint_case, HUB_FILES[:3], replace_values)),
+    "foreign": (2, partial(build_checkpoint_case, FOREIGN_FILES, mutate)),
+}
 
 
 @pytest.mark.parametrize(
-    ("build_case", "example"),
-    [(build_case, example) for build_case, number in NUM_EXAMPLES.items() for example in range(EXAMPLES or number)],
+    ("kind", "example"), [(kind, example) for kind in KINDS for example in range(EXAMPLES or KINDS[kind][0])]
 )
-def test_fuzzed_files_are_read_or_refused(build_case, example, tmp_path):
+def test_fuzzed_files_are_read_or_refused(kind, example, tmp_path):
     seed = random.SystemRandom().getrandbits(32) if EXAMPLES else example
     rng = random.Random(seed)
-    cases = [build_case(rng, tmp_path / "case") for _ in range(CASES)]
+    cases = [KINDS[kind][1](rng, tmp_path / "case") for _ in range(CASES)]
     for number, report in enumerate(hostile.run_limited(cases)):
         assert report == "done" or report.startswith("refused: "), f"seed {seed}, case {number}: {report}"

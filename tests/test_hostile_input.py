@@ -32,8 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning", "ignore:Corrupt EXIF"),
 ]
 
-# --- images ----------------------------------------------------------------------------------------------------------
-
 RAMP = np.arange(0, 2**16, 2**8, dtype=np.uint16).reshape(16, 16)  # 16 bits per pixel, each upper byte once
 RGB_RAMP = np.repeat(RAMP[..., None], 3, axis=2)
 SIXTEEN_BITS = {
@@ -87,13 +85,12 @@ def test_every_mode_becomes_rgb_on_white_whatever_the_name(mode, tmp_path):
     assert np.abs(np.subtract(found, [corner, centre])).max() <= {"JPEG": 1, "WEBP": 4, "AVIF": 4}.get(format, 0)
 
 
-STORED_TRANSPOSES = {  # EXIF orientation -> how a camera held that way stores an upright image
-    1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
-    7: "TRANSVERSE", 8: "ROTATE_270",
-}  # fmt: skip
+# How a camera stores an upright image, by its EXIF orientation.
+TRANSPOSES = [None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE",
+              "ROTATE_270"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("orientation", "transpose"), STORED_TRANSPOSES.items())
+@pytest.mark.parametrize(("orientation", "transpose"), [*enumerate(TRANSPOSES, start=1)])
 def test_exif_orientation_is_applied(orientation, transpose):
     upright, exif = Image.fromarray((np.arange(6 * 4 * 3) * 3).astype(np.uint8).reshape(6, 4, 3)), Image.Exif()
     exif[0x0112] = orientation
@@ -107,20 +104,18 @@ def test_broken_exif_is_ignored(exif):
     assert decode_image(hostile.encode(image, "JPEG", exif=b"Exif\0\0" + exif)).size == (8, 4)
 
 
-NO_IMAGES = {
+NO_IMAGES = {  # Pillow would start Ghostscript for an EPS
     "zero bytes": (b"", "expected an image, found a file in none of these formats"),
     "text": (b"just words, whatever the name says", "expected an image, found a file in none of these formats"),
-    "eps, which Ghostscript would run": (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "expected an image, found"),
+    "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "expected an image, found"),
     "truncated png": (hostile.encode_leaf("PNG")[:500], "cannot be decoded"),
     "truncated jpeg": (hostile.encode_leaf("JPEG")[:500], "cannot be decoded"),
     "no width": (hostile.encode_hollow_png(0, 10), "expected an image"),
     "no pixels": (hostile.encode_hollow_png(10, 10), "cannot be decoded"),
-    "2,700 MB of pixels": (
-        hostile.encode_hollow_png(30_000, 30_000), "expected an image of at most 178,956,970 pixels, "),
-    **{f"{dtype} tiff": (hostile.encode(Image.fromarray(RAMP.astype(dtype)), "TIFF"),
-                         "expected 8 or 16 bits .*, found 32") for dtype in ("int32", "float32")},
-}  # fmt: skip
+    "bomb": (hostile.encode_hollow_png(30_000, 30_000), "expected an image of at most 178,956,970 pixels, "),
+    "int32": (hostile.encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"), "expected 8 or 16 bits .*, found 32"),
+    "float32": (hostile.encode(Image.fromarray(RAMP.astype(np.float32)), "TIFF"), "expected 8 or 16 bits .*, found 32"),
+}
 
 
 @pytest.mark.parametrize("kind", NO_IMAGES)
@@ -129,9 +124,6 @@ def test_a_file_that_cannot_be_decoded_is_refused_by_name_in_little_memory(kind,
     (tmp_path / "a.png").write_bytes(data)
     (report,) = hostile.run_limited([lambda: decode_image(tmp_path / "a.png")], memory=100 * 2**20)
     assert re.fullmatch(rf"refused: .*a\.png: {message}.*", report)
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -211,14 +203,12 @@ def test_splits_are_found_and_images_beside_them_are_refused(tmp_path):
         load_images(data_dir=root)
 
 
-# --- bad images in a folder, with every command ----------------------------------------------------------------------
-
 BAD_IMAGES = {
     "broken link": lambda path: path.symlink_to("nowhere.png"),
     "circle": lambda path: path.symlink_to(path.name),
     "pipe": os.mkfifo,
     **{kind: partial(Path.write_bytes, data=NO_IMAGES[kind][0])
-       for kind in ("zero bytes", "text", "truncated png", "2,700 MB of pixels")},
+       for kind in ("zero bytes", "text", "truncated png", "bomb")},
 }  # fmt: skip
 
 
@@ -280,8 +270,6 @@ def test_evaluate_leaves_out_bad_images_on_request(finished_run, capsys):
 def test_unprintable_characters_are_escaped():
     assert escape_unprintable("a\nb\x1b[2J\udcff글자 é") == "a\\nb\\x1b[2J\\udcff글자 é"
 
-
-# --- a checkpoint of a run that is resumed ---------------------------------------------------------------------------
 
 save_code = partial(torch.save, {"a": hostile.RunsCode()})
 pickle_code = partial(hostile.save_pickle, hostile.RunsCode())
