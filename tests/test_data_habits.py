@@ -427,8 +427,8 @@ def test_two_labels_of_an_image_in_a_metadata_file_are_an_error(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["metadata", "metadata of splits", "labels"])
-def test_images_without_a_row_are_counted(kind, tmp_path):
-    root = make_classes(tmp_path / "pets [2024]" / "train", ["photos"], count=5) / "photos"
+def test_images_without_a_row_are_counted(kind, own_folder):
+    root = make_classes(Path("pets [2024]") / "train", ["photos"], count=5) / "photos"
     rows = [["file_name", "label"], *[[f"photos{n}.png", ["cat", "dog"][n % 2]] for n in range(4)]]
     file = write_csv(root / ("metadata.csv" if kind != "labels" else "labels.csv"), rows)
     if kind == "metadata of splits":

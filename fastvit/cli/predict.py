@@ -24,7 +24,7 @@ from fastvit.errors import InputError, escape_unprintable
 if TYPE_CHECKING:
     import torch
 
-    from fastvit.serve.predictor import Prediction, Predictor
+    from fastvit.serve.predictor import Predictor
     from fastvit.serve.sources import Source
 
 
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_predictions(predictor: Predictor, sources: Sequence[Source], as_json: bool) -> int:
-    from fastvit.serve.output import build_record
+    from fastvit.serve.output import build_record, list_results
 
     code = 0
     predicted = predictor.stream(source.image for source in sources)
@@ -78,24 +78,16 @@ def print_predictions(predictor: Predictor, sources: Sequence[Source], as_json: 
             print(f"error: {escape_unprintable(str(result))}", file=sys.stderr)
             code = 2
         elif as_json:
-            record = build_record(name, list_results(predictor, result), kind=predictor.task.kind)
+            record = build_record(name, list_results(result, predictor.task.kind), kind=predictor.task.kind)
             print(json.dumps(record, ensure_ascii=not name.isprintable()))
         else:
             print(escape_unprintable(name))
-            results = list_results(predictor, result)
+            results = list_results(result, predictor.task.kind)
             for label, score in results:
                 print(f"  {predictor.task.format_score(score):>7}  {escape_unprintable(label)}")
             if not results:
                 print("  no label reaches its threshold")
     return code
-
-
-def list_results(predictor: Predictor, result: Prediction) -> list[tuple[str, float]]:
-    """The most probable classes, the labels that reach their thresholds, or the numbers; rounded for files."""
-    if predictor.task.kind == "regression":
-        return [(label, float(f"{value:.7g}")) for label, value in result.selected]
-    pairs = result.top if predictor.task.kind == "single-label" else result.selected
-    return [(label, round(score, 6)) for label, score in pairs]
 
 
 def write_predictions(predictor: Predictor, sources: Sequence[Source], options: argparse.Namespace) -> int:
@@ -105,7 +97,7 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
     """
     from tqdm import tqdm
 
-    from fastvit.serve.output import PredictionFile
+    from fastvit.serve.output import PredictionFile, list_results
     from fastvit.train.distributed import broadcast_result, is_set_on_any_process
 
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
@@ -130,7 +122,7 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
             if isinstance(result, InputError):
                 output.add(journal, name, [], str(result))
             else:
-                output.add(journal, name, list_results(predictor, result))
+                output.add(journal, name, list_results(result, kind))
     is_set_on_any_process(False)  # waits for the others
     failed = broadcast_result(lambda: output.merge(unique))
     note = f"; {failed} could not be read: see `error` in the file" if failed else ""

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 admits other machines")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on; 0: any free one")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help=f"token of the clients [${TOKEN_VARIABLE}]")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to return")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to return, of a model of classes")
     add_prediction_arguments(parser)
     limits = dataclasses.fields(Limits)
     for field in limits:
@@ -39,8 +39,6 @@ def main(argv: list[str]) -> None:
         listen(options.host, options.port) as listener,
         Predictor(options.model, options.device, **settings) as predictor,
     ):
-        if predictor.task.kind == "regression":
-            raise InputError(f"MODEL: expected a classifier, got a regression in {options.model}")
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{options.model}: {url}, described at {url}/docs  (Ctrl-C ends it)", flush=True)

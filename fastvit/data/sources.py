@@ -153,7 +153,7 @@ def read_folder(root: Path, image_column: str | None, label_column: str | None, 
 
 
 def locate_rows(base: Path, file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of a metadata file with whole paths, and the split if the file's folder is called after one."""
+    """Returns the rows of a metadata file with paths from `base`, and the split if the file's folder is called after one."""
     split = match_split(file.parent.name) if file.parent != base else None
     tops = {Path(str(row.get("file_name"))).parts[:-1][:1] for row in rows}
     found = sorted(top[0] for top in tops if top and match_split(top[0]))
@@ -163,7 +163,8 @@ def locate_rows(base: Path, file: Path, rows: list[dict[str, Any]]) -> list[dict
             " images; put a metadata file into the folder of each split, or give this file with --labels (its column"
             " called split, if there is one, assigns the images to splits)"
         )
-    located = [{**row, "file_name": str(file.parent / str(row.get("file_name")))} for row in rows]
+    folder = file.parent.relative_to(base)
+    located = [{**row, "file_name": str(folder / str(row.get("file_name")))} for row in rows]
     return located if split is None else [{**row, "split": split} for row in located]
 
 

@@ -13,10 +13,13 @@ import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from fastvit.errors import InputError
 from fastvit.files import wrap_write_errors
+
+if TYPE_CHECKING:
+    from fastvit.serve.predictor import Prediction
 
 Writers = dict[str, Callable[[Path, Iterator[dict[str, Any]], dict[str, Any]], None]]
 PARQUET_ROWS = 10_000  # rows of one row group
@@ -161,6 +164,14 @@ def write_jsonl(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, 
             file.write(json.dumps(build_record(row["image"], row["classes"], row["error"], settings["task"])) + "\n")
 
 
+def list_results(result: Prediction, kind: str) -> list[tuple[str, float]]:
+    """The most probable classes, the labels that reach their thresholds, or the numbers; rounded for files."""
+    if kind == "regression":
+        return [(label, float(f"{value:.7g}")) for label, value in result.selected]
+    pairs = result.top if kind == "single-label" else result.selected
+    return [(label, round(score, 6)) for label, score in pairs]
+
+
 def build_record(
     name: str, classes: list[tuple[str, float]], error: str = "", kind: str = "single-label"
 ) -> dict[str, Any]:
@@ -169,7 +180,7 @@ def build_record(
         return {"image": name, "error": error}
     if kind == "regression":
         return {"image": name, "values": dict(classes)}
-    return {"image": name, "classes": [{"label": label, "probability": round(score, 6)} for label, score in classes]}
+    return {"image": name, "classes": [{"label": label, "probability": score} for label, score in classes]}
 
 
 def write_parquet(path: Path, rows: Iterator[dict[str, Any]], settings: dict[str, Any]) -> None:

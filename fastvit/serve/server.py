@@ -39,7 +39,7 @@ from fastvit.models.features import compute_pooled
 from fastvit.report import figures
 from fastvit.serve.attention import classify_with_attention
 from fastvit.serve.limits import Limits
-from fastvit.serve.output import build_record
+from fastvit.serve.output import build_record, list_results
 from fastvit.serve.predictor import Prediction, Predictor
 
 CONNECTIONS_PER_PLACE = 3  # connections for each place in the queue; uvicorn answers 503 to further ones
@@ -186,14 +186,14 @@ async def read_uploads(request: Request, limits: Limits) -> Uploads:
     return [(escape_unprintable(file.filename or "")[:MAX_NAME], await file.read()) for file in files]
 
 
-def build_answer(uploads: Uploads, results: list[Any]) -> Response:
+def build_answer(uploads: Uploads, results: list[Any], kind: str = "single-label") -> Response:
     """Build the answer: an entry with the result or the InputError of each image. 422 if no image could be used."""
     entries = []
     for index, ((name, _), result) in enumerate(zip(uploads, results, strict=True)):
         if isinstance(result, InputError):
             record = build_record(name, [], str(result).removeprefix(f"images[{index}]: "))
         elif isinstance(result, Prediction):
-            record = build_record(name, list(result.top))
+            record = build_record(name, list_results(result, kind), kind=kind)
         else:
             record = {"image": name, **result}
         entries.append({"index": index, **record})
@@ -214,9 +214,10 @@ def build_app(predictor: Predictor, limits: Limits, token: str | None = None) ->
 
     @app.post("/classify", **images)
     async def classify(uploads: Images) -> Response:
-        """Return the most probable classes of each image, or its error."""
+        """Return the most probable classes of each image, the labels over their thresholds or the values, or its error."""
         images = [content for _, content in uploads]
-        return build_answer(uploads, await run_sync(predictor, images, limiter=server.callers))
+        results = await run_sync(predictor, images, limiter=server.callers)
+        return build_answer(uploads, results, predictor.task.kind)
 
     @app.post("/embed", **images)
     async def embed(uploads: Images) -> Response:
