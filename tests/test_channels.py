@@ -120,6 +120,7 @@ def test_other_channels_go_the_whole_way(suffix, channels, start, streaming, cap
         ["predict", "out", "images"],
         ["attention", "out", path],
         ["evaluate", "out", "--data-dir", "images"],
+        ["embed", "out", "--data-dir", "images", "--knn"],
     ):
         assert cli.main([*command, "--device", "cpu"]) == 0
     with fastvit.Predictor("out", "cpu") as predictor, torch.no_grad():

@@ -108,6 +108,11 @@ def test_values_are_printed_written_and_kept(capsys):
     stored = yaml.safe_load(Path("out/config.yaml").read_text())
     assert stored["recipe"] == "dinov2"
     assert {name: stored[name] for name in PLAIN} == RECIPES["dinov2"] | {"learning_rate": 5e-5}
+    # The file repeats the run; another recipe replaces the values of its recipe alone.
+    again = ["--config", "out/config.yaml", "--overwrite"]
+    assert read_values(resolve(*again)) == {name: stored[name] for name in PLAIN}
+    Path("out/config.yaml").write_text(yaml.safe_dump(stored | {"warmup": 7}))
+    assert read_values(resolve(*again, "--recipe", "plain")) == SEED | {"warmup": 7}
     assert main([*argv, "--resume", "--max-steps", "3"]) == 0
     notes = [text for text in capsys.readouterr().out.splitlines() if " before" in text]
     assert notes == ["note: max_steps is 3; the run had 2 before"]

@@ -126,6 +126,18 @@ def test_streamed_images_have_the_features_of_loaded_ones(home, capsys):
     assert "3 nearest neighbours among 9 images of train, accuracy on 6 images of validation:" in lines
 
 
+def test_labels_of_other_tasks_are_text(home, capsys):
+    paths = sorted(map(str, Path("images/train").rglob("*.png")))[:3]
+    rows = ["file_name,a,b", *(f"{path},{n % 2},{int(n < 2)}" for n, path in enumerate(paths))]
+    Path("several.csv").write_text("\n".join(rows))
+    arguments = ["--labels", "several.csv", "--label-column", "a,b", "-o", "found.jsonl"]
+    for task, expected in (("auto", ["b", "a|b", ""]), ("regression", ["a=0|b=1", "a=1|b=1", "a=0|b=0"])):
+        assert embed(home, *arguments, "--task", task, "--overwrite") == 0
+        assert [json.loads(line)["label"] for line in Path("found.jsonl").read_text().splitlines()] == expected
+    assert embed(home, *arguments[:4], "--knn") == 2
+    assert "--knn: expected one class per image, found --task multi-label" in capsys.readouterr().err
+
+
 def test_neighbours_are_the_most_similar_images(home, capsys):
     shutil.copy("images/train/healthy/1.png", "copy.png")
     assert embed(home, "images", "--neighbours", "copy.png", "--top", "2") == 0

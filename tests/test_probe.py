@@ -135,7 +135,7 @@ def test_run_fits_the_classifier_to_features_of_the_saved_backbone(capsys):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--augment"], "--augment"),
+        (["--augment", "--max-train-samples", "5"], "--augment"),
         (["--mixup", "0.2", "--ema", "0.9"], "--mixup, --ema"),
         (["--streaming"], "--streaming"),
         ([], "the checkpoint"),
@@ -151,5 +151,8 @@ def test_options_that_need_steps_train_step_by_step_and_are_named(flags, reason,
         flags = [*flags, "--epochs", "1", "--batch-size", "6"]
     capsys.readouterr()
     assert main([*RUN, *flags]) == 0
-    assert f"note: the classifier is trained step by step because of {reason};" in capsys.readouterr().out
+    output, card = capsys.readouterr().out, Path("out/README.md").read_text()
+    assert f"note: the classifier is trained step by step because of {reason};" in output
+    count = "5" if "5" in flags else "streamed" if "--streaming" in flags else "6"
+    assert f"training 387 parameters on {count} images of" in output and f" {count} images" in card
     assert list(Path("out").glob("checkpoint-*"))

@@ -177,6 +177,20 @@ def test_an_image_has_the_classes_of_the_predictor_and_an_attention_map(kind, se
     assert entry["pooled"] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["multi-label", "regression"])
+def test_models_of_other_tasks_answer_as_predict_does(kind, tmp_path, capsys):
+    folder, image = hostile.write_files(tmp_path / "tiny", hostile.build_checkpoint()), tmp_path / "leaf.jpg"
+    image.write_bytes(LEAF)
+    changes = {"problem_type": "multi_label_classification", "label_thresholds": [0, 1, 1]}
+    hostile.change_json(folder / "config.json", **({"problem_type": kind} if kind == "regression" else changes))
+    assert cli.main(["predict", str(folder), str(image), "--json", "--device", "cpu"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert len(expected["classes"]) == 1 if kind == "multi-label" else len(expected["values"]) == 3
+    with serve(folder) as (client, _):
+        (entry,) = json.loads(client.post((str(image), LEAF))[2])["results"]
+        assert entry == {"index": 0, **expected}
+
+
 def test_models_of_exported_files_have_neither_features_nor_maps(model):
     with serve(model) as (client, predictor):
         predictor.model = object()

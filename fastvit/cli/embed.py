@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_source_arguments(parser)
     parser.add_argument("--data-dir", metavar="FOLDER", help="or a folder of classes: [SPLIT/] CLASS/")
     parser.add_argument("--labels", metavar="FILE", help="or a table of file names and labels")
-    parser.add_argument("--label-column", metavar="NAME", help="column of the classes [found by name]")
+    parser.add_argument("--label-column", metavar="NAME", help="column of the labels, or several: A,B,C")
+    kinds = ("auto", "single-label", "multi-label", "regression")
+    parser.add_argument("--task", choices=kinds, default="auto", help="what the labels are for [as they show]")
     parser.add_argument("--streaming", action="store_true", help="read the dataset while it is downloaded")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE",
@@ -67,13 +69,15 @@ def main(argv: list[str]) -> int:
         raise InputError("--knn: expected images with labels: --data-dir FOLDER, --labels FILE or --dataset ID")
     if bool(options.images) == is_labelled or (options.streaming and not is_labelled):
         raise InputError("IMAGE: expected images, or --dataset, --data-dir or --labels (which --streaming needs)")
-    items = list_labelled(options) if is_labelled else [Item(*source) for source in find_sources(options)]
+    items: Iterable[Item] = [] if is_labelled else [Item(*source) for source in find_sources(options)]
 
     from fastvit.serve.embedding import Embedder
 
     settings = {"pool": options.pool, "image_size": options.image_size, "max_batch": options.batch_size}
     embedder = Embedder(options.model, options.device, **settings)
     with embedder, tempfile.TemporaryDirectory() as folder:
+        if is_labelled:
+            items = list_labelled(options, embedder.preprocessor.channels)
         query = embedder(options.neighbours) if options.neighbours else None
         path = options.output or Path(folder, "features.jsonl")
         rows, failed = compute_rows(embedder, items, path, options)
@@ -84,21 +88,23 @@ def main(argv: list[str]) -> int:
     return 2 if failed else 0
 
 
-def list_labelled(options: argparse.Namespace) -> Iterable[Item]:
-    """The labelled images of a dataset, a folder or a table, all splits or one."""
+def list_labelled(options: argparse.Namespace, channels: int) -> Iterable[Item]:
+    """The labelled images of a dataset, a folder or a table, all splits or one, with `channels` channels."""
     from fastvit.checkpoints.hub import skip_unreachable_hub
-    from fastvit.checkpoints.locations import check_location
     from fastvit.data.datasets import load_images
     from fastvit.data.streaming import StreamedDataset, stream_images
 
-    check_location(options.model, has_owner=True)
     where = {"labels_file": options.labels, "image_column": options.image_column, "label_column": options.label_column}
-    load: Any = partial(load_images, validation_fraction=0)
+    load: Any = partial(load_images, validation_fraction=0, task=options.task)
+    if options.streaming and options.task not in ("auto", "single-label"):
+        raise InputError(f"--streaming: cannot be used with --task {options.task}")
     if options.streaming:
         load = partial(stream_images, need_validation=False)
     if options.dataset not in (None, "generated"):
         load = skip_unreachable_hub()(load)
-    images = load(options.dataset, options.data_dir, **where)
+    images = load(options.dataset, options.data_dir, channels=channels, **where)
+    if options.knn and images.task != "single-label":
+        raise InputError(f"--knn: expected one class per image, found --task {images.task} in {images.name}")
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)
     is_streamed = isinstance(images, StreamedDataset)
@@ -108,11 +114,22 @@ def list_labelled(options: argparse.Namespace) -> Iterable[Item]:
     found: list[Item] = []
     for name, split in images.splits.items():
         if options.split in (None, name):
-            labels = [images.class_names[label] for label in split.labels]
+            labels = [format_labels(images, label) for label in split.labels]
             is_file = not is_streamed and len(split) and Path(split.get_name(0)).exists()  # else a row
             names = [split.get_name(i) if is_file else f"{name}/{i}" for i in range(len(split))]
             found += [Item(names[i], partial(split.load, i), labels[i], name) for i in range(len(split))]
     return yield_streamed(images, found) if is_streamed and options.split in (None, "train") else found
+
+
+def format_labels(images: Any, labels: Any) -> str:
+    """The class of an image, its labels with | between them, or its numbers."""
+    names = images.class_names
+    if images.task == "single-label":
+        return names[labels]
+    if images.task == "multi-label":
+        return "|".join(name for name, is_given in zip(names, labels, strict=True) if is_given)
+    values = [f"{value:.7g}" for value in labels]
+    return values[0] if len(names) == 1 else "|".join(map("=".join, zip(names, values, strict=True)))
 
 
 def yield_streamed(images: Any, others: list[Item]) -> Iterator[Item]:
@@ -137,8 +154,8 @@ def compute_rows(
     from fastvit.serve.embedding import WRITERS, decode_row, encode_features
     from fastvit.serve.output import PredictionFile
 
-    names = ("model", "dataset", "data_dir", "labels", "split", "pool", "image_size")
-    settings = {name: getattr(options, name) for name in names}
+    names = ("model", "dataset", "data_dir", "labels", "image_column", "label_column", "task", "split", "pool")
+    settings = {name: getattr(options, name) for name in (*names, "image_size")}
     settings |= {"sizes": embedder.model.sizes, "weights": compute_fingerprint(embedder.model)}
     failed = 0
     output = PredictionFile(path, settings, options.overwrite, WRITERS)

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0 admits other machines")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to listen on; 0: any free one")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help=f"token of the clients [${TOKEN_VARIABLE}]")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to return, of a model of classes")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to return")
     add_prediction_arguments(parser)
     limits = dataclasses.fields(Limits)
     for field in limits:

@@ -216,7 +216,7 @@ def spread_classes(images: ImageDataset, task: str) -> None:
     """Turns classes into multi-label targets, of which each image has one; raises InputError for a regression."""
     if task != MULTI_LABEL:
         found = f"the classes {format_list(images.class_names)}"
-        raise InputError(f"--task {task}: expected columns of numbers, found {found} in {images.name}")
+        raise InputError(f"{images.name}: expected columns of numbers for a {task}, found {found}")
     for split in images.splits.values():
         split.labels = np.eye(len(images.class_names), dtype=np.float32)[split.labels]
     images.task = task

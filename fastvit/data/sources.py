@@ -153,7 +153,7 @@ def read_folder(root: Path, image_column: str | None, label_column: str | None, 
 
 
 def locate_rows(base: Path, file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of a metadata file with paths from `base`, and the split if the file's folder is called after one."""
+    """Returns the rows of a metadata file with paths from `base`, and the split that the file's folder names."""
     split = match_split(file.parent.name) if file.parent != base else None
     tops = {Path(str(row.get("file_name"))).parts[:-1][:1] for row in rows}
     found = sorted(top[0] for top in tops if top and match_split(top[0]))

@@ -21,8 +21,9 @@ from transformers.utils import logging
 
 from fastvit.adapters.backbones import build_classifier
 from fastvit.checkpoints.configuration import make_pair
+from fastvit.checkpoints.inspection import read_config
 from fastvit.models.backbone import CLS, FAMILIES, MEAN, count_prefix_tokens, get_vision_config, pool_tokens
-from fastvit.models.loading import read_image_settings
+from fastvit.models.loading import explain_load_errors, read_image_settings
 from fastvit.serve.output import PARQUET_ROWS, Writers
 from fastvit.serve.predictor import Predictor, check_compatibility
 from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
@@ -93,11 +94,12 @@ def load_feature_model(model: str, pool: str | None, image_size: int | None) -> 
     Raises:
         InputError: it cannot be loaded, or is of no family that is known.
     """
-    preprocessor = None if read_image_settings(model) is None else load_preprocessor(model)
-    height, width = (None, None) if preprocessor is None else preprocessor.image_size
+    channels = explain_load_errors(model, lambda: read_config(model)).get("num_channels", 3)
+    has_none = channels == 3 and read_image_settings(model) is None
+    preprocessor = None if has_none else load_preprocessor(model, channels)
     torch.manual_seed(0)  # of weights that are dropped, or not read
     labels = {"id2label": {0: "0", 1: "1"}, "label2id": {"0": 0, "1": 1}}
-    default_size, verbosity = height if height == width else None, logging.get_verbosity()
+    default_size, verbosity = preprocessor.image_size if preprocessor else None, logging.get_verbosity()
     logging.set_verbosity_error()  # the classifier is new, and dropped
     try:
         classifier = build_classifier(model, labels, pool=pool, image_size=image_size, default_image_size=default_size)

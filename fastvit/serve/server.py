@@ -214,7 +214,7 @@ def build_app(predictor: Predictor, limits: Limits, token: str | None = None) ->
 
     @app.post("/classify", **images)
     async def classify(uploads: Images) -> Response:
-        """Return the most probable classes of each image, the labels over their thresholds or the values, or its error."""
+        """Return the most probable classes of each image, its labels or its values, or its error."""
         images = [content for _, content in uploads]
         results = await run_sync(predictor, images, limiter=server.callers)
         return build_answer(uploads, results, predictor.task.kind)

@@ -103,9 +103,9 @@ def print_counts(images: ImageDataset) -> None:
         print(f"note: {note}")
 
 
-def describe_count(images: ImageDataset) -> str:
-    """The number of training images for a sentence, or "streamed"."""
-    return "streamed" if isinstance(images, StreamedDataset) else f"{len(images.splits[TRAIN]):,}"
+def describe_count(sets: dict[str, ImageSet]) -> str:
+    """The number of images that are trained on for a sentence, or "streamed"."""
+    return f"{len(sets[TRAIN]):,}" if TRAIN in sets else "streamed"
 
 
 def choose_decode_size(size: tuple[int, int], augment: Augment | None) -> tuple[int, int]:

@@ -75,6 +75,14 @@ def compute_defaults(recipe: str, options: FinetuneOptions) -> dict[str, Any]:
     return values
 
 
+def select_other_values(given: dict[str, Any], recipe: str | None) -> dict[str, Any]:
+    """The options of a config, without the values of its recipe where `recipe` is another one."""
+    if recipe is None or given.get("recipe", recipe) == recipe:
+        return given
+    values = compute_defaults(given["recipe"], FinetuneOptions(**given))
+    return {name: value for name, value in given.items() if name not in values or value != values[name]}
+
+
 def choose_recipe(options: FinetuneOptions) -> str:
     """The recipe of the model's family."""
     if options.from_scratch is not None or options.model == DEFAULT_MODEL:

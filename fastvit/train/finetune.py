@@ -191,7 +191,7 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     set_callbacks(trainer, options, progress)
     if options.tune:
         tune_operations(trainer, precision)
-    announce_training(trainer, images, processor, precision, processes.num_processes)
+    announce_training(trainer, describe_count(sets), processor, precision, processes.num_processes)
     if processes.num_processes > 1:
         accelerate.utils.set_seed(options.seed, device_specific=True)  # different dropout on each
     try:
@@ -218,12 +218,12 @@ def set_callbacks(trainer: RecipeTuner, options: FinetuneOptions, progress: Prog
 
 
 def announce_training(
-    trainer: RecipeTuner, images: ImageDataset, processor: ViTImageProcessorPil, precision: str, num_processes: int
+    trainer: RecipeTuner, count: str, processor: ViTImageProcessorPil, precision: str, num_processes: int
 ) -> None:
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(
-        f"training {parameters / 1e6:.1f} M parameters on {describe_count(images)} images of"
-        f" {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
+        f"training {f'{parameters / 1e6:.1f} M' if parameters >= 1e5 else f'{parameters:,}'} parameters on {count}"
+        f" images of {processor.size['height']}x{processor.size['width']}, {precision}, on {trainer.args.device}"
         + (f" and {num_processes - 1} more" if num_processes > 1 else "")
     )
 

@@ -15,7 +15,6 @@ from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.data.targets import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fastvit.models.backbone import WRAPPER_TYPE, describe_model
 from fastvit.report.tasks import TASKS
-from fastvit.train.build import describe_count
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.run_folder import select_run_options
 
@@ -56,11 +55,12 @@ VERBS = {
 
 
 def build_model_card(
-    options: FinetuneOptions, images: ImageDataset, metrics: dict[str, float], reports: str, config: Any
+    options: FinetuneOptions, images: ImageDataset, count: str, metrics: dict[str, float], reports: str, config: Any
 ) -> ModelCard:
     """Build the model card of a run.
 
     Args:
+        count: number of training images, as text.
         metrics: of the evaluated splits, as `write_results` returns them.
         reports: their tables of classes, as text.
         config: the model's config.
@@ -96,7 +96,7 @@ def build_model_card(
         settings=', function_to_apply="none"' if images.task == REGRESSION else "",
         classes=classes,
         origin=origin,
-        count=describe_count(images),
+        count=count,
         dataset=images.name,
         reports=reports,
         version=fastvit.__version__,

@@ -351,7 +351,10 @@ def parse_options(argv: list[str] | None) -> FinetuneOptions:
     given = parse_given(build_parser(), FinetuneOptions, argv)
     check_start(given.get("from_scratch"), given.get("model"))
     config = given.pop("config")
-    given = (read_config(config, FinetuneOptions) if config is not None else {}) | given
+    if config is not None:
+        from fastvit.train.defaults import select_other_values
+
+        given = select_other_values(read_config(config, FinetuneOptions), given.get("recipe")) | given
     if given.get("dataset") == "generated" and "model" not in given:
         given = GENERATED_DEFAULTS | given
     options = FinetuneOptions(**given)

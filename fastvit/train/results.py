@@ -78,14 +78,16 @@ def write_results(
     if trainer.is_world_process_zero():
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
         (output_dir / MARKER).unlink(missing_ok=True)
-    trainer.model_card = build_model_card(options, images, metrics, "\n".join(reports), trainer.model.config)
+    trainer.model_card = build_model_card(
+        options, images, describe_count(sets), metrics, "\n".join(reports), trainer.model.config
+    )
     trainer.create_model_card()
     if trainer.is_world_process_zero():
         seconds = result.metrics["train_runtime"]
         report = page.gather_report(
             options,
             images,
-            describe_count(images),
+            describe_count(sets),
             sets,
             evaluations,
             trainer.state,
