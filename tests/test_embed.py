@@ -134,6 +134,8 @@ def test_labels_of_other_tasks_are_text(home, capsys):
     for task, expected in (("auto", ["b", "a|b", ""]), ("regression", ["a=0|b=1", "a=1|b=1", "a=0|b=0"])):
         assert embed(home, *arguments, "--task", task, "--overwrite") == 0
         assert [json.loads(line)["label"] for line in Path("found.jsonl").read_text().splitlines()] == expected
+    shutil.copytree("images/train", "alone/test")
+    assert embed(home, "--data-dir", "alone", "--knn", "3") == 0
     assert embed(home, *arguments[:4], "--knn") == 2
     assert "--knn: expected one class per image, found --task multi-label" in capsys.readouterr().err
 

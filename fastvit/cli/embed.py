@@ -95,14 +95,14 @@ def list_labelled(options: argparse.Namespace, channels: int) -> Iterable[Item]:
     from fastvit.data.streaming import StreamedDataset, stream_images
 
     where = {"labels_file": options.labels, "image_column": options.image_column, "label_column": options.label_column}
-    load: Any = partial(load_images, validation_fraction=0, task=options.task)
+    load: Any = partial(load_images, validation_fraction=0, need_train=False)
     if options.streaming and options.task not in ("auto", "single-label"):
         raise InputError(f"--streaming: cannot be used with --task {options.task}")
     if options.streaming:
         load = partial(stream_images, need_validation=False)
     if options.dataset not in (None, "generated"):
         load = skip_unreachable_hub()(load)
-    images = load(options.dataset, options.data_dir, channels=channels, **where)
+    images = load(options.dataset, options.data_dir, task=options.task, channels=channels, **where)
     if options.knn and images.task != "single-label":
         raise InputError(f"--knn: expected one class per image, found --task {images.task} in {images.name}")
     for note in images.notes:

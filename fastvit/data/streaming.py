@@ -115,6 +115,7 @@ def stream_images(
     labels_file: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    task: str = "auto",
     class_names: str | None = None,
     max_eval_samples: int | None = None,
     seed: int = 0,
@@ -131,6 +132,7 @@ def stream_images(
         labels_file: A table of file names, relative to `data_dir` or to the table's folder, and labels.
         image_column: The column with the images [found by name or type].
         label_column: The column with the labels [found by name or type].
+        task: "auto", or "single-label" for labels of a table that have another reading.
         class_names: The classes in the order of their numbers, as "a,b,c" or a file with one per line. By default they
             are those of the dataset, or are collected by a pass over the training labels.
         max_eval_samples: The largest number of validation and of test images, drawn with `seed`.
@@ -148,7 +150,7 @@ def stream_images(
     import datasets
 
     source = ALIASES.get(dataset or "", dataset) or str(labels_file or data_dir)
-    splits, num_train, notes = _open_splits(dataset, data_dir, labels_file, image_column, label_column, source)
+    splits, num_train, notes = _open_splits(dataset, data_dir, labels_file, image_column, label_column, task, source)
     if labels_file is not None:
         image_column = label_column = None
     if need_validation and VALIDATION not in splits:
@@ -201,6 +203,7 @@ def _open_splits(
     labels_file: str | Path | None,
     image_column: str | None,
     label_column: str | None,
+    task: str,
     source: str,
 ) -> tuple[dict[str, Any], int | None, list[str]]:
     """Opens a source as iterable datasets; arguments as in `stream_images`.
@@ -210,7 +213,7 @@ def _open_splits(
     """
     import datasets
 
-    opened = open_source(dataset, data_dir, labels_file, image_column, label_column, streaming=True)
+    opened = open_source(dataset, data_dir, labels_file, image_column, label_column, task=task, streaming=True)
     check_training_split(opened.splits if isinstance(opened, LabelledFiles) else opened, source)
     if isinstance(opened, LabelledFiles):
         if opened.task != SINGLE_LABEL:

@@ -199,7 +199,7 @@ def parse_backbone_config(stored: Mapping[str, Any], model: str) -> Any:
     vision = get_vision_config(config)
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"):
         check_size(name, getattr(vision, name, None), SIZE_LIMITS[name], where)
-    if vision.num_channels != 3:
+    if vision.num_channels != 3 and config.model_type != "vit":  # ours, whose channels are checked when it is built
         raise InputError(f"{where}: num_channels: expected 3, for RGB, got {format_value(vision.num_channels)}")
     return config
 

@@ -50,33 +50,32 @@ def load_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
 
 
 def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset:
+    settings: dict[str, Any] = {
+        "labels_file": options.labels,
+        "image_column": options.image_column,
+        "label_column": options.label_column,
+        "task": options.task or "auto",
+        "seed": options.seed,
+        "channels": options.channels,
+    }
     if options.streaming:
         return stream_images(
             options.dataset,
             options.data_dir,
-            labels_file=options.labels,
-            image_column=options.image_column,
-            label_column=options.label_column,
             class_names=options.class_names,
             max_eval_samples=options.max_eval_samples,
-            seed=options.seed,
             need_length=options.max_steps <= 0,
             need_validation=options.validation_fraction != 0,
-            channels=options.channels,
+            **settings,
         )
     with processes.local_main_process_first():
         images = load_images(
             options.dataset,
             options.data_dir,
-            labels_file=options.labels,
-            image_column=options.image_column,
-            label_column=options.label_column,
-            task=options.task or "auto",
             validation_fraction=options.validation_fraction if options.fold is None else 0,
-            seed=options.seed,
             image_size=max(make_pair(options.image_size or 64)),
             generated_images=options.generated_images,
-            channels=options.channels,
+            **settings,
         )
     if options.folds is None or options.fold is None:
         return images
