@@ -488,15 +488,6 @@ def test_labels_in_words_for_missing_are_an_error_with_both_readings(text, tmp_p
                 read(**options)
 
 
-def test_streamed_labels_with_two_readings_have_that_of_the_task(tmp_path):
-    root = make_classes(tmp_path / "data", ["photos"], count=4)
-    rows = [["file_name", "label"], *[[f"photos/photos{n}.png", ["a", "a|b"][n % 2]] for n in range(4)]]
-    options = {"labels_file": write_csv(tmp_path / "labels.csv", rows), "data_dir": root, "need_validation": False}
-    with pytest.raises(InputError, match="may be one class per image"):
-        stream_images(**options)
-    assert stream_images(**options, task="single-label").class_names == ["a", "a|b"]
-
-
 @pytest.fixture
 def flat(tmp_path) -> Path:
     """A folder of images without classes: images/DEEPER/*.png."""

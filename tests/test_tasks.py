@@ -349,6 +349,15 @@ def test_a_regression_learns_in_units_of_the_data_and_resumes_with_the_same_bits
     assert main([*options, "--output-dir", "a", "--resume", "--task", "auto"]) == 2
 
 
+def test_streamed_labels_with_two_readings_have_that_of_the_task(photos, tmp_path):
+    rows = [[name, ["a", "a|b"][number % 2]] for number, name in enumerate(FOUR)]
+    write_table(tmp_path / "two.csv", [["file_name", "label"], *rows])
+    options = {"labels_file": tmp_path / "two.csv", "data_dir": photos, "need_validation": False}
+    with pytest.raises(InputError, match="may be one class per image"):
+        stream_images(**options)
+    assert stream_images(**options, task="single-label").class_names == ["a", "a|b"]
+
+
 def test_one_logit_is_evaluated_by_its_threshold(photos, tmp_path, capsys):
     copy_classes(photos, "red", "dark")
     rows = [
