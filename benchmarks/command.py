@@ -43,7 +43,7 @@ MODELS = ("bench_model", "bench_quantize")
 SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernels": ("each operation beside PyTorch, compilers and other kernels", KERNELS),
     "model": ("the whole model beside transformers and timm", MODELS),
-    "predictor": ("image files to classes, beside transformers' pipeline", ("bench_predictor",)),
+    "predictor": ("image files to classes, by runtime and dtype, beside transformers' pipeline", ("bench_predictor",)),
     "memory": ("memory of the operations and the model; nothing is timed", (*KERNELS, *MODELS)),
     "coldstart": ("time to the first prediction", ("bench_coldstart",)),
     "host": ("overhead of Python, PyTorch and Triton's launcher per pass; needs no GPU", ("bench_host",)),
@@ -169,6 +169,9 @@ def run_suite(options: argparse.Namespace) -> int:
     try:
         for result in results:
             draw_bars(result, folder)
+        served = [result for result in results if result["operation"].startswith("predictor")]
+        if served:
+            importlib.import_module("fastvit.benchmarks.bench_predictor").draw_figure(served, folder)
     except ImportError:
         print("no PNG plots: matplotlib is not installed")
     print_table(results)

@@ -75,7 +75,7 @@ def list_image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO"))
 
 
-def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+def decode_image(source: str | Path | bytes, name: str | None = None, min_side: int | None = None) -> Image.Image:
     """Decodes an image file to an upright RGB image.
 
     The content determines the format. An animation becomes its first frame, transparent pixels are composited on white,
@@ -84,6 +84,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
     Args:
         source: A path, or the bytes of a file.
         name: The name of the image in error messages [the path, or "image"].
+        min_side: Decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides remain at least this long.
 
     Returns:
         An RGB image of 8 bits per channel.
@@ -98,6 +99,8 @@ def decode_image(source: str | Path | bytes, name: str | None = None) -> Image.I
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=list_readable_formats()
         ) as image:
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
             image.load()
             return convert_to_upright_rgb(image)
     except InputError as error:
@@ -176,13 +179,14 @@ if hasattr(os, "register_at_fork"):  # a forked child has no thread that would r
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def to_image(source: Any, name: str | None = None) -> Image.Image:
+def to_image(source: Any, name: str | None = None, min_side: int | None = None) -> Image.Image:
     """Converts any representation of an image to an upright RGB image.
 
     Args:
         source: A path, the bytes of a file, a file object, a PIL image, an array or tensor as in `array_to_image`, or a
             function without arguments that returns one of these. A PIL image is converted like a decoded file.
         name: The name of the image in error messages [the path, or "image"].
+        min_side: As for `decode_image`, for files and their bytes.
 
     Returns:
         An RGB image of 8 bits per channel.
@@ -192,9 +196,9 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     if isinstance(source, (str, Path)):
-        return decode_image(source, name)
+        return decode_image(source, name, min_side)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(source), name)
+        return decode_image(bytes(source), name, min_side)
     if isinstance(source, Image.Image):
         try:
             with _read_lock:
@@ -213,9 +217,9 @@ def to_image(source: Any, name: str | None = None) -> Image.Image:
             content = source.read()
         if not isinstance(content, bytes):
             raise InputError(f"{name}: expected a file opened for reading bytes, read {type(content).__name__}")
-        return decode_image(content, name)
+        return decode_image(content, name, min_side)
     if callable(source):
-        return to_image(source(), name)
+        return to_image(source(), name, min_side)
     raise InputError(
         f"{name}: expected a path, bytes, a file, a PIL image, an array or a tensor, got {type(source).__name__}"
     )
