@@ -29,8 +29,8 @@ from fastvit.benchmarks.records import Result
 from fastvit.benchmarks.report import write_figure
 from fastvit.checkpoints.locations import EXPORTED_SUFFIXES
 from fastvit.data import leaves
+from fastvit.data.images import decode_image
 from fastvit.serve.export import export_model
-from fastvit.serve.predictor import preprocess
 from fastvit.serve.preprocessing import load_preprocessor
 
 ANSWER = "files to classes"
@@ -183,7 +183,7 @@ def load_transformers(case: Case) -> Any:
 def quantize(folder: str, suffix: str) -> Path:
     """Exports a model in 8 bits, calibrated on the files."""
     preprocessor, target = load_preprocessor(folder), Path(tempfile.mkdtemp(), f"model{suffix}")
-    images = [preprocess(preprocessor, file, file) for file in list_image_files(32, target.parent)]
+    images = [preprocessor(decode_image(file)) for file in list_image_files(32, target.parent)]
     export_model(folder, target, EXPORTED_SUFFIXES[suffix], "int8", calibration=images)
     return target
 
