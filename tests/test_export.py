@@ -255,7 +255,7 @@ def test_exported_files_refuse_what_does_not_fit(graph, files, tmp_path, capsys)
     with pytest.raises(InputError, match=r"no such file: '.*b\.onnx'; did you mean '.*a\.onnx'"):
         Predictor(str(graph.with_name("b.onnx")))
     assert cli.main(["attention", str(graph), files[0], "-o", str(tmp_path / "map.png")]) == 2
-    assert "which returns no attention maps" in capsys.readouterr().err
+    assert "attention maps need a checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,8 @@ def load_exported(
     if runtime == "auto":
         runtime = next((name for name in accepted if find_spec(name)), accepted[0])
     if runtime not in accepted:
-        raise InputError(f"runtime: expected {' or '.join(accepted)} for {path}, got {runtime!r}")
+        hint = "; attention maps need a checkpoint" if runtime == "torch" else ""
+        raise InputError(f"runtime: expected {' or '.join(accepted)} for {path}, got {runtime!r}{hint}")
     if reason := find_missing_reason(runtime):
         raise InputError(f"{path}: {reason}")
     if dtype is not None and runtime != "openvino":
