@@ -31,7 +31,6 @@ from fastvit.checkpoints.locations import EXPORTED_SUFFIXES
 from fastvit.data import leaves
 from fastvit.data.images import decode_image
 from fastvit.serve.export import export_model
-from fastvit.serve.preprocessing import load_preprocessor
 
 ANSWER = "files to classes"
 IMAGE_SIZE = 256  # height and width of the files
@@ -182,9 +181,9 @@ def load_transformers(case: Case) -> Any:
 @cache
 def quantize(folder: str, suffix: str) -> Path:
     """Exports a model in 8 bits, calibrated on the files."""
-    preprocessor, target = load_preprocessor(folder), Path(tempfile.mkdtemp(), f"model{suffix}")
-    images = [preprocessor(decode_image(file)) for file in list_image_files(32, target.parent)]
-    export_model(folder, target, EXPORTED_SUFFIXES[suffix], "int8", calibration=images)
+    target = Path(tempfile.mkdtemp(), f"model{suffix}")
+    images = [decode_image(file) for file in list_image_files(32, target.parent)]
+    export_model(folder, target, EXPORTED_SUFFIXES[suffix], "int8", calibrate=lambda resize: list(map(resize, images)))
     return target
 
 

@@ -44,6 +44,26 @@ def run_finetune(argv: list[str], cache: str, kill: tuple[int, int] | None) -> N
         raise SystemExit(code)
 
 
+def run_predict(argv: list[str], stop_after: int | None = None) -> int:
+    """Run `fastvit predict` in one process; `stop_after` images, as Ctrl-C does, it is interrupted."""
+    import torch
+
+    from fastvit import cli
+    from fastvit.serve.predictor import Predictor
+
+    torch.set_num_threads(1)
+    stream = Predictor.stream
+
+    def interrupt(self, images, **options):
+        for count, result in enumerate(stream(self, images, **options)):
+            if count == stop_after:
+                raise KeyboardInterrupt
+            yield result
+
+    Predictor.stream = interrupt
+    return cli.main(argv)
+
+
 def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
     """Evaluate data sets of the given sizes, check predictions and loss, and return the gathered labels.
 
@@ -55,7 +75,8 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
 
     import fastvit
     from fastvit.data.images import ImageCache, ImageSet
-    from fastvit.train.build import compute_accuracy
+    from fastvit.report.tasks import TASKS
+    from fastvit.train.objectives import build_metrics
     from fastvit.train.training import FineTuner
 
     torch.set_num_threads(1)
@@ -72,7 +93,12 @@ def evaluate_sizes(sizes: list[int], output_dir: str) -> list[list[int]]:
     model = fastvit.ViTForImageClassification(config)
     pixels = np.random.default_rng(0).integers(0, 256, (100, 16, 16, 3), dtype=np.uint8)
     args = TrainingArguments(output_dir, use_cpu=True, per_device_eval_batch_size=8, report_to="none")
-    trainer = FineTuner(model=model, args=args, data_collator=default_data_collator, compute_metrics=compute_accuracy)
+    trainer = FineTuner(
+        model=model,
+        args=args,
+        data_collator=default_data_collator,
+        compute_metrics=build_metrics(TASKS["single-label"], None),
+    )
     seen = []
     for size in sizes:
         result = trainer.predict(ImageSet(ImageCache(pixels[:size], {}), np.arange(size)))

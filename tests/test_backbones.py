@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import fastvit
 from fastvit import cli
 from fastvit.adapters.backbones import build_classifier, compute_depths, find_blocks, load_classifier
+from fastvit.checkpoints.configuration import make_pair
 from fastvit.data import leaves
 from fastvit.models.backbone import accepts_uint8, count_prefix_tokens, get_vision_config
 from fastvit.ops.block import FusedModule
@@ -160,12 +161,20 @@ def compute_tokens(model, pixels, pool) -> torch.Tensor:
 
 
 @EACH
-def test_other_image_sizes_interpolate_positions_as_the_model_does(name, home):
-    model = build_classifier(str(home / name), LABELS, image_size=48).eval()
-    assert get_vision_config(model.config).image_size == 48
+@pytest.mark.parametrize("size", [48, [24, 96]], ids=["square", "oblong"])
+def test_other_image_sizes_interpolate_positions_as_the_model_does(name, size, home):
+    if size != 48 and CASES[name].model_type in ("beit", "clip", "siglip"):
+        with pytest.raises(fastvit.InputError, match=r"--image-size: expected a square for \w+, got \(24, 96\)"):
+            build_classifier(str(home / name), LABELS, image_size=size)
+        return
+    model = build_classifier(str(home / name), LABELS, image_size=size).eval()
+    height, width = make_pair(size)
+    # DINO's embeddings stay those of its own size, which it interpolates at every call.
+    own_size = 32 if size != 48 and "DINO" in name else size
+    assert get_vision_config(model.config).image_size == own_size
     backbone = next(child for child_name, child in model.named_children() if child_name != "classifier")
     original, options = build_backbone(name)
-    pixels = torch.randn(1, 3, 48, 48)
+    pixels = torch.randn(1, 3, height, width)
     with torch.no_grad():
         expected, found = original(pixels, **options).last_hidden_state, backbone(pixels).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -116,7 +116,7 @@ def test_a_killed_process_ends_the_run_which_can_be_resumed(together, tmp_path):
         launch(run_finetune, argv, str(tmp_path / "cache"), (1, 5), logs=tmp_path / "killed")
     last = tmp_path / "out" / "checkpoint-4"
     error = read_output(tmp_path / "killed", 0, "stderr").strip().splitlines()[-1]
-    assert error.startswith("error: process 0: training: the connection to another process was lost"), error
+    assert error.startswith("error: process 0: the connection to another process was lost"), error
     assert f"the last checkpoint is {last}; continue with the same command and --resume" in error
     fastvit.ViTForImageClassification.from_pretrained(last)
     launch(run_finetune, [*argv, "--resume"], str(tmp_path / "cache"), None, logs=tmp_path / "resumed")

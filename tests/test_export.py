@@ -11,8 +11,9 @@ import pytest
 import torch
 from backbones import CASES, save_checkpoint
 from PIL import Image
-from test_user_errors import NAMES, save_model
+from test_user_errors import CONFIG, NAMES, save_model
 from torch import nn
+from transformers import ViTImageProcessorPil
 
 import fastvit
 from fastvit import InputError, Predictor, cli
@@ -29,9 +30,10 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
 FILES = {
     ("a.onnx", "fp32"): 1e-5, ("a.onnx", "fp16"): 3e-3, ("a.onnx", "int8"): 0.05,
     ("a.xml", "fp32"): 1e-5, ("a.xml", "fp16"): 3e-3, ("a.xml", "bf16"): 2e-2, ("a.xml", "int8"): 0.05,
-    ("a.pt2", "fp32"): 1e-5, ("a.pt2", "bf16"): 2e-2,
+    ("a.pt2", "bf16"): 2e-2,
 }  # fmt: skip
 BATCHES = (1, 5)
+GREY = {"image_mean": [0.4], "image_std": [0.3]}
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +98,14 @@ def test_exported_file_predicts_as_the_model(name, dtype, model, photos, files, 
             assert dtype == "fp32" or not np.array_equal(found, expected[:count])
 
 
-@pytest.mark.parametrize("name", ["a.xml", "a.onnx"])
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        *((family, "a.xml") for family in CASES if family not in ("BEiT shared", "CLIP vision")),
+        *((family, "a.onnx") for family in ("BEiT", "DINOv3 ViT")),  # the operations of the others are among theirs
+    ],
+)
 def test_every_family_is_exported(family, name, tmp_path):
-    if name == "a.onnx" and family not in ("BEiT", "DINOv3 ViT", "SigLIP"):
-        pytest.skip("its operations are those of another family; ONNX takes seconds")
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: index for index, name in enumerate(NAMES)}}
     built = backbones.build_classifier(str(save_checkpoint(family, tmp_path / "checkpoint")), labels)
     built.save_pretrained(tmp_path / "model")
@@ -111,14 +116,28 @@ def test_every_family_is_exported(family, name, tmp_path):
     assert difference < 1e-5 * max(1, scale) and (tmp_path / name).is_file()
 
 
-@pytest.mark.parametrize("kind", ["several labels", "one logit"])
-def test_independent_labels_stay_independent(kind, photos, files, tmp_path):
-    names = NAMES[:1] if kind == "one logit" else NAMES
-    options = {"problem_type": "multi_label_classification"} if kind == "several labels" else {}
-    folder = save_model(tmp_path / "model", names, **options)
-    export_model(str(folder), tmp_path / "a.pt2", "torch-export")
-    with Predictor(folder, "cpu", runtime="torch") as ours, Predictor(tmp_path / "a.pt2", "cpu") as exported:
-        np.testing.assert_allclose(ours(files[0]).probabilities, exported(files[0]).probabilities, atol=1e-6)
+@pytest.mark.parametrize(
+    ("name", "names", "options", "processor"),
+    [
+        ("a.pt2", NAMES, {"problem_type": "multi_label_classification", "label_thresholds": [0.9, 0.1, 0.5]}, {}),
+        ("a.xml", NAMES[:1], {}, {}),
+        ("a.pt2", NAMES[:2], {"problem_type": "regression"}, {}),
+        ("a.onnx", NAMES, {"num_channels": 1, "image_size": [32, 64]}, {"size": {"height": 32, "width": 64}, **GREY}),
+    ],
+    ids=["several labels", "one logit", "regression", "grey, not square"],
+)
+def test_exported_file_has_the_task_and_the_input_of_the_model(name, names, options, processor, files, tmp_path):
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    torch.manual_seed(0)
+    config = fastvit.ViTConfig(**{**CONFIG, **labels, **options})
+    fastvit.ViTForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(**{"size": {"height": 32, "width": 32}, **processor}).save_pretrained(tmp_path / "model")
+    export_model(str(tmp_path / "model"), tmp_path / name, resolve_format(tmp_path / name, None, "fp32"))
+    with Predictor(tmp_path / "model", "cpu", runtime="torch") as ours, Predictor(tmp_path / name, "cpu") as exported:
+        expected, found = ours(files[0]), exported(files[0])
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-6)
+    assert exported.task is ours.task and exported.preprocessor == ours.preprocessor
+    assert [label for label, _ in found.selected] == [label for label, _ in expected.selected]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +153,6 @@ def test_independent_labels_stay_independent(kind, photos, files, tmp_path):
         ("-o a.onnx --max-loss 1", "--max-loss: expected an evaluation set"),
         ("-o a.onnx --max-loss=-1 --data-dir photos", "--max-loss: expected 0 or more"),
         ("-o old.onnx", "--output: old.onnx exists already"),
-        ("-o a.xml --data-dir photos --split tset", "--split: expected one of"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(arguments, error, model, photos, tmp_path, monkeypatch, capsys):
@@ -163,15 +181,13 @@ def test_no_file_is_written_that_is_worse(cause, model, photos, tmp_path, monkey
     if cause == "logits":
         monkeypatch.setattr(engines, "trace_classifier", lambda classifier, size: trace(Wrong(classifier), size))
     else:
-        monkeypatch.setattr("fastvit.cli.export.predict_split", fake_predictions([0, 1, 2], [2, 1, 0]))
+        answers = iter(([0, 1, 2], [2, 1, 0]))
+        fake = SimpleNamespace(name="photos", splits={"train": None})
+        monkeypatch.setattr("fastvit.cli.export.load_split", lambda options, predictor: (fake, "train", np.arange(3)))
+        monkeypatch.setattr("fastvit.cli.export.predict_split", lambda predictor, split: (0, np.eye(3)[next(answers)]))
     assert cli.main(["export", model, "-o", str(tmp_path / "a.pt2"), "--data-dir", str(photos), "--max-loss", "5"]) == 2
     expected = {"accuracy": "to lose at most 5 points, lost 66.67", "logits": "expected the logits of the model"}[cause]
     assert f"{expected}" in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
-def fake_predictions(*answers):
-    remaining = iter(answers)
-    return lambda predictor, images, split: (np.arange(3), np.eye(3)[next(remaining)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,9 +197,9 @@ def fake_predictions(*answers):
 
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
 def test_runtime_computes_as_pytorch(runtime, model, files, expected):
-    np.testing.assert_allclose(predict(model, files, runtime=runtime, max_batch=4), expected, atol=1e-5)
-    flipped = predict(model, files[:2], runtime="torch", flip=True)
-    np.testing.assert_allclose(predict(model, files[:2], runtime=runtime, flip=True), flipped, atol=1e-5)
+    flipped = predict(model, files, runtime="torch", flip=True)
+    assert not np.allclose(flipped, expected, atol=1e-3)
+    np.testing.assert_allclose(predict(model, files, runtime=runtime, flip=True, max_batch=4), flipped, atol=1e-5)
 
 
 def test_auto_is_openvino_in_the_dtype_of_the_weights(model, files, expected, caplog):
@@ -226,10 +242,10 @@ def test_commands_convert_a_checkpoint_for_many_images_only(model, runtime, coun
 def test_a_model_that_cannot_be_converted_is_computed_by_pytorch_with_a_warning(
     model, files, expected, monkeypatch, caplog
 ):
-    def fail(program, image_size):
+    def fail(classifier, image_shape):
         raise RuntimeError("No conversion rule found for operations: aten::new")
 
-    monkeypatch.setattr(engines, "build_openvino", fail)
+    monkeypatch.setattr(engines, "trace_classifier", fail)
     np.testing.assert_allclose(predict(model, files), expected, atol=1e-6)
     assert "cannot be converted for openvino (RuntimeError: No conversion rule" in caplog.text
     with pytest.raises(InputError, match="runtime: openvino cannot compute this model"):
@@ -315,8 +331,8 @@ def test_large_jpegs_are_decoded_at_a_reduced_size(model, tmp_path, monkeypatch)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (10, 10, 3), dtype=np.uint8)).resize((400, 300), 3).save(tmp_path / "a.jpg")
     content = (tmp_path / "a.jpg").read_bytes()
-    sizes, convert = [], images.convert_to_upright_rgb
-    monkeypatch.setattr(images, "convert_to_upright_rgb", lambda image: sizes.append(image.size) or convert(image))
+    sizes, convert = [], images.convert_to_upright
+    monkeypatch.setattr(images, "convert_to_upright", lambda image, n: sizes.append(image.size) or convert(image, n))
     options = {"runtime": "torch"}
     with Predictor(model, "cpu", **options) as exact, Predictor(model, "cpu", fast_jpeg=True, **options) as fast:
         for source in (tmp_path / "a.jpg", content, lambda: content):

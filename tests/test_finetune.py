@@ -181,6 +181,36 @@ def test_pretrained_checkpoint_is_fine_tuned_at_another_size(tmp_path):
     assert tuned.config.image_size == 32 and tuned.vit.embeddings.position_embeddings.shape == (1, 17, 32)
 
 
+@pytest.mark.parametrize("start", ["scratch", "ViT", "Dinov2"])
+def test_images_that_are_not_square_go_the_whole_way(start, tmp_path, capsys):
+    make_folder(tmp_path / "images")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    options = ["--from-scratch", "micro", "--patch-size", "8"]
+    if start != "scratch":
+        model_class = getattr(transformers, f"{start}Model")
+        before = model_class(model_class.config_class(**sizes))
+        before.save_pretrained("before")
+        options = ["--model", "before"]
+    argv = ["--data-dir", "images", *options, "--image-size", "16", "40", "--output-dir", "out", "--cpu", *SHORT]
+    if start == "ViT":
+        expected = before.embeddings.interpolate_pos_encoding(torch.empty(1, 11, 32), 16, 40)
+        found = load_model(parse_options(argv), ["a", "b"]).vit.embeddings.position_embeddings
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert main([*argv, "--precision", "fp32"]) == 0
+    assert " images of 16x40, " in capsys.readouterr().out
+    assert json.loads(Path("out/preprocessor_config.json").read_text())["size"] == {"height": 16, "width": 40}
+    path = str(next(Path("images").rglob("*.png")))
+    pixels = np.array(Image.open(path).convert("RGB").resize((40, 16), Image.Resampling.BILINEAR))
+    with fastvit.Predictor("out", "cpu") as predictor, torch.no_grad():
+        probabilities = predictor.model(torch.from_numpy(pixels)[None]).logits.softmax(-1)[0]
+        np.testing.assert_allclose(predictor(path).probabilities, probabilities, atol=1e-5)
+    for command in (["evaluate", "out", "--data-dir", "images"], ["attention", "out", path]):
+        assert cli.main([*command, "--device", "cpu"]) == 0
+    assert main([*argv, "--precision", "fp32", "--max-steps", "6", "--resume"]) == 0
+    assert main([*argv, "--image-size", "16", "24", "40", "--overwrite"]) == 2
+    assert "expected one number, or height and width, got [16, 24, 40]" in capsys.readouterr().err
+
+
 def test_resume_continues_where_the_run_stopped(tmp_path):
     make_folder(tmp_path / "images")
     options = ["--data-dir", "images", "--output-dir", "out", *TINY, *SHORT]

@@ -54,10 +54,10 @@ def read_error(capsys) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_those_of_the_beans_recipe():
+def test_defaults_are_those_of_the_beans_recipe():  # with those of the plain recipe in test_defaults.py
     options = parse_options([])
     assert (options.dataset, options.model) == ("beans", DEFAULT_MODEL)
-    assert (options.batch_size, options.learning_rate, options.epochs, options.eval_steps) == (16, 2e-4, 4, 100)
+    assert (options.batch_size, options.eval_steps, options.precision) == (16, 100, "auto")
     assert options == FinetuneOptions() and options.output_dir == str(Path("runs/beans"))
 
 
@@ -294,7 +294,7 @@ def test_defaults_of_lists_are_shown_as_they_are_given():
     parser.add_argument("--sizes", nargs="+", default=[1, 2], help="sizes")
     assert "sizes (default: 1 2)" in parser.format_help()
     add_arguments(parser, FinetuneOptions)
-    assert parser.parse_args([]).epochs == 4.0
+    assert parser.parse_args([]).batch_size == 16
 
 
 @pytest.mark.parametrize(("name", "hint"), [("fintune", "did you mean 'finetune'?"), ("xyz", "got 'xyz'\n")])
@@ -403,7 +403,7 @@ def test_run_of_the_version_before_is_resumed_and_repeated(capsys):
     expected = {name: value for name, value in yaml.safe_load(BEFORE).items() if name != "model"}
     assert select_run_options(options) == expected
     assert main(["--config", "old.yaml"]) == 0
-    assert yaml.safe_load(Path("out/config.yaml").read_text()) == expected
+    assert yaml.safe_load(Path("out/config.yaml").read_text()) == expected | {"recipe": "plain"}
     Path("out/config.yaml").write_text(BEFORE)
     capsys.readouterr()
     assert main(["--config", "out/config.yaml", "--max-steps", "3", "--resume"]) == 0

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastvit.data import leaves
 from fastvit.report.charts import Series, compute_ticks, describe_series, downsample, draw_line_chart, format_thousands
+from fastvit.report.tasks import MAX_MISTAKES, evaluate_confusion
 from fastvit.train import page
 from fastvit.train.finetune import main
 from fastvit.train.page import Mistake, RunReport
@@ -48,8 +49,8 @@ def make_run(num_classes: int = 3, **changes) -> RunReport:
         history=history,
         best_step=200,
         seconds=75.0,
-        confusions={"validation": confusion},
-        mistakes=[Mistake(7, names[1], names[2], 0.987, make_noise(192), make_noise(192, 1))] * page.MAX_MISTAKES,
+        evaluations={"validation": evaluate_confusion(confusion, changes.get("class_names", names))},
+        mistakes=[Mistake(7, names[1], names[2], 0.987, make_noise(192), make_noise(192, 1))] * MAX_MISTAKES,
         mistakes_in="validation",
         options={"epochs": (3.0, 4.0), "cpu": (False, False)},
         environment={"device": "a machine"},
@@ -101,14 +102,14 @@ def test_finetune_writes_a_page_with_the_results_of_the_run(report):
             assert f"{record['loss']:.4f}" in text
     assert html.count("<svg") == 5  # loss, accuracy, learning rate, speed, memory
     wrong = round(18 * (1 - json.loads((folder / "eval_results.json").read_text())["eval_accuracy"]))
-    assert wrong > 0 and html.count("Its attention map") == min(wrong, page.MAX_MISTAKES)
+    assert wrong > 0 and html.count("Its attention map") == min(wrong, MAX_MISTAKES)
     assert "max-steps 6 -1" in text and "transformers" in text and "Python" in text
     assert "fastvit predict &#39;" in html and "out &amp; &lt;out&gt;" in html
-    assert html.count("data:image/jpeg;base64,") == 2 * min(wrong, page.MAX_MISTAKES) + 3 * page.EXAMPLES_PER_CLASS
+    assert html.count("data:image/jpeg;base64,") == 2 * min(wrong, MAX_MISTAKES) + 3 * page.EXAMPLES_PER_CLASS
     changed = re.search(r"(?s)<caption>Options that differ.*?</table>", html)[0]
     assert set(re.findall(r'<th scope="row">([\w-]+)</th>', changed)) == {
         "data-dir", "output-dir", "max-steps", "from-scratch", "image-size", "patch-size", "precision", "cpu",
-        "eval-steps", "batch-size", "logging-steps",
+        "eval-steps", "batch-size", "logging-steps", "recipe",
     }  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def test_names_are_escaped_everywhere():
 
 def test_page_of_many_classes_stays_small_and_names_what_it_omits():
     run = make_run(
-        1000, mistakes=[Mistake(1, "a" * 90, "b" * 90, 0.9, make_noise(400), make_noise(400))] * page.MAX_MISTAKES
+        1000, mistakes=[Mistake(1, "a" * 90, "b" * 90, 0.9, make_noise(400), make_noise(400))] * MAX_MISTAKES
     )
     run.history.extend({"step": step, "loss": 1.0} for step in range(310, 200_000))
     html = page.render(run)
@@ -178,7 +179,7 @@ def test_page_of_many_classes_stays_small_and_names_what_it_omits():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"confusions": {}, "mistakes": [], "mistakes_in": None}, "neither validation nor test images"),
+        ({"evaluations": {}, "mistakes": [], "mistakes_in": None}, "neither validation nor test images"),
         ({"mistakes": []}, "None: all validation images were classified correctly."),
         ({"history": [], "best_step": None}, "No values were logged: the run ended before the first logging step."),
     ],

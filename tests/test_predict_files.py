@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import launch, read_output, run_predict
 from PIL import Image
 from test_user_errors import NAMES, save_model
 
@@ -172,10 +173,23 @@ def test_output_of_another_model_or_option_is_not_continued(photos, model, capsy
     assert "out.csv exists already" in capsys.readouterr().err
 
 
-def test_output_file_of_several_processes_is_refused(photos, model, capsys, monkeypatch):
+def test_several_processes_share_the_images_and_continue_with_another_number(photos, model, monkeypatch, capsys):
+    command = ["predict", model, "photos", "bad", "-o", "out.csv", "--batch-size", "1", "--device", "cpu"]
+    assert cli.main(command) == 2
+    expected, journals = Path("out.csv").read_text(), [Path(".out.csv.journal"), Path(".out.csv.journal-1")]
+    Path("out.csv").unlink()
+    codes = launch(run_predict, command, 1, logs=Path("interrupted"))  # both after their first image
+    assert codes == {0: 130, 1: 130} and not Path("out.csv").exists()
+    done = [json.loads(line)["image"] for path in journals for line in path.read_text().splitlines()[1:]]
+    assert done == ALL[:2]
+    journals[1].write_text(journals[1].read_text()[:-7])  # killed while it wrote a line
+    assert launch(run_predict, command, logs=Path("three"), processes=3) == {0: 2, 1: 0, 2: 0}
+    assert Path("out.csv").read_text() == expected and not any(path.exists() for path in journals)
+    assert "1 of 6 images were classified before" in read_output(Path("three"), 0, "stderr")
+    assert "written: out.csv (6 images; 1 could not be read" in read_output(Path("three"), 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["predict", model, "photos", "-o", "out.csv"]) == 2
-    assert "--output: expected one process" in capsys.readouterr().err
+    assert cli.main(["predict", model, "photos"]) == 2
+    assert "--output: expected a file for several processes" in capsys.readouterr().err
 
 
 def test_attention_of_a_folder_is_a_folder_of_images(photos, model, capsys):

@@ -31,7 +31,7 @@ Features.mean
 Features.patch_map
 Features.patch_tokens
 InputError(ValueError)
-Prediction(label, score, top, probabilities)
+Prediction(label, score, top, probabilities, selected=())
 Predictor(model, device=None, dtype=None, max_batch=32, *, image_processor=None, top_k=5, flip=False,
     max_wait_ms=0.0, workers=None, cuda_graphs=True, tune=True, runtime='auto', fast_jpeg=False)
 Predictor.__call__(images, *, raise_errors=None)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from shards import encode_leaf, make_shards, write_shard
 
 from fastvit.data import leaves
-from fastvit.data.images import Augment
+from fastvit.data.datasets import load_images
+from fastvit.data.images import Augment, decode_image
 from fastvit.data.streaming import Stream, stream_images
 from fastvit.errors import InputError
 from fastvit.train.finetune import main
@@ -80,7 +81,12 @@ def test_resumed_stream_continues_with_the_same_images_and_crops(workers, skip_b
 def test_skipped_images_of_a_resumed_stream_are_not_decoded(tmp_path, monkeypatch):
     decoded = []
     decode = "fastvit.data.streaming.decode_image"
-    monkeypatch.setattr(decode, lambda data, name: decoded.append(name) or Image.open(io.BytesIO(data)).convert("RGB"))
+
+    def record(data, name, channels):
+        decoded.append(name)
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    monkeypatch.setattr(decode, record)
     images = open_shards(make_shards(tmp_path / "shards"))
     resumed = stream(images)
     resumed.resume_after(3, 4)
@@ -130,6 +136,17 @@ def test_class_names_default_to_the_values_of_the_labels(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "--class-names makes that unnecessary" in printed
     assert re.search(r"9 \w+, 3 classes", printed) and "on streamed " in printed
+
+
+@pytest.mark.parametrize("source", ["shards", "shards/train-*.tar"])
+def test_shards_are_read_without_streaming(source, tmp_path):
+    make_shards(tmp_path / "shards")
+    images = load_images(data_dir=source, validation_fraction=0)
+    streamed, train = stream_images(data_dir=source, need_validation=False), images.splits["train"]
+    assert ("validation" in images.splits) == (source == "shards")
+    expected = [(row["cls"], decode_image(row["png"]["bytes"])) for row in streamed.train]
+    assert [images.class_names[label] for label in train.labels] == [str(label) for label, _ in expected]
+    assert all(train.load(index) == image for index, (_, image) in enumerate(expected))
 
 
 def test_labels_may_be_strings_in_a_column_of_any_name(tmp_path):

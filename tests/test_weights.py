@@ -180,7 +180,7 @@ def test_labels_image_settings_and_heads_of_a_timm_folder_are_read(tmp_path):
     labels = ["cat", "dog", "newt", "owl", "yak"]
     pretrained_cfg = {
         "mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3], "interpolation": "bicubic", "input_size": [3, 12, 12],
-        "crop_pct": 0.9, "label_names": labels,
+        "crop_pct": 1.0, "label_names": labels,
     }  # fmt: skip
     source = save_timm_folder(
         tmp_path / "timm", make_timm(), num_classes=LABELS, pretrained_cfg=pretrained_cfg,
@@ -205,6 +205,12 @@ def test_labels_image_settings_and_heads_of_a_timm_folder_are_read(tmp_path):
     np.testing.assert_allclose(pixels[0, :, 5, 5], [(0.2 - 0.4) / 0.1, (0.2 - 0.5) / 0.2, (0.2 - 0.6) / 0.3], rtol=1e-5)
 
 
+def test_a_crop_of_timm_is_lost_with_a_warning(tmp_path):
+    source = save_timm_folder(tmp_path / "timm", make_timm(), pretrained_cfg={"crop_pct": 0.9})
+    with pytest.warns(UserWarning, match=r"crop_pct 0.9 cannot be recorded: whole images are resized"):
+        read_checkpoint(source, num_heads=HEADS)
+
+
 def test_timm_labels_of_the_wrong_number_are_ignored_with_a_warning(tmp_path):
     source = save_timm_folder(tmp_path / "timm", make_timm(), label_names=["one", "two"])
     with pytest.warns(UserWarning, match="label_names ignored"):
@@ -214,7 +220,8 @@ def test_timm_labels_of_the_wrong_number_are_ignored_with_a_warning(tmp_path):
 
 def test_timm_file_without_image_settings_warns(tmp_path):
     save_file(make_timm(), tmp_path / "m.safetensors")
-    with pytest.warns(UserWarning, match="does not record mean and std"):
+    message = "does not record mean and std of its images and how it pools its tokens; assumed: 0.5 and the class token"
+    with pytest.warns(UserWarning, match=message):
         checkpoint = read_checkpoint(tmp_path / "m.safetensors", num_heads=HEADS)
     assert checkpoint.image_mean == checkpoint.image_std == (0.5, 0.5, 0.5)
     assert checkpoint.source_format == "timm"

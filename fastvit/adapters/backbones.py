@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,8 @@ def build_classifier(
     labels: Mapping[str, Any],
     *,
     pool: str | None = None,
-    image_size: int | None = None,
-    default_image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
+    default_image_size: int | Sequence[int] | None = None,
     drop_path: float = 0.0,
     hidden_dropout: float = 0.0,
     attention_dropout: float = 0.0,
@@ -104,7 +104,7 @@ def build_classifier(
         model: hub id or folder.
         labels: settings of the config: id2label, label2id, problem_type.
         pool: "cls", "mean" or "cls+mean"; the family's default if None.
-        image_size: height and width of the images.
+        image_size: height and width of the images, or one number for both.
         default_image_size: in place of None; the config's if it is None as well.
         drop_path: probability of skipping the last block.
         hidden_dropout: dropout probability of the hidden states.
@@ -124,11 +124,9 @@ def build_classifier(
             chosen = pool or config.pool
         check_weights(model, config)
         set_regularization(family, vision, drop_path, hidden_dropout, attention_dropout)
-        size = image_size or default_image_size or max(make_pair(vision.image_size))
-        if image_size is not None and any(image_size % side for side in make_pair(vision.patch_size)):
-            raise InputError(
-                f"--image-size: expected a multiple of the patch size {make_pair(vision.patch_size)}, got {image_size}"
-            )
+        size = make_pair(image_size or default_image_size or vision.image_size)
+        if image_size is not None:
+            check_image_size(image_size, vision.patch_size)
         if vision.model_type in ("vit", "vit_mae") and not isinstance(config, BackboneConfig):
             return build_plain(model, stored, chosen, labels, size, drop_path, (hidden_dropout, attention_dropout))
         loaded = load_parts(model, config, family, chosen, labels)
@@ -193,7 +191,7 @@ def build_plain(
     stored: Mapping[str, Any],
     pool: str,
     labels: Mapping[str, Any],
-    image_size: int,
+    image_size: tuple[int, int],
     drop_path: float,
     dropouts: tuple[float, float],
 ) -> Any:
@@ -305,14 +303,29 @@ def set_regularization(
             raise InputError(f"{flag}: expected 0 for {family.name}, whose blocks have no such dropout, got {value}")
 
 
-def resize_images(model: Any, image_size: int) -> Any:
-    """The model for square images of `image_size`, with its position embeddings interpolated as the model itself does.
+def check_image_size(image_size: int | Sequence[int], patch_size: Any) -> None:
+    """Raise InputError if the height or the width of images is no multiple of the patch's."""
+    patch = make_pair(patch_size)
+    if any(side % part for side, part in zip(make_pair(image_size), patch, strict=True)):
+        raise InputError(f"--image-size: expected a multiple of the patch size {patch}, got {image_size}")
+
+
+def resize_images(model: Any, image_size: tuple[int, int]) -> Any:
+    """The model for images of (height, width), with its position embeddings interpolated as the model itself does.
+
+    DINOv2 and DINOv3 compute images that are not square from the embeddings of square ones, at every call.
 
     Raises:
-        InputError: it has position embeddings of another kind.
+        InputError: it has position embeddings of another kind, or computes square images only.
     """
-    if make_pair(get_vision_config(model.config).image_size) == (image_size, image_size):
+    vision = get_vision_config(model.config)
+    is_square = image_size[0] == image_size[1]
+    if make_pair(vision.image_size) == image_size or (not is_square and "dino" in vision.model_type):
         return model
+    # The size of CLIP and SigLIP is one number; BEiT's relative positions are interpolated as those of a square.
+    if not is_square and vision.model_type in ("beit", "clip_vision_model", "siglip_vision_model"):
+        name = FAMILIES[vision.model_type].name
+        raise InputError(f"--image-size: expected a square for {name}, got {image_size} (height, width)")
     resized = type(model)(set_image_size(model.config, image_size))
     state_dict = model.state_dict()
     expected = resized.state_dict()
@@ -325,13 +338,13 @@ def resize_images(model: Any, image_size: int) -> Any:
 
 
 @torch.no_grad()
-def resize_parameter(model: Any, name: str, image_size: int) -> Tensor:
+def resize_parameter(model: Any, name: str, image_size: tuple[int, int]) -> Tensor:
     parent, _, parameter = name.rpartition(".")
     module: Any = model.get_submodule(parent)
     if parameter == "relative_position_bias_table":  # [(2 rows - 1) * (2 columns - 1) + 3, heads], BEiT
         (rows, columns), table = module.window_size, module.relative_position_bias_table
         patch_size = make_pair(get_vision_config(model.config).patch_size)
-        grid = [2 * (image_size // side) - 1 for side in patch_size]
+        grid = [2 * (side // patch) - 1 for side, patch in zip(image_size, patch_size, strict=True)]
         distances = table[:-3].T.reshape(1, -1, 2 * rows - 1, 2 * columns - 1)
         distances = nn.functional.interpolate(distances, size=grid, mode="bilinear")
         return torch.cat([distances.flatten(2)[0].T, table[-3:]])
@@ -343,7 +356,7 @@ def resize_parameter(model: Any, name: str, image_size: int) -> Tensor:
         raise InputError(f"--image-size: {name} depends on it, and cannot be interpolated")
     # Only the number of tokens and their size are read.
     hidden = torch.empty(1, 2, get_vision_config(model.config).hidden_size)
-    resized = embeddings.interpolate_pos_encoding(hidden, image_size, image_size)
+    resized = embeddings.interpolate_pos_encoding(hidden, *image_size)
     return resized[0] if name.endswith("position_embedding.weight") else resized
 
 

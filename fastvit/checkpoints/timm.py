@@ -75,7 +75,8 @@ def read_timm(source: Path, tensors: dict[str, Tensor], config_json: dict, num_h
         state_dict.update(zip((row.hf for row in group), tensors[name].chunk(len(group)), strict=True))
     labels = read_timm_labels(options, sizes.get("L"), source)
     config = infer_config(sizes, "timm", depth, parts["qkv_bias"], labels, source)
-    return Checkpoint(config, state_dict, *read_timm_image_settings(options, config, source), source_format="timm")
+    settings = read_timm_image_settings(options, config, parts["classifier"], source)
+    return Checkpoint(config, state_dict, *settings, source_format="timm")
 
 
 def reject_gated_mlp(tensors: Mapping[str, Tensor], source: Path) -> None:
@@ -138,12 +139,24 @@ def read_timm_labels(options: dict[str, Any], num_labels: int | None, source: Pa
     return list(names)
 
 
-def read_timm_image_settings(options: dict, config: ViTConfig, source: Path) -> ImageSettings:
-    """Returns mean, std, size and filter. crop_pct is ignored: a ViTImageProcessor resizes the whole image."""
+def read_timm_image_settings(options: dict, config: ViTConfig, is_classifier: bool, source: Path) -> ImageSettings:
+    """Returns mean, std, size and filter; warns about what is not recorded, or is lost."""
     mean, std = options.get("mean"), options.get("std")
+    unknown = {}
     if mean is None or std is None:
-        warnings.warn(f"{source} does not record mean and std of its images: 0.5 is assumed", stacklevel=2)
+        unknown["mean and std of its images"] = "0.5"
         mean = std = [0.5] * config.num_channels
+    if is_classifier and not {"architecture", "global_pool"} & options.keys():
+        unknown["how it pools its tokens"] = "the class token"
+    if unknown:
+        names, values = " and ".join(unknown), " and ".join(unknown.values())
+        warnings.warn(f"{source} does not record {names}; assumed: {values}", stacklevel=2)
+    if (crop := options.get("crop_pct")) not in (None, 1):
+        warnings.warn(
+            f"{source}: crop_pct {format_value(crop)} cannot be recorded: whole images are resized, of which timm"
+            " evaluates the middle",
+            stacklevel=2,
+        )
     name = options.get("interpolation") or "bicubic"
     resample = Image.Resampling.__members__.get(str(name).upper())
     if resample is None:

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     with Predictor(options.model, options.device, runtime="torch") as predictor:
         for (name, source), target in zip(sources, targets, strict=True):
             try:
-                image = to_image(source, name)
+                image = to_image(source, name, predictor.preprocessor.channels)
             except InputError as error:
                 if len(sources) == 1:
                     raise
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> int:
                 code = 2
                 continue
             result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
-            title = describe_prediction(result.probabilities, predictor.class_names)
+            title = describe_prediction(result.probabilities, predictor.class_names, predictor.task)
             target.parent.mkdir(exist_ok=True)
-            figures.save_image(figures.draw_attention_sheet(image, *result[1:], title=title), target)
+            figures.save_image(figures.draw_attention_sheet(image.convert("RGB"), *result[1:], title=title), target)
             print(escape_unprintable(f"{name}: {title}"))
             print(f"written: {escape_unprintable(str(target))}")
     return code

@@ -141,7 +141,8 @@ def compute_rows(
     settings = {name: getattr(options, name) for name in names}
     settings |= {"sizes": embedder.model.sizes, "weights": compute_fingerprint(embedder.model)}
     failed = 0
-    with PredictionFile(path, settings, options.overwrite, WRITERS) as output:
+    output = PredictionFile(path, settings, options.overwrite, WRITERS)
+    with output.open_journal() as journal:
         if before := len(output.done):
             print(f"{before} images were computed before", file=sys.stderr)
         seen, pending = set(output.done), deque[Item]()
@@ -159,13 +160,13 @@ def compute_rows(
             if isinstance(result, InputError):
                 failed += 1
                 print(f"error: {escape_unprintable(str(result))}", file=sys.stderr)
-                output.add(item.name, [], str(result))
+                output.add(journal, item.name, [], str(result))
             else:
-                output.add(item.name, [item.label, item.split, encode_features(result)])
+                output.add(journal, item.name, [item.label, item.split, encode_features(result)])
         rows = []
         if options.knn or options.neighbours:
             rows = [decode_row(row, embedder.model.sizes) for row in output.read_rows() if not row["error"]]
-        output.finish()
+    output.merge()
     if options.output is not None:
         kinds = ", ".join(f"{kind} {size}" for kind, size in embedder.model.sizes.items())
         print(f"written: {options.output} ({len(seen)} images; {kinds})")

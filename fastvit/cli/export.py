@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,10 +13,13 @@ from fastvit.cli.evaluate import load_split, predict_split
 from fastvit.cli.parsers import add_split_arguments, build_parser, check_counts
 from fastvit.errors import InputError
 
+if TYPE_CHECKING:
+    from fastvit.serve.preprocessing import Preprocessor
+
 EPILOG = """
-The file accepts uint8 images [batch, height, width, 3], resized outside, and returns logits. `fastvit predict`,
-`evaluate` and `Predictor` accept it as a model. With an evaluation set (--data-dir or --dataset) its accuracy is
-printed beside the model's.
+The file accepts uint8 images [batch, height, width, channels], resized outside, and returns logits. `fastvit predict`,
+`evaluate` and `Predictor` accept it as a model. With an evaluation set (--data-dir or --dataset) its accuracy
+(mAP of several labels, MAE of a regression) is printed beside the model's.
 """
 
 
@@ -47,14 +52,13 @@ def main(argv: list[str]) -> None:
     from fastvit.serve.export import export_model, resolve_format
 
     file_format = resolve_format(options.output, options.format, options.dtype)
-    calibration = load_calibration(options) if options.dtype == "int8" else []
     has_images = bool(options.data_dir or options.dataset or options.labels)
     difference, scale = export_model(
         options.model,
         options.output,
         file_format,
         options.dtype,
-        calibration=calibration,
+        calibrate=partial(load_calibration, options),
         accept=(lambda path: compare_accuracy(options, path)) if has_images else lambda path: None,
     )
     print(f"largest difference of a logit from PyTorch in float32: {difference:.2g} of {scale:.3g}")
@@ -74,17 +78,18 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(f"--output: {options.output} exists already: choose another name, or replace it (--overwrite)")
 
 
-def load_calibration(options: argparse.Namespace) -> list[np.ndarray]:
-    """Load and preprocess the images of --calibrate.
+def load_calibration(options: argparse.Namespace, preprocessor: Preprocessor) -> list[np.ndarray]:
+    """Load and preprocess the images of --calibrate, if any.
 
     Raises:
         InputError: one of them cannot be read.
     """
     from fastvit.serve.predictor import preprocess
-    from fastvit.serve.preprocessing import load_preprocessor
     from fastvit.serve.sources import list_sources
 
-    sources, preprocessor = list_sources(options.calibrate), load_preprocessor(options.model)
+    if options.dtype != "int8":
+        return []
+    sources = list_sources(options.calibrate)
     count = min(len(sources), options.calibration_images)
     images = []
     for index in np.linspace(0, len(sources) - 1, count).round().astype(int):
@@ -96,23 +101,25 @@ def load_calibration(options: argparse.Namespace) -> list[np.ndarray]:
 
 
 def compare_accuracy(options: argparse.Namespace, path: Path) -> None:
-    """Print the accuracy of the model and of the exported file.
+    """Print the accuracy of the model and of the exported file, or the metric of their task.
 
     Raises:
         InputError: the file loses more than --max-loss.
     """
     from fastvit.serve.predictor import Predictor
 
-    images, name = load_split(options)
-    accuracy = []
+    split, values = None, []
     for model, runtime in ((options.model, "torch"), (path, "auto")):
         with Predictor(model, "cpu" if path.suffix != ".engine" else None, runtime=runtime) as predictor:
-            labels, probabilities = predict_split(predictor, images, images.splits[name])
-        accuracy.append(100 * float((probabilities.argmax(-1) == labels).mean()))
-    loss = accuracy[0] - accuracy[1]
-    print(
-        f"{images.name}, {name}: accuracy {accuracy[1]:.2f} %, of the model {accuracy[0]:.2f} % ({len(labels)} images)"
-    )
+            task = predictor.task
+            if options.max_loss is not None and task.kind == "regression":
+                raise InputError(f"--max-loss: expected a classifier, got a regression in {options.model}")
+            images, name, labels = split = split or load_split(options, predictor)
+            _, probabilities = predict_split(predictor, images.splits[name])
+        values.append(task.measure(labels, probabilities)[task.metric])
+    written = f"{task.metric_name} {task.format_metric(values[1])}, of the model {task.format_metric(values[0])}"
+    print(f"{images.name}, {name}: {written} ({len(labels)} images)")
+    loss = 100 * (values[0] - values[1])
     if options.max_loss is not None and loss > options.max_loss:
         raise InputError(
             f"--max-loss: expected at most {options.max_loss:g} points, lost {loss:.2f}; nothing was written"

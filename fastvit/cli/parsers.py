@@ -57,7 +57,7 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", metavar="NAME", help="train, validation or test [validation, else test, else train]")
     parser.add_argument("--image-column", metavar="NAME", help="column of the images [found by name]")
-    parser.add_argument("--label-column", metavar="NAME", help="column of the classes [found by name]")
+    parser.add_argument("--label-column", metavar="NAME", help="column of the labels, or several: A,B,C")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -24,15 +25,17 @@ from fastvit.errors import InputError, escape_unprintable
 if TYPE_CHECKING:
     import torch
 
-    from fastvit.serve.predictor import Predictor
+    from fastvit.serve.predictor import Prediction, Predictor
     from fastvit.serve.sources import Source
 
 
 def main(argv: list[str]) -> int:
-    """Print or write the most probable classes of each image; returns exit code 2 if an image could not be read."""
+    """Print or write what the model predicts for each image; returns exit code 2 if an image could not be read."""
     parser = build_model_parser("predict")
     add_source_arguments(parser)
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="number of classes to print")
+    parser.add_argument(
+        "--top", type=int, default=5, metavar="N", help="number of classes to print, of a model of classes"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per image and line")
     parser.add_argument(
         "-o",
@@ -48,15 +51,23 @@ def main(argv: list[str]) -> int:
     add_prediction_arguments(parser)
     options = parser.parse_args(argv)
     check_counts(options, "top", "batch_size")
-    if options.output is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("--output: expected one process; several would classify the same images")
+    is_shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_shared and options.output is None:
+        raise InputError("--output: expected a file for several processes, whose lines would mix, got none")
     sources = find_sources(options)
 
     from fastvit.serve.predictor import Predictor
 
     settings = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip}
     settings |= {"runtime": choose_runtime(options, len(sources)), "fast_jpeg": options.fast_jpeg}
-    with Predictor(options.model, options.device, **settings) as predictor:
+    with contextlib.ExitStack() as stack:
+        if is_shared:
+            from fastvit.train.distributed import explain_lost_process, join_processes
+
+            stack.enter_context(explain_lost_process(lambda: f"the same command continues {options.output}"))
+            processes = stack.enter_context(join_processes(options.device not in (None, "cuda")))
+            options.device = str(processes.device)
+        predictor = stack.enter_context(Predictor(options.model, options.device, **settings))
         if options.output is not None:
             return write_predictions(predictor, sources, options)
         return print_predictions(predictor, sources, options.json)
@@ -66,46 +77,70 @@ def print_predictions(predictor: Predictor, sources: Sequence[Source], as_json: 
     from fastvit.serve.output import build_record
 
     code = 0
-    results = predictor.stream(source.image for source in sources)
-    for (name, _), result in zip(sources, results, strict=True):
+    predicted = predictor.stream(source.image for source in sources)
+    for (name, _), result in zip(sources, predicted, strict=True):
         if isinstance(result, InputError):
             print(f"error: {escape_unprintable(str(result))}", file=sys.stderr)
             code = 2
         elif as_json:
-            print(json.dumps(build_record(name, list(result.top)), ensure_ascii=not name.isprintable()))
+            record = build_record(name, list_results(predictor, result), kind=predictor.task.kind)
+            print(json.dumps(record, ensure_ascii=not name.isprintable()))
         else:
             print(escape_unprintable(name))
-            for label, score in result.top:
-                print(f"  {score:7.2%}  {escape_unprintable(label)}")
+            results = list_results(predictor, result)
+            for label, score in results:
+                print(f"  {predictor.task.format_score(score):>7}  {escape_unprintable(label)}")
+            if not results:
+                print("  no label reaches its threshold")
     return code
 
 
+def list_results(predictor: Predictor, result: Prediction) -> list[tuple[str, float]]:
+    """The most probable classes, the labels that reach their thresholds, or the numbers; rounded for files."""
+    if predictor.task.kind == "regression":
+        return [(label, float(f"{value:.7g}")) for label, value in result.selected]
+    pairs = result.top if predictor.task.kind == "single-label" else result.selected
+    return [(label, round(score, 6)) for label, score in pairs]
+
+
 def write_predictions(predictor: Predictor, sources: Sequence[Source], options: argparse.Namespace) -> int:
-    """Write the predictions that the output file does not have yet, with a progress bar on a terminal."""
+    """Write the predictions that the output file does not have yet, with a progress bar on a terminal.
+
+    Of several processes each classifies a share of the images, and the first one writes the file.
+    """
     from tqdm import tqdm
 
     from fastvit.serve.output import PredictionFile
+    from fastvit.train.distributed import broadcast_result, is_set_on_any_process
 
-    top = min(options.top, len(predictor.class_names))
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    kind = predictor.task.kind
     settings = {name: getattr(options, name) for name in ("model", "dataset", "split", "flip", "fast_jpeg")}
-    settings |= {"top": top, "weights": compute_fingerprint(predictor.model)}
+    settings |= {
+        "top": min(options.top, len(predictor.class_names)) if kind == "single-label" else 1,
+        "weights": compute_fingerprint(predictor.model),
+        "task": kind,
+        "names": predictor.class_names if kind == "regression" else [],
+    }
+    output = broadcast_result(lambda: PredictionFile(options.output, settings, options.overwrite))
     unique = {source.name: source for source in sources}
-    failed = 0
-    with PredictionFile(options.output, settings, options.overwrite) as output:
-        waiting = [source for name, source in unique.items() if name not in output.done]
-        if output.done:
-            print(f"{len(unique) - len(waiting)} of {len(unique)} images were classified before", file=sys.stderr)
-        results = predictor.stream(source.image for source in waiting)
-        for (name, _), result in zip(tqdm(waiting, unit="image", disable=None), results, strict=True):
+    waiting = [source for name, source in unique.items() if name not in output.done]
+    if output.done and rank == 0:
+        print(f"{len(unique) - len(waiting)} of {len(unique)} images were classified before", file=sys.stderr)
+    share = waiting[rank::processes]
+    with output.open_journal(rank) as journal:
+        results = predictor.stream(source.image for source in share)
+        bar = tqdm(share, unit="image", disable=None if rank == 0 else True)
+        for (name, _), result in zip(bar, results, strict=True):
             if isinstance(result, InputError):
-                failed += 1
-                output.add(name, [], str(result))
+                output.add(journal, name, [], str(result))
             else:
-                output.add(name, [(label, round(score, 6)) for label, score in result.top])
-        output.finish()
+                output.add(journal, name, list_results(predictor, result))
+    is_set_on_any_process(False)  # waits for the others
+    failed = broadcast_result(lambda: output.merge(unique))
     note = f"; {failed} could not be read: see `error` in the file" if failed else ""
     print(f"written: {options.output} ({len(unique)} images{note})")
-    return 2 if failed else 0
+    return 2 if failed and rank == 0 else 0
 
 
 def compute_fingerprint(model: torch.nn.Module) -> int:

@@ -34,11 +34,13 @@ def main(argv: list[str]) -> None:
         raise InputError(f'serve: expected {error.name} to be installed: pip install "fastvit[serve]"') from None
     from fastvit.serve.predictor import Predictor
 
-    settings = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip}
+    settings = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip, "runtime": options.runtime}
     with (
         listen(options.host, options.port) as listener,
         Predictor(options.model, options.device, **settings) as predictor,
     ):
+        if predictor.task.kind == "regression":
+            raise InputError(f"MODEL: expected a classifier, got a regression in {options.model}")
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         print(f"{options.model}: {url}, described at {url}/docs  (Ctrl-C ends it)", flush=True)

@@ -19,6 +19,7 @@ from fastvit.cli.parsers import build_parser
 from fastvit.errors import InputError
 from fastvit.report import run_log
 from fastvit.report.run_log import LOG_FILE, RunLog
+from fastvit.report.tasks import TASKS, find_metric
 
 CURVE_ROWS = 8
 ENDED = ("finished", "interrupted", "failed", "killed")
@@ -182,9 +183,11 @@ def list_figures(log: RunLog) -> list[tuple[str, str]]:
     epoch, loss, rate = (log.get_latest(name) for name in ("epoch", "loss", "learning_rate"))
     if loss is not None:
         rows.append(("loss", f"{loss:.4f}" + (f", learning rate {rate:.2e}" if rate is not None else "")))
-    if accuracies := log.get_curve("eval_accuracy"):
-        step, best = max(accuracies, key=lambda point: point[1])
-        rows.append(("accuracy", f"{accuracies[-1][1]:.2%} on validation; best {best:.2%} at step {step:,}"))
+    for task in TASKS.values():
+        if values := log.get_curve(f"eval_{task.metric}"):
+            step, best = (max if task.greater_is_better else min)(values, key=lambda point: point[1])
+            shown = [task.format_metric(value) for value in (values[-1][1], best)]
+            rows.append((task.metric_name, f"{shown[0]} on validation; best {shown[1]} at step {step:,}"))
     if epoch is not None and log.start is not None:
         rows.append(("epoch", f"{epoch:.2f} of {log.start['epochs']:g}"))
     if (speed := log.get_latest("images_per_second")) is not None:
@@ -256,8 +259,8 @@ def format_record(record: dict[str, Any]) -> str:
         return f"{step} of {record['max_steps']}: training on {record['device']}"
     if record["event"] == "checkpoint":
         return f"{step}: {record['checkpoint']} written"
-    if record.get("eval_accuracy") is not None:
-        return f"{step}: validation accuracy {record['eval_accuracy']:.2%}"
+    if (metric := find_metric(record)) is not None:
+        return f"{step}: validation {metric[0].metric_name} {metric[0].format_metric(metric[1])}"
     if record["event"] == "log" and "loss" in record:
         parts = [f"loss {'not finite' if record['loss'] is None else format(record['loss'], '.4f')}"]
         if record.get("images_per_second") is not None:

@@ -10,7 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,16 @@ from fastvit.data.sources import (
     VALIDATION,
     LabelledFiles,
     check_classes,
+    check_training_split,
     find_column,
+    find_label_columns,
     format_label,
     is_missing,
     map_labels,
     open_source,
     wrap_read_errors,
 )
+from fastvit.data.targets import MULTI_LABEL, REGRESSION, SINGLE_LABEL, list_classes, read_targets, resolve_task
 from fastvit.errors import InputError, escape_unprintable
 
 __all__ = ["TEST", "TRAIN", "VALIDATION", "ImageDataset", "Split", "load_images"]
@@ -46,7 +49,7 @@ class Split:
     """Labels and images of one split.
 
     Attributes:
-        labels: int64 [num_images].
+        labels: Classes, int64 [num_images]; or of several labels, or numbers, float32 [num_images, num_names].
         load: Index -> upright RGB image. Raises InputError if the image cannot be decoded.
         key: A fingerprint that changes whenever the images do.
         get_name: Index -> the image's path, or its row in the dataset.
@@ -76,19 +79,23 @@ class ImageDataset:
 
     Attributes:
         name: The hub id, the folder or the file.
-        class_names: The classes in the order of their labels. Some may have no images.
+        class_names: The classes in the order of their labels, some perhaps without images; or the names of the numbers.
         splits: The splits by name.
+        task: "single-label", "multi-label" or "regression".
         notes: What the user should know about the images, one line each: files and rows that were left out.
     """
 
     name: str
     class_names: list[str]
     splits: dict[str, Split]
+    task: str = field(default=SINGLE_LABEL, kw_only=True)
     notes: list[str] = field(default_factory=list, kw_only=True)
 
     def count_labels(self) -> dict[str, np.ndarray]:
-        """Counts the images of each class, [num_classes], by split."""
-        return {name: np.bincount(split.labels, minlength=len(self.class_names)) for name, split in self.splits.items()}
+        """Counts the images of each class or label, [num_classes], by split; the mean of each number instead."""
+        return {
+            name: count_names(split.labels, len(self.class_names), self.task) for name, split in self.splits.items()
+        }
 
     def sample_examples(self, num_classes: int, per_class: int, side: int) -> dict[str, list[Image.Image]]:
         """Returns the first decodable training images of the first classes.
@@ -99,22 +106,37 @@ class ImageDataset:
             side: The largest height and width in pixels: full-size images of many classes could exhaust memory.
 
         Returns:
-            The images by class name.
+            The images by class name; of a number, those with its lowest and its highest values.
         """
-        train, found = self.load_example_split(), {}
+        chosen: dict[str, np.ndarray] = {}
+        train = self.load_example_split()
         for label, name in enumerate(self.class_names[:num_classes]):
-            found[name] = list(islice(_make_thumbnails(train, np.flatnonzero(train.labels == label), side), per_class))
-        return found
+            if self.task == REGRESSION:
+                order = np.argsort(train.labels[:, label], kind="stable")
+                chosen |= {f"{name}: lowest": order, f"{name}: highest": order[::-1]}
+            else:
+                is_member = train.labels == label if self.task == SINGLE_LABEL else train.labels[:, label] == 1
+                chosen[name] = np.flatnonzero(is_member)
+        return {
+            name: list(islice(_make_thumbnails(train, indices, side), per_class)) for name, indices in chosen.items()
+        }
 
     def load_example_split(self) -> Split:
         """Returns the split that examples are taken from."""
         return self.splits[TRAIN]
 
 
+def count_names(labels: np.ndarray, num_names: int, task: str) -> np.ndarray:
+    """Counts the images of each class or label, [num_names]; returns the mean of each number in a regression."""
+    if task == REGRESSION:
+        return labels.mean(axis=0)
+    return np.bincount(labels, minlength=num_names) if task == SINGLE_LABEL else labels.sum(axis=0).astype(np.int64)
+
+
 def _make_thumbnails(split: Split, indices: np.ndarray, side: int) -> Iterator[Image.Image]:
     for index in indices:
         with contextlib.suppress(InputError):
-            image = split.load(int(index))
+            image = split.load(int(index)).convert("RGB")
             image.thumbnail((side, side))
             yield image
 
@@ -126,10 +148,13 @@ def load_images(
     labels_file: str | Path | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    task: str = "auto",
     validation_fraction: float = 0.15,
     seed: int = 0,
     image_size: int = 64,
     generated_images: int = 2000,
+    need_train: bool = True,
+    channels: int = 3,
 ) -> ImageDataset:
     """Loads a dataset of the hub, an image folder or the generated dataset.
 
@@ -138,15 +163,18 @@ def load_images(
         data_dir: A folder of images, of Parquet files, or saved by `datasets`; either this or `dataset`.
         labels_file: A table of file names, relative to `data_dir` or to the table's folder, and labels.
         image_column: The column with the images [found by name or type].
-        label_column: The column with the labels [found by name or type].
-        validation_fraction: The share of the training images of each class that becomes the validation split if there
-            is none; 0 for no such split.
+        label_column: The column with the labels [found by name or type], or several: "a,b".
+        task: "single-label", "multi-label" or "regression"; "auto" raises InputError where labels have two readings.
+        validation_fraction: The share of the training images (of each class, if there are classes) that becomes the
+            validation split if there is none; 0 for no such split.
         seed: Seed of that choice and of the generated images.
         image_size: Height and width of the generated images.
         generated_images: Number of generated images.
+        need_train: Whether to raise InputError if there is no training split.
+        channels: The number of channels of the images (`decode_image`).
 
     Returns:
-        The dataset, with a training split.
+        The dataset.
 
     Raises:
         InputError: If the dataset cannot be read, or lacks training images, labels or classes.
@@ -156,21 +184,42 @@ def load_images(
     if dataset == "generated":
         images = generate_dataset(generated_images, image_size, seed)
     else:
-        source = open_source(dataset, data_dir, labels_file, image_column, label_column)
+        source = open_source(dataset, data_dir, labels_file, image_column, label_column, task=task)
         if isinstance(source, LabelledFiles):
-            images = read_files(source)
+            images = read_files(source, channels)
         else:
             images = read_tables(
-                source, image_column, label_column, ALIASES.get(dataset or "", dataset) or str(data_dir)
+                source,
+                image_column,
+                label_column,
+                ALIASES.get(dataset or "", dataset) or str(data_dir),
+                task,
+                channels,
             )
+    if need_train:
+        check_training_split(images.splits, images.name)
+    if task not in ("auto", images.task):
+        spread_classes(images, task)
     if VALIDATION not in images.splits and validation_fraction:
         train = images.splits.pop(TRAIN)
-        kept, held_out = split_stratified(train.labels, validation_fraction, seed)
-        counts = np.bincount(train.labels, minlength=len(images.class_names))
+        # Stratified by class; combinations of labels, and numbers, hardly repeat.
+        strata = train.labels if images.task == SINGLE_LABEL else np.zeros(len(train), dtype=np.int64)
+        kept, held_out = split_stratified(strata, validation_fraction, seed)
+        counts = np.bincount(strata, minlength=len(images.class_names))
         if single := [name for name, count in zip(images.class_names, counts, strict=True) if count == 1]:
             images.notes.append(f"only one image of {format_list(single)}: it is trained on, and not validated")
         images.splits = {TRAIN: train.select(kept), VALIDATION: train.select(held_out), **images.splits}
     return images
+
+
+def spread_classes(images: ImageDataset, task: str) -> None:
+    """Turns classes into multi-label targets, of which each image has one; raises InputError for a regression."""
+    if task != MULTI_LABEL:
+        found = f"the classes {format_list(images.class_names)}"
+        raise InputError(f"--task {task}: expected columns of numbers, found {found} in {images.name}")
+    for split in images.splits.values():
+        split.labels = np.eye(len(images.class_names), dtype=np.float32)[split.labels]
+    images.task = task
 
 
 def generate_dataset(num_images: int, image_size: int, seed: int) -> ImageDataset:
@@ -218,10 +267,10 @@ def split_stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def read_files(files: LabelledFiles) -> ImageDataset:
+def read_files(files: LabelledFiles, channels: int) -> ImageDataset:
     """Returns the dataset of image files."""
 
-    def build_split(images: list[tuple[str, int]]) -> Split:
+    def build_split(images: list[tuple[str, Any]]) -> Split:
         paths = [path for path, _ in images]
 
         def load(index: int) -> Image.Image:
@@ -230,26 +279,47 @@ def read_files(files: LabelledFiles) -> ImageDataset:
                 raise InputError(
                     f"{escape_unprintable(path)}: expected an image, found a broken link or no regular file"
                 )
-            return decode_image(path)
+            return decode_image(path, channels=channels)
 
-        labels = np.array([label for _, label in images], dtype=np.int64)
+        labels = np.array([label for _, label in images], dtype=np.int64 if files.task == SINGLE_LABEL else np.float32)
         return Split(labels, load, compute_fingerprint(paths), paths.__getitem__)
 
     splits = {name: build_split(images) for name, images in files.splits.items()}
-    return ImageDataset(files.name, files.class_names, splits, notes=files.notes)
+    return ImageDataset(files.name, files.class_names, splits, task=files.task, notes=files.notes)
 
 
 def read_tables(
-    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str
+    splits: dict[str, Any], image_column: str | None, label_column: str | None, source: str, task: str, channels: int
 ) -> ImageDataset:
     """Returns the dataset of splits of the `datasets` library, without the images that have no label."""
     import datasets
 
-    features = splits[TRAIN].features
+    features = splits.get(TRAIN, next(iter(splits.values()))).features
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
-    label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
-    values = {name: split[label_column][:] for name, split in splits.items() if label_column in split.features}
-    class_names, labels = map_labels(features[label_column], values[TRAIN], source)
+    columns = find_label_columns(label_column, [name for name in features if name != image_column], task) or [
+        find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    ]
+    rows = {
+        name: list(zip(*(split[column][:] for column in columns), strict=True))
+        for name, split in splits.items()
+        if set(columns) <= set(split.features)
+    }
+    feature = features[columns[0]]
+    task = resolve_task(task, rows, columns, source)
+    if task != SINGLE_LABEL:
+        item = feature[0] if isinstance(feature, list) else getattr(feature, "feature", feature)
+        targets = read_targets(
+            task, rows, columns, source, item.names if isinstance(item, datasets.ClassLabel) else None
+        )
+        kept_splits = {
+            name: build_table_split(splits[name], image_column, kept, channels) for name, kept in targets.kept.items()
+        }
+        for name, split in kept_splits.items():
+            split.labels = targets.values[name]
+        return ImageDataset(source, targets.names, kept_splits, task=task, notes=targets.notes)
+    values = list_classes(rows, columns, source)
+    counted = [values[TRAIN]] if TRAIN in values else values.values()
+    class_names, labels = map_labels(feature if len(columns) == 1 else None, chain(*counted), source)
     images, notes = ImageDataset(source, class_names, {}), []
     present: dict[str, list[str]] = {}
     for name, split in splits.items():
@@ -260,13 +330,13 @@ def read_tables(
             continue
         found = [values[name][i] for i in kept]
         present[name] = [class_names[labels[v]] if v in labels else format_label(v) for v in dict.fromkeys(found)]
-        images.splits[name] = build_table_split(split, image_column, label_column, kept)
+        images.splits[name] = build_table_split(split, image_column, kept, channels)
         images.splits[name].labels = np.array([labels.get(value, -1) for value in found], dtype=np.int64)
     images.notes = notes + check_classes(class_names, present, source)
     return images
 
 
-def build_table_split(split, image_column: str, label_column: str, kept: list[int]) -> Split:
+def build_table_split(split, image_column: str, kept: list[int], channels: int = 3) -> Split:
     """Returns the images of the rows `kept`, with labels of -1."""
     import datasets
 
@@ -278,7 +348,7 @@ def build_table_split(split, image_column: str, label_column: str, kept: list[in
         if cell is None:
             raise InputError(f"row {index}: expected an image in column {image_column!r}, found an empty cell")
         path = cell["path"]
-        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}")
+        return decode_image(cell["bytes"] if cell["bytes"] is not None else path, path or f"image {index}", channels)
 
     def get_name(index: int) -> str:
         cell = raw[index][image_column]

@@ -36,7 +36,7 @@ METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 # Suffixes of images that are not decoded, or by the extra `heif` only. A class of such files must not be lost.
 UNREADABLE_SUFFIXES = {
     *HEIF_SUFFIXES,
-    *(".avif", ".jxl", ".svg", ".psd", ".eps", ".tga", ".dds", ".exr", ".dcm", ".npy"),
+    *(".avif", ".jxl", ".svg", ".psd", ".eps", ".tga", ".dds", ".exr", ".dcm"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
 }
 

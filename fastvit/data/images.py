@@ -39,6 +39,8 @@ MEMORY_CACHE_BYTES = 4 * 2**30
 # HEIF requires the extra `heif`.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+SAMPLES_PER_PIXEL = 277  # a tag of TIFF
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 HEIF_HINT = "HEIC needs pillow-heif: pip install 'fastvit[heif]'"
 AVIF_HINT = "AVIF needs Pillow 11.3 or newer"
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # bytes 8 to 12 of a file
@@ -72,44 +74,57 @@ def list_readable_formats() -> tuple[str, ...]:
 def list_image_suffixes() -> frozenset[str]:
     """Returns the suffixes of image files in lower case."""
     formats = list_readable_formats()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO"))
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in (*formats, "MPO")}
+    return frozenset({*suffixes, ".npy"})
 
 
-def decode_image(source: str | Path | bytes, name: str | None = None, min_side: int | None = None) -> Image.Image:
-    """Decodes an image file to an upright RGB image.
-
-    The content determines the format. An animation becomes its first frame, transparent pixels are composited on white,
-    and 16-bit channels are reduced to their upper 8 bits.
+class Bands:
+    """An image of any number of channels, with the methods of a PIL image that resize, crop and flip it.
 
     Args:
-        source: A path, or the bytes of a file.
-        name: The name of the image in error messages [the path, or "image"].
-        min_side: Decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides remain at least this long.
-
-    Returns:
-        An RGB image of 8 bits per channel.
-
-    Raises:
-        InputError: If the file does not exist or cannot be decoded, or if it has more than twice
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels (179 million by default). The latter is raised before memory is
-            allocated for the pixels.
+        bands: The channels, PIL images of mode "L".
     """
-    name = escape_unprintable(name or (str(source) if not isinstance(source, bytes) else "image"))
+
+    def __init__(self, bands: Sequence[Image.Image]):
+        self.bands, (self.width, self.height) = bands, bands[0].size
+        self.size = bands[0].size
+
+    def resize(self, *args: Any, **kwargs: Any) -> Bands:
+        return Bands([band.resize(*args, **kwargs) for band in self.bands])
+
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        return Bands([band.crop(box) for band in self.bands])
+
+    def transpose(self, method: Image.Transpose) -> Bands:
+        return Bands([band.transpose(method) for band in self.bands])
+
+    def convert(self, mode: str) -> Image.Image:
+        """Returns the first three channels, or the only one, as an RGB image, for people to look at."""
+        return Image.merge("RGB", (self.bands[:3] if len(self.bands) > 2 else [self.bands[0]] * 3)).convert(mode)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.stack([np.asarray(band) for band in self.bands], axis=-1)  # uint8 [height, width, channels]
+
+
+def to_bands(pixels: np.ndarray) -> Image.Image | Bands:
+    """Returns the image of pixels, uint8 [height, width, channels]: a PIL image if there are three channels."""
+    if pixels.shape[2] == 3:
+        return Image.fromarray(pixels)
+    return Bands([Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(pixels, 2, 0)])
+
+
+@contextlib.contextmanager
+def explain_decode_errors(name: str, source: Any = None) -> Iterator[None]:
+    """Turns errors of decoders into an InputError that names the image; `source` is its file or bytes."""
     try:
-        with Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=list_readable_formats()
-        ) as image:
-            if min_side is not None:
-                image.draft(None, (min_side, min_side))
-            image.load()
-            return convert_to_upright_rgb(image)
+        yield
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except FileNotFoundError:
         raise InputError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        formats = ", ".join(list_readable_formats())
-        if (hint := find_missing_decoder(source)) is not None:
+        formats = ", ".join((*list_readable_formats(), "NPY"))
+        if source is not None and (hint := find_missing_decoder(source)) is not None:
             formats = f"{formats}; {hint}"
         raise InputError(f"{name}: expected an image, found a file in none of these formats: {formats}") from None
     except Image.DecompressionBombError:
@@ -119,11 +134,75 @@ def decode_image(source: str | Path | bytes, name: str | None = None, min_side: 
         raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
 
 
+def decode_image(
+    source: str | Path | bytes, name: str | None = None, channels: int = 3, min_side: int | None = None
+) -> Any:
+    """Decodes an image file to an upright image.
+
+    The content determines the format. An animation becomes its first frame, transparent pixels are composited on white,
+    and 16-bit channels are reduced to their upper 8 bits.
+
+    Args:
+        source: A path, or the bytes of a file.
+        name: The name of the image in error messages [the path, or "image"].
+        channels: The number of channels: 3 for RGB, 1 for grey, others for TIFF and .npy files that have them.
+        min_side: Decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides remain at least this long.
+
+    Returns:
+        An RGB image, or `Bands`, of 8 bits per channel.
+
+    Raises:
+        InputError: If the file does not exist or cannot be decoded, has other channels, or if it has more than twice
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (179 million by default). The latter is raised before memory is
+            allocated for the pixels.
+    """
+    name = escape_unprintable(name or (str(source) if not isinstance(source, bytes) else "image"))
+    with (
+        explain_decode_errors(name, source),
+        contextlib.closing(io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb")) as file,
+    ):
+        start = file.read(8)
+        file.seek(0)
+        if start.startswith(b"\x93NUMPY"):
+            return array_to_image(read_npy(file), channels=channels)
+        if start[:4] in TIFF_STARTS and channels not in (1, 3):
+            return array_to_image(read_tiff(file), channels=channels)
+        with Image.open(file, formats=list_readable_formats()) as image:
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            return convert_to_upright(image, channels)
+
+
+def read_npy(file: Any) -> np.ndarray:
+    """Reads an array; raises InputError before memory is allocated for too many pixels."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
+    if Image.MAX_IMAGE_PIXELS and math.prod(read_header(file)[0]) > 8 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    file.seek(0)
+    return np.load(file, allow_pickle=False)
+
+
+def read_tiff(file: Any) -> np.ndarray:
+    """Reads the channels of a TIFF file, of which Pillow reads four at most."""
+    try:
+        import tifffile
+    except ImportError:
+        raise InputError("channels: a TIFF of other channels needs tifffile: pip install 'fastvit[tiff]'") from None
+    with tifffile.TiffFile(file) as tiff:
+        if Image.MAX_IMAGE_PIXELS and math.prod(tiff.series[0].shape) > 8 * Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
+        return tiff.series[0].asarray()
+
+
 def find_missing_decoder(source: str | Path | bytes) -> str | None:
-    """Returns how to decode a file that begins as a HEIC or AVIF image does, if its decoder is not installed."""
+    """Returns how to decode a file that begins as a HEIC, AVIF or TIFF image does, if Pillow cannot."""
     if not isinstance(source, bytes):
         with Path(source).open("rb") as file:
             source = file.read(12)
+    if source[:4] in TIFF_STARTS:
+        return "a TIFF of several bands needs --channels N"
     if source[4:8] != b"ftyp":
         return None
     if source[8:12] in (b"avif", b"avis"):
@@ -131,11 +210,20 @@ def find_missing_decoder(source: str | Path | bytes) -> str | None:
     return HEIF_HINT if source[8:12] in HEIF_BRANDS and "HEIF" not in list_readable_formats() else None
 
 
-def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to RGB and applies its EXIF orientation; raises InputError for 32 bits per channel."""
+def convert_to_upright(image: Image.Image, channels: int = 3) -> Any:
+    """Converts an image to RGB, to grey or to its channels as they are, and applies its EXIF orientation."""
     method = UPRIGHT_TRANSPOSES.get(read_orientation(image))
-    rgb = convert_to_rgb(image)
-    return rgb if method is None else rgb.transpose(method)
+    stored = image.tag_v2.get(SAMPLES_PER_PIXEL, 1) if hasattr(image, "tag_v2") else 1
+    if stored > len(image.getbands()):  # Pillow leaves out channels whose meaning the file does not tell
+        raise InputError(f"expected {channels} channels, found {stored}, of which none is alpha (--channels {stored})")
+    if channels in (1, 3):
+        rgb = convert_to_rgb(image)
+        converted: Any = rgb if channels == 3 else Bands([rgb.convert("L")])
+    elif len(image.getbands()) == channels and image.mode not in ("P", "PA"):
+        converted = Bands(image.split())
+    else:
+        raise InputError(f"expected {channels} channels, found {len(image.getbands())} ({image.mode})")
+    return converted if method is None else converted.transpose(method)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -179,82 +267,87 @@ if hasattr(os, "register_at_fork"):  # a forked child has no thread that would r
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def to_image(source: Any, name: str | None = None, min_side: int | None = None) -> Image.Image:
-    """Converts any representation of an image to an upright RGB image.
+def to_image(source: Any, name: str | None = None, channels: int = 3, min_side: int | None = None) -> Any:
+    """Converts any representation of an image to an upright image.
 
     Args:
         source: A path, the bytes of a file, a file object, a PIL image, an array or tensor as in `array_to_image`, or a
             function without arguments that returns one of these. A PIL image is converted like a decoded file.
         name: The name of the image in error messages [the path, or "image"].
+        channels: The number of channels, as for `decode_image`.
         min_side: As for `decode_image`, for files and their bytes.
 
     Returns:
-        An RGB image of 8 bits per channel.
+        An RGB image, or `Bands`, of 8 bits per channel.
 
     Raises:
-        InputError: If `source` is of another type or cannot be decoded.
+        InputError: If `source` is of another type, has other channels or cannot be decoded.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     if isinstance(source, (str, Path)):
-        return decode_image(source, name, min_side)
+        return decode_image(source, name, channels, min_side)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(source), name, min_side)
+        return decode_image(bytes(source), name, channels, min_side)
+    if isinstance(source, Bands):
+        if len(source.bands) != channels:
+            raise InputError(f"{name}: expected {channels} channels, found {len(source.bands)}")
+        return source
     if isinstance(source, Image.Image):
-        try:
-            with _read_lock:
-                source.load()
-                return convert_to_upright_rgb(source)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-        except Exception as error:  # as in `decode_image`
-            raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
+        with explain_decode_errors(name), _read_lock:
+            source.load()
+            return convert_to_upright(source, channels)
     if isinstance(source, torch.Tensor):
-        return array_to_image(source.detach().cpu().numpy(), name)
+        source = source.detach().cpu().numpy()
     if isinstance(source, np.ndarray):
-        return array_to_image(source, name)
+        return array_to_image(source, name, channels)
     if hasattr(source, "read"):
         with _read_lock:
             content = source.read()
         if not isinstance(content, bytes):
             raise InputError(f"{name}: expected a file opened for reading bytes, read {type(content).__name__}")
-        return decode_image(content, name, min_side)
+        return decode_image(content, name, channels, min_side)
     if callable(source):
-        return to_image(source(), name, min_side)
+        return to_image(source(), name, channels, min_side)
     raise InputError(
         f"{name}: expected a path, bytes, a file, a PIL image, an array or a tensor, got {type(source).__name__}"
     )
 
 
-def array_to_image(array: np.ndarray, name: str = "image") -> Image.Image:
-    """Converts an array to an RGB image.
+def array_to_image(array: np.ndarray, name: str | None = None, channels: int = 3) -> Any:
+    """Converts an array to an image.
 
     Args:
-        array: [height, width], [height, width, channels] or [channels, height, width] with 1, 3 or 4 channels; uint8,
-            or floating point in [0, 1]. Pixels with a fourth channel, alpha, are composited on white.
-        name: The name of the image in error messages.
+        array: [height, width], [height, width, channels] or [channels, height, width]; uint8, uint16, of which the
+            upper 8 bits are used, or floating point in [0, 1]. For RGB, 1, 3 or 4 channels: pixels with a fourth
+            channel, alpha, are composited on white. For other images their number.
+        name: The name of the image in error messages [none].
+        channels: The number of channels, as for `decode_image`.
 
     Returns:
-        An RGB image of 8 bits per channel.
+        An RGB image, or `Bands`, of 8 bits per channel.
 
     Raises:
         InputError: For other shapes, dtypes and values, and if both the first and the last dimension may be channels.
     """
-    channels_first, channels_last = (array.ndim == 3 and array.shape[end] in (1, 3, 4) for end in (0, 2))
-    if not (array.ndim == 2 or channels_first != channels_last) or 0 in array.shape:
-        raise InputError(
-            f"{name}: expected [height, width], or with 1, 3 or 4 channels at one end, got {list(array.shape)}"
-        )
+    name = f"{name}: " if name else ""
+    accepted = (1, 3, 4) if channels == 3 else (channels,)
+    channels_first, channels_last = (array.ndim == 3 and array.shape[end] in accepted for end in (0, 2))
+    is_grey = array.ndim == 2 and 1 in accepted
+    if not (is_grey or channels_first != channels_last) or 0 in array.shape:
+        counts = "1, 3 or 4 channels" if channels == 3 else f"{channels} channels"
+        raise InputError(f"{name}expected [height, width], or with {counts} at one end, got {list(array.shape)}")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # NaN too
-            raise InputError(f"{name}: expected floating pixels between 0 and 1, got {array.min()} to {array.max()}")
+            raise InputError(f"{name}expected floating pixels between 0 and 1, got {array.min()} to {array.max()}")
         array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype == np.uint16:
+        array = (array >> 8).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise InputError(f"{name}: expected uint8 or floating pixels, got {array.dtype}")
-    if channels_first:
-        array = np.moveaxis(array, 0, 2)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[..., 0]
-    return convert_to_rgb(Image.fromarray(np.ascontiguousarray(array)))
+        raise InputError(f"{name}expected uint8, uint16 or floating pixels, got {array.dtype}")
+    array = np.moveaxis(array, 0, 2) if channels_first else array[..., None] if is_grey else array
+    if channels != 3:
+        return to_bands(array)
+    return convert_to_rgb(Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array)))
 
 
 @dataclass
@@ -262,7 +355,7 @@ class ImageCache:
     """Decoded images of one split.
 
     Attributes:
-        images: uint8 [count, height, width, 3].
+        images: uint8 [count, height, width, channels].
         skipped: Index of each image that could not be decoded -> the error message.
     """
 
@@ -275,6 +368,7 @@ def cache_images(
     count: int,
     image_size: tuple[int, int],
     *,
+    channels: int = 3,
     resample: int = Image.Resampling.BILINEAR,
     skip_bad: bool = False,
     key: str = "",
@@ -288,6 +382,7 @@ def cache_images(
         load: Index -> image.
         count: The number of images; `load` is called with 0 to `count - 1`.
         image_size: (height, width).
+        channels: The number of channels.
         resample: The filter.
         skip_bad: Whether to skip and list images that cannot be decoded.
         key: Identifies the images: later runs with the same key reuse the cached file.
@@ -301,7 +396,7 @@ def cache_images(
     Raises:
         InputError: If an image cannot be decoded and `skip_bad` is false, or `cache_dir` has too little space.
     """
-    shape = (count, *image_size, 3)
+    shape = (count, *image_size, channels)
     if cache_dir is None or np.prod(shape) <= memory_limit:
         images = np.empty(shape, dtype=np.uint8)
         return ImageCache(images, _decode_all(load, images, resample, skip_bad, description))
@@ -368,7 +463,7 @@ class Augment:
         self.min_area = min_area
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Augments an image, uint8 [h, w, 3] -> uint8 [height, width, 3]."""
+        """Augments an image, uint8 [h, w, channels] -> uint8 [height, width, channels]."""
         height, width = image.shape[:2]
         area, log_ratio, top, left, flip = torch.rand(5).tolist()
         area = self.min_area + area * (1 - self.min_area)
@@ -376,7 +471,7 @@ class Augment:
         crop_width = min(1.0, math.sqrt(area * ratio)) * width
         crop_height = min(1.0, math.sqrt(area / ratio)) * height
         left, top = left * (width - crop_width), top * (height - crop_height)
-        crop = Image.fromarray(image).resize(
+        crop = to_bands(image).resize(
             self.image_size[::-1], Image.Resampling.BILINEAR, box=(left, top, left + crop_width, top + crop_height)
         )
         if flip < 0.5:
@@ -397,6 +492,8 @@ def seed_rng(seed: int) -> Iterator[None]:
 
 class ImageSet(torch.utils.data.Dataset):
     """Cached images with labels, for a Trainer: {"pixel_values": uint8 [height, width, 3], "labels": int}.
+
+    Labels of several per image, or numbers, are float32 [names] instead of int.
 
     Args:
         cache: The images; skipped ones are left out.
@@ -422,7 +519,7 @@ class ImageSet(torch.utils.data.Dataset):
         self.seed, self.epoch, self.with_seeds = seed, 0, with_seeds
         self.images = cache.images
         self.indices = [index for index in range(len(labels)) if index not in cache.skipped]
-        self.labels = [int(labels[index]) for index in self.indices]
+        self.labels = np.asarray(labels)[self.indices]
         self.augment = augment
 
     def __len__(self) -> int:
@@ -439,7 +536,7 @@ class ImageSet(torch.utils.data.Dataset):
     def __getitem__(self, item: int) -> dict[str, torch.Tensor | int]:
         entry: dict[str, torch.Tensor | int] = {
             "pixel_values": torch.from_numpy(self.get_pixels(item)),
-            "labels": self.labels[item],
+            "labels": torch.from_numpy(label) if (label := self.labels[item]).ndim else int(label),
         }
         if self.with_seeds:
             entry["seed"] = self.compute_seed(item)

@@ -15,15 +15,18 @@ from fastvit.data.images import list_image_suffixes
 from fastvit.data.sources import (
     IMAGE_COLUMNS,
     LABEL_COLUMNS,
+    MORE_LABEL_COLUMNS,
     TRAIN,
     LabelledFiles,
     check_classes,
     check_label_texts,
+    find_label_columns,
     format_label,
     is_absent,
     is_missing,
     map_labels,
 )
+from fastvit.data.targets import SINGLE_LABEL, list_classes, read_targets, resolve_task
 from fastvit.errors import InputError, escape_unprintable
 
 FILE_COLUMNS = (
@@ -38,12 +41,13 @@ FILE_COLUMNS = (
     "image_id",
 )
 NAME_COLUMNS = (*FILE_COLUMNS, *IMAGE_COLUMNS, "id")
-MORE_LABEL_COLUMNS = ("target", "category", "class_name", "label_name")
 SPLIT_COLUMNS = ("split", "set", "subset")
 MISSING_TEXTS = ("", "nan", "NaN")  # pandas writes an empty cell in one of these ways
 
 
-def read_label_file(file: Path, root: Path, image_column: str | None, label_column: str | None) -> LabelledFiles:
+def read_label_file(
+    file: Path, root: Path, image_column: str | None, label_column: str | None, task: str = "auto"
+) -> LabelledFiles:
     """Reads a table of file names and labels.
 
     A column called "split" assigns the images to splits. Names may lack the ending of the file, and the folders below
@@ -53,7 +57,8 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
         file: The table: .csv, .tsv, .txt, .jsonl or .parquet. A CSV file of two columns needs no header.
         root: The folder that the names are relative to.
         image_column: The column of the names [found by name, or by its files].
-        label_column: The column of the labels [found by name, or the only other one].
+        label_column: The column of the labels [found by name, or the only other one], or several: "a,b".
+        task: What the labels are for, or "auto" (`fastvit.data.targets`).
 
     Returns:
         The files.
@@ -62,18 +67,30 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
         InputError: If the table or its columns cannot be read, its files are not there, or a file has two labels.
     """
     rows, resolve = read_rows(file), build_resolver(root)
-    if not rows:
-        raise InputError(f"{file}: expected rows of file names and labels, found none")
-    columns = list(rows[0])
+    columns = list(rows[0]) if rows else []
     is_header = bool(set(columns) & {image_column, label_column}) or find_by_name(columns, NAME_COLUMNS) is not None
     if not is_header and len(columns) == 2 and is_file(resolve, columns[0]):
         rows = [dict(zip(("file_name", "label"), row, strict=True)) for row in [columns, *(r.values() for r in rows)]]
-        columns = list(rows[0])
-    split_column = find_by_name(columns, SPLIT_COLUMNS)
-    image_column, label_column = find_columns(rows[0], resolve, image_column, label_column, split_column)
+    return label_rows(file, rows, root, image_column, label_column, task)
+
+
+def label_rows(
+    file: Path,
+    rows: list[dict[str, Any]],
+    root: Path,
+    image_column: str | None,
+    label_column: str | None,
+    task: str = "auto",
+) -> LabelledFiles:
+    """Labels files by the rows of the table `file`; arguments and errors as those of `read_label_file`."""
+    if not rows:
+        raise InputError(f"{file}: expected rows of file names and labels, found none")
+    resolve = build_resolver(root)
+    split_column = find_by_name(rows[0], SPLIT_COLUMNS)
+    image_column, columns = find_columns(rows[0], resolve, image_column, label_column, split_column, task)
 
     if file.suffix not in (".jsonl", ".parquet"):
-        check_label_texts((row[label_column] for row in rows), file)
+        check_label_texts((row[column] for row in rows for column in columns), file)
     splits: dict[str, dict[str, Any]] = {}
     num_found, repeated = 0, 0
     for number, row in enumerate(rows, 1):
@@ -81,14 +98,15 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
         split = TRAIN if split_column is None else match_split(str(given))
         if split is None:
             raise InputError(f"{file}: row {number}: expected train, validation or test as the split, found {given!r}")
-        path, label = resolve(str(row.get(image_column))), read_label(row.get(label_column))
+        path, label = resolve(str(row.get(image_column))), [read_label(row.get(column)) for column in columns]
         num_found += os.path.isfile(path)  # noqa: PTH113 (a million of them)
         known = splits.setdefault(split, {})
-        if path in known and known[path] != label and not (is_missing(known[path], {}) and is_missing(label, {})):
-            raise InputError(
-                f"{file}: expected one label per image, found {known[path]!r} and {label!r} for"
-                f" {escape_unprintable(path)}"
-            )
+        for first, second in zip(known.get(path, label), label, strict=True):
+            if first != second and not (is_missing(first, {}) and is_missing(second, {})):
+                raise InputError(
+                    f"{file}: expected one label per image, found {first!r} and {second!r} for"
+                    f" {escape_unprintable(path)}"
+                )
         repeated += path in known
         known[path] = label
     if not num_found:
@@ -97,7 +115,23 @@ def read_label_file(file: Path, root: Path, image_column: str | None, label_colu
             " names their folder"
         )
     notes = [f"{repeated} rows of {file} repeat a file and are left out"] if repeated else []
-    return build_labelled_files(file, splits, notes)
+    listed = {os.path.normpath(path) for split in splits.values() for path in split}
+    found = [os.path.normpath(path) for path in find_images(root)]
+    if unlisted := sum(path not in listed for path in found):
+        notes.append(f"{unlisted} of {len(found)} images in {root} have no row in {file} and are left out")
+    cells = {name: list(split.values()) for name, split in splits.items()}
+    task = resolve_task(task, cells, columns, str(file))
+    if task == SINGLE_LABEL:
+        classes = list_classes(cells, columns, str(file))
+        pairs = {name: dict(zip(split, classes[name], strict=True)) for name, split in splits.items()}
+        return build_labelled_files(file, pairs, notes)
+    targets = read_targets(task, cells, columns, str(file))
+    paths = {name: list(split) for name, split in splits.items()}
+    files = {
+        name: [(paths[name][row], value) for row, value in zip(kept, targets.values[name], strict=True)]
+        for name, kept in targets.kept.items()
+    }
+    return LabelledFiles(str(file), targets.names, files, notes + targets.notes, task)
 
 
 def find_columns(
@@ -106,28 +140,32 @@ def find_columns(
     image_column: str | None,
     label_column: str | None,
     split_column: str | None,
-) -> tuple[str, str]:
+    task: str,
+) -> tuple[str, list[str]]:
     """Returns the columns of file names and of labels; arguments as in `read_label_file`, with the first row."""
     image_column = image_column or find_by_name(row, NAME_COLUMNS)
     image_column = image_column or next((name for name in row if is_file(resolve, row[name])), None)
     others = [name for name in row if name not in (image_column, split_column)]
+    if image_column in row and (label_columns := find_label_columns(label_column, others, task)):
+        return image_column, label_columns
     label_column = label_column or find_by_name(others, (*LABEL_COLUMNS, *MORE_LABEL_COLUMNS))
     label_column = label_column or (others[0] if len(others) == 1 else None)
+    several = f" (several: {','.join(others[:2])})" if len(others) > 1 else ""
     for kind, name in (("image", image_column), ("label", label_column)):
         if name not in row:
             found = "found none" if name is None else f"got {name!r}"
-            raise InputError(f"{kind}_column: expected one of {', '.join(row)}, {found}; --{kind}-column names it")
+            names = f"--{kind}-column names it{several if kind == 'label' else ''}"
+            raise InputError(f"{kind}_column: expected one of {', '.join(row)}, {found}; {names}")
     assert image_column is not None and label_column is not None
-    return image_column, label_column
+    return image_column, [label_column]
 
 
 def build_labelled_files(file: Path, splits: dict[str, dict[str, Any]], notes: list[str]) -> LabelledFiles:
     """Numbers the classes, and leaves out the files without a label."""
-    if TRAIN not in splits:
-        raise InputError(f"{file}: expected a split called 'train', found {', '.join(splits)}")
     convert = choose_number_type(value for split in splits.values() for value in split.values())
     values = {name: {path: convert(value) for path, value in split.items()} for name, split in splits.items()}
-    _, trained = map_labels(None, values[TRAIN].values(), str(file))
+    counted = [values[TRAIN]] if TRAIN in values else values.values()
+    _, trained = map_labels(None, (value for split in counted for value in split.values()), str(file))
     present = {
         name: {format_label(value) for value in split.values() if not is_missing(value, trained)}
         for name, split in values.items()
@@ -148,12 +186,21 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise InputError(f"--labels: expected a file of file names and labels, found none at {file}")
     try:
         if file.suffix == ".parquet":
+            import datasets
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(file).to_pylist()
+            table = pyarrow.parquet.read_table(file)
+            features, rows = datasets.Features.from_arrow_schema(table.schema), table.to_pylist()
+            for name in [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]:
+                for row in rows:
+                    row[name] = None if row[name] in (None, -1) else features[name].int2str(row[name])
+            return rows
         text = file.read_text(encoding="utf-8-sig")
         if file.suffix in (".jsonl", ".ndjson"):
-            return [json.loads(line) for line in text.split("\n") if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+            if not all(isinstance(row, dict) for row in rows):
+                raise InputError(f"{file}: expected a JSON object per line")
+            return rows
         if file.suffix not in (".csv", ".tsv", ".txt"):
             raise InputError(f"--labels: expected a .csv, .tsv, .jsonl or .parquet file, got {file}")
         header = text.partition("\n")[0]

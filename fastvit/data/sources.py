@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 from fastvit.data.folders import (
     METADATA_FILES,
+    SPLIT_WORDS,
     find_files,
     find_images,
     find_only_folder,
@@ -24,20 +26,18 @@ from fastvit.data.folders import (
     is_folder,
     list_entries,
     list_images,
+    match_split,
 )
-from fastvit.errors import InputError, escape_unprintable
+from fastvit.errors import InputError
 
 # Short names of datasets on the hub.
 ALIASES = {"beans": "AI-Lab-Makerere/beans"}
 IMAGE_COLUMNS = ("image", "img", "images", "picture")
 LABEL_COLUMNS = ("label", "labels", "class", "fine_label", "cls")
+MORE_LABEL_COLUMNS = ("target", "category", "class_name", "label_name")  # in tables
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # Labels of a CSV file that pandas and `datasets` read as empty cells.
 AMBIGUOUS_TEXTS = {"None", "NA", "N/A", "n/a", "NULL", "null", "<NA>"}
-SPLIT_NAMES = dict.fromkeys(("val", "valid", "dev", "eval", "evaluation"), VALIDATION) | {
-    "training": TRAIN,
-    "testing": TEST,
-}
 
 
 @dataclass
@@ -47,14 +47,15 @@ class LabelledFiles:
     Attributes:
         name: The folder or file in messages.
         class_names: The classes in the order of their labels.
-        splits: Split -> (path, label) of each image.
+        splits: Split -> (path, label) of each image; the label is float32 [names] unless `task` is "single-label".
         notes: What was left out.
     """
 
     name: str
     class_names: list[str]
-    splits: dict[str, list[tuple[str, int]]]
+    splits: dict[str, list[tuple[str, Any]]]
     notes: list[str] = field(default_factory=list)
+    task: str = "single-label"
 
 
 def open_source(
@@ -65,22 +66,24 @@ def open_source(
     label_column: str | None,
     *,
     streaming: bool = False,
+    task: str = "auto",
 ) -> LabelledFiles | dict[str, Any]:
     """Opens labelled images.
 
     Args:
         dataset: A hub id; either this, or `data_dir`, `labels` or both.
-        data_dir: A folder.
+        data_dir: A folder, or a glob pattern of tar files.
         labels: A table of file names and labels; the names are relative to `data_dir`, or to the table's folder.
         image_column: The column of the images.
         label_column: The column of the labels.
-        streaming: Whether to open a hub dataset without reading it.
+        streaming: Whether to open hub datasets, Parquet and tar files without reading them.
+        task: What the labels are for, or "auto" (`fastvit.data.targets`).
 
     Returns:
         Files, or splits of the `datasets` library by their normalized names.
 
     Raises:
-        InputError: If the source cannot be read, or has no training split.
+        InputError: If the source cannot be read.
     """
     import datasets
 
@@ -88,31 +91,23 @@ def open_source(
         from fastvit.data.label_files import read_label_file
 
         root = Path(labels).parent if data_dir is None else check_folder(data_dir)
-        return read_label_file(Path(labels), root, image_column, label_column)
-    if data_dir is None:
-        assert dataset is not None
-        source = ALIASES.get(dataset, dataset)
-        with wrap_read_errors(source):
-            return normalize_splits(datasets.load_dataset(source, streaming=streaming), source)
-    root, source = check_folder(data_dir), str(data_dir)
+        return read_label_file(Path(labels), root, image_column, label_column, task)
+    source = ALIASES.get(dataset or "", dataset) or str(data_dir)
     with wrap_read_errors(source):
+        if data_dir is None:
+            return normalize_splits(datasets.load_dataset(source, streaming=streaming), source)
+        if glob.has_magic(source) and not Path(source).exists():
+            files = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (the pattern is a whole path)
+            if not files or not all(file.endswith(".tar") for file in files):
+                raise InputError(f"data_dir: expected a folder, or a pattern of .tar files, got {source}")
+            return datasets.load_dataset("webdataset", data_files={TRAIN: files}, streaming=streaming)
+        root = check_folder(data_dir)
         if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
             saved = datasets.load_from_disk(source).with_format(None)  # a saved format may return tensors
             return normalize_splits(saved if isinstance(saved, datasets.DatasetDict) else {TRAIN: saved}, source)
-        if is_parquet_folder(root):
-            return normalize_splits(datasets.load_dataset("parquet", data_dir=source, streaming=streaming), source)
-        files = find_metadata_files(root)
-        columns = read_columns(files[0]) if files else []
-        usual = LABEL_COLUMNS if label_column is None else (label_column,)
-        if (column := next((name for name in usual if name in columns), None)) is not None:
-            return load_metadata_folder(source, files, column, streaming)
-    try:
-        return read_class_folders(root, image_column, label_column)
-    except InputError as error:
-        if columns:
-            found = f"the metadata file has no label column among {format_list(columns)}"
-            raise InputError(f"{error} ({found}; --label-column names it)") from None
-        raise
+        if (builder := find_builder(root)) is not None:
+            return normalize_splits(datasets.load_dataset(builder, data_dir=source, streaming=streaming), source)
+    return read_folder(root, image_column, label_column, task)
 
 
 def check_folder(data_dir: str | Path) -> Path:
@@ -123,90 +118,65 @@ def check_folder(data_dir: str | Path) -> Path:
     return Path(data_dir)
 
 
-def load_metadata_folder(source: str, files: Sequence[Path], column: str, streaming: bool) -> dict[str, Any]:
-    """Loads a folder of images whose labels are in metadata files.
-
-    Args:
-        source: The folder.
-        files: Its metadata files.
-        column: The label column of the metadata files.
-        streaming: Whether to open the images without reading them.
-
-    Returns:
-        Splits of the `datasets` library by their normalized names.
-
-    Raises:
-        InputError: If a label is ambiguous, an image has two labels, or `datasets` does not read the metadata files.
-    """
-    import datasets
-
-    for file in files:
-        check_metadata_labels(file, column)
-    loaded = datasets.load_dataset("imagefolder", data_dir=source, streaming=streaming)
-    # Beside folders or files with names of splits, `datasets` ignores the metadata file, and folders become the labels.
-    features = [(split.features or {}).get(column) for split in loaded.values()]
-    classes = read_class_feature(files[0], column)  # of a Parquet file; in others, labels are text or numbers
-    if any(
-        feature is None or (isinstance(feature, datasets.ClassLabel) and feature != classes) for feature in features
-    ):
-        raise InputError(
-            f"{files[0]}: its labels are not read, as names of files or folders beside it stand for splits (found"
-            f" {', '.join(loaded)}); put a metadata file into the folder of each split, or give this file with --labels"
-            " (its column called split, if there is one, assigns the images to splits)"
-        )
-    return normalize_splits(loaded, source)
-
-
-def read_class_feature(file: Path, column: str) -> Any:
-    """Reads the type of a metadata file's column that `datasets` recorded in a Parquet file; None in other files."""
-    import datasets
-    import pyarrow.parquet
-
-    if file.suffix != ".parquet":
-        return None
-    return datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(file)).get(column)
-
-
-def check_metadata_labels(file: Path, column: str) -> None:
-    """Raises InputError for ambiguous labels in a metadata file, and for images with two labels."""
-    if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        rows = pyarrow.parquet.read_table(file).to_pylist()
-    else:
-        with file.open(encoding="utf-8-sig", newline="") as opened:
-            lines = csv.DictReader(opened) if file.suffix == ".csv" else map(json.loads, filter(str.strip, opened))
-            rows = [row for row in lines if isinstance(row, dict)]
-    if file.suffix == ".csv":
-        check_label_texts((row.get(column) for row in rows), file)
-    known: dict[str, Any] = {}
-    for name, label in ((row.get("file_name"), row.get(column)) for row in rows):
-        if not isinstance(name, str):
-            continue
-        first = known.setdefault(name, label)
-        if first != label and not (is_absent(first) and is_absent(label)):
-            raise InputError(
-                f"{file}: expected one label per image, found {first!r} and {label!r} for {escape_unprintable(name)}"
-            )
-
-
-def is_parquet_folder(root: Path) -> bool:
-    """Whether a folder has Parquet files and no image files."""
+def find_builder(root: Path) -> str | None:
+    """Returns what `datasets` reads a folder without image files with: "parquet" or "webdataset"."""
     if next(find_images(root), None) is not None:
-        return False
-    return any(path.endswith(".parquet") and Path(path).name not in METADATA_FILES for path in find_files(root))
+        return None
+    suffixes = {Path(path).suffix for path in find_files(root) if Path(path).name not in METADATA_FILES}
+    builder = "parquet" if ".parquet" in suffixes else "webdataset" if ".tar" in suffixes else None
+    if builder is not None and glob.has_magic(str(root)):
+        raise InputError(f"data_dir: {root}: its name has * ? [ or ], which `datasets` reads as a pattern; rename it")
+    return builder
 
 
-def find_metadata_files(root: Path) -> list[Path]:
-    """Finds the `datasets` library's metadata files in a folder, in the folders in it, or inside a wrapping folder."""
+def read_folder(root: Path, image_column: str | None, label_column: str | None, task: str) -> LabelledFiles:
+    """Reads a folder of image files, with labels from metadata files or one sub-folder per class."""
+    from fastvit.data.label_files import label_rows, read_rows
+
+    base, files = find_metadata_files(root)
+    with wrap_read_errors(str(root)):
+        columns = list(dict.fromkeys(name for file in files for name in read_columns(file)))
+    usual = LABEL_COLUMNS if label_column is None else (label_column,)
+    several = find_label_columns(label_column, [name for name in columns if name != "file_name"], task)
+    if "file_name" in columns and (several or set(usual) & set(columns)):
+        rows = [row for file in files for row in locate_rows(base, file, read_rows(file))]
+        return label_rows(files[0], rows, base, None if image_column == "image" else image_column, label_column, task)
+    try:
+        return read_class_folders(root, image_column, label_column)
+    except InputError as error:
+        if not columns:
+            raise
+        lacking = "label column" if "file_name" in columns else "column file_name"
+        hint = "--label-column names it" if "file_name" in columns else "--labels reads other tables"
+        found = f"the metadata file has no {lacking} among {format_list(columns)}; {hint}"
+        raise InputError(f"{error} ({found})") from None
+
+
+def locate_rows(base: Path, file: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of a metadata file with whole paths, and the split if the file's folder is called after one."""
+    split = match_split(file.parent.name) if file.parent != base else None
+    tops = {Path(str(row.get("file_name"))).parts[:-1][:1] for row in rows}
+    found = sorted(top[0] for top in tops if top and match_split(top[0]))
+    if found and file.parent == base and not any("split" in row for row in rows):
+        raise InputError(
+            f"{file}: its labels are not read, as the folders {format_list(found)} can be splits or hold training"
+            " images; put a metadata file into the folder of each split, or give this file with --labels (its column"
+            " called split, if there is one, assigns the images to splits)"
+        )
+    located = [{**row, "file_name": str(file.parent / str(row.get("file_name")))} for row in rows]
+    return located if split is None else [{**row, "split": split} for row in located]
+
+
+def find_metadata_files(root: Path) -> tuple[Path, list[Path]]:
+    """Finds the metadata files in a folder, in the folders in it, or inside a wrapping folder; returns that as well."""
     folders = [root, *(Path(entry.path) for entry in list_entries(root) if is_folder(entry))]
     files = [path for folder in folders for name in METADATA_FILES if (path := folder / name).is_file()]
     inner = find_only_folder(root) if not files else None
-    return files if inner is None else find_metadata_files(inner)
+    return (root, files) if inner is None else find_metadata_files(inner)
 
 
 def read_columns(file: Path) -> list[str]:
-    """Reads the names of a metadata file's columns."""
+    """Reads the names of a metadata file's columns, of which the rows need not be well-formed if they have no label."""
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -235,8 +205,6 @@ def read_class_folders(root: Path, image_column: str | None, label_column: str |
             raise InputError(f"{kind}_column: expected one of image, label, got {given!r}")
     listing = list_images(root)
     splits = listing.splits
-    if TRAIN not in splits:
-        raise InputError(f"{root}: expected a split called 'train', found {', '.join(splits)}")
     names = sorted({name for classes in splits.values() for name in classes})
     notes = listing.describe(root) + check_classes(names, splits, str(root))
     labels = {name: label for label, name in enumerate(names)}
@@ -256,11 +224,13 @@ def check_classes(names: Sequence[str], present: dict[str, Iterable[str]] | dict
         source: The dataset in messages.
 
     Returns:
-        Notes on declared classes without images.
+        Notes on declared classes without images; none if there is no training split.
 
     Raises:
         InputError: If fewer than two classes have training images, or a class has images in other splits only.
     """
+    if TRAIN not in present:
+        return []
     trained = set(present[TRAIN])
     untrained = sorted({name for split in present.values() for name in split} - trained)
     if untrained:
@@ -305,13 +275,17 @@ def normalize_splits(loaded: dict[str, Any], source: str) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     given: dict[str, str] = {}
     for name, split in loaded.items():
-        usual = SPLIT_NAMES.get(name, name)
+        usual = SPLIT_WORDS.get(name, name)
         if usual in splits:
             raise InputError(f"{source}: expected one split for {usual}, found two: {given[usual]} and {name}")
         splits[usual], given[usual] = split, name
-    if TRAIN not in splits:
-        raise InputError(f"{source}: expected a split called 'train', found {', '.join(loaded)}")
     return splits
+
+
+def check_training_split(splits: Iterable[str], source: str) -> None:
+    """Raises InputError if there are no training images."""
+    if TRAIN not in splits:
+        raise InputError(f"{source}: expected a split called 'train', found {', '.join(splits)}")
 
 
 def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], feature_type: type, source: str) -> str:
@@ -326,6 +300,24 @@ def find_column(kind: str, given: str | None, features, usual: tuple[str, ...], 
         f"{source}: found no {kind} column among {', '.join(features)}; name it with --{kind}-column"
         + (" (in a folder, each class is a sub-folder; at least 2 are needed)" if kind == "label" else "")
     )
+
+
+def find_label_columns(given: str | None, others: Sequence[str], task: str) -> list[str]:
+    """Returns the columns of labels if there are several: those of "a,b", or all `others` of a task without classes.
+
+    Args:
+        given: The value of --label-column.
+        others: The columns that may hold labels.
+        task: What the labels are for.
+    """
+    if given is not None and given not in others and "," in given:
+        names = [name.strip() for name in given.split(",")]
+        if unknown := [name for name in names if name not in others]:
+            raise InputError(f"label_column: expected some of {', '.join(others)}, got {', '.join(unknown)}")
+        return names
+    usual = (*LABEL_COLUMNS, *MORE_LABEL_COLUMNS)
+    is_given = given is not None or any(name.strip().lower() in usual for name in others)
+    return list(others) if task in ("multi-label", "regression") and len(others) > 1 and not is_given else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ depend on nothing else, so that a resumed run skips the images it has seen and c
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import sys
@@ -35,15 +34,15 @@ from fastvit.data.sources import (
     TRAIN,
     VALIDATION,
     LabelledFiles,
+    check_training_split,
     find_column,
     find_values,
     format_label,
     is_absent,
     is_missing,
-    normalize_splits,
     open_source,
-    wrap_read_errors,
 )
+from fastvit.data.targets import REGRESSION, SINGLE_LABEL
 from fastvit.errors import InputError, ProcessError
 
 MAX_FILE_SHARDS = 1024  # lists of image files; with 200,000 `datasets` shuffles for 40 s
@@ -59,6 +58,7 @@ class StreamedDataset(ImageDataset):
         label_column: The column with the labels.
         labels: Value of the label column -> class.
         num_train: The number of training images; None if unknown.
+        channels: The number of channels of the images.
     """
 
     train: Any
@@ -66,6 +66,7 @@ class StreamedDataset(ImageDataset):
     label_column: str
     labels: dict[Any, int]
     num_train: int | None
+    channels: int = 3
     has_noted_missing: bool = False
 
     def read_encoded(self, row: dict[str, Any]) -> tuple[str, bytes]:
@@ -119,6 +120,7 @@ def stream_images(
     seed: int = 0,
     need_length: bool = False,
     need_validation: bool = True,
+    channels: int = 3,
 ) -> StreamedDataset:
     """Opens a dataset for streaming; its encoded validation and test images are read into memory.
 
@@ -135,6 +137,7 @@ def stream_images(
         seed: Seed of that choice.
         need_length: Whether to raise InputError if the number of training images is unknown.
         need_validation: Whether to raise InputError if there is no validation split.
+        channels: The number of channels of the images (`decode_image`).
 
     Returns:
         The dataset.
@@ -162,6 +165,8 @@ def stream_images(
         raise InputError(f"{source}: expected images and labels, found rows whose columns are not declared")
     image_column = find_column("image", image_column, features, IMAGE_COLUMNS, datasets.Image, source)
     label_column = find_column("label", label_column, features, LABEL_COLUMNS, datasets.ClassLabel, source)
+    if "List" in type(features[label_column]).__name__ or isinstance(features[label_column], list):
+        raise InputError(f"{source}: expected one label per image, found lists; they are read without --streaming")
     for name in [name for name, split in splits.items() if label_column not in (split.features or features)]:
         notes.append(f"{name}: its images have no labels and are left out")
         del splits[name]
@@ -172,7 +177,7 @@ def stream_images(
 
     names, labels = _resolve_classes(splits[TRAIN], features[label_column], label_column, class_names, source)
     images = StreamedDataset(
-        source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train, notes=notes
+        source, names, {}, splits[TRAIN], image_column, label_column, labels, num_train, channels, notes=notes
     )
     for name in (VALIDATION, TEST):
         if name not in splits:
@@ -205,12 +210,14 @@ def _open_splits(
     """
     import datasets
 
-    shards = None if data_dir is None or labels_file is not None else _find_tar_shards(str(data_dir))
-    if shards is not None:
-        with wrap_read_errors(source):
-            return normalize_splits(datasets.load_dataset("webdataset", streaming=True, **shards), source), None, []
     opened = open_source(dataset, data_dir, labels_file, image_column, label_column, streaming=True)
+    check_training_split(opened.splits if isinstance(opened, LabelledFiles) else opened, source)
     if isinstance(opened, LabelledFiles):
+        if opened.task != SINGLE_LABEL:
+            found = "numbers" if opened.task == REGRESSION else "lists"
+            raise InputError(
+                f"{source}: expected one label per image, found {found}; they are read without --streaming"
+            )
         features = datasets.Features(
             {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=opened.class_names)}
         )
@@ -262,16 +269,6 @@ def _resolve_classes(
     return names, labels
 
 
-def _find_tar_shards(data_dir: str) -> dict[str, Any] | None:
-    """Finds tar files for the `datasets` library: those of a folder, split by their names, or of a glob pattern."""
-    if Path(data_dir).is_dir():
-        return {"data_dir": data_dir} if any(Path(data_dir).rglob("*.tar")) else None
-    files = sorted(glob.glob(data_dir, recursive=True))  # noqa: PTH207 (the pattern is a whole path)
-    if not files or not all(file.endswith(".tar") for file in files):
-        raise InputError(f"data_dir: expected a folder, or a pattern of .tar files, got {data_dir}")
-    return {"data_files": {TRAIN: files}}
-
-
 def _read_class_names(given: str) -> list[str]:
     names = Path(given).read_text(encoding="utf-8").splitlines() if Path(given).is_file() else given.split(",")
     names = [name.strip() for name in names if name.strip()]
@@ -314,7 +311,7 @@ def _read_into_memory(images: StreamedDataset, rows) -> tuple[Split | None, int]
 
     def load(index: int) -> Image.Image:
         name, data = encoded[index]
-        return decode_image(data, name)
+        return decode_image(data, name, images.channels)
 
     split = Split(np.array(labels, dtype=np.int64), load, digest.hexdigest(), lambda index: encoded[index][0])
     return split if encoded else None, num_missing
@@ -396,7 +393,8 @@ class Stream(torch.utils.data.IterableDataset):
             name, data = self.images.read_encoded(row)
             label = self.images.get_label(row, name)
             try:
-                pixels = np.asarray(decode_image(data, name).resize(self.decode_size[::-1], self.resample))
+                image = decode_image(data, name, self.images.channels)
+                pixels = np.asarray(image.resize(self.decode_size[::-1], self.resample))
             except InputError as error:
                 if not self.skip_bad:
                     raise ProcessError(str(error)) from None
@@ -414,7 +412,7 @@ class Stream(torch.utils.data.IterableDataset):
     def make_placeholder(self) -> dict[str, torch.Tensor | int]:
         """Builds an item to be discarded. Its label, -1, is no class, so that training on it raises an error."""
         size = self.augment.image_size if isinstance(self.augment, Augment) else self.decode_size
-        return {"pixel_values": torch.zeros(*size, 3, dtype=torch.uint8), "labels": -1}
+        return {"pixel_values": torch.zeros(*size, self.images.channels, dtype=torch.uint8), "labels": -1}
 
 
 def build_stream_loader(stream: Stream, batch_size: int, args: TrainingArguments, collate: Callable):

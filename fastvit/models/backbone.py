@@ -344,8 +344,8 @@ def get_backbone_options(config: Any) -> dict[str, Any]:
     return {"add_pooling_layer": False} if has_pooler else {}
 
 
-def set_image_size(config: Any, image_size: int) -> Any:
-    """A copy of a config for square images of another size."""
+def set_image_size(config: Any, image_size: tuple[int, int]) -> Any:
+    """A copy of a config for images of another (height, width)."""
     config = copy.deepcopy(config)
-    get_vision_config(config).image_size = image_size
+    get_vision_config(config).image_size = image_size[0] if image_size[0] == image_size[1] else list(image_size)
     return config

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from fastvit.checkpoints.configuration import format_value, is_finite_number
+from fastvit.errors import InputError
+
 BINS = 15  # as in the paper
 TEMPERATURES = (0.01, 100.0)  # bounds of a fit; without them it would diverge if every prediction were correct
 
@@ -27,14 +30,33 @@ def get_temperature(config: Any) -> float:
 
 def has_independent_labels(config: Any) -> bool:
     """Whether each label of a model has its own probability: one logit, or several labels per image."""
+    if config.problem_type == "regression":
+        return False
     return config.num_labels == 1 or config.problem_type == "multi_label_classification"
+
+
+def get_thresholds(config: Any) -> np.ndarray:
+    """Return the probability from which each label is predicted, float `[num_labels]`; 0.5 where none was chosen.
+
+    Raises:
+        InputError: config.label_thresholds is not a list of one number per label.
+    """
+    stored = getattr(config, "label_thresholds", None)
+    if stored is None:
+        return np.full(config.num_labels, 0.5)
+    is_valid = isinstance(stored, list) and len(stored) == config.num_labels and all(map(is_finite_number, stored))
+    if not is_valid:
+        raise InputError(
+            f"config.label_thresholds: expected {config.num_labels} numbers, one per label, got {format_value(stored)}"
+        )
+    return np.array(stored, dtype=np.float64)
 
 
 def compute_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
     """Compute the probabilities of a model with this config, as it was trained and calibrated.
 
     sigmoid(logits) if its labels are independent, as in the pipelines of transformers, otherwise
-    softmax(logits / temperature).
+    softmax(logits / temperature). The numbers of a regression are returned unchanged.
 
     Args:
         logits: [..., num_labels].
@@ -44,6 +66,8 @@ def compute_probabilities(logits: torch.Tensor, config: Any) -> torch.Tensor:
         Probabilities, float32 [..., num_labels].
     """
     logits = logits.float()
+    if config.problem_type == "regression":
+        return logits
     return logits.sigmoid() if has_independent_labels(config) else (logits / get_temperature(config)).softmax(-1)
 
 

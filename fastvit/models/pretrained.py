@@ -144,7 +144,8 @@ class ViTPreTrainedModel(PreTrainedModel):
         old_grid, new_grid = (
             embeddings.patch_embeddings.compute_grid(make_pair(size)) for size in (self.config.image_size, image_size)
         )
-        self.config.image_size = image_size
+        height, width = make_pair(image_size)
+        self.config.image_size = height if height == width else [height, width]
         if old_grid != new_grid:
             resampled = resample_position_embeddings(embeddings.position_embeddings.detach(), old_grid, new_grid)
             embeddings.position_embeddings = nn.Parameter(resampled.contiguous())

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
+MAX_DOTS = 2000  # in a scatter chart
 MAX_POINTS = 400  # per line; longer series are downsampled by averaging neighbours
 
 Points = Sequence[tuple[float, float]]
@@ -174,6 +175,35 @@ def draw_line_chart(
             ]
     parts.append(Markup("</svg>"))
     return Markup("").join(parts)
+
+
+def draw_scatter_chart(title: str, points: Points) -> Markup:
+    """Draw predicted over true numbers, with the diagonal on which they are equal; of many points some, evenly spaced.
+
+    Args:
+        title: for the description; it is not drawn.
+        points: (true, predicted), at least one.
+    """
+    both = [value for point in points for value in point]
+    bounds = min(both), max(both)
+    axes = Axes(bounds, bounds, width=360, height=330)
+    count, step = len(points), -(-len(points) // MAX_DOTS)
+    parts = [
+        Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
+            axes.width, axes.height, f"{title}: predicted over true values of {count:,} images."
+        ),
+        axes.draw_frame("true", "predicted", format_thousands),
+        Markup('<path class="mark" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
+            *(place for end in axes.x_range for place in (axes.x(end), axes.y(end)))
+        ),
+    ]
+    for true, predicted in points[::step]:
+        parts.append(
+            Markup('<circle class="dot first" cx="{:.1f}" cy="{:.1f}" r="2.5"/>').format(
+                axes.x(true), axes.y(predicted)
+            )
+        )
+    return Markup("").join([*parts, Markup("</svg>")])
 
 
 def describe_series(series: Series, x_label: str, format_y: Callable[[float], str]) -> str:

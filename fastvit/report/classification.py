@@ -65,12 +65,12 @@ def classification_metrics(confusion: np.ndarray) -> dict[str, Any]:
     """
     confusion = _check_confusion(confusion)
     hits, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    f1 = _divide(2 * hits, support + predicted)
+    f1 = divide(2 * hits, support + predicted)
     return {
-        "accuracy": float(_divide(hits.sum(), confusion.sum())),
+        "accuracy": float(divide(hits.sum(), confusion.sum())),
         "macro_f1": float(f1.mean()),
-        "precision": _divide(hits, predicted).tolist(),
-        "recall": _divide(hits, support).tolist(),
+        "precision": divide(hits, predicted).tolist(),
+        "recall": divide(hits, support).tolist(),
         "f1": f1.tolist(),
         "support": support.tolist(),
     }
@@ -85,7 +85,8 @@ def _check_confusion(confusion: np.ndarray) -> np.ndarray:
     return confusion
 
 
-def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """numerator / denominator, 0 where the denominator is 0; both are counts."""
     return np.where(denominator > 0, numerator / np.maximum(denominator, 1), 0.0)
 
 
@@ -164,6 +165,13 @@ def _format_worst_confusions(confusion: np.ndarray, names: Sequence[str]) -> str
     )
 
 
+def format_named_table(header: Sequence[str], rows: Sequence[tuple[str, Sequence[str], Any]]) -> str:
+    """Format rows of (name, cells, anything) as text, numbered from 0."""
+    names = [_truncate(replace_unprintable(name), MAX_NAME_WIDTH) for name, _, _ in rows]
+    cells = [[str(index), name, *row[1]] for index, (name, row) in enumerate(zip(names, rows, strict=True))]
+    return _format_table(["", *header], cells)
+
+
 def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: tuple[int, ...] = (1,)) -> str:
     """Align columns, two spaces apart: names to the left, numbers to the right."""
     lines = [header, *rows]
@@ -177,6 +185,11 @@ def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], name_col
         ).rstrip()
         for line in lines
     )
+
+
+def format_percent(value: float) -> str:
+    """Format 0.9625 as 96.3 % and 0.96 as 96 %."""
+    return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def replace_unprintable(text: str) -> str:

@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
 from fastvit.data.images import convert_to_rgb
-from fastvit.report import classification
+from fastvit.report.classification import format_percent, replace_unprintable
 
 MAX_NAME_LENGTH = 80
 
@@ -61,18 +61,13 @@ def _build_environment() -> jinja2.Environment:
 
 def shorten(text: object, length: int = MAX_NAME_LENGTH) -> str:
     """Format text as one line of at most `length` printable characters."""
-    line = classification.replace_unprintable(str(text))
+    line = replace_unprintable(str(text))
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def insert_breaks(text: str) -> Markup:
     """Escape a name and allow line breaks after its underscores and hyphens."""
     return Markup(re.sub("([_-])", r"\1<wbr>", str(escape(text))))
-
-
-def format_percent(value: float) -> str:
-    """Format 0.9625 as 96.3 % and 0.96 as 96 %."""
-    return f"{100 * value:.1f}".removesuffix(".0") + "\N{NO-BREAK SPACE}%"
 
 
 def encode_thumbnail(image: Image.Image, side: int) -> str:

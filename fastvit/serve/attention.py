@@ -14,6 +14,7 @@ from fastvit.errors import InputError
 from fastvit.models.backbone import BackboneForImageClassification, count_prefix_tokens, get_vision_config
 from fastvit.models.calibration import compute_probabilities
 from fastvit.models.pretrained import ViTPreTrainedModel
+from fastvit.report.tasks import Task
 from fastvit.serve.engines import EngineModel
 from fastvit.serve.predictor import Predictor
 
@@ -68,7 +69,7 @@ def preprocess_image(predictor: Predictor, image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(predictor.preprocessor(image).copy())[None]
 
 
-def describe_prediction(probabilities: np.ndarray, class_names: Sequence[str], count: int = 3) -> str:
-    """Format the most probable classes and their probabilities on one line."""
-    best = np.argsort(-probabilities, kind="stable")[:count]
-    return ", ".join(f"{class_names[index]} {probabilities[index]:.2%}" for index in best)
+def describe_prediction(probabilities: np.ndarray, class_names: Sequence[str], task: Task, count: int = 3) -> str:
+    """Format the most probable classes and their probabilities, or the first numbers, on one line."""
+    order = np.arange(len(probabilities)) if task.kind == "regression" else np.argsort(-probabilities, kind="stable")
+    return ", ".join(f"{class_names[index]} {task.format_score(probabilities[index])}" for index in order[:count])

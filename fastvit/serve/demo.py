@@ -16,7 +16,7 @@ from fastvit.data.images import decode_image
 from fastvit.errors import InputError
 from fastvit.report import figures
 from fastvit.report.html import shorten
-from fastvit.serve.attention import classify_with_attention, preprocess_image
+from fastvit.serve.attention import classify_with_attention, describe_prediction, preprocess_image
 from fastvit.serve.predictor import Predictor
 
 MAX_CLASSES = 5
@@ -41,18 +41,19 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
     with Predictor(model, device, runtime="torch") as predictor:
         names = [shorten(name) for name in predictor.class_names]
 
-    def classify(path: str | None) -> tuple[dict[str, float] | None, Image.Image | None]:
+    def classify(path: str | None) -> tuple[dict[str, float] | str | None, Image.Image | None]:
         if path is None:  # the image was removed
             return None, None
         try:
-            image = decode_image(path, "The file")
+            image = decode_image(path, "The file", predictor.preprocessor.channels)
         except InputError as error:
             raise gradio.Error(str(error), print_exception=False) from None
         result = classify_with_attention(predictor.model, preprocess_image(predictor, image))
-        shown = ImageOps.contain(image, (MAP_SIDE, MAP_SIDE))
-        return dict(zip(names, result.probabilities.tolist(), strict=True)), figures.overlay_last_layer(
-            shown, *result[1:]
-        )
+        shown = ImageOps.contain(image.convert("RGB"), (MAP_SIDE, MAP_SIDE))
+        attention_map = figures.overlay_last_layer(shown, *result[1:])
+        if predictor.task.kind == "regression":
+            return describe_prediction(result.probabilities, names, predictor.task, len(names)), attention_map
+        return dict(zip(names, result.probabilities.tolist(), strict=True)), attention_map
 
     def get_path(payload: Any) -> str | None:
         """Replaces the decoding of Gradio, whose error messages are less specific."""
@@ -60,13 +61,16 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
 
     with gradio.Blocks(title=f"{model} · fastvit", analytics_enabled=False) as page:
         gradio.Markdown(
-            f"# {Path(model).name or model}\n{len(names)} classes. Images stay on the machine that serves this page."
+            f"# {Path(model).name or model}\n{len(names)} {predictor.task.noun}."
+            " Images stay on the machine that serves this page."
         )
         with gradio.Row():
             image = gradio.Image(label="Image", sources=["upload", "clipboard"], height=IMAGE_HEIGHT)
             image.preprocess = get_path  # type: ignore[method-assign]
             with gradio.Column():
-                classes = gradio.Label(num_top_classes=min(MAX_CLASSES, len(names)), label="Classes")
+                classes = gradio.Label(
+                    num_top_classes=min(MAX_CLASSES, len(names)), label=predictor.task.noun.capitalize()
+                )
                 attention = gradio.Image(
                     label="Attention of the class token (last layer)",
                     interactive=False,

@@ -41,15 +41,17 @@ FILE_RUNTIMES = {  # format -> what can compute it, the first that is installed 
 INPUT, OUTPUT = "pixel_values", "logits"
 PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}  # OpenVINO's names
 METADATA = "fastvit.json"  # file in a .pt2 archive, and beside an .engine
+FIELDS = ("class_names", "problem_type", "temperature", "label_thresholds", "dtype", "preprocessing")
 
-Compute = Callable[[Tensor], Tensor]  # uint8 [B, H, W, 3] -> float32 [B, classes]
+Compute = Callable[[Tensor], Tensor]  # uint8 [B, H, W, channels] -> float32 [B, classes]
 
 
 class EngineModel(nn.Module):
-    """A classifier that an engine computes. It accepts uint8 images `[B, H, W, 3]` and has no parameters.
+    """A classifier that an engine computes. It accepts uint8 images `[B, H, W, channels]` and has no parameters.
 
     Attributes:
-        config: `id2label`, `num_labels`, `problem_type` and `calibration_temperature` of the classifier.
+        config: `id2label`, `num_labels`, `problem_type`, `calibration_temperature` and `label_thresholds` of the
+            classifier.
         checksum: of the file.
     """
 
@@ -163,26 +165,26 @@ def silence_converters() -> Iterator[None]:
         logging.disable(before)
 
 
-def trace_classifier(classifier: nn.Module, image_size: tuple[int, int]) -> torch.export.ExportedProgram:
-    """Trace a `Classifier` for images of (height, width) and any batch size, as plain PyTorch operations."""
-    pixels = torch.zeros(2, *image_size, 3, dtype=torch.uint8, device=next(classifier.parameters()).device)
+def trace_classifier(classifier: nn.Module, image_shape: tuple[int, int, int]) -> torch.export.ExportedProgram:
+    """Trace a `Classifier` for images `[H, W, channels]` and any batch size, as plain PyTorch operations."""
+    pixels = torch.zeros(2, *image_shape, dtype=torch.uint8, device=next(classifier.parameters()).device)
     batch = ({0: torch.export.Dim("batch")},)
     with silence_converters(), ops.backend("reference"):
         return torch.export.export(classifier, (pixels,), dynamic_shapes=batch, strict=False)
 
 
-def convert_model(classifier: nn.Module, config: Any, image_size: tuple[int, int], runtime: str) -> EngineModel:
+def convert_model(classifier: nn.Module, config: Any, image_shape: tuple[int, int, int], runtime: str) -> EngineModel:
     """Convert a `Classifier` on the CPU for another runtime, which computes in the dtype of the weights."""
-    program = trace_classifier(classifier, image_size)
+    program = trace_classifier(classifier, image_shape)
     if runtime == "openvino":
         precision = PRECISIONS[next(classifier.parameters()).dtype]
-        return EngineModel(compile_openvino(build_openvino(program, image_size), precision), config)
+        return EngineModel(compile_openvino(build_openvino(program, image_shape), precision), config)
     with tempfile.TemporaryDirectory() as folder:
         build_onnx(program).save(path := Path(folder, "model.onnx"))
         return EngineModel(start_onnxruntime(path), config)
 
 
-def build_openvino(program: torch.export.ExportedProgram, image_size: tuple[int, int]) -> Any:
+def build_openvino(program: torch.export.ExportedProgram, image_shape: tuple[int, int, int]) -> Any:
     """Convert a program to an OpenVINO model by its frontend: `openvino.convert_model` would report usage to Intel."""
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
@@ -193,7 +195,7 @@ def build_openvino(program: torch.export.ExportedProgram, image_size: tuple[int,
         model = frontend.convert(frontend.load(decoder))
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
-    model.reshape([-1, *image_size, 3])  # the frontend frees all dimensions, not the batch alone
+    model.reshape([-1, *image_shape])  # the frontend frees all dimensions, not the batch alone
     return model
 
 
@@ -340,15 +342,13 @@ def parse_metadata(values: Mapping[str, str], path: Path) -> tuple[SimpleNamespa
     if "class_names" not in values:
         raise InputError(f"{path}: expected a file of `fastvit export`, found no class names in its metadata")
     try:
-        names, problem_type, temperature, dtype, settings = (
-            json.loads(values[key]) for key in ("class_names", "problem_type", "temperature", "dtype", "preprocessing")
-        )
+        names, problem_type, temperature, thresholds, dtype, settings = (json.loads(values[key]) for key in FIELDS)
         sizes = (settings["resize"], settings["crop"])
         for size in sizes:
             if size is not None:
                 check_size("image_size", size, SIZE_LIMITS["image_size"], path)
         resize, crop = (tuple(size) if isinstance(size, list) else size for size in sizes)
-        mean, std = (check_channels(key, settings[key], 3, path) for key in ("mean", "std"))
+        mean, std = (check_channels(key, settings[key], len(settings["mean"]), path) for key in ("mean", "std"))
         if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise InputError(f"{path}: class_names: expected a list of names, got {format_value(names)}")
         config = SimpleNamespace(
@@ -356,6 +356,7 @@ def parse_metadata(values: Mapping[str, str], path: Path) -> tuple[SimpleNamespa
             num_labels=len(names),
             problem_type=problem_type,
             calibration_temperature=float(temperature),
+            label_thresholds=thresholds,
         )
         return config, Preprocessor(resize, crop, int(settings["resample"]), mean, std), dtype
     except InputError:

@@ -1,8 +1,8 @@
 """Export a classifier to a file for other runtimes: ONNX, OpenVINO, torch.export, TensorRT.
 
-The graph accepts uint8 images `[batch, height, width, 3]` of any batch size, resized outside, and returns logits,
-float32 `[batch, classes]`. It normalises the pixels. Class names, preprocessing, problem type and calibration
-temperature are strings of JSON in the file's metadata. No file is written that has not computed the model's logits.
+The graph accepts uint8 images `[batch, height, width, channels]` of any batch size, resized outside, and normalises
+them. It returns logits, float32 `[batch, classes]`. Class names, preprocessing, problem type, temperature and
+thresholds are strings of JSON in the file's metadata. No file is written that has not computed the model's logits.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def export_model(
     file_format: str,
     dtype: str = "fp32",
     *,
-    calibration: Sequence[np.ndarray] = (),
+    calibrate: Callable[[Preprocessor], Sequence[np.ndarray]] = lambda preprocessor: (),
     accept: Callable[[Path], object] = lambda path: None,
 ) -> tuple[float, float]:
     """Export a classifier, and compare the file's logits with PyTorch's in float32.
@@ -75,7 +75,7 @@ def export_model(
         path: the file, and with the same stem its weights, if the format keeps them apart.
         file_format: one of `EXPORTED_SUFFIXES`' values.
         dtype: of weights and computation, a key of `DTYPES`.
-        calibration: preprocessed images for int8, uint8 `[H, W, 3]`.
+        calibrate: returns preprocessed images for int8, uint8 `[H, W, channels]`.
         accept: called with the finished file before it is moved to `path`; an error that it raises prevents that.
 
     Returns:
@@ -86,9 +86,9 @@ def export_model(
     """
     loaded, preprocessor = load_classifier(model, None)
     check_compatibility(loaded, preprocessor)
-    size = preprocessor.image_size
+    calibration = calibrate(preprocessor)
     exact = Classifier(loaded.eval().float(), preprocessor)
-    noise = np.random.default_rng(0).integers(0, 256, (3, *size, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (3, *preprocessor.image_shape), dtype=np.uint8)
     images = torch.from_numpy(np.stack([*calibration, *noise][:3]))
     with torch.inference_mode():
         expected = exact(images)
@@ -120,12 +120,12 @@ def write_file(
     calibration: Sequence[np.ndarray],
 ) -> None:
     """Write a classifier, in its dtype, with metadata."""
-    program = engines.trace_classifier(classifier, preprocessor.image_size)
+    program = engines.trace_classifier(classifier, preprocessor.image_shape)
     metadata = describe_classifier(classifier.model.config, preprocessor, dtype)
     if file_format == "torch-export":
         torch.export.save(program, path, extra_files={METADATA: json.dumps(metadata)})
     elif file_format == "openvino" and dtype != "int8":
-        write_openvino(engines.build_openvino(program, preprocessor.image_size), path, metadata)
+        write_openvino(engines.build_openvino(program, preprocessor.image_shape), path, metadata)
     elif file_format == "onnx":
         write_onnx(program, path, metadata, calibration)
     else:  # by way of an ONNX file
@@ -137,7 +137,7 @@ def write_file(
 
                 write_openvino(openvino.Core().read_model(graph), path, metadata)
             else:
-                build_tensorrt(graph, path, preprocessor.image_size)
+                build_tensorrt(graph, path, preprocessor.image_shape)
                 path.with_suffix(f".{METADATA}").write_text(json.dumps(metadata), encoding="utf-8")
 
 
@@ -147,9 +147,10 @@ def describe_classifier(config: Any, preprocessor: Preprocessor, dtype: str) -> 
         "class_names": get_class_names(config),
         "problem_type": config.problem_type,
         "temperature": get_temperature(config),
+        "label_thresholds": getattr(config, "label_thresholds", None),
         "preprocessing": dataclasses.asdict(preprocessor),
         "dtype": dtype,
-        "input": "uint8 [batch, height, width, 3], RGB, resized and cropped; mean and std are applied in the graph",
+        "input": "uint8 [batch, height, width, channels], resized and cropped; mean and std are applied in the graph",
     }
     return {name: json.dumps(value) for name, value in fields.items()}
 
@@ -185,7 +186,7 @@ def quantize_graph(source: Path, path: Path, calibration: Sequence[np.ndarray]) 
     Args:
         source: the graph in float32.
         path: of the quantised graph.
-        calibration: preprocessed images, uint8 [H, W, 3], whose activations determine the scales.
+        calibration: preprocessed images, uint8 [H, W, channels], whose activations determine the scales.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -208,7 +209,7 @@ def quantize_graph(source: Path, path: Path, calibration: Sequence[np.ndarray]) 
     )
 
 
-def build_tensorrt(graph: Path, path: Path, image_size: tuple[int, int]) -> None:
+def build_tensorrt(graph: Path, path: Path, image_shape: tuple[int, int, int]) -> None:
     """Build a TensorRT engine from an ONNX file, in the file's dtypes. This has not run yet: it needs a GPU."""
     import tensorrt
 
@@ -219,7 +220,7 @@ def build_tensorrt(graph: Path, path: Path, image_size: tuple[int, int]) -> None
     if not parser.parse_from_file(str(graph)):
         raise InputError(f"--format: TensorRT cannot read the model ({parser.get_error(0).desc()})")
     profile, settings = builder.create_optimization_profile(), builder.create_builder_config()
-    profile.set_shape(INPUT, *((batch, *image_size, 3) for batch in TENSORRT_BATCHES))
+    profile.set_shape(INPUT, *((batch, *image_shape) for batch in TENSORRT_BATCHES))
     settings.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, settings)
     if engine is None:

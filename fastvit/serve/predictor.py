@@ -33,8 +33,9 @@ from fastvit.checkpoints.locations import find_exported
 from fastvit.data.images import to_image
 from fastvit.errors import InputError
 from fastvit.models.backbone import FAMILIES, accepts_uint8, get_vision_config
-from fastvit.models.calibration import compute_probabilities
+from fastvit.models.calibration import compute_probabilities, get_thresholds
 from fastvit.models.pretrained import ViTPreTrainedModel
+from fastvit.report.tasks import get_task
 from fastvit.serve.batching import CLOSED, Batcher
 from fastvit.serve.engines import (
     choose_runtime,
@@ -57,20 +58,23 @@ PREFETCH_BATCHES = 2  # batches of one call that are decoded, and that are compu
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The classification of one image.
+    """The classification of one image, or the numbers that a regression predicts for it.
 
     Attributes:
-        label: name of the most probable class.
-        score: probability of that class.
-        top: (label, score) of the `top_k` most probable classes, best first.
+        label: name of the most probable class; of a regression, of the first number.
+        score: probability of that class; of a regression, the first number.
+        top: (label, score) of the `top_k` most probable classes, best first; of a regression, all numbers.
         probabilities: float32 `[classes]`, in the order of `Predictor.class_names`. They sum to 1, except for
-            multi-label models.
+            multi-label models; of a regression, the numbers.
+        selected: (label, score) of what the model predicts: the most probable class; the labels of a multi-label model
+            that reach their thresholds, best first; all numbers of a regression.
     """
 
     label: str
     score: float
     top: tuple[tuple[str, float], ...]
     probabilities: np.ndarray
+    selected: tuple[tuple[str, float], ...] = ()
 
 
 class Predictor:
@@ -101,6 +105,8 @@ class Predictor:
         model: the loaded model.
         preprocessor: its image preprocessing.
         class_names: names of the classes, by index.
+        task: what the model predicts (`fastvit.report.tasks`).
+        thresholds: probability from which each label of a multi-label model is predicted, float `[classes]`.
 
     Raises:
         InputError: the model, the image processor or another argument cannot be used.
@@ -142,7 +148,9 @@ class Predictor:
         else:
             self.model, self.preprocessor = load_exported(exported, runtime, place, dtype)
         check_compatibility(self.model, self.preprocessor)
-        self.class_names = get_class_names(self.model.config)
+        config: Any = self.model.config
+        self.class_names = get_class_names(config)
+        self.task, self.thresholds = get_task(config), get_thresholds(config)
         computing = self.model
         if exported is None:
             self.model.eval()
@@ -272,8 +280,12 @@ class Predictor:
                 yield each
 
     def _build_prediction(self, probabilities: np.ndarray, best: np.ndarray) -> Prediction:
-        top = tuple((self.class_names[index], float(probabilities[index])) for index in best)
-        return Prediction(*top[0], top, probabilities)
+        chosen = self.task.select(probabilities, self.thresholds)
+        selected, top = (
+            tuple((self.class_names[index], float(probabilities[index])) for index in indices)
+            for indices in (chosen, chosen if self.task.kind == "regression" else best)
+        )
+        return Prediction(*top[0], top, probabilities, selected)
 
 
 def preprocess(preprocessor: Preprocessor, source: Any, name: str, min_side: int | None = None) -> Prepared:
@@ -290,7 +302,7 @@ def preprocess(preprocessor: Preprocessor, source: Any, name: str, min_side: int
     """
     name = str(source) if isinstance(source, (str, Path)) else name
     try:
-        return preprocessor(to_image(source, name, min_side), name)
+        return preprocessor(to_image(source, name, preprocessor.channels, min_side), name)
     except InputError as error:
         return error.with_traceback(None)  # its frames would keep the image alive
     except Exception as error:  # of a user's function, or of Pillow, which raises many types for damaged files
@@ -312,9 +324,11 @@ def load_classifier(model: str | os.PathLike[str] | nn.Module, image_processor: 
     if isinstance(model, nn.Module):
         if not hasattr(getattr(model, "config", None), "id2label"):
             raise InputError(f"model: expected a classifier of fastvit or transformers, got {type(model).__name__}")
-        return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor)
+        channels = getattr(model.config, "num_channels", 3)
+        return model, resolve_preprocessor(getattr(model, "name_or_path", ""), image_processor, channels)
     classifier = backbones.load_classifier(os.fspath(model))
-    preprocessor = resolve_preprocessor(os.fspath(model), image_processor)
+    channels = getattr(classifier.config, "num_channels", 3)
+    preprocessor = resolve_preprocessor(os.fspath(model), image_processor, channels)
     # Not shared with the caller, so the model can normalise with the statistics of its image processor.
     classifier.config.image_mean, classifier.config.image_std = list(preprocessor.mean), list(preprocessor.std)
     return classifier, preprocessor
@@ -336,7 +350,7 @@ def prepare_model(model: Any, preprocessor: Preprocessor, runtime: str, is_share
             warn_of_oversubscription()
         return model
     try:
-        engine = convert_model(Classifier(model, preprocessor), model.config, preprocessor.image_size, chosen)
+        engine = convert_model(Classifier(model, preprocessor), model.config, preprocessor.image_shape, chosen)
     except Exception as error:  # of tracers and engines, which have no common class
         reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if runtime != "auto":
@@ -347,24 +361,20 @@ def prepare_model(model: Any, preprocessor: Preprocessor, runtime: str, is_share
     return engine
 
 
-def resolve_preprocessor(model: Any, image_processor: Any) -> Preprocessor:
+def resolve_preprocessor(model: Any, image_processor: Any, channels: int = 3) -> Preprocessor:
     """Convert `image_processor`, or by default the one saved with the model (a folder or hub id)."""
     if isinstance(image_processor, Preprocessor):
         return image_processor
     if image_processor is not None:
-        return Preprocessor.from_processor(image_processor)
+        return Preprocessor.from_processor(image_processor, channels=channels)
     if not model:
         raise InputError("image_processor: expected one, as the model is neither a folder nor a hub id")
-    return load_preprocessor(model)
+    return load_preprocessor(model, channels)
 
 
 def check_compatibility(model: nn.Module, preprocessor: Preprocessor) -> None:
     """Raise InputError if preprocessed images do not fit the model, or the model is not a classifier."""
     config: Any = model.config
-    if config.problem_type == "regression":
-        raise InputError("model: config.problem_type: expected a classifier, got 'regression'")
-    if getattr(config, "num_channels", 3) != 3:
-        raise InputError(f"model: config.num_channels: expected 3, for RGB, got {config.num_channels}")
     vision = get_vision_config(config)
     is_loaded = accepts_uint8(model)  # by us, from a folder or the hub
     if isinstance(model, ViTPreTrainedModel) or (is_loaded and FAMILIES[vision.model_type].has_fixed_size):

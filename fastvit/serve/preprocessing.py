@@ -56,12 +56,13 @@ class Preprocessor:
     std: tuple[float, ...]
 
     @classmethod
-    def from_processor(cls, processor: Any, where: str = "image processor") -> Preprocessor:
+    def from_processor(cls, processor: Any, where: str = "image processor", channels: int = 3) -> Preprocessor:
         """Convert an image processor of transformers.
 
         Args:
             processor: the image processor.
             where: names the image processor in error messages.
+            channels: the number of channels of the images.
 
         Raises:
             InputError: the image processor has settings that are not supported.
@@ -86,8 +87,8 @@ class Preprocessor:
                 f"{where}: rescale_factor: expected a number above 0 and up to 1, got {format_value(factor)}"
             )
         normalizes = settings.get("do_normalize")
-        mean = read_channels(settings, "image_mean", where) if normalizes else (0.0, 0.0, 0.0)
-        std = read_channels(settings, "image_std", where) if normalizes else (1.0, 1.0, 1.0)
+        mean = read_channels(settings, "image_mean", channels, where) if normalizes else (0.0,) * channels
+        std = read_channels(settings, "image_std", channels, where) if normalizes else (1.0,) * channels
         resample = settings.get("resample")
         resample = Image.Resampling.BILINEAR if resample is None else resample
         if not is_integer(resample) or resample not in list(Image.Resampling):
@@ -104,6 +105,11 @@ class Preprocessor:
         )
 
     @property
+    def channels(self) -> int:
+        """Number of channels of the results."""
+        return len(self.mean)
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """(height, width) of the results."""
         size = self.crop or self.resize
@@ -117,15 +123,20 @@ class Preprocessor:
             return None
         return DRAFT_FACTOR * (self.resize if isinstance(self.resize, int) else max(self.resize))
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the results."""
+        return (*self.image_size, self.channels)
+
     def __call__(self, image: Image.Image, name: str = "image") -> np.ndarray:
         """Preprocess an image.
 
         Args:
-            image: an RGB image.
+            image: an RGB image, or `fastvit.data.images.Bands` of other channels.
             name: names the image in error messages.
 
         Returns:
-            uint8 `[height, width, 3]`.
+            uint8 `[height, width, channels]`.
 
         Raises:
             InputError: the resized image would have too many pixels.
@@ -158,17 +169,18 @@ def read_size(settings: dict[str, Any], option: str, where: str) -> tuple[int, i
     raise InputError(f"{where}: {option}: expected height and width, or shortest_edge, got {format_value(size)}")
 
 
-def read_channels(settings: dict[str, Any], option: str, where: str) -> tuple[float, ...]:
-    """Read the mean or standard deviation of the three channels. A single number applies to all channels."""
+def read_channels(settings: dict[str, Any], option: str, channels: int, where: str) -> tuple[float, ...]:
+    """Read the mean or standard deviation of the channels. A single number applies to all channels."""
     values = settings[option]
-    return check_channels(option, [values] * 3 if is_finite_number(values) else values, 3, where)
+    return check_channels(option, [values] * channels if is_finite_number(values) else values, channels, where)
 
 
-def load_preprocessor(model: str) -> Preprocessor:
+def load_preprocessor(model: str, channels: int = 3) -> Preprocessor:
     """Load the preprocessor of a model from its preprocessor_config.json.
 
     Args:
         model: a folder or hub id.
+        channels: the number of channels of the images.
 
     Raises:
         InputError: the file does not exist or its settings are not supported.
@@ -184,7 +196,7 @@ def load_preprocessor(model: str) -> Preprocessor:
         family, settings = "ViT", {**DINOV3_DEFAULTS, **settings, "image_processor_type": "ViTImageProcessor"}
     try:
         processor = getattr(transformers, f"{family}ImageProcessorPil").from_dict(settings)
-        return Preprocessor.from_processor(processor, str(path))
+        return Preprocessor.from_processor(processor, str(path), channels)
     except InputError:
         raise
     except Exception as error:  # transformers does not validate types, and a setting may shadow a method

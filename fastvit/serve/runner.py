@@ -31,7 +31,7 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 class Classifier(nn.Module):
-    """A model and its normalisation: uint8 `[B, H, W, 3]` -> logits, float32 `[B, classes]`.
+    """A model and its normalisation: uint8 `[B, H, W, channels]` -> logits, float32 `[B, classes]`.
 
     Args:
         model: a classifier, in its final dtype and on its device.
@@ -48,15 +48,15 @@ class Classifier(nn.Module):
             and all(
                 np.allclose(ours, theirs)
                 for ours, theirs in (
-                    (getattr(config, "image_mean", None) or [0.5] * 3, preprocessor.mean),
-                    (getattr(config, "image_std", None) or [0.5] * 3, preprocessor.std),
+                    (getattr(config, "image_mean", None) or [0.5] * preprocessor.channels, preprocessor.mean),
+                    (getattr(config, "image_std", None) or [0.5] * preprocessor.channels, preprocessor.std),
                 )
             )
         )
         first = next(model.parameters(), torch.empty(0))
         self.dtype = first.dtype
         mean, std = (
-            torch.tensor(values, device=first.device).view(3, 1, 1) for values in (preprocessor.mean, preprocessor.std)
+            torch.tensor(values, device=first.device).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std)
         )
         self.scale, self.offset = 1 / (255 * std), -mean / std
 

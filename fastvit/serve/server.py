@@ -33,6 +33,7 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fastvit import __version__
+from fastvit.data.images import to_bands
 from fastvit.errors import InputError, escape_unprintable
 from fastvit.models.features import compute_pooled
 from fastvit.report import figures
@@ -140,7 +141,7 @@ class ImageServer:
             return build_answer(uploads, [{"attention": figures.compute_last_layer(*result[1:]).tolist()}])
         draw = figures.draw_attention_sheet if view == "sheet" else figures.overlay_last_layer
         file = io.BytesIO()
-        draw(Image.fromarray(pixels), *result[1:]).save(file, "PNG")
+        draw(to_bands(pixels).convert("RGB"), *result[1:]).save(file, "PNG")
         return Response(file.getvalue(), media_type="image/png")
 
 

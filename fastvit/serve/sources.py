@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from fastvit.checkpoints.locations import find_nearest
 from fastvit.data.datasets import load_images
 from fastvit.data.images import list_image_suffixes
+from fastvit.data.sources import IMAGE_COLUMNS, LabelledFiles, find_column, open_source
 from fastvit.errors import InputError
 
 
@@ -42,7 +43,10 @@ def list_sources(arguments: Sequence[str]) -> list[Source]:
         if path.is_dir():
             found = list(walk_images(argument))
             if not found:
-                raise InputError(f"{argument}: expected a folder with images, found none in it")
+                raise InputError(
+                    f"{argument}: expected a folder with images, found none in it (a folder of Parquet or tar files, or"
+                    " saved by `datasets`, is given with --dataset)"
+                )
         elif path.exists() or not glob.has_magic(argument):
             found = [argument]
             missing += [] if path.exists() else [argument]
@@ -81,14 +85,36 @@ def expand_pattern(pattern: str) -> list[str]:
 
 
 def list_dataset_sources(dataset: str, split: str | None, image_column: str | None) -> list[Source]:
-    """List the images of a split of a hub dataset, named SPLIT/INDEX.
+    """List the images of a split of a hub dataset or of a folder that `datasets` reads, named SPLIT/INDEX.
 
     Raises:
         InputError: the dataset or the split cannot be read.
     """
-    images = load_images(dataset, image_column=image_column, validation_fraction=0)
-    name = split or next(name for name in ("test", "validation", "train") if name in images.splits)
-    if name not in images.splits:
-        raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {name!r}")
-    chosen = images.splits[name]
-    return [Source(f"{name}/{index}", partial(chosen.load, index)) for index in range(len(chosen))]
+    import datasets
+
+    splits: dict[str, Any]
+    if dataset == "generated":
+        splits = load_images(dataset, validation_fraction=0).splits
+    else:
+        is_local = Path(dataset).is_dir()
+        opened = open_source(None if is_local else dataset, dataset if is_local else None, None, image_column, None)
+        if isinstance(opened, LabelledFiles):
+            raise InputError(f"--dataset: {dataset} is a folder of images, which is given as IMAGE")
+        splits = opened
+    name = split or next((name for name in ("test", "validation", "train") if name in splits), next(iter(splits)))
+    if name not in splits:
+        raise InputError(f"--split: expected one of {', '.join(splits)}, got {name!r}")
+    rows: Any = splits[name]
+    if dataset == "generated":
+        return [Source(f"{name}/{index}", partial(rows.load, index)) for index in range(len(rows))]
+    column = find_column("image", image_column, rows.features, IMAGE_COLUMNS, datasets.Image, dataset)
+    rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return [Source(f"{name}/{index}", partial(read_cell, rows, index, column)) for index in range(len(rows))]
+
+
+def read_cell(rows: Any, index: int, column: str) -> Any:
+    """Return the path or the bytes of an image in a row; raise InputError for an empty cell."""
+    cell = rows[index][column]
+    if cell is None:
+        raise InputError(f"row {index}: expected an image in column {column!r}, found an empty cell")
+    return cell["path"] if cell["bytes"] is None else cell["bytes"]

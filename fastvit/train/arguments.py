@@ -50,6 +50,7 @@ def option(
     *,
     metavar: str | tuple[str, ...] | None = None,
     bare: Any = None,
+    is_repeated: bool = False,
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -59,9 +60,11 @@ def option(
         expected: values that are accepted.
         metavar: name of the value in the help; a tuple for an option with several values.
         bare: value if the option is given on the command line without one.
+        is_repeated: whether the option accepts one value or several, each of which must be as expected.
     """
+    names = ("help", "expected", "metavar", "bare", "is_repeated")
     return dataclasses.field(
-        default=default, metadata={"help": help, "expected": expected, "metavar": metavar, "bare": bare}
+        default=default, metadata=dict(zip(names, (help, expected, metavar, bare, is_repeated), strict=True))
     )
 
 
@@ -103,7 +106,9 @@ def add_arguments(parser: argparse._ActionsContainer, options_class: type) -> No
             parser.add_argument(flag, action=action, **settings)
             continue
         metavar, bare = field.metadata["metavar"], field.metadata["bare"]
-        if isinstance(metavar, tuple):
+        if field.metadata["is_repeated"]:
+            settings["nargs"] = "+"
+        elif isinstance(metavar, tuple):
             settings["nargs"] = len(metavar)
         elif bare is not None:
             settings |= {"nargs": "?", "const": bare}
@@ -119,8 +124,11 @@ def parse_given(parser: argparse.ArgumentParser, options_class: type, argv: list
     """
     absent = object()
     unset = {field.name: absent for field in dataclasses.fields(options_class)}
-    given = parser.parse_args(argv, argparse.Namespace(**unset))
-    return {name: value for name, value in vars(given).items() if value is not absent}
+    given = vars(parser.parse_args(argv, argparse.Namespace(**unset)))
+    for field in dataclasses.fields(options_class):
+        if field.metadata["is_repeated"] and given[field.name] is not absent and len(given[field.name]) == 1:
+            (given[field.name],) = given[field.name]
+    return {name: value for name, value in given.items() if value is not absent}
 
 
 def read_config(path: str | Path, options_class: type) -> dict[str, Any]:
@@ -173,8 +181,9 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         InputError: option, expected and given value.
     """
     expected = field.metadata["expected"]
-    if value is not None and expected is not None and not expected.accepts(value):
-        raise InputError(f"{get_flag(field.name)}: expected {expected.words}, got {value}")
+    for each in value if field.metadata["is_repeated"] and isinstance(value, list) else [value]:
+        if each is not None and expected is not None and not expected.accepts(each):
+            raise InputError(f"{get_flag(field.name)}: expected {expected.words}, got {each}")
 
 
 def get_flag(name: str) -> str:
@@ -188,8 +197,8 @@ def get_kinds(options_class: type) -> dict[str, tuple[type, tuple[str, ...]]]:
     kinds: dict[str, tuple[type, tuple[str, ...]]] = {}
     for name, annotation in get_type_hints(options_class).items():
         members = [member for member in get_args(annotation) if member is not NoneType]
-        if members and get_origin(annotation) not in (Literal, list):  # X | None
-            (annotation,) = members
+        if members and get_origin(annotation) not in (Literal, list):  # X | None, or X | list[X] | None
+            annotation = members[0]
         if get_origin(annotation) is list:
             (annotation,) = get_args(annotation)
         is_literal = get_origin(annotation) is Literal
@@ -222,7 +231,9 @@ def convert_value(value: Any, field: dataclasses.Field, kind: type, choices: tup
         argparse.ArgumentTypeError: expected and given value.
     """
     metavar = field.metadata["metavar"]
-    if isinstance(metavar, tuple):
+    if field.metadata["is_repeated"] and isinstance(value, list):
+        return [convert_text(str(entry), kind, choices) for entry in value]
+    if isinstance(metavar, tuple) and not field.metadata["is_repeated"]:
         if not isinstance(value, list) or len(value) != len(metavar):
             raise argparse.ArgumentTypeError(f"expected a list of {len(metavar)} values, got {value!r}")
         return [convert_text(str(entry), kind, choices) for entry in value]

@@ -14,12 +14,13 @@ from accelerate import PartialState
 from transformers import TrainerState, TrainingArguments, ViTConfig, ViTImageProcessorPil
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastvit.adapters.backbones import build_classifier
+from fastvit.adapters.backbones import build_classifier, check_image_size
 from fastvit.checkpoints.configuration import make_pair
 from fastvit.checkpoints.hub import skip_unreachable_hub
 from fastvit.data.datasets import TRAIN, ImageDataset, load_images
 from fastvit.data.images import MEMORY_CACHE_BYTES, Augment, ImageSet, cache_images
 from fastvit.data.streaming import Stream, StreamedDataset, stream_images
+from fastvit.data.targets import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fastvit.errors import InputError
 from fastvit.models.backbone import FAMILIES, get_vision_config
 from fastvit.models.heads import ViTForImageClassification
@@ -30,8 +31,10 @@ from fastvit.models.loading import (
     read_image_settings,
     read_model_type,
 )
+from fastvit.report.tasks import TASKS
 from fastvit.serve.preprocessing import load_preprocessor
 from fastvit.train.folds import select_fold
+from fastvit.train.objectives import LabelLoss, NumberHead, NumberLoss, compute_spread
 from fastvit.train.options import SIZES, FinetuneOptions
 from fastvit.train.recipes import RandAugment, TargetLoss, add_adapters, compute_class_weights
 from fastvit.train.run_folder import find_last_checkpoint
@@ -59,6 +62,7 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
             seed=options.seed,
             need_length=options.max_steps <= 0,
             need_validation=options.validation_fraction != 0,
+            channels=options.channels,
         )
     with processes.local_main_process_first():
         images = load_images(
@@ -67,10 +71,12 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
             labels_file=options.labels,
             image_column=options.image_column,
             label_column=options.label_column,
+            task=options.task or "auto",
             validation_fraction=options.validation_fraction if options.fold is None else 0,
             seed=options.seed,
-            image_size=options.image_size or 64,
+            image_size=max(make_pair(options.image_size or 64)),
             generated_images=options.generated_images,
+            channels=options.channels,
         )
     if options.folds is None or options.fold is None:
         return images
@@ -78,16 +84,21 @@ def read_data(options: FinetuneOptions, processes: PartialState) -> ImageDataset
 
 
 def print_counts(images: ImageDataset) -> None:
-    """Print a table of images per class and split."""
-    width = max(len(name) for name in [*images.class_names, "class"])
-    print(f"{images.name}: {len(images.class_names)} classes")
-    print(f"  {'class':<{width}}" + "".join(f"{name:>12}" for name in images.splits))
-    counts = images.count_labels()
+    """Print a table of images per class and split, or of the means of numbers."""
+    task = TASKS[images.task]
+    heading = {REGRESSION: "mean of", MULTI_LABEL: "label"}.get(images.task, "class")
+    width = max(len(name) for name in [*images.class_names, heading])
+    print(f"{images.name}: {len(images.class_names)} {task.noun}")
+    print(f"  {heading:<{width}}" + "".join(f"{name:>12}" for name in images.splits))
+    counts, cell = images.count_labels(), "12.6g" if images.task == REGRESSION else "12d"
     for label, class_name in list(enumerate(images.class_names))[:50]:
-        print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>12}" for count in counts.values()))
+        print(f"  {class_name:<{width}}" + "".join(f"{count[label]:>{cell}}" for count in counts.values()))
     if len(images.class_names) > 50:
-        print(f"  ... and {len(images.class_names) - 50} more classes")
-    print(f"  {'total':<{width}}" + "".join(f"{count.sum():>12}" for count in counts.values()))
+        print(f"  ... and {len(images.class_names) - 50} more {task.noun}")
+    print(
+        f"  {'images' if images.task == REGRESSION else 'total':<{width}}"
+        + "".join(f"{len(split):>12}" for split in images.splits.values())
+    )
     for note in images.notes:
         print(f"note: {note}")
 
@@ -123,6 +134,7 @@ def build_image_sets(
                 split.load,
                 len(split),
                 choose_decode_size(size, crop),
+                channels=options.channels,
                 resample=processor.resample,
                 skip_bad=options.skip_bad_images,
                 key=split.key,
@@ -170,16 +182,24 @@ def build_stream(
     return stream
 
 
-def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
+def load_model(options: FinetuneOptions, class_names: list[str], task: str = SINGLE_LABEL) -> Any:
     """Load or initialise the model, with a classifier for `class_names`. A ViT with its usual pool is our own model.
 
     Raises:
         InputError: the checkpoint cannot be loaded, or the image size is no multiple of the patch size.
     """
+    model = load_any_model(options, class_names, task)
+    for name in ("label_thresholds", "calibration_temperature"):  # of the classifier that the checkpoint had
+        if getattr(model.config, name, None) is not None:
+            setattr(model.config, name, None)
+    return model
+
+
+def load_any_model(options: FinetuneOptions, class_names: list[str], task: str) -> Any:
     classes = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: index for index, name in enumerate(class_names)},
-        "problem_type": "single_label_classification",
+        "problem_type": TASKS[task].problem_type,
     }
     labels = {
         **classes,
@@ -190,7 +210,7 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
     if options.from_scratch is not None:
         hidden_size, num_layers, num_heads = SIZES[options.from_scratch]
         image_size = options.image_size or 224
-        if image_size % options.patch_size:
+        if any(side % options.patch_size for side in make_pair(image_size)):
             raise InputError(
                 f"--image-size: expected a multiple of the patch size {options.patch_size}, got {image_size}"
             )
@@ -203,11 +223,17 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
             patch_size=options.patch_size,
             encoder_stride=options.patch_size,
             layer_norm_eps=1e-6,
+            num_channels=options.channels,
             **labels,
         )
         return ViTForImageClassification(config)
 
     if not is_plain_vit(options):
+        if options.channels != 3:
+            raise InputError(
+                f"--channels: expected 3 for {options.model}, got {options.channels}; other channels need a ViT that is"
+                " classified by its class token, or --from-scratch"
+            )
         return build_classifier(
             options.model,
             classes,
@@ -222,13 +248,55 @@ def load_model(options: FinetuneOptions, class_names: list[str]) -> Any:
     config.update(labels)
     if options.image_size is not None:
         config.image_size = options.image_size
-        patch_size = make_pair(config.patch_size)
-        if any(options.image_size % side for side in patch_size):
-            raise InputError(
-                f"--image-size: expected a multiple of the patch size {patch_size}, got {options.image_size}"
-            )
+        check_image_size(options.image_size, config.patch_size)
+    if config.num_channels not in (3, options.channels):
+        expected = f"{config.num_channels}, those of {options.model}"
+        raise InputError(f"--channels: expected {expected}, got {options.channels}")
     # The classifier alone may have other shapes, for other classes.
-    return load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
+    loaded = load_pretrained(options.model, ignore_mismatched_sizes=True, config=config)
+    if config.num_channels != options.channels:
+        adapt_channels(loaded, options.channels)
+    return loaded
+
+
+@torch.no_grad()
+def adapt_channels(model: ViTForImageClassification, channels: int) -> None:
+    """Give a model of RGB images other channels, as timm does.
+
+    For one channel the weights of the patch embedding are summed over red, green and blue, as grey images are three
+    equal channels. For others, those of red, green and blue are repeated in turn, and scaled by 3 / channels.
+    """
+    embeddings = model.vit.embeddings.patch_embeddings
+    weight = embeddings.projection.weight  # [D, 3, h, w]
+    repeated = weight[:, torch.arange(channels) % 3] * (3 / channels)
+    adapted = weight.sum(1, keepdim=True) if channels == 1 else repeated
+    embeddings.projection.weight = torch.nn.Parameter(adapted)
+    embeddings.projection.in_channels = embeddings.num_channels = model.config.num_channels = channels
+
+
+def has_statistics(options: FinetuneOptions) -> bool:
+    """Whether the checkpoint has a mean and a deviation for images of these channels."""
+    return options.from_scratch is None and (
+        options.channels == 3 or load_config(options.model, REMEDY).num_channels == options.channels
+    )
+
+
+def set_statistics(
+    options: FinetuneOptions, images: ImageDataset, sets: dict[str, ImageSet], processor: ViTImageProcessorPil
+) -> None:
+    """Normalise images of other channels than the checkpoint's by the mean and deviation of 1,000 training images."""
+    if options.channels == 3 or has_statistics(options):
+        return
+    if TRAIN in sets:
+        chosen = sets[TRAIN].indices[:: max(1, len(sets[TRAIN]) // 1000)]
+        pixels = (np.asarray(sets[TRAIN].images[index]) for index in chosen)
+    else:
+        split = images.load_example_split()
+        pixels = (np.asarray(split.load(index)) for index in range(len(split)))
+    moments = [((each / 255).mean((0, 1)), np.square(each / 255).mean((0, 1))) for each in pixels]
+    mean, square = np.mean(moments, axis=0)
+    deviation = np.sqrt(np.maximum(square - mean**2, 255.0**-2))  # at least one step of 8 bits
+    processor.image_mean, processor.image_std = mean.tolist(), deviation.tolist()
 
 
 def is_plain_vit(options: FinetuneOptions) -> bool:
@@ -238,12 +306,9 @@ def is_plain_vit(options: FinetuneOptions) -> bool:
     )
 
 
-def read_default_size(model: str) -> int | None:
-    """The size of the images that the image processor of a checkpoint returns, if there is one and they are square."""
-    if read_image_settings(model) is None:
-        return None
-    height, width = load_preprocessor(model).image_size
-    return height if height == width else None
+def read_default_size(model: str) -> tuple[int, int] | None:
+    """The size of the images that the image processor of a checkpoint returns, if there is one."""
+    return None if read_image_settings(model) is None else load_preprocessor(model).image_size
 
 
 def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProcessorPil:
@@ -251,9 +316,10 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
 
     Whole images are resized, also where the checkpoint's image processor crops them.
     """
-    height, width = make_pair(get_vision_config(model.config).image_size)
+    size = get_vision_config(model.config).image_size
     settings: dict[str, Any] = {}
     if not is_plain_vit(options):
+        size = options.image_size or read_default_size(options.model) or size
         if read_image_settings(options.model) is None:
             family = FAMILIES[get_vision_config(model.config).model_type]
             family = FAMILIES.get(read_model_type(options.model), family)
@@ -265,17 +331,23 @@ def load_image_processor(options: FinetuneOptions, model: Any) -> ViTImageProces
         else:
             before = load_preprocessor(options.model)
             settings = {"image_mean": list(before.mean), "image_std": list(before.std), "resample": before.resample}
-    elif options.from_scratch is None:
+    elif has_statistics(options):
         base = load_image_settings(options.model, model.config)
         if base is None:
             print(f"note: {options.model} has no image processor; using mean and standard deviation 0.5")
         else:
             settings = {"image_mean": list(base[0]), "image_std": list(base[1]), "resample": base[3]}
-    return ViTImageProcessorPil(size={"height": height, "width": width}, **settings)
+    return ViTImageProcessorPil(size=dict(zip(("height", "width"), make_pair(size), strict=True)), **settings)
 
 
-def prepare_model(options: FinetuneOptions, model: Any) -> Any:
-    """Freeze the backbone, recompute activations or add adapters, as the options say; returns the model to train."""
+def prepare_model(options: FinetuneOptions, model: Any, spread: tuple[np.ndarray, np.ndarray] | None = None) -> Any:
+    """Freeze the backbone, recompute activations or add adapters, as the options say; returns the model to train.
+
+    Args:
+        spread: mean and standard deviation of the targets of a regression.
+    """
+    if spread is not None:
+        model.classifier = NumberHead(model.classifier, *spread)
     if options.freeze_backbone:
         for name, parameter in model.named_parameters():
             if not name.startswith("classifier."):
@@ -288,38 +360,40 @@ def prepare_model(options: FinetuneOptions, model: Any) -> Any:
 
 
 def choose_precision(options: FinetuneOptions, hidden_size: int) -> str:
-    """bf16, fp16 or fp32. "auto" is bf16 where that is faster: on most GPUs, and for wide models on CPUs with AMX."""
+    """bf16, fp16 or fp32. "auto" is bf16 where that is faster: on most GPUs, for wide models on CPUs that have it."""
     if options.precision != "auto":
         return options.precision
     if torch.cuda.is_available() and not options.cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Below a hidden size of about 192 the casts cost more time than the matmuls save.
-    has_amx = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
-    return "bf16" if has_amx and hidden_size >= 192 else "fp32"
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    has_bf16 = found.get("amx_bf16", False) or found.get("avx512_bf16", False)
+    return "bf16" if has_bf16 and hidden_size >= 192 else "fp32"
 
 
 def build_loss(
-    options: FinetuneOptions, train: ImageSet | None, num_classes: int, has_own_loss: bool = True
+    options: FinetuneOptions,
+    train: ImageSet | None,
+    num_classes: int,
+    has_own_loss: bool = True,
+    task: str = SINGLE_LABEL,
 ) -> TargetLoss | None:
-    """The loss for class weights or mixed labels; None for the model's own loss with Trainer's label smoothing.
+    """The loss for class weights, mixed or other labels; None for the model's own loss with Trainer's label smoothing.
 
     Args:
         has_own_loss: whether the model's own loss counts the images of all batches of a step. Those of BEiT, CLIP and
             SigLIP in transformers do not, although Trainer assumes it.
+        task: what the model predicts.
     """
+    if task != SINGLE_LABEL:
+        assert train is not None
+        return LabelLoss() if task == MULTI_LABEL else NumberLoss(compute_spread(train.labels)[1])
     weights = None
     if options.class_balanced is not None and train is not None:
         weights = compute_class_weights(np.bincount(train.labels, minlength=num_classes), options.class_balanced)
     elif has_own_loss and not (options.mixup or options.cutmix):
         return None
     return TargetLoss(weights, options.label_smoothing)
-
-
-def compute_accuracy(prediction) -> dict[str, float]:
-    """Accuracy and mean loss. Trainer's own loss counts the images twice that pad the last batches."""
-    logits, labels = torch.as_tensor(prediction.predictions).float(), torch.as_tensor(prediction.label_ids)
-    loss = torch.nn.functional.cross_entropy(logits, labels)
-    return {"accuracy": float((logits.argmax(-1) == labels).double().mean()), "loss": float(loss)}
 
 
 def count_steps(options: FinetuneOptions, images: ImageDataset, processes: PartialState) -> int:
@@ -331,8 +405,16 @@ def count_steps(options: FinetuneOptions, images: ImageDataset, processes: Parti
 
 
 def build_training_arguments(
-    options: FinetuneOptions, precision: str, has_validation: bool, max_steps: int, block_class: str
+    options: FinetuneOptions,
+    precision: str,
+    has_validation: bool,
+    max_steps: int,
+    block_class: str,
+    task: str = SINGLE_LABEL,
+    num_names: int = 1,
 ) -> TrainingArguments:
+    # The mean error of several numbers is that of the largest ones; the loss is in units of their deviations.
+    metric = "loss" if task == REGRESSION and num_names > 1 else TASKS[task].metric
     strategy = "steps" if has_validation else "no"
     return TrainingArguments(
         output_dir=options.output_dir,
@@ -366,7 +448,8 @@ def build_training_arguments(
         save_steps=options.eval_steps,
         load_best_model_at_end=has_validation,
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
-        metric_for_best_model="accuracy" if has_validation else None,
+        metric_for_best_model=metric if has_validation else None,
+        greater_is_better=TASKS[task].greater_is_better,
         report_to=options.report_to,
         push_to_hub=options.push_to_hub is not None,
         hub_model_id=options.push_to_hub,

@@ -9,18 +9,18 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
 
-from fastvit.errors import ProcessError
+from fastvit.errors import InputError, ProcessError
 
 # The other processes wait this long while the first one decodes all images. A lost process is noticed sooner: torchrun
 # watches them.
@@ -60,6 +60,22 @@ def is_set_on_any_process(flag: bool) -> bool:
     return bool(flags)
 
 
+def broadcast_result(compute: Callable[[], Any]) -> Any:
+    """Returns the result of the first process on all of them, or raises its InputError. A collective call over CPUs."""
+    if not dist.is_initialized():
+        return compute()
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = compute()
+        except InputError as error:
+            found[0] = error
+    dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if isinstance(found[0], InputError):
+        raise found[0]
+    return found[0]
+
+
 def get_launch_id() -> str | None:
     """The id of this process's launch, unchanged when torchrun restarts the process; None without a launcher."""
     if "LOCAL_RANK" not in os.environ:
@@ -79,16 +95,12 @@ def is_own_run(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def explain_lost_process(output_dir: Path) -> Iterator[None]:
-    """Report a lost connection to another process as a `ProcessError` with the last checkpoint."""
+def explain_lost_process(find_remedy: Callable[[], str]) -> Iterator[None]:
+    """Report a lost connection to another process as a `ProcessError` with a way to continue."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if not (isinstance(error, dist.DistError) or "gloo" in reason):
             raise
-        last = get_last_checkpoint(output_dir)
-        raise ProcessError(
-            f"training: the connection to another process was lost; the last checkpoint is {last or 'none'}; continue"
-            f" with the same command and --resume ({reason[:200]})"
-        ) from None
+        raise ProcessError(f"the connection to another process was lost; {find_remedy()} ({reason[:200]})") from None

@@ -24,17 +24,18 @@ from fastvit.adapters.backbones import get_block_class_name
 from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
 from fastvit.data.streaming import Stream, StreamedDataset
+from fastvit.data.targets import REGRESSION, SINGLE_LABEL
 from fastvit.errors import InputError, Stopped, report_errors
 from fastvit.files import write_atomically, write_text
 from fastvit.models.backbone import get_vision_config
 from fastvit.report import figures, info
+from fastvit.report.tasks import TASKS
 from fastvit.train.build import (
     build_image_sets,
     build_loss,
     build_stream,
     build_training_arguments,
     choose_precision,
-    compute_accuracy,
     count_steps,
     describe_count,
     is_plain_vit,
@@ -43,10 +44,13 @@ from fastvit.train.build import (
     load_model,
     prepare_model,
     print_counts,
+    set_statistics,
 )
+from fastvit.train.defaults import describe_recipe, resolve_recipe
 from fastvit.train.distributed import MARKER, explain_lost_process, get_launch_id, join_processes
 from fastvit.train.lock import FolderLock, StopOnLostLock, lock_for_all
-from fastvit.train.options import FinetuneOptions, list_stepwise_options, parse_options
+from fastvit.train.objectives import build_metrics, compute_spread
+from fastvit.train.options import FinetuneOptions, check_task, list_stepwise_options, parse_options
 from fastvit.train.probe import fit_classifier
 from fastvit.train.recipes import ImageMixer, RecipeTuner
 from fastvit.train.results import write_fold_summary, write_results
@@ -54,7 +58,6 @@ from fastvit.train.resume import (
     OutOfMemory,
     check_fixed_options,
     explain_early_end,
-    read_run_options,
     resolve_resume,
     shrink_batch,
 )
@@ -62,6 +65,7 @@ from fastvit.train.run_folder import (
     check_is_free,
     describe_next_start,
     find_last_checkpoint,
+    read_run_options,
     remove_run,
     select_run_options,
 )
@@ -84,11 +88,11 @@ def run(options: FinetuneOptions) -> dict[str, float]:
     """
     if options.folds is not None and options.fold is None:
         with FolderLock(Path(options.output_dir)):
-            return run_folds(options, options.folds)
+            return run_folds(resolve_recipe(options), options.folds)
     output_dir = Path(options.output_dir)
     with join_processes(options.cpu) as processes, lock_for_all(output_dir, processes) as lock:
         check_is_free(options)  # again: another run may have ended since the options were parsed
-        options = resolve_resume(options)
+        options = resolve_resume(resolve_recipe(options))
         while True:
             try:
                 return fine_tune(options, processes, lock)
@@ -125,7 +129,8 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     set_seed(options.seed)
     images = load_data(options, processes)
     print_counts(images)
-    stepwise = list_stepwise_reasons(options)
+    check_task(options, images.task)
+    stepwise = list_stepwise_reasons(options) + ([] if images.task == SINGLE_LABEL else [f"--task {images.task}"])
     if options.freeze_backbone:
         print(
             f"note: the classifier is trained step by step because of {', '.join(stepwise)}; without, it is fitted to"
@@ -134,10 +139,13 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             else "note: the classifier is fitted to features that are computed once; --epochs, --learning-rate and the"
             " other options of the optimizer have no effect"
         )
-    model = load_model(options, images.class_names)
+    if stepwise:
+        print(describe_recipe(options))
+    model = load_model(options, images.class_names, images.task)
     processor = load_image_processor(options, model)
-    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     sets = build_image_sets(options, images, processor, processes)
+    set_statistics(options, images, sets, processor)
+    model.config.image_mean, model.config.image_std = list(processor.image_mean), list(processor.image_std)
     train_set: Stream | ImageSet
     if isinstance(images, StreamedDataset):
         train_set = build_stream(options, images, processor, processes)
@@ -146,8 +154,10 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
     for name in ("early_stopping", "calibrate"):
         if getattr(options, name) and VALIDATION not in sets:
             raise InputError(f"--{name.replace('_', '-')}: expected a validation split, {images.name} has none")
-    model = prepare_model(options, model)
-    mix = ImageMixer(len(images.class_names), options.mixup, options.cutmix)
+    model = prepare_model(options, model, compute_spread(sets[TRAIN].labels) if images.task == REGRESSION else None)
+    task, num_classes = TASKS[images.task], len(images.class_names)
+    loss = build_loss(options, sets.get(TRAIN), num_classes, is_plain_vit(options), images.task)
+    mix = ImageMixer(num_classes, options.mixup, options.cutmix)
 
     # The options and the images have been checked: from here on the folder is written.
     with processes.main_process_first():
@@ -164,13 +174,15 @@ def fine_tune(options: FinetuneOptions, processes: PartialState, lock: FolderLoc
             VALIDATION in sets,
             count_steps(options, images, processes),
             get_block_class_name(model),
+            images.task,
+            num_classes,
         ),
         train_dataset=train_set,
         eval_dataset=sets.get(VALIDATION),
         processing_class=processor,
         data_collator=mix,
-        compute_loss_func=build_loss(options, sets.get(TRAIN), len(images.class_names), is_plain_vit(options)),
-        compute_metrics=compute_accuracy,
+        compute_loss_func=loss,
+        compute_metrics=build_metrics(task, loss),
         callbacks=[StopOnLostLock(lock), log, interrupt, StopOnNonFiniteLoss()],
         layer_decay=options.layer_decay,
         ema_decay=options.ema,
@@ -235,11 +247,16 @@ def train(
         Stopped: by a signal, after a checkpoint was saved.
     """
     with log, explain_early_end(trainer, options):
+
+        def describe_remedy() -> str:
+            last = find_last_checkpoint(options.output_dir)
+            return f"the last checkpoint is {last or 'none'}; continue with the same command and --resume"
+
         if fits_features:
             assert isinstance(trainer.train_dataset, ImageSet)
             result = fit_classifier(trainer, trainer.train_dataset, options.label_smoothing)
         else:
-            with interrupt, explain_lost_process(Path(options.output_dir)):
+            with interrupt, explain_lost_process(describe_remedy):
                 result = trainer.train(
                     resume_from_checkpoint=find_last_checkpoint(options.output_dir) if options.resume else None
                 )

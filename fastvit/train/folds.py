@@ -1,6 +1,6 @@
 """Cross-validation: every image is used for validation once, so that the metrics have a standard deviation.
 
-The folds are scikit-learn's stratified ones: each has its share of every class.
+The folds are scikit-learn's; those of classes are stratified: each has its share of every class.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastvit.data.datasets import TRAIN, VALIDATION, ImageDataset, Split
+from fastvit.data.targets import SINGLE_LABEL
 from fastvit.errors import InputError
 from fastvit.train.recipes import require
 
-SUMMARIZED = ("eval_accuracy", "eval_macro_f1", "test_accuracy", "test_macro_f1")
+METRICS = ("accuracy", "macro_f1", "map", "micro_f1", "mae", "rmse", "r2")
+SUMMARIZED = [f"{prefix}_{name}" for prefix in ("eval", "test") for name in METRICS]
 
 
 def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> ImageDataset:
@@ -32,7 +34,8 @@ def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> Image
     """
     model_selection = require("sklearn.model_selection", "folds", "--folds")
     joined = join_splits([images.splits[name] for name in (TRAIN, VALIDATION) if name in images.splits])
-    counts = np.bincount(joined.labels, minlength=len(images.class_names))
+    strata = joined.labels if images.task == SINGLE_LABEL else np.zeros(len(joined), dtype=np.int64)
+    counts = np.bincount(strata, minlength=len(images.class_names))
     present = np.flatnonzero(counts)  # a declared class may have no images
     rarest = int(present[counts[present].argmin()])
     if counts[rarest] < folds:
@@ -41,7 +44,7 @@ def select_fold(images: ImageDataset, folds: int, fold: int, seed: int) -> Image
             f" {images.class_names[rarest]!r}"
         )
     splitter = model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
-    training, validation = list(splitter.split(joined.labels, joined.labels))[fold - 1]
+    training, validation = list(splitter.split(strata, strata))[fold - 1]
     selected = {TRAIN: joined.select(training), VALIDATION: joined.select(validation)}
     return dataclasses.replace(images, splits={**images.splits, **selected})
 

@@ -12,7 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import fastvit
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
+from fastvit.data.targets import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from fastvit.models.backbone import WRAPPER_TYPE, describe_model
+from fastvit.report.tasks import TASKS
 from fastvit.train.build import describe_count
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.run_folder import select_run_options
@@ -20,7 +22,7 @@ from fastvit.train.run_folder import select_run_options
 CARD = """
 # {name}
 
-{kind} that classifies images as {classes}. It was {origin} on {count} images of {dataset}.
+{kind} that {verb} {classes}. It was {origin} on {count} images of {dataset}.
 
 ## Metrics
 
@@ -32,7 +34,7 @@ CARD = """
 ```python
 {registration}from transformers import pipeline
 
-print(pipeline("image-classification", "{name}")("image.jpg"))
+print(pipeline("image-classification", "{name}"{settings})("image.jpg"))
 ```
 
 `from fastvit import {loader}` loads it as well.
@@ -46,6 +48,13 @@ print(pipeline("image-classification", "{name}")("image.jpg"))
 """
 
 
+VERBS = {
+    SINGLE_LABEL: "classifies images as",
+    MULTI_LABEL: "labels images with any of",
+    REGRESSION: "estimates, from images,",
+}
+
+
 def build_model_card(
     options: FinetuneOptions, images: ImageDataset, metrics: dict[str, float], reports: str, config: Any
 ) -> ModelCard:
@@ -57,11 +66,12 @@ def build_model_card(
         config: the model's config.
     """
     name = options.push_to_hub or Path(options.output_dir).name
+    task = TASKS[images.task]
     results = [
-        EvalResult("image-classification", images.name, images.name, "accuracy", metrics[f"{prefix}_accuracy"],
+        EvalResult("image-classification", images.name, images.name, task.metric, metrics[f"{prefix}_{task.metric}"],
                    dataset_split=split)
         for split, prefix in ((VALIDATION, "eval"), (TEST, "test"))
-        if f"{prefix}_accuracy" in metrics
+        if f"{prefix}_{task.metric}" in metrics
     ]  # fmt: skip
     pretrained = options.from_scratch is None and not Path(options.model).exists()
     data = ModelCardData(
@@ -82,6 +92,8 @@ def build_model_card(
         kind=describe_model(config),
         registration=registration,
         loader="ViTForImageClassification" if config.model_type == "vit" else "Predictor",
+        verb=VERBS[images.task],
+        settings=', function_to_apply="none"' if images.task == REGRESSION else "",
         classes=classes,
         origin=origin,
         count=describe_count(images),

@@ -68,9 +68,11 @@ class ModelOptions:
     from_scratch: Literal["micro", "tiny", "small", "base", "large"] | None = option(
         None, "random weights instead, for a model of this size"
     )
-    image_size: int | None = option(
-        None, "height and width in pixels [the model's; from scratch: 224]", AT_LEAST_ONE, metavar="PIXELS"
-    )
+    image_size: int | list[int] | None = option(  # noqa: RUF009
+        None, "height and width in pixels, or one number for both [the model's; from scratch: 224]", AT_LEAST_ONE,
+        metavar=("PIXELS", "WIDTH"), is_repeated=True,
+    )  # fmt: skip
+    channels: int = option(3, "channels: 1 for grey, or those of multispectral TIFF or .npy files", AT_LEAST_ONE)
     patch_size: int = option(16, "from scratch: height and width of a patch", AT_LEAST_ONE, metavar="PIXELS")
     freeze_backbone: bool = option(False, "fit the classifier alone, on features computed once (linear probe)")
     attention_dropout: float = option(0.0, "dropout probability of the attention weights", BELOW_ONE, metavar="P")
@@ -88,7 +90,10 @@ class ImageOptions:
         metavar="FILE",
     )  # fmt: skip
     image_column: str | None = option(None, "column of the images [found by name]")
-    label_column: str | None = option(None, "column of the classes [found by name]")
+    label_column: str | None = option(None, "column of the labels, or several: A,B,C [found by name]")
+    task: Literal["auto", "single-label", "multi-label", "regression"] | None = option(
+        None, "one class per image, several labels, or numbers [auto: as the labels show, if they have one reading]"
+    )
     validation_fraction: float = option(0.15, "share held out if there is no validation split", metavar="SHARE")
     max_train_samples: int | None = option(None, "train on N images only [all]", AT_LEAST_ONE)
     max_eval_samples: int | None = option(None, "evaluate on N images only [all]", AT_LEAST_ONE)
@@ -105,16 +110,23 @@ class ImageOptions:
 
 @dataclass
 class TrainingOptions:
-    epochs: float = option(4.0, "passes over the training images", POSITIVE)
+    """Options of the optimization. Those marked [recipe] are None until `defaults.resolve_recipe` has set them."""
+
+    recipe: Literal["plain", "dinov2", "mae", "clip"] | None = option(
+        None, "defaults of the options marked [recipe] [by the model's family]"
+    )
+    epochs: float = option(None, "passes over the training images [recipe]", POSITIVE)
     max_steps: int = option(-1, "train for N steps instead; -1: use --epochs")
     batch_size: int = option(16, "images per step and device", POSITIVE)
-    learning_rate: float = option(2e-4, "peak learning rate of AdamW", POSITIVE, metavar="RATE")
-    weight_decay: float = option(0.0, "weight decay, not for biases and norms", NOT_NEGATIVE)
-    warmup: float = option(0.0, "warm-up steps; below 1: their share of all steps", NOT_NEGATIVE, metavar="STEPS")
-    scheduler: str = option("linear", "learning rate schedule of transformers: linear, cosine, constant, ...")
+    learning_rate: float = option(None, "peak learning rate of AdamW [recipe]", POSITIVE, metavar="RATE")
+    weight_decay: float = option(None, "weight decay, not for biases and norms [recipe]", NOT_NEGATIVE)
+    warmup: float = option(
+        None, "warm-up steps; below 1: their share of all steps [recipe]", NOT_NEGATIVE, metavar="STEPS"
+    )
+    scheduler: str = option(None, "schedule of transformers: linear, cosine, constant, ... [recipe]")
     layer_decay: float = option(
-        1.0,
-        "learning rate of a block relative to the block above",
+        None,
+        "learning rate of a block relative to the block above [recipe]",
         Expected("above 0 and at most 1", lambda value: 0 < value <= 1),
         metavar="FACTOR",
     )
@@ -204,6 +216,7 @@ class FinetuneOptions(OutputOptions, RecipeOptions, TrainingOptions, ImageOption
     def __post_init__(self) -> None:
         if self.dataset is None and self.data_dir is None and self.labels is None:
             self.dataset = "beans"
+        self.task = None if self.task == "auto" else self.task  # runs of earlier versions have no task
         if not self.output_dir:
             source = Path(self.dataset or self.data_dir or Path(self.labels or "").with_suffix(""))
             self.output_dir = str(Path("runs") / (source.parent.name if "*" in source.name else source.name))
@@ -223,6 +236,10 @@ def check_combinations(options: FinetuneOptions) -> None:
             raise InputError(message)
 
     check_start(options.from_scratch, options.model != DEFAULT_MODEL and options.model)
+    size = options.image_size
+    refuse(
+        isinstance(size, list) and len(size) != 2, f"--image-size: expected one number, or height and width, got {size}"
+    )
     folds, fold, lora = options.folds, options.fold, options.lora
     refuse(options.dataset and options.data_dir, "--data-dir: give a folder or a --dataset, not both")
     refuse(options.dataset and options.labels, "--labels: give a table of files or a --dataset, not both")
@@ -244,11 +261,22 @@ def check_combinations(options: FinetuneOptions) -> None:
         options.fsdp and "LOCAL_RANK" not in os.environ,
         "--fsdp: expected several processes; start them with torchrun --nproc-per-node N -m fastvit.finetune ...",
     )
+    check_task(options, options.task)
+    for name in ("randaugment", "lora"):
+        refuse(
+            getattr(options, name) and options.channels != 3,
+            f"{get_flag(name)}: expected images of 3 channels, got --channels {options.channels}",
+        )
+    refuse(
+        options.dataset == "generated" and options.channels != 3,
+        f"--channels: expected 3 for the generated leaves, got {options.channels}",
+    )
     if not options.streaming:
         refuse(options.class_names, "--class-names: expected together with --streaming; else the dataset has the names")
         return
     for name in ("randaugment", "mixup", "cutmix", "class_balanced", "folds"):
         refuse(getattr(options, name), f"{get_flag(name)}: cannot be used with --streaming")
+    refuse(options.task in OTHER_TASKS, f"--streaming: cannot be used with --task {options.task}")
     refuse(
         options.dataset == "generated",
         "--streaming: expected a hub dataset or --data-dir; generated leaves cannot be streamed",
@@ -272,6 +300,18 @@ def list_stepwise_options(options: FinetuneOptions) -> list[str]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         found.append("several processes")
     return found or ["--augment"] * options.augment
+
+
+# Options that the task has no meaning for. FSDP cannot shard the head of a regression, which has its own state.
+OF_CLASSES = ("label_smoothing", "mixup", "cutmix", "class_balanced", "calibrate")
+OTHER_TASKS: dict[str, tuple[str, ...]] = {"multi-label": OF_CLASSES, "regression": (*OF_CLASSES, "fsdp")}
+
+
+def check_task(options: FinetuneOptions, task: str | None) -> None:
+    """Check the options of a run for a task; raises InputError for one that cannot be used."""
+    for name in OTHER_TASKS.get(task or "", ()):
+        if value := getattr(options, name):
+            raise InputError(f"{get_flag(name)}: cannot be used with --task {task}, got {value}")
 
 
 def check_start(from_scratch: str | None, model: str | Literal[False] | None) -> None:
@@ -326,6 +366,6 @@ def parse_options(argv: list[str] | None) -> FinetuneOptions:
     from fastvit.train.run_folder import resolve_output_dir
 
     schedules = [schedule.value for schedule in SchedulerType]
-    if options.scheduler not in schedules:
+    if options.scheduler and options.scheduler not in schedules:
         raise InputError(f"--scheduler: expected one of {', '.join(schedules)}, got {options.scheduler!r}")
     return resolve_output_dir(options)

@@ -28,30 +28,36 @@ from transformers import TrainerState
 import fastvit
 from fastvit import ops
 from fastvit.adapters.backbones import load_classifier
-from fastvit.checkpoints.configuration import make_pair
-from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
-from fastvit.data.images import ImageSet
+from fastvit.data.datasets import TEST, VALIDATION, ImageDataset, count_names
+from fastvit.data.images import ImageSet, to_bands
+from fastvit.data.targets import REGRESSION
 from fastvit.errors import escape_unprintable
 from fastvit.models.backbone import describe_model, get_vision_config
 from fastvit.report import classification, figures, info
-from fastvit.report.charts import Series, draw_line_chart, format_thousands
-from fastvit.report.html import format_percent, render_template
+from fastvit.report.charts import Series, draw_line_chart, draw_scatter_chart, format_thousands
+from fastvit.report.classification import format_percent
+from fastvit.report.html import render_template
 from fastvit.report.run_log import extract_curve
+from fastvit.report.tasks import TASKS, Evaluation, Task
 from fastvit.serve.attention import classify_with_attention
+from fastvit.serve.preprocessing import load_preprocessor
+from fastvit.train.defaults import compute_defaults
 from fastvit.train.options import FinetuneOptions
 
 MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE = 20, 6, 96
 MAX_ROWS = 40  # in a table of classes
-MAX_MISTAKES, MISTAKE_SIDE = 12, 192
+MISTAKE_SIDE = 192
+MAX_PLOTS = 12  # of numbers
 MAX_READINGS = 50  # rows in the table of the curves
 
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image that the model classified wrongly.
+    """An image that the model classified wrongly, or whose number it missed the most.
 
     Attributes:
         number: position in the split, from 1.
+        probability: of the prediction; None for a number.
         image: the image itself.
         attention: the image with the attention map of the class token over it.
         name: path of the image, or its row in the dataset.
@@ -60,7 +66,7 @@ class Mistake:
     number: int
     truth: str
     predicted: str
-    probability: float
+    probability: float | None
     image: Image.Image
     attention: Image.Image
     name: str = ""
@@ -72,13 +78,14 @@ class RunReport:
 
     Attributes:
         num_images: number of training images, as text.
-        counts: split -> images per class, int `[C]`; not for streamed splits.
+        counts: split -> images per class, int `[C]`; not for streamed splits, nor for numbers.
         examples: class name -> some training images.
         history: Trainer's log records.
-        confusions: split -> int `[C, C]`, rows are true classes.
-        mistakes: the most confident ones of the split `mistakes_in`.
+        evaluations: split -> its metrics.
+        mistakes: the worst ones of the split `mistakes_in`.
         options: name -> (value, default).
         environment: name -> text.
+        task: what the model predicts.
     """
 
     folder: str
@@ -91,12 +98,13 @@ class RunReport:
     history: list[dict[str, Any]]
     best_step: int | None
     seconds: float
-    confusions: Mapping[str, np.ndarray]
+    evaluations: Mapping[str, Evaluation]
     mistakes: Sequence[Mistake]
     mistakes_in: str | None
     options: Mapping[str, tuple[Any, Any]]
     environment: Mapping[str, str]
     finished: datetime.datetime
+    task: Task = TASKS["single-label"]
 
 
 def render(run: RunReport) -> str:
@@ -109,7 +117,7 @@ def render(run: RunReport) -> str:
         charts=build_learning_charts(run),
         machine_charts=build_machine_charts(run),
         readings=tabulate_history(run.history),
-        results=[(split, summarize_split(confusion, run.class_names)) for split, confusion in run.confusions.items()],
+        results=[(split, summarize_split(found, run.class_names)) for split, found in run.evaluations.items()],
         counts=count_classes(run),
         example_side=EXAMPLE_SIDE,
         mistake_side=MISTAKE_SIDE,
@@ -129,7 +137,7 @@ def gather_report(
     images: ImageDataset,
     num_images: str,
     sets: Mapping[str, ImageSet],
-    predictions: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    evaluations: Mapping[str, Evaluation],
     state: TrainerState,
     device: torch.device,
     seconds: float,
@@ -139,20 +147,21 @@ def gather_report(
     Args:
         num_images: number of training images, as text.
         sets: split -> images; a streamed split is not counted.
-        predictions: split -> (labels int `[N]`, logits float `[N, C]`) in the order of `sets[split]`.
+        evaluations: split -> its metrics; mistakes are numbered in the order of `sets[split]`.
         state: Trainer's state, with its logs.
         device: device that computes the attention maps.
         seconds: duration of training.
     """
     model = load_classifier(options.output_dir).to(device).eval()
-    examined = next((split for split in (VALIDATION, TEST) if split in predictions), None)
+    examined = next((split for split in (VALIDATION, TEST) if split in evaluations), None)
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     config = get_vision_config(model.config)
     architecture = (
         f"{config.num_hidden_layers} blocks of hidden size {config.hidden_size}, {parameters:.1f} M parameters,"
-        f" images of {'×'.join(map(str, make_pair(config.image_size)))}"
+        f" images of {'×'.join(map(str, load_preprocessor(options.output_dir, options.channels).image_size))}"
     )
     origin = f"fine-tuned from {options.model}" if options.from_scratch is None else "trained from scratch"
+    defaults = compute_defaults(options.recipe or "plain", options)
     return RunReport(
         folder=options.output_dir,
         dataset=images.name,
@@ -160,48 +169,41 @@ def gather_report(
         class_names=images.class_names,
         num_images=num_images,
         counts={
-            name: np.bincount(split.labels, minlength=len(images.class_names))
+            name: count_names(split.labels, len(images.class_names), images.task)
             for name, split in sets.items()
-            if isinstance(split, ImageSet)  # not a stream
+            if isinstance(split, ImageSet) and images.task != REGRESSION  # not a stream
         },
         examples=images.sample_examples(MAX_EXAMPLE_CLASSES, EXAMPLES_PER_CLASS, EXAMPLE_SIDE),
         history=state.log_history,
         best_step=state.best_global_step if state.best_model_checkpoint else None,
         seconds=seconds,
-        confusions={
-            split: classification.confusion_matrix(labels, logits.argmax(-1), len(images.class_names))
-            for split, (labels, logits) in predictions.items()
-        },
-        mistakes=[] if examined is None else find_confident_mistakes(model, sets[examined], *predictions[examined]),
+        evaluations=evaluations,
+        mistakes=[] if examined is None else show_mistakes(model, sets[examined], evaluations[examined]),
         mistakes_in=examined,
         options={
-            field.name: (getattr(options, field.name), field.default)
+            field.name: (getattr(options, field.name), defaults.get(field.name, field.default))
             for field in dataclasses.fields(options)
             if field.name not in ("overwrite", "resume") and not (field.name == "model" and options.from_scratch)
         },
         environment=describe_environment(device),
         finished=datetime.datetime.now().astimezone(),
+        task=TASKS[images.task],
     )
 
 
-def find_confident_mistakes(model, images: ImageSet, labels: np.ndarray, logits: np.ndarray) -> list[Mistake]:
-    """Find the wrong predictions of the highest probability, and compute their attention maps."""
-    probabilities = torch.from_numpy(logits).float().softmax(dim=-1).numpy()
-    predicted = probabilities.argmax(-1)
-    wrong = np.flatnonzero(predicted != labels)
-    worst = wrong[np.argsort(-probabilities[wrong, predicted[wrong]], kind="stable")][:MAX_MISTAKES]
-    names = model.config.id2label
+def show_mistakes(model, images: ImageSet, evaluation: Evaluation) -> list[Mistake]:
+    """The images of the mistakes, with their attention maps."""
     found = []
-    for index in map(int, worst):
+    for index, truth, predicted, probability in evaluation.mistakes:
         pixels = images.get_pixels(index)
-        image = Image.fromarray(pixels)
+        image = to_bands(pixels).convert("RGB")
         result = classify_with_attention(model, torch.from_numpy(pixels)[None])
         found.append(
             Mistake(
                 index + 1,
-                names[int(labels[index])],
-                names[int(predicted[index])],
-                float(probabilities[index, predicted[index]]),
+                truth,
+                predicted,
+                probability,
                 image,
                 figures.overlay_last_layer(image, *result[1:]),
                 escape_unprintable(images.get_name(index)),
@@ -239,12 +241,9 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 def list_tiles(run: RunReport) -> list[tuple[str, str, str]]:
     """The main figures of a run: (name, value, note)."""
     found = []
-    for split, confusion in run.confusions.items():
-        metrics = classification.classification_metrics(confusion)
-        found.append(
-            (f"{split.capitalize()} accuracy", format_percent(metrics["accuracy"]), f"{confusion.sum():,} images")
-        )
-        found.append((f"{split.capitalize()} macro F1", f"{metrics['macro_f1']:.3f}", "mean over the classes"))
+    for split, evaluation in run.evaluations.items():
+        note = f"{evaluation.num_images:,} images"
+        found += [(f"{split.capitalize()} {name}", value, note) for name, value in evaluation.figures]
     if run.best_step is not None:
         found.append(("Best model", f"step {run.best_step:,}", f"of {get_last_step(run.history):,}"))
     found.append(("Training took", format_duration(run.seconds), ""))
@@ -256,15 +255,17 @@ def list_tiles(run: RunReport) -> list[tuple[str, str, str]]:
 
 
 def build_learning_charts(run: RunReport) -> list[dict[str, Any]]:
-    """Charts of loss, accuracy and learning rate over the steps, as far as they were logged."""
+    """Charts of loss, the task's metric and learning rate over the steps, as far as they were logged."""
     mark = None if run.best_step is None else (run.best_step, "best")
     loss = [Series("training", extract_curve(run.history, "loss"))]
     loss.append(Series("validation", extract_curve(run.history, "eval_loss"), "second", dots=True))
-    accuracy = [Series("validation", extract_curve(run.history, "eval_accuracy"), "second", dots=True)]
+    metric = [Series("validation", extract_curve(run.history, f"eval_{run.task.metric}"), "second", dots=True)]
+    format_y = format_percent if run.task.kind == "single-label" else format_thousands
+    name = "Accuracy" if run.task.kind == "single-label" else run.task.metric_name
     rate = [Series("learning rate", extract_curve(run.history, "learning_rate"))]
     return draw_charts([
         ("Loss", loss, {"mark": mark, "format_y": "{:.3g}".format}),
-        ("Accuracy", accuracy, {"mark": mark, "format_y": format_percent, "from_zero": False}),
+        (name, metric, {"mark": mark, "format_y": format_y, "from_zero": False}),
         ("Learning rate", rate, {"format_y": format_power}),
     ])  # fmt: skip
 
@@ -289,13 +290,13 @@ def draw_charts(charts: list[tuple[str, list[Series], dict[str, Any]]]) -> list[
 
 
 READINGS = {
-    "epoch": ("epoch", "{:.2f}"),
-    "loss": ("training loss", "{:.4f}"),
-    "eval_loss": ("validation loss", "{:.4f}"),
-    "eval_accuracy": ("validation accuracy", "{:.2%}"),
-    "learning_rate": ("learning rate", "{:.2e}"),
-    "images_per_second": ("images/s", "{:,.0f}"),
-    "memory_gib": ("memory, GiB", "{:.2f}"),
+    "epoch": ("epoch", "{:.2f}".format),
+    "loss": ("training loss", "{:.4f}".format),
+    "eval_loss": ("validation loss", "{:.4f}".format),
+    **{f"eval_{task.metric}": (f"validation {task.metric_name}", task.format_metric) for task in TASKS.values()},
+    "learning_rate": ("learning rate", "{:.2e}".format),
+    "images_per_second": ("images/s", "{:,.0f}".format),
+    "memory_gib": ("memory, GiB", "{:.2f}".format),
 }
 
 
@@ -310,7 +311,7 @@ def tabulate_history(history: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "header": ["step", *(READINGS[name][0] for name in names)],
         "rows": [
-            [f"{row['step']:,}", *("" if row.get(n) is None else READINGS[n][1].format(row[n]) for n in names)]
+            [f"{row['step']:,}", *("" if row.get(n) is None else READINGS[n][1](row[n]) for n in names)]
             for row in shown
         ],
         "left_out": len(rows) - len(shown),
@@ -322,31 +323,30 @@ def space_evenly(count: int, number: int) -> list[int]:
     return [round(index * (count - 1) / (number - 1)) for index in range(number)]
 
 
-def summarize_split(confusion: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Metrics per class and the confusion matrix; of many classes the worst, and the most frequent confusions."""
-    metrics = classification.classification_metrics(confusion)
-    order = np.arange(len(class_names))
-    if len(order) > MAX_ROWS:
-        order = np.argsort(np.asarray(metrics["f1"]), kind="stable")[:MAX_ROWS]
-    classes = [(class_names[i], *(metrics[key][i] for key in ("precision", "recall", "f1", "support"))) for i in order]
-    matrix = None
+def summarize_split(evaluation: Evaluation, class_names: list[str]) -> dict[str, Any]:
+    """Metrics per class, and what fits the task: the confusion matrix, plots of numbers; of many classes the worst."""
+    rows, confusion = evaluation.rows, evaluation.confusion
+    if len(rows) > MAX_ROWS:
+        rows = sorted(rows, key=lambda row: row.share)[:MAX_ROWS]
+    found: dict[str, Any] = {"evaluation": evaluation, "rows": rows, "matrix": None, "confused": [], "wrong": None}
+    found["plots"] = [
+        {"title": name, "svg": draw_scatter_chart(name, list(zip(true.tolist(), predicted.tolist(), strict=True)))}
+        for name, true, predicted in evaluation.points[:MAX_PLOTS]
+    ]
+    if confusion is None:
+        return found
+    found["wrong"] = int(confusion.sum() - np.trace(confusion))
     if len(class_names) <= classification.MAX_MATRIX_CLASSES:
         shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-        matrix = [
+        found["matrix"] = [
             (name, list(zip(row.tolist(), share.tolist(), strict=True)))
             for name, row, share in zip(class_names, confusion, shares, strict=True)
         ]
-    return {
-        "metrics": metrics,
-        "num_images": int(confusion.sum()),
-        "mistakes": int(confusion.sum() - np.trace(confusion)),
-        "classes": classes,
-        "matrix": matrix,
-        "confused": [
-            (class_names[true], class_names[predicted], count, share)
-            for true, predicted, count, share in classification.find_worst_confusions(confusion)
-        ],
-    }
+    found["confused"] = [
+        (class_names[true], class_names[predicted], count, share)
+        for true, predicted, count, share in classification.find_worst_confusions(confusion)
+    ]
+    return found
 
 
 def count_classes(run: RunReport) -> dict[str, Any] | None:
@@ -372,15 +372,16 @@ def list_commands(run: RunReport) -> list[tuple[str, str]]:
     folder = shlex.quote(run.folder)
     literal = json.dumps(run.folder, ensure_ascii=False)
     again = shlex.quote(f"{run.folder.rstrip('/')}-again")
+    settings = ', function_to_apply="none"' if run.task.kind == REGRESSION else ""  # older versions apply a sigmoid
     return [
-        ("Classify an image", f"fastvit predict {folder} image.jpg"),
-        ("Serve a page on this machine that classifies images", f"fastvit demo {folder}"),
+        ("Predict for an image", f"fastvit predict {folder} image.jpg"),
+        ("Serve a page on this machine that predicts for images", f"fastvit demo {folder}"),
         ("Draw the attention of the class token", f"fastvit attention {folder} image.jpg -o attention.png"),
         ("Evaluate it on other labelled images", f"fastvit evaluate {folder} --data-dir my-images"),
         (
             "Use it in Python, with transformers alone",
             "from transformers import pipeline\n\n"
-            f'classify = pipeline("image-classification", {literal})\nprint(classify("image.jpg"))',
+            f'classify = pipeline("image-classification", {literal}{settings})\nprint(classify("image.jpg"))',
         ),
         (
             "Use it in Python, with our kernels on a GPU",

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from fastvit.data.datasets import TEST, VALIDATION, ImageDataset
 from fastvit.data.images import ImageSet
+from fastvit.data.targets import MULTI_LABEL
 from fastvit.files import write_text
 from fastvit.models import calibration
+from fastvit.models.calibration import compute_probabilities, get_thresholds
 from fastvit.report import figures
-from fastvit.report.classification import classification_metrics, confusion_matrix, format_metrics
+from fastvit.report.tasks import TASKS, choose_thresholds
 from fastvit.train import page
 from fastvit.train.build import describe_count
 from fastvit.train.distributed import MARKER
@@ -43,15 +47,13 @@ def write_results(
     save_model(trainer, result, options)
     trainer.flip = options.flip
     metrics: dict[str, float] = {}
-    reports, predictions = [], {}
+    reports, evaluations = [], {}
     temperature = 1.0
     for name, prefix in SPLITS.items():
         if name not in sets:
             continue
         output = trainer.predict(sets[name], metric_key_prefix=prefix)
-        confusion = confusion_matrix(output.label_ids, output.predictions.argmax(-1), len(images.class_names))
-        split_metrics = {**output.metrics, f"{prefix}_macro_f1": classification_metrics(confusion)["macro_f1"]}
-        split_metrics["epoch"] = trainer.state.epoch
+        split_metrics = {**output.metrics, "epoch": trainer.state.epoch}
         if options.calibrate:
             if name == VALIDATION:
                 temperature = metrics["temperature"] = calibrate_model(trainer, output, output_dir)
@@ -61,10 +63,17 @@ def write_results(
                 f"{prefix}_calibration_error_before": before,
                 f"{prefix}_calibration_error_after": after,
             }
-        predictions[name] = (output.label_ids, output.predictions / temperature)
+        scores = compute_probabilities(torch.from_numpy(output.predictions), trainer.model.config).numpy()
+        if images.task == MULTI_LABEL and name == VALIDATION:
+            store_in_config(trainer, output_dir, label_thresholds=choose_thresholds(output.label_ids, scores))
+        evaluations[name] = TASKS[images.task].evaluate(
+            output.label_ids, scores, images.class_names, get_thresholds(trainer.model.config)
+        )
+        numbers = {k: v for k, v in evaluations[name].metrics.items() if isinstance(v, float)}
+        split_metrics |= {f"{prefix}_{metric}": value for metric, value in numbers.items()}
         trainer.save_metrics(prefix, split_metrics)
         metrics |= split_metrics
-        reports.append(f"{name}: {format_metrics(confusion, images.class_names)}\n")
+        reports.append(f"{name}: {evaluations[name].format_text()}\n")
         print(f"\n{reports[-1]}", end="")
     if trainer.is_world_process_zero():
         write_text(output_dir / "classification_report.txt", "\n".join(reports))
@@ -74,7 +83,14 @@ def write_results(
     if trainer.is_world_process_zero():
         seconds = result.metrics["train_runtime"]
         report = page.gather_report(
-            options, images, describe_count(images), sets, predictions, trainer.state, trainer.args.device, seconds
+            options,
+            images,
+            describe_count(images),
+            sets,
+            evaluations,
+            trainer.state,
+            trainer.args.device,
+            seconds,
         )
         write_text(output_dir / REPORT_FILE, page.render(report))
     if options.push_to_hub:
@@ -107,10 +123,15 @@ def save_model(trainer: RecipeTuner, result: TrainOutput, options: FinetuneOptio
 def calibrate_model(trainer: RecipeTuner, output: PredictionOutput, output_dir: Path) -> float:
     """Fit the temperature of the probabilities, and store it in the model's config."""
     temperature = calibration.fit_temperature(output.predictions, output.label_ids)
-    trainer.model.config.calibration_temperature = temperature
+    store_in_config(trainer, output_dir, calibration_temperature=temperature)
+    return temperature
+
+
+def store_in_config(trainer: RecipeTuner, output_dir: Path, **values: Any) -> None:
+    """Set values of the config of the model, and of the model that was saved."""
+    trainer.model.config.update(values)
     if trainer.is_world_process_zero():
         trainer.model.config.save_pretrained(output_dir)
-    return temperature
 
 
 def measure_calibration(

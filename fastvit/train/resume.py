@@ -9,23 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from accelerate import PartialState
 
 from fastvit.errors import InputError, is_out_of_memory
 from fastvit.files import WriteError
 from fastvit.ops import eager
 from fastvit.train.arguments import get_flag
+from fastvit.train.defaults import PLAIN
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import RecipeTuner
-from fastvit.train.run_folder import describe_next_start, find_last_checkpoint, select_run_options
+from fastvit.train.run_folder import describe_next_start, find_last_checkpoint, read_run_options, select_run_options
 
 # Options that a run keeps, and why. All others may change: they apply from the resumed step on, the learning rate,
 # weight decay and schedule in place of those in the checkpoint.
 ADAPTED = "the checkpoint has other weights and optimizer states"
 SPLIT = "images for validation would be among those that the model was trained on"
 FIXED = {
-    **dict.fromkeys(("from_scratch", "patch_size", "image_size", "freeze_backbone", "lora", "fsdp"), ADAPTED),
+    **dict.fromkeys(("from_scratch", "patch_size", "image_size", "channels", "freeze_backbone"), ADAPTED),
+    **dict.fromkeys(("lora", "fsdp", "task"), ADAPTED),
     **dict.fromkeys(("seed", "validation_fraction", "streaming", "folds", "fold"), SPLIT),
 }
 ADAPTIVE_SCHEDULERS = ("reduce_lr_on_plateau", "greedy")  # with a state of their own
@@ -52,26 +53,11 @@ def resolve_resume(options: FinetuneOptions) -> FinetuneOptions:
     now = select_run_options(options)
     if has_checkpoint:
         check_fixed_options(before, options)
-    unused = {"output_dir", "model"} if options.from_scratch is not None else {"output_dir"}
+    unused = {"output_dir", "recipe"} | ({"model"} if options.from_scratch is not None else set())
     for name in sorted((now.keys() | before.keys()) - unused):
         if now.get(name) != before.get(name):
             print(f"note: {name} is {now.get(name)}; the run had {before.get(name)} before")
     return options
-
-
-def read_run_options(output_dir: Path) -> dict[str, Any]:
-    """Read the `config.yaml` of a run; empty where there is none.
-
-    Raises:
-        InputError: the file is damaged.
-    """
-    config = output_dir / "config.yaml"
-    if not config.exists():
-        return {}
-    try:
-        return dict(yaml.safe_load(config.read_text(encoding="utf-8")))
-    except (UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
-        raise InputError(f"--resume: {config}: expected the options of the run, found a damaged file") from None
 
 
 def check_fixed_options(before: dict[str, Any], options: FinetuneOptions) -> None:
@@ -84,7 +70,10 @@ def check_fixed_options(before: dict[str, Any], options: FinetuneOptions) -> Non
     Raises:
         InputError: the first one that differs, with both values.
     """
-    earlier = {field.name: before.get(field.name, field.default) for field in dataclasses.fields(options)}
+    earlier = {
+        field.name: before.get(field.name, PLAIN.get(field.name, field.default))
+        for field in dataclasses.fields(options)
+    }
 
     def refuse(name: str, reason: str) -> None:
         flag, value = get_flag(name), getattr(options, name)

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.trainer_utils import get_last_checkpoint
 
 from fastvit.errors import InputError
@@ -109,6 +110,21 @@ def select_run_options(options: FinetuneOptions) -> dict[str, Any]:
         and value is not None
         and not (name == "model" and options.from_scratch is not None)
     }
+
+
+def read_run_options(output_dir: Path) -> dict[str, Any]:
+    """Read the `config.yaml` of a run; empty where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    config = output_dir / "config.yaml"
+    if not config.exists():
+        return {}
+    try:
+        return dict(yaml.safe_load(config.read_text(encoding="utf-8")))
+    except (UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError):
+        raise InputError(f"--resume: {config}: expected the options of the run, found a damaged file") from None
 
 
 def find_last_checkpoint(output_dir: str | Path) -> str | None:

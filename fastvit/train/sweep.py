@@ -24,10 +24,14 @@ from transformers.trainer_utils import IntervalStrategy
 
 from fastvit.adapters.backbones import get_block_class_name
 from fastvit.data.datasets import TRAIN, VALIDATION
+from fastvit.data.targets import SINGLE_LABEL
 from fastvit.errors import InputError
 from fastvit.files import write_text
 from fastvit.models.backbone import get_vision_config
+from fastvit.report.tasks import TASKS
 from fastvit.train import build
+from fastvit.train.defaults import describe_recipe, resolve_recipe
+from fastvit.train.objectives import build_metrics
 from fastvit.train.options import FinetuneOptions
 from fastvit.train.recipes import ImageMixer, RecipeTuner, TargetLoss, require
 from fastvit.train.run_folder import select_run_options
@@ -54,6 +58,8 @@ class Sweep:
         self.options, self.space = options, space
         images = build.load_data(options, processes)
         build.print_counts(images)
+        if images.task != SINGLE_LABEL:
+            raise InputError(f"fastvit sweep: expected one class per image, found --task {images.task}")
         self.class_names = images.class_names
         model = build.load_model(options, self.class_names)
         processor = build.load_image_processor(options, model)
@@ -75,7 +81,7 @@ class Sweep:
             train_dataset=sets[TRAIN],
             eval_dataset=sets[VALIDATION],
             data_collator=ImageMixer(len(self.class_names)),
-            compute_metrics=build.compute_accuracy,
+            compute_metrics=build_metrics(TASKS[images.task], None),
             callbacks=[PruneOnNonFiniteLoss()],
             ema_decay=options.ema,
         )
@@ -129,6 +135,8 @@ def run(options: FinetuneOptions, space: dict[str, Range], trials: int, folder: 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     set_seed(options.seed)
+    options = resolve_recipe(options)
+    print(describe_recipe(options))
     shared = {name: value for name, value in select_run_options(options).items() if name != "output_dir"}
     study = {"study_name": "fastvit", "storage": f"sqlite:///{(folder / STUDY).resolve()}"}
     attributes = {"options": shared, "space": {name: list(limits) for name, limits in space.items()}}

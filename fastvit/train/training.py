@@ -39,6 +39,7 @@ from fastvit.data.streaming import Stream, build_stream_loader
 from fastvit.errors import InputError
 from fastvit.files import PARTIAL, remove_folder, reset_modes, sync, wrap_write_errors, write_atomically, write_text
 from fastvit.report import run_log
+from fastvit.report.tasks import find_metric
 from fastvit.train.distributed import is_set_on_any_process
 from fastvit.train.meters import Clock, Meter
 
@@ -156,8 +157,9 @@ class Progress(ProgressCallback):
             return
         if "images_per_second" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}, {logs['images_per_second']:.0f} images/s")
-        if "eval_accuracy" in logs:
-            result = f"validation accuracy {logs['eval_accuracy']:.2%}, loss {logs['eval_loss']:.3f}"
+        if (metric := find_metric(logs)) is not None:
+            task, value = metric
+            result = f"validation {task.metric_name} {task.format_metric(value)}, loss {logs['eval_loss']:.3f}"
             self.training_bar.write(f"step {state.global_step}: {result}", file=sys.stdout)
 
     def close(self) -> None:
