@@ -14,8 +14,8 @@ OLDEST_TESTS := $(wildcard $(patsubst %,tests/test_%.py, attention* layer_norm* 
 	finetune folding))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-oldest finetune finetune-beans test test-oldest compat real-weights lint format docs benchmark gpu kernels-report \
-	mutate-masks clean
+.PHONY: help setup setup-oldest finetune finetune-beans test test-oldest compat real-weights lint format docs notebooks \
+	benchmark gpu kernels-report mutate-masks clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -81,6 +81,9 @@ format: setup  ## let ruff rewrite the code's layout
 
 docs: setup  ## build the documentation site into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+notebooks: setup  ## run the notebooks of docs/learn and save their outputs in place (ARGS="1 2" for some of them)
+	$(BIN)/python tests/notebooks.py $(ARGS)
 
 benchmark: setup  ## time fastvit beside its rivals on this machine (ARGS="model --quick", "compare A B", ...)
 	$(BIN)/fastvit benchmark $(ARGS)

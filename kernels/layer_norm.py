@@ -3,9 +3,10 @@
     residual' = residual + row_scale * scale * x        (scale: LayerScale; row_scale: drop path; both optional)
     y         = (residual' - mean) * rstd * weight + bias,    rstd = 1 / sqrt(variance + eps), over the last dimension
 
-Separately, add and LayerNorm move 7 row-lengths through memory; together 4. Backward reads the two incoming gradients
-and residual' once and writes their common gradient once: 4 instead of 3 + 1 + 3. The normalised rows are not saved but
-recomputed from mean and rstd; backward also writes y where the weight gradient of the GEMM that read it needs it.
+Separately, the add moves 3 row-lengths through memory and LayerNorm 2; together they move 4. Backward reads the two
+incoming gradients and residual' once and writes their common gradient once: 4, where PyTorch moves 3 for LayerNorm, 2
+for its weight and bias in a kernel of their own, and 3 for the add. The normalised rows are not saved but recomputed
+from mean and rstd; backward also writes y where the weight gradient of the GEMM that read it needs it.
 
 The same two kernels compute an elementwise activation after the norm (`layer_norm_act`).
 
@@ -118,7 +119,7 @@ def _layer_norm_fwd(
         residual_rows = residual_ptr + _row_offsets(row, inner, stride_residual_outer, stride_residual_inner)
     if row_scale_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row // inner, row_mask, other=0.0)[:, None]
-    values = ()
+    values = ()  # the row's chunks; Triton's collections are tuples, built by adding
     for i in tl.static_range(CHUNKS):
         cols, mask = _chunk(i, row_mask, DIM, ROWS, CHUNK)
         value = tl.load(x_rows + cols, mask, other=0.0).to(tl.float32)
@@ -190,7 +191,7 @@ def _layer_norm_bwd(
         mean = tl.load(statistics_ptr + row, row_mask, other=0.0)[:, None]
         rstd = tl.load(statistics_ptr + rows + row, row_mask, other=0.0)[:, None]
 
-        # grad = rstd * (g - mean(g) - normalized * mean(g * normalized)),  g = grad_y * weight
+        # grad = rstd * (g - mean(g) - normal * mean(g * normal)),  g = grad_y * weight,  normal = (sum - mean) * rstd
         grads, normals, new_weight_sums, new_bias_sums = (), (), (), ()
         total = tl.zeros([ROWS], tl.float32)
         projection = tl.zeros([ROWS], tl.float32)

@@ -23,7 +23,8 @@ from fastvit import cli
 from fastvit.data.leaves import CLASSES, draw_leaf
 
 ROOT = Path(__file__).parents[1]
-PAGES = [str(page.relative_to(ROOT)) for folder in (".", "docs", "examples") for page in (ROOT / folder).glob("*.md")]
+FOLDERS = (".", "docs", "docs/learn", "examples")
+PAGES = [str(page.relative_to(ROOT)) for folder in FOLDERS for page in (ROOT / folder).glob("*.md")]
 BLOCK = re.compile(
     r"^(?:<!-- not run(?: \((?P<exempt>[^)]+)\))?: (?P<reason>.+?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,

@@ -43,7 +43,8 @@ def test_folded_model_equals_the_original(name, hub_names, tmp_path):
     original = build(name)
     original.save_pretrained(tmp_path / "source", save_original_format=hub_names)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", f".*({CLASSIFIER_DROPPED}|neither classifier nor pooler)")
+        ignored = (CLASSIFIER_DROPPED, "neither classifier nor pooler", "no preprocessor_config")
+        warnings.filterwarnings("ignore", f".*({'|'.join(ignored)})")
         convert(tmp_path / "source", tmp_path / "vit")
     ours = fastvit.ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False).eval()
     theirs = transformers.ViTModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False).eval()
@@ -66,6 +67,15 @@ def test_mean_and_size_of_the_image_processor_are_kept(tmp_path):
     settings = json.loads((tmp_path / "vit" / "preprocessor_config.json").read_text())
     assert settings["image_mean"] == CASES["DINOv2"].processor["image_mean"]
     assert settings["size"] == {"height": 32, "width": 32}
+
+
+def test_images_of_a_folder_without_an_image_processor_have_the_mean_of_the_family(tmp_path):
+    save_checkpoint("DINOv2", tmp_path / "source")
+    (tmp_path / "source" / "preprocessor_config.json").unlink()
+    with pytest.warns(UserWarning, match="no preprocessor_config.json; using ImageNet's mean"):
+        convert(tmp_path / "source", tmp_path / "vit")
+    settings = json.loads((tmp_path / "vit" / "preprocessor_config.json").read_text())
+    assert settings["image_mean"] == [0.485, 0.456, 0.406] and settings["image_std"] == [0.229, 0.224, 0.225]
 
 
 def test_a_classifier_that_reads_other_tokens_is_dropped_with_a_warning(tmp_path):

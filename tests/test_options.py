@@ -400,7 +400,7 @@ def test_run_of_the_version_before_is_resumed_and_repeated(capsys):
     Path("old.yaml").write_text(BEFORE)
     options = parse_options(["--config", "old.yaml"])
     # It named the default model beside --from-scratch, which has none.
-    expected = {name: value for name, value in yaml.safe_load(BEFORE).items() if name != "model"}
+    expected = {name: value for name, value in yaml.safe_load(BEFORE).items() if name != "model"} | {"channels": 3}
     assert select_run_options(options) == expected
     assert main(["--config", "old.yaml"]) == 0
     assert yaml.safe_load(Path("out/config.yaml").read_text()) == expected | {"recipe": "plain"}

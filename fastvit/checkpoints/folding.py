@@ -16,10 +16,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, ViTConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from fastvit.checkpoints.checkpoint import Checkpoint, check_tensors, compute_sizes
 from fastvit.checkpoints.configuration import check_consistency, check_stored, format_error, format_value
 from fastvit.checkpoints.hugging_face import read_image_processor
+from fastvit.checkpoints.images import parse_image_settings
 from fastvit.checkpoints.names import CLASSIFIER, list_parameters
 from fastvit.checkpoints.tensors import read_weights
 from fastvit.errors import InputError
@@ -69,7 +71,18 @@ def read_foldable(source: Path, config_json: Mapping[str, Any]) -> Checkpoint:
         InputError: If a part of the model has no place in a ViT.
     """
     config, state_dict = fold_tensors(source, config_json, read_weights(source))
-    return Checkpoint(config, state_dict, *read_image_processor(source, config), source_format="hf")
+    path = source / "preprocessor_config.json"
+    if path.is_file() or config.num_channels != len(IMAGENET_DEFAULT_MEAN):
+        settings = read_image_processor(source, config)
+    else:
+        warnings.warn(
+            f"{source}: no preprocessor_config.json; using ImageNet's mean and standard deviation, those of published"
+            " models of its family",
+            stacklevel=2,
+        )
+        imagenet = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+        settings = parse_image_settings(imagenet, config, path)
+    return Checkpoint(config, state_dict, *settings, source_format="hf")
 
 
 def fold_tensors(

@@ -54,9 +54,10 @@ def resolve_resume(options: FinetuneOptions) -> FinetuneOptions:
     if has_checkpoint:
         check_fixed_options(before, options)
     unused = {"output_dir", "recipe"} | ({"model"} if options.from_scratch is not None else set())
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}  # of options newer than the run
     for name in sorted((now.keys() | before.keys()) - unused):
-        if now.get(name) != before.get(name):
-            print(f"note: {name} is {now.get(name)}; the run had {before.get(name)} before")
+        if now.get(name) != (earlier := before.get(name, defaults.get(name))):
+            print(f"note: {name} is {now.get(name)}; the run had {earlier} before")
     return options
 
 

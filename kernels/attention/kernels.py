@@ -129,16 +129,16 @@ def _row_dot(a, b):
 
 @triton.jit
 def _finish_scores(
-    product, query, key, queries, keys, scale,
+    scores, query, key, queries, keys, scale,
     mask_ptr, mask_start, stride_mask_query, stride_mask_key,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores in base 2; -inf where a key is masked or, if MASKED, out of bounds.
+    """Scale the matmul's scores, in base 2; -inf where a key is masked or, if MASKED, out of bounds.
 
     query and key are indices of shapes [R, 1] and [1, K], or [1, R] and [K, 1] for transposed scores. mask_start:
     offset of the mask of this image and head.
     """
-    scores = product * (scale * LOG2E)
+    scores = scores * (scale * LOG2E)
     if mask_ptr is not None:
         # Every element is loaded, even if the mask is one row for all queries: its stride is then zero.
         offset = mask_start + query.to(tl.int64) * stride_mask_query + key.to(tl.int64) * stride_mask_key
@@ -177,7 +177,7 @@ def _attention_fwd_short(
     out_ptr += (row * heads + head) * DIM
     lse_ptr += head * rows + row
 
-    key_tiles, value_tiles = (), ()
+    key_tiles, value_tiles = (), ()  # a tile per piece of the keys; Triton's collections are tuples, built by adding
     for c in tl.static_range(len(KEYS)):
         key = _load(key_ptr, KEYS[c][0], keys, stride_key_token, KEYS[c][0] + KEYS[c][1] > FULL, KEYS[c][1], DIM, DIMS)
         value = _load(
@@ -193,13 +193,13 @@ def _attention_fwd_short(
         scores = ()
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         for c in tl.static_range(len(KEYS)):
-            at = KEYS[c][0] + tl.arange(0, KEYS[c][1])
-            chunk = _finish_scores(
-                _matmul(query, key_tiles[c]), at_query[:, None], at[None, :], queries, keys, scale,
+            at_key = KEYS[c][0] + tl.arange(0, KEYS[c][1])
+            piece = _finish_scores(
+                _matmul(query, key_tiles[c]), at_query[:, None], at_key[None, :], queries, keys, scale,
                 mask_ptr, mask_start, stride_mask_query, stride_mask_key, KEYS[c][0] + KEYS[c][1] > FULL,
             )  # fmt: skip
-            highest = tl.maximum(highest, tl.max(chunk, 1))
-            scores = scores + (chunk,)
+            highest = tl.maximum(highest, tl.max(piece, 1))
+            scores = scores + (piece,)
         if mask_ptr is not None:  # a row in which every key is masked has probabilities of zero, not NaN
             highest = tl.where(highest == float("-inf"), 0.0, highest)
 
@@ -249,10 +249,10 @@ def _attention_fwd_long(
     total = tl.zeros([ROWS], tl.float32)
     out = _zeros(ROWS, DIMS)
     for start in range(0, keys, KEYS):
-        at = start + tl.arange(0, KEYS)
+        at_key = start + tl.arange(0, KEYS)
         key = _transpose(_load(key_ptr, start, keys, stride_key_token, MASKED, KEYS, DIM, DIMS))
         scores = _finish_scores(
-            _matmul(query, key), at_query[:, None], at[None, :], queries, keys, scale,
+            _matmul(query, key), at_query[:, None], at_key[None, :], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED,
         )  # fmt: skip
         new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -312,11 +312,11 @@ def _attention_bwd_query(
     lse = tl.load(lse_ptr + at_query, at_query < queries, other=0.0)
     grad_query = _zeros(ROWS, DIMS)
     for start in range(0, keys, KEYS):
-        at = start + tl.arange(0, KEYS)
+        at_key = start + tl.arange(0, KEYS)
         key = _load(key_ptr, start, keys, stride_key_token, MASKED, KEYS, DIM, DIMS)
         value = _load(value_ptr, start, keys, stride_value_token, MASKED, KEYS, DIM, DIMS)
         scores = _finish_scores(
-            _matmul(query, _transpose(key)), at_query[:, None], at[None, :], queries, keys, scale,
+            _matmul(query, _transpose(key)), at_query[:, None], at_key[None, :], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED,
         )  # fmt: skip
         probabilities = tl.exp2(scores - lse[:, None])
@@ -367,7 +367,7 @@ def _attention_bwd_key_value(
     begin = tl.program_id(0) % blocks * KEYS
     if cu_seqlens_ptr is not None and begin >= keys:
         return
-    at = begin + tl.arange(0, KEYS)
+    at_key = begin + tl.arange(0, KEYS)
     key = _load(key_ptr, begin, keys, stride_key_token, MASKED, KEYS, DIM, DIMS)
     value = _load(value_ptr, begin, keys, stride_value_token, MASKED, KEYS, DIM, DIMS)
     grad_key, grad_value = _zeros(KEYS, DIMS), _zeros(KEYS, DIMS)
@@ -382,7 +382,7 @@ def _attention_bwd_key_value(
             delta = tl.load(delta_ptr + at_query, at_query < queries, other=0.0)
         # Only grad_query sums over keys; the values of keys out of bounds are otherwise not stored.
         scores = _finish_scores(
-            _matmul(key, _transpose(query)), at_query[None, :], at[:, None], queries, keys, scale,
+            _matmul(key, _transpose(query)), at_query[None, :], at_key[:, None], queries, keys, scale,
             mask_ptr, mask_start, stride_mask_query, stride_mask_key, MASKED and grad_query_ptr is not None,
         )  # fmt: skip
         probabilities = tl.exp2(scores - lse[None, :])
