@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,8 +25,6 @@ import fastvit
 from fastvit.benchmarks.bench_model import NUM_CLASSES, count_forward_flops, make_config
 from fastvit.benchmarks.cases import Cost, Operation, Provider, Shape
 from fastvit.benchmarks.measure import Step
-from fastvit.benchmarks.records import Result
-from fastvit.benchmarks.report import write_figure
 from fastvit.checkpoints.locations import EXPORTED_SUFFIXES
 from fastvit.data import leaves
 from fastvit.data.images import decode_image
@@ -158,7 +156,7 @@ def load_openvino(case: Case) -> Any:
     return load_predictor(case, case.folder, dtype=case.dtype, runtime="openvino")
 
 
-@predictor.provider("ONNX Runtime", needs=("onnxruntime", "onnxscript"), **CPU)
+@predictor.provider("fastvit ONNX Runtime", needs=("onnxruntime", "onnxscript"), **CPU)
 def load_onnxruntime(case: Case) -> Any:
     return load_predictor(case, case.folder, dtype=case.dtype, runtime="onnxruntime")
 
@@ -192,34 +190,9 @@ def load_openvino_int8(case: Case) -> Any:
     return load_predictor(case, quantize(case.folder, ".xml"), dtype=case.dtype)
 
 
-@quantized.provider("ONNX Runtime int8", needs=("onnxruntime", "onnxscript"), **CPU)
+@quantized.provider("fastvit ONNX Runtime int8", needs=("onnxruntime", "onnxscript"), **CPU)
 def load_onnxruntime_int8(case: Case) -> Any:
     return load_predictor(case, quantize(case.folder, ".onnx"), runtime="onnxruntime")
 
 
 OPERATIONS = (predictor, quantized)
-
-
-def draw_figure(results: Sequence[Result], folder: Path) -> None:
-    """Writes a PNG: images per second against the accuracy lost by the trained model, or else the error of scores."""
-    from matplotlib.figure import Figure
-
-    records = [record for result in results for record in result["records"] if record.get("images_per_s")]
-    trained = [record for record in records if "accuracy" in record]
-    best = max((record["accuracy"] for record in trained if record["dtype"] == "float32"), default=0.0)
-    chosen = trained or [record for record in records if "batch 8" in record["shape"]]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    providers = list(dict.fromkeys(record["provider"] for record in chosen))
-    for record in chosen:
-        place = (100 * (best - record["accuracy"]) if trained else record["error"], record["images_per_s"])
-        color, marker = f"C{providers.index(record['provider'])}", "o" if record["dtype"] == "float32" else "s"
-        axes.scatter(*place, color=color, marker=marker, label=f"{record['provider']}, {record['dtype']}")
-        if not trained:
-            axes.annotate(record["shape"].partition("/")[0], place, fontsize=7)
-    axes.set_xlabel("accuracy lost, percentage points" if trained else "error of the scores")
-    axes.set_ylabel("images per second")
-    axes.set(yscale="log", title=f"files to classes, batch 8, {results[0]['environment']['device']}")
-    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-    axes.legend(handles.values(), handles.keys(), fontsize=8)
-    write_figure(figure, folder / "predictor_accuracy.png")

@@ -169,9 +169,6 @@ def run_suite(options: argparse.Namespace) -> int:
     try:
         for result in results:
             draw_bars(result, folder)
-        served = [result for result in results if result["operation"].startswith("predictor")]
-        if served:
-            importlib.import_module("fastvit.benchmarks.bench_predictor").draw_figure(served, folder)
     except ImportError:
         print("no PNG plots: matplotlib is not installed")
     print_table(results)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 from rich.console import Console
@@ -287,10 +286,6 @@ def draw_bars(result: Result, folder: Path) -> None:
         axes.hlines(labels, low, high, color="black")
         axes.set_xscale("log")
         axes.set_xlabel(f"{name}, ms")
-    write_figure(figure, folder / f"{result['operation']}.png")
-
-
-def write_figure(figure: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.part")  # renamed when it is complete, as the other files
+    partial = folder / f".{result['operation']}.png.part"  # renamed when it is complete, as the other files
     figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    partial.replace(folder / f"{result['operation']}.png")

@@ -233,7 +233,7 @@ def start_onnxruntime(path: Path) -> Compute:
 
 
 def start_tensorrt(path: Path, num_labels: int) -> Compute:
-    """Load a TensorRT engine. This has not run yet: it needs a GPU."""
+    """Load a TensorRT engine. Never run so far: it needs a GPU."""
     import tensorrt
 
     engine = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.WARNING)).deserialize_cuda_engine(path.read_bytes())

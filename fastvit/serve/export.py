@@ -198,19 +198,20 @@ def quantize_graph(source: Path, path: Path, calibration: Sequence[np.ndarray]) 
             image = next(self.images, None)
             return None if image is None else {INPUT: image[None]}
 
-    quantize_static(
-        source,
-        path,
-        Images(),
-        op_types_to_quantize=["MatMul", "Gemm"],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    with engines.silence_converters():  # it recommends a preparation for convolutional networks
+        quantize_static(
+            source,
+            path,
+            Images(),
+            op_types_to_quantize=["MatMul", "Gemm"],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
 
 
 def build_tensorrt(graph: Path, path: Path, image_shape: tuple[int, int, int]) -> None:
-    """Build a TensorRT engine from an ONNX file, in the file's dtypes. This has not run yet: it needs a GPU."""
+    """Build a TensorRT engine from an ONNX file, in the file's dtypes. Never run so far: it needs a GPU."""
     import tensorrt
 
     logger = tensorrt.Logger(tensorrt.Logger.WARNING)
