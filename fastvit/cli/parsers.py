@@ -39,7 +39,7 @@ def add_prediction_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         choices=("auto", "torch", "openvino", "onnxruntime"),
         default="auto",
-        help="what computes the model; auto: OpenVINO on a CPU where it is installed and worth its conversion, else torch",
+        help="what computes the model; auto: on a CPU OpenVINO, if installed and worth its conversion, else torch",
     )
 
 
