@@ -137,6 +137,7 @@ def test_exported_file_has_the_task_and_the_input_of_the_model(name, names, opti
         expected, found = ours(files[0]), exported(files[0])
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-6)
     assert exported.task is ours.task and exported.preprocessor == ours.preprocessor
+    np.testing.assert_array_equal(exported.thresholds, ours.thresholds)
     assert [label for label, _ in found.selected] == [label for label, _ in expected.selected]
 
 
