@@ -6,7 +6,9 @@ import contextlib
 import functools
 import io
 import json
+import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import struct
@@ -25,8 +27,13 @@ from transformers import ViTConfig, ViTImageProcessorPil
 import fastvit
 from fastvit.data import leaves
 from fastvit.errors import InputError
+from fastvit.serve.predictor import check_compatibility
+from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
 
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the child's memory is read from /proc")
+MARKS = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the child's memory is read from /proc"),
+    pytest.mark.usefixtures("own_folder"),
+]
 SHORT = ["--precision", "fp32", "--cpu", "--max-steps", "2", "--eval-steps", "2", "--batch-size", "4"]
 TOKEN = "vit.embeddings.cls_token"
 CONFIG = {
@@ -42,36 +49,34 @@ def run_limited(actions: list[Callable[[], object]], memory: int = 2**30) -> lis
         For each action "done", "refused: " with the message of its InputError, or how it failed. No action runs after
         one that killed the child.
     """
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+    context, reports = multiprocessing.get_context("fork"), []
+    reader, writer = context.Pipe(duplex=False)
+    child = context.Process(target=_run, args=(actions, memory, writer))
+    child.start()
+    writer.close()
+    with contextlib.suppress(EOFError):
+        while True:
+            reports.append(reader.recv())
+    child.join()
+    return [*reports, f"the child's exit code was {child.exitcode}"] if child.exitcode else reports
+
+
+def _run(actions, memory, writer) -> None:
+    torch.set_num_threads(1)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for action in actions:
+        signal.alarm(20)
         try:
-            torch.set_num_threads(1)
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + memory
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            with contextlib.redirect_stdout(io.StringIO()):
-                for action in actions:
-                    signal.alarm(20)
-                    os.write(writer, json.dumps(_run(action)[-60_000:]).encode() + b"\n")
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as pipe:
-        reports = [json.loads(line) for line in pipe]
-    status = os.waitpid(child, 0)[1]
-    return [*reports, f"died of signal {status & 127}"] if status else reports
-
-
-def _run(action: Callable[[], object]) -> str:
-    try:
-        action()
-    except InputError as error:
-        return f"refused: {error}"
-    except BaseException:
-        return traceback.format_exc()
-    return "done"
+            action()
+            report = "done"
+        except InputError as error:
+            report = f"refused: {error}"
+        except BaseException:
+            report = traceback.format_exc()
+        writer.send(report[-60_000:])
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -84,12 +89,21 @@ def encode_leaf(format: str) -> bytes:
     return encode(leaves.draw_leaf("healthy", seed=1, size=64), format)
 
 
+def repair_checksums(data: bytes) -> bytes:
+    """A PNG whose checksums match its chunks again, so that the chunks are parsed."""
+    at, out = 8, data[:8]
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        content = data[at + 4 : at + 8 + length]
+        out += data[at : at + 4] + content + struct.pack(">I", zlib.crc32(content))
+        at += 12 + length
+    return out + data[at:]
+
+
 def encode_hollow_png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header declares that size."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(bytes(100)), b"IEND"]
-    packed = (struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    """A PNG of one pixel whose header declares that size."""
+    data = encode(Image.new("RGB", (1, 1)), "PNG")
+    return repair_checksums(data[:16] + struct.pack(">II", width, height) + data[24:])
 
 
 def make_image_folder(root: Path, per_class: int = 4) -> Path:
@@ -105,6 +119,10 @@ class RunsCode:
 
     def __reduce__(self):
         return os.mkdir, ("ran",)
+
+
+def save_pickle(obj: object, path: Path) -> None:
+    Path(path).write_bytes(pickle.dumps(obj))
 
 
 @functools.cache
@@ -125,14 +143,19 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
+def load(folder: Path) -> tuple[fastvit.ViTForImageClassification, Preprocessor]:
+    """A checkpoint's model and the preprocessor that matches it, as a predictor loads them."""
+    model, preprocessor = fastvit.ViTForImageClassification.from_pretrained(folder), load_preprocessor(str(folder))
+    check_compatibility(model, preprocessor)
+    return model, preprocessor
+
+
 def change_json(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def edit_header(data: bytes, edit: Callable[[dict], None]) -> bytes:
+def edit_header(data: bytes, edit: Callable[[dict], dict]) -> bytes:
     """A .safetensors file with an edited header and the same bytes of tensors."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    edit(header)
-    changed = json.dumps(header).encode()
-    return struct.pack("<Q", len(changed)) + changed + data[8 + length :]
+    end = 8 + int.from_bytes(data[:8], "little")
+    changed = json.dumps(edit(json.loads(data[8:end]))).encode()
+    return len(changed).to_bytes(8, "little") + changed + data[end:]

@@ -10,9 +10,7 @@ import math
 import os
 import random
 import shutil
-import struct
 import tempfile
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,24 +21,18 @@ import torch
 from PIL import Image, features
 from safetensors.torch import load_file
 
-from fastvit import ViTForImageClassification
 from fastvit.checkpoints.convert import convert, read_checkpoint
 from fastvit.data import leaves
 from fastvit.data.images import decode_image
 from fastvit.errors import InputError
-from fastvit.serve.predictor import check_compatibility
-from fastvit.serve.preprocessing import load_preprocessor
 
 pytestmark = [
-    hostile.LINUX,
-    pytest.mark.usefixtures("own_folder"),
+    *hostile.MARKS,
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning"),
 ]
 
 EXAMPLES = int(os.environ.get("FASTVIT_FUZZ_EXAMPLES", "0"))  # per kind of file, drawn anew every time
 CASES = 25  # per example, in one child
-
-# --- random changes --------------------------------------------------------------------------------------------------
 
 LENGTHS = [0, 1, 2**7, 2**8 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
 VALUES = [10**9, 10**4000, 0, -1, 1, 2**31, 2**63, 0.5, math.nan, 1e308, "", "32", "../x", True, None, [], [1], {},
@@ -53,9 +45,7 @@ def overwrite_length(data: bytes, at: int, rng: random.Random) -> bytes:
 
 
 EDITS: list[Callable[[bytes, int, random.Random], bytes]] = [
-    lambda data, at, rng: (
-        data[:at] + bytes(byte ^ 1 << rng.randrange(8) for byte in data[at : at + 1]) + data[at + 1 :]
-    ),
+    lambda data, at, rng: data[:at] + bytes(bits ^ 1 << rng.randrange(8) for bits in data[at:][:1]) + data[at + 1 :],
     lambda data, at, rng: data[:at] + rng.randbytes(1) + data[at + 1 :],
     lambda data, at, rng: data[:at],
     lambda data, at, rng: data[:at] + data[at + rng.randint(1, 64) :],
@@ -74,8 +64,11 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def replace_values(content: dict, rng: random.Random) -> None:
-    """Replaces 1 to 3 values of a JSON object, at any depth."""
+def replace_values(data: bytes, rng: random.Random) -> bytes:
+    """Replaces 1 to 3 values, at any depth, of a JSON file or of the header of a .safetensors file."""
+    if not data.startswith(b"{"):
+        return hostile.edit_header(data, lambda header: json.loads(replace_values(json.dumps(header).encode(), rng)))
+    content = json.loads(data)
     for _ in range(rng.randint(1, 3)):
         places, nodes = [], [content]
         while nodes:
@@ -86,20 +79,7 @@ def replace_values(content: dict, rng: random.Random) -> None:
                     nodes.append(node[key])
         node, key = rng.choice(places)
         node[key] = copy.deepcopy(rng.choice(VALUES))
-
-
-def repair_checksums(data: bytes) -> bytes:
-    """A PNG whose checksums match its chunks again, so that the chunks are parsed."""
-    at, out = 8, data[:8]
-    while at + 12 <= len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        content = data[at + 4 : at + 8 + length]
-        out += data[at : at + 4] + content + struct.pack(">I", zlib.crc32(content))
-        at += 12 + length
-    return out + data[at:]
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
+    return json.dumps(content).encode()
 
 
 @functools.cache
@@ -126,8 +106,9 @@ def encode_images() -> list[bytes]:
 
 def build_image_case(rng: random.Random, _: Path) -> Callable[[], object]:
     data = mutate(rng.choice(encode_images()), rng)
-    repair = data.startswith(b"\x89PNG") and rng.random() < 0.5
-    return partial(check_decoding, repair_checksums(data) if repair else data)
+    if data.startswith(b"\x89PNG") and rng.random() < 0.5:
+        data = hostile.repair_checksums(data)
+    return partial(check_decoding, data)
 
 
 def check_decoding(data: bytes) -> None:
@@ -135,10 +116,9 @@ def check_decoding(data: bytes) -> None:
     assert image.mode == "RGB" and min(image.size) > 0
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
 SETTINGS = ("config.json", "preprocessor_config.json")
 HUB_FILES = (*SETTINGS, "model.safetensors", "hub.bin", "legacy.bin")
+FOREIGN_FILES = ("timm.safetensors", "google.npz", "timm.pth")
 
 
 @functools.cache
@@ -155,48 +135,23 @@ def build_checkpoints() -> dict[str, bytes]:
         return {**hostile.build_checkpoint(), **files}
 
 
-def build_weights_case(rng: random.Random, folder: Path) -> Callable[[], object]:
-    files, name = build_checkpoints(), rng.choice(HUB_FILES)
-    chosen = {*SETTINGS, "model.safetensors" if name in SETTINGS else name}
-    return partial(check_folder, folder, {key: files[key] for key in chosen} | {name: mutate(files[name], rng)})
+def build_checkpoint_case(names, change, rng: random.Random, folder: Path) -> Callable[[], object]:
+    """One of the files `names` changed, beside the other files of a folder if it belongs into one."""
+    files, name = build_checkpoints(), rng.choice(names)
+    others = () if name in FOREIGN_FILES else SETTINGS if name.endswith(".bin") else HUB_FILES[:3]
+    stored = "pytorch_model.bin" if name.endswith(".bin") else name
+    return partial(check_files, folder, {key: files[key] for key in others} | {stored: change(files[name], rng)})
 
 
-def build_settings_case(rng: random.Random, folder: Path) -> Callable[[], object]:
-    files, name = {name: build_checkpoints()[name] for name in HUB_FILES[:3]}, rng.choice(HUB_FILES[:3])
-    if name == "model.safetensors":
-        files[name] = hostile.edit_header(files[name], partial(replace_values, rng=rng))
-    else:
-        content = json.loads(files[name])
-        replace_values(content, rng)
-        files[name] = json.dumps(content).encode()
-    return partial(check_folder, folder, files)
-
-
-def check_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Loads a checkpoint of these files and computes logits, then converts it; either may be refused."""
+def check_files(folder: Path, files: dict[str, bytes]) -> None:
+    """Computes the logits of a checkpoint, then converts it, or a lone file; either may be refused."""
     shutil.rmtree(folder, ignore_errors=True)
-    renamed = {"pytorch_model.bin" if name.endswith(".bin") else name: data for name, data in files.items()}
-    model = hostile.write_files(folder / "model", renamed)
-    with contextlib.suppress(InputError):
-        check_loading(model)
-    check_converting(model, folder / "scratch")
-
-
-def check_loading(folder: Path) -> None:
-    try:
-        model = ViTForImageClassification.from_pretrained(folder)
-    except RuntimeError as error:  # transformers reports a head of another shape, which a caller may ignore
-        if "ignore_mismatched_sizes" in str(error):
-            return
-        raise
-    preprocessor = load_preprocessor(str(folder))
-    check_compatibility(model, preprocessor)
-    pixels = torch.from_numpy(preprocessor(Image.new("RGB", (9, 9))).copy())[None]
-    assert model(pixels).logits.shape == (1, model.num_labels)
-
-
-def check_converting(source: Path, scratch: Path) -> None:
-    """A conversion writes a checkpoint that can be read, or is refused and leaves nothing."""
+    source, scratch = hostile.write_files(folder / "model", files), folder / "scratch"
+    if len(files) == 1:
+        source /= next(iter(files))
+    else:
+        with contextlib.suppress(InputError):
+            check_loading(source)
     scratch.mkdir()
     try:
         convert(source, scratch / "out", num_heads=2)
@@ -207,28 +162,31 @@ def check_converting(source: Path, scratch: Path) -> None:
     read_checkpoint(scratch / "out")
 
 
-def build_foreign_case(rng: random.Random, folder: Path) -> Callable[[], object]:
-    name = rng.choice(["timm.safetensors", "google.npz", "timm.pth"])
-    return partial(check_file, folder, name, mutate(build_checkpoints()[name], rng))
+def check_loading(folder: Path) -> None:
+    try:
+        model, preprocessor = hostile.load(folder)
+    except RuntimeError as error:  # transformers reports a head of another shape, which a caller may ignore
+        if "ignore_mismatched_sizes" in str(error):
+            return
+        raise
+    pixels = torch.from_numpy(preprocessor(Image.new("RGB", (9, 9))).copy())[None]
+    assert model(pixels).logits.shape == (1, model.num_labels)
 
 
-def check_file(folder: Path, name: str, data: bytes) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    check_converting(hostile.write_files(folder, {name: data}) / name, folder / "scratch")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-NUM_EXAMPLES = {build_image_case: 8, build_weights_case: 2, build_settings_case: 2, build_foreign_case: 2}
+KINDS = {  # number of examples, and what builds a case
+    "images": (8, build_image_case),
+    "weights": (2, partial(build_checkpoint_case, HUB_FILES, mutate)),
+    "settings": (2, partial(build_checkpoint_case, HUB_FILES[:3], replace_values)),
+    "foreign": (2, partial(build_checkpoint_case, FOREIGN_FILES, mutate)),
+}
 
 
 @pytest.mark.parametrize(
-    ("build_case", "example"),
-    [(build_case, example) for build_case, number in NUM_EXAMPLES.items() for example in range(EXAMPLES or number)],
+    ("kind", "example"), [(kind, example) for kind in KINDS for example in range(EXAMPLES or KINDS[kind][0])]
 )
-def test_fuzzed_files_are_read_or_refused(build_case, example, tmp_path):
+def test_fuzzed_files_are_read_or_refused(kind, example, tmp_path):
     seed = random.SystemRandom().getrandbits(32) if EXAMPLES else example
     rng = random.Random(seed)
-    cases = [build_case(rng, tmp_path / "case") for _ in range(CASES)]
+    cases = [KINDS[kind][1](rng, tmp_path / "case") for _ in range(CASES)]
     for number, report in enumerate(hostile.run_limited(cases)):
         assert report == "done" or report.startswith("refused: "), f"seed {seed}, case {number}: {report}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 import struct
 from functools import partial
@@ -25,10 +24,8 @@ from fastvit.checkpoints.inspection import check_checkpoint, read_config
 from fastvit.data import leaves
 from fastvit.errors import InputError, escape_unprintable
 from fastvit.models.loading import load_pretrained
-from fastvit.serve.predictor import check_compatibility
-from fastvit.serve.preprocessing import Preprocessor, load_preprocessor
 
-pytestmark = [hostile.LINUX, pytest.mark.usefixtures("own_folder")]
+pytestmark = hostile.MARKS
 
 NAN = math.nan
 SMALL_MEMORY = 300 * 2**20
@@ -39,65 +36,74 @@ def model(tmp_path) -> Path:
     return hostile.write_files(tmp_path / "model", hostile.build_checkpoint())
 
 
-def load(folder: Path) -> ViTForImageClassification:
-    return ViTForImageClassification.from_pretrained(folder)
-
-
-def load_with_preprocessor(folder: Path) -> Preprocessor:
-    """The preprocessor of a checkpoint, checked against the model as a predictor does."""
-    model, preprocessor = load(folder), load_preprocessor(str(folder))
-    check_compatibility(model, preprocessor)
-    return preprocessor
-
-
 def load_for_finetuning(folder: Path) -> None:
     load_pretrained(str(folder), ignore_mismatched_sizes=True)  # transformers then ignores other shapes
 
 
-READERS = (load, load_for_finetuning, partial(convert, dest="converted"))
+READERS = (hostile.load, load_for_finetuning, partial(convert, dest="converted"))
 
-# --- config.json -----------------------------------------------------------------------------------------------------
-
-# Each message has the key, what was expected and the value, unless another pattern follows.
+SIZES = [key for key in hostile.CONFIG if key in SIZE_LIMITS and key != "num_labels"]
+GIGANTIC = {"height": 10**9, "width": 10**9}
+# Keys, values, and the message where it is not the key, what was expected and the value.
 BAD_CONFIGS = [
-    *((key, value) for key in hostile.CONFIG if key in SIZE_LIMITS and key != "num_labels"
-      for value in (10**9, 10**4000, 0, -32, "32", NAN, True, 32.0, None, [], {})),
-    *(("image_size", value) for value in ([16, 16, 16], ["16", "16"], [16, -16], [10**9, 1])),
-    ("image_size", 4, r"image_size: expected room for one patch of \(8, 8\), got \(4, 4\)"),
-    *(("num_labels", value) for value in (10**9, -1, "3", 1.5)),
-    *(("id2label", value) for value in (["a"], "abc")),
-    *(("id2label", value, "id2label: expected numbers and names, got '")
-      for value in ({"a": "b"}, {"0": {}}, {"9" * 5000: "a"})),
-    *((key, NAN) for key in ("layer_norm_eps", "initializer_range", "hidden_dropout_prob")),
-    *((key, value) for key in ("layer_norm_eps", "hidden_dropout_prob") for value in (-1.0, "0.1", 1e309, 10**400)),
-    *(("dtype", value) for value in ("load", "__name__", "int8", "hub", 3)),
-    *(("image_mean", value) for value in ([0.5], [0.5, 0.5, NAN], "abc", ["0"] * 3)),
-    *(("image_std", value) for value in ([0.5], [0, 0, 0], [0.5, 0.5, -1])),
-    ("num_attention_heads", 5, r"hidden_size: expected a multiple of num_attention_heads \(5\), got 32"),
-    ("num_hidden_layers", 1000), ("encoder_stride", 10**6), ("pooler_output_size", 10**12), ("label2id", 3),
-    ("hidden_act", "x" * 10**6), ("qkv_bias", "yes", "'qkv_bias' expected bool, got str"),
+    (SIZES, [10**9, 10**4000, 0, -32, "32", NAN, True, 32.0, None, [], {}]),
+    (["image_size"], [[16, 16, 16], ["16", "16"], [16, -16], [10**9, 1]]),
+    (["image_size"], [4], r"image_size: expected room for one patch of \(8, 8\), got \(4, 4\)"),
+    (["num_labels"], [10**9, -1, "3", 1.5]),
+    (["id2label"], [["a"], "abc"]),
+    (["id2label"], [{"a": "b"}, {"0": {}}, {"9" * 5000: "a"}], "id2label: expected numbers and names, got '"),
+    (["layer_norm_eps", "hidden_dropout_prob"], [NAN, -1.0, "0.1", 1e309, 10**400]),
+    (["initializer_range"], [NAN]),
+    (["dtype"], ["load", "__name__", "int8", "hub", 3]),
+    (["image_mean"], [[0.5], [0.5, 0.5, NAN], "abc", ["0"] * 3]),
+    (["image_std"], [[0.5], [0, 0, 0], [0.5, 0.5, -1]]),
+    (["num_attention_heads"], [5], r"hidden_size: expected a multiple of num_attention_heads \(5\), got 32"),
+    (["num_hidden_layers"], [1000]), (["encoder_stride"], [10**6]), (["pooler_output_size"], [10**12]),
+    (["label2id"], [3]), (["hidden_act"], ["x" * 10**6]),
+    (["qkv_bias"], ["yes"], "'qkv_bias' expected bool, got str"),
     # Keys that lead to other files, to code, or to the attributes of the config's class.
-    ("transformers_weights", "../elsewhere.safetensors"),
-    ("attn_implementation", "someone/kernel"), ("_attn_implementation", "someone/kernel"),
-    ("_attn_implementation_internal", "someone/kernel"),
-    ("per_layer_config", {"0": {"hidden_size": 64}}), ("fusion_config", {"patch_embeddings": True}),
-    ("quantization_config", {"quant_method": "someone's"}, "quantization_config: expected .*, got \"someone's\""),
-    ("quantization_config", 3),
-    *((key, 3, f"'{key}': expected a setting of a ViT") for key in ("to_dict", "attribute_map", "__class__")),
+    (["transformers_weights"], ["../elsewhere.safetensors"]),
+    (["attn_implementation", "_attn_implementation", "_attn_implementation_internal"], ["someone/kernel"]),
+    (["per_layer_config"], [{"0": {"hidden_size": 64}}]), (["fusion_config"], [{"patch_embeddings": True}]),
+    (["quantization_config"], [3]),
+    (["quantization_config"], [{"quant_method": "someone's"}], "quantization_config: expected .*, got \"someone's\""),
+    *(([key], [3], f"'{key}': expected a setting of a ViT") for key in ("to_dict", "attribute_map", "__class__")),
 ]  # fmt: skip
+BAD_PREPROCESSORS = [
+    (["size"], [10**9, GIGANTIC, {"height": -1, "width": 16}, {"height": NAN, "width": 16}],
+     "size: expected a whole number"),
+    (["size"], ["big", [16], 0.5], "invalid settings of an image processor"),
+    (["size"], [{"height": 32, "width": 32}], r"image processor: expected \w+ of \(16, 16\) .*, got \(32, 32\)"),
+    (["image_mean"], [[0.5], [NAN] * 3, "abc", None, ["0"] * 3]),
+    (["image_std"], [[0, 0, 0], [-1, 1, 1], [1e999] * 3, [0.5]]),
+    (["resample"], [99, -1, "bilinear", NAN]),
+    (["rescale_factor"], [0, NAN, "x", 1e300, None]),
+    (["do_resize"], [False], r"size: expected .*, got size None"),
+    (["do_center_crop"], [True], r"crop_size: expected .*, got 1000000000"),
+    (["do_pad"], [True], "do_pad: expected false, got True"),
+]  # fmt: skip
+BAD_SETTINGS = [
+    (name, key, value, *message)
+    for name, table in {"config.json": BAD_CONFIGS, "preprocessor_config.json": BAD_PREPROCESSORS}.items()
+    for keys, values, *message in table
+    for key in keys
+    for value in values
+]
+OTHER_SETTINGS = {  # those that go with another
+    "num_labels": {"id2label": None}, "do_center_crop": {"crop_size": GIGANTIC}, "do_pad": {"pad_size": GIGANTIC},
+}  # fmt: skip
 
 
-def name_case(value: object) -> str:
-    return escape_unprintable(format_value(value))[:40]
-
-
-@pytest.mark.parametrize("case", BAD_CONFIGS, ids=name_case)
-def test_a_value_of_config_json_out_of_bounds_is_refused(case, model):
-    key, value, *pattern = case
-    hostile.change_json(model / "config.json", **({"id2label": None} if key == "num_labels" else {}), **{key: value})
+@pytest.mark.parametrize("case", BAD_SETTINGS, ids=lambda case: escape_unprintable(format_value(case))[:70])
+def test_a_setting_out_of_bounds_is_refused(case, model):
+    name, key, value, *pattern = case
+    hostile.change_json(model / name, **{**OTHER_SETTINGS.get(key, {}), key: value})
     with pytest.raises(InputError) as refused:
-        load(model)
+        hostile.load(model)
     message = str(refused.value)
+    if name == "preprocessor_config.json":
+        assert re.search(r"preprocessor_config\.json: |^image processor: ", message)
+        value = tuple(value) if isinstance(value, list) else value
     assert re.search(pattern[0] if pattern else rf"{key}: expected .*got {re.escape(format_value(value))}", message)
     assert len(message) < 600
 
@@ -112,7 +118,7 @@ NO_JSON_OBJECTS = {
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
 def test_a_file_without_a_json_object_is_refused(name, text, model):
     (model / name).write_bytes(text.encode("utf-8", "surrogatepass"))
-    for read in (load_with_preprocessor, partial(convert, dest="converted")):
+    for read in (hostile.load, partial(convert, dest="converted")):
         with pytest.raises(InputError, match=rf"{name}: expected a JSON"):
             read(model)
 
@@ -155,27 +161,17 @@ def test_renamed_weights_are_checked_too(model):
         check_checkpoint(model, {**stored, "num_hidden_layers": 3}, names)
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
-def rewrite_weights(folder: Path, edit) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(edit(path.read_bytes()))
-
-
-def change_token(folder: Path, **values) -> None:
-    rewrite_weights(folder, partial(hostile.edit_header, edit=lambda header: header[hostile.TOKEN].update(values)))
+def change_token(folder: Path, values: dict) -> None:
+    path, token = folder / "model.safetensors", hostile.TOKEN
+    path.write_bytes(hostile.edit_header(path.read_bytes(), lambda header: header | {token: header[token] | values}))
 
 
 def change_header_length(folder: Path, length: int) -> None:
-    rewrite_weights(folder, lambda data: struct.pack("<Q", length) + data[8:])
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.write(struct.pack("<Q", length))
 
 
-def save_raw(obj: object, path: Path) -> None:
-    path.write_bytes(pickle.dumps(obj))
-
-
-def add_code(folder: Path, save=torch.save) -> None:
+def add_code(folder: Path, save) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     save({**tensors, "more": hostile.RunsCode()}, folder / "pytorch_model.bin")
@@ -198,92 +194,56 @@ def claim_more(folder: Path, claim) -> None:
 
 
 UNREADABLE = r"model\.safetensors: not a readable file of tensors"
-CODE = r"pytorch_model\.bin: expected only tensors"
-INDEX = r"model\.safetensors\.index\.json: expected .*, got "
-CLAIM = r"pytorch_model\.bin: tensor .*: expected values that the file holds, found a view"
-UNREADABLE_TOKENS = [
-    {"data_offsets": [0, 128]}, {"data_offsets": [10**9, 10**9 + 128]}, {"data_offsets": [128, 0]},
-    {"shape": [1, 1, 10**12]}, {"shape": [2**40, 2**40]}, {"shape": [-1, 1, 32]}, {"shape": "wide"},
-    {"dtype": "F64"}, {"dtype": "F7"},
+WEIGHT_FAULTS = [  # what is done to the weights, with which values, the message
+    (change_token, [{"data_offsets": [0, 128]}, {"data_offsets": [10**9, 10**9 + 128]}, {"data_offsets": [128, 0]},
+                    {"shape": [1, 1, 10**12]}, {"shape": [2**40, 2**40]}, {"shape": [-1, 1, 32]}, {"shape": "wide"},
+                    {"dtype": "F64"}, {"dtype": "F7"}], UNREADABLE),
+    (change_header_length, [0, 1, 99 * 10**6, 2**40, 2**63, 2**64 - 1], UNREADABLE),
+    (change_token, [{"shape": [1, 32, 1]}], r"cls_token: expected shape .* found \[1, 32, 1\]"),
+    (change_token, [{"dtype": "I32"}], r"cls_token: expected floating point weights, found .*(I|int)32"),
+    (add_code, [torch.save, hostile.save_pickle], r"pytorch_model\.bin: expected only tensors"),
+    (write_index, [{"a": "../elsewhere.safetensors"}, {"a": "/elsewhere.safetensors"}, {"a": 3}, 3],
+     r"model\.safetensors\.index\.json: expected .*, got "),
+    (claim_more, [torch.zeros(1).expand, partial(torch.empty, device="meta"),
+                  partial(torch.zeros, layout=torch.sparse_coo)],
+     r"pytorch_model\.bin: tensor .*: expected values that the file holds, found a view"),
 ]  # fmt: skip
-LENGTHS = (0, 1, 99 * 10**6, 2**40, 2**63, 2**64 - 1)
-WEIGHT_FAULTS = {
-    **{f"header with {values}": (partial(change_token, **values), UNREADABLE) for values in UNREADABLE_TOKENS},
-    **{f"header of {length} bytes": (partial(change_header_length, length=length), UNREADABLE) for length in LENGTHS},
-    "another shape": (partial(change_token, shape=[1, 32, 1]), r"cls_token: expected shape .* found \[1, 32, 1\]"),
-    "integers": (partial(change_token, dtype="I32"), r"cls_token: expected floating point weights, found .*(I|int)32"),
-    "code in pytorch_model.bin": (add_code, CODE),
-    "code in a raw pickle": (partial(add_code, save=save_raw), CODE),
-    "index of a parent's file": (partial(write_index, weight_map={"a": "../elsewhere.safetensors"}), INDEX),
-    "index of an absolute path": (partial(write_index, weight_map={"a": "/elsewhere.safetensors"}), INDEX),
-    "index of a number": (partial(write_index, weight_map={"a": 3}), INDEX),
-    "index without files": (partial(write_index, weight_map=3), INDEX),
-    "expanded tensor": (partial(claim_more, claim=torch.zeros(1).expand), CLAIM),
-    "tensor without values": (partial(claim_more, claim=partial(torch.empty, device="meta")), CLAIM),
-    "sparse tensor": (partial(claim_more, claim=partial(torch.zeros, layout=torch.sparse_coo)), CLAIM),
-}
 
 
-@pytest.mark.parametrize("kind", WEIGHT_FAULTS)
-def test_bad_weights_are_refused_by_every_reader_in_little_memory(kind, model, tmp_path):
-    damage, message = WEIGHT_FAULTS[kind]
-    damage(model)
+@pytest.mark.parametrize(
+    ("damage", "value", "message"),
+    [(damage, value, message) for damage, values, message in WEIGHT_FAULTS for value in values],
+)
+def test_bad_weights_are_refused_by_every_reader_in_little_memory(damage, value, message, model):
+    damage(model, value)
     for report in hostile.run_limited([partial(read, model) for read in READERS], SMALL_MEMORY):
         assert re.match(f"refused: .*{message}", report), report
     assert not Path("ran").exists() and not Path("converted").exists()
 
 
-@pytest.mark.parametrize("save", [torch.save, save_raw])
-@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth"])
-def test_code_in_a_lone_torch_file_is_not_run(suffix, save):
-    save({"a": torch.zeros(2), "more": hostile.RunsCode()}, Path(f"alone{suffix}"))
-    with pytest.raises(InputError, match=rf"alone{suffix}: expected only tensors"):
-        convert(f"alone{suffix}", "converted")
+LONE_FILES = {
+    **{f"{save.__name__}{suffix}": (partial(save, {"a": torch.zeros(2), "more": hostile.RunsCode()}),
+                                    "expected only tensors")
+       for suffix in (".bin", ".pt", ".pth") for save in (torch.save, hostile.save_pickle)},
+    "objects.npz": (partial(np.savez, cls=np.array([hostile.RunsCode()], dtype=object)),
+                    r"not a readable \.npz file of plain arrays"),
+    "zeros.npz": (lambda name: np.savez_compressed(name, cls=np.zeros((1, 1, 100 * 2**18), np.float32)),
+                  r"expected weights, found [\d,]+ bytes that expand to 104,857,728"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONE_FILES)
+def test_a_bad_lone_file_of_weights_is_refused(name):
+    save, message = LONE_FILES[name]
+    save(name)
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        convert(name, "converted")
     assert not Path("ran").exists() and not Path("converted").exists()
-
-
-def test_an_npz_with_objects_or_of_extreme_compression_is_refused():
-    np.savez("a.npz", cls=np.array([hostile.RunsCode()], dtype=object))
-    with pytest.raises(InputError, match=r"a\.npz: not a readable \.npz file of plain arrays"):
-        convert("a.npz", "converted")
-    assert not Path("ran").exists()
-    np.savez_compressed("a.npz", cls=np.zeros((1, 1, 100 * 2**18), np.float32))
-    with pytest.raises(InputError, match=r"a\.npz: expected weights, found [\d,]+ bytes that expand to 104,857,728"):
-        convert("a.npz", "converted")
-
-
-# --- image settings and remote code ----------------------------------------------------------------------------------
-
-GIGANTIC = {"height": 10**9, "width": 10**9}
-BAD_PREPROCESSORS = [
-    *(("size", value, "size: expected a whole number")
-      for value in (10**9, GIGANTIC, {"height": -1, "width": 16}, {"height": NAN, "width": 16})),
-    *(("size", value, "invalid settings of an image processor") for value in ("big", [16], 0.5)),
-    ("size", {"height": 32, "width": 32}, r"image processor: expected \w+ of \(16, 16\) .*, got \(32, 32\)"),
-    *(("image_mean", value) for value in ([0.5], [NAN] * 3, "abc", None, ["0"] * 3)),
-    *(("image_std", value) for value in ([0, 0, 0], [-1, 1, 1], [1e999] * 3, [0.5])),
-    *(("resample", value) for value in (99, -1, "bilinear", NAN)),
-    *(("rescale_factor", value) for value in (0, NAN, "x", 1e300, None)),
-    ("do_resize", False, r"size: expected .*, got size None"),
-    ("do_center_crop", True, r"crop_size: expected .*, got 1000000000"),
-    ("do_pad", True, "do_pad: expected false, got True"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_PREPROCESSORS, ids=name_case)
-def test_bad_image_settings_are_refused(case, model):
-    key, value, *pattern = case
-    more = {"do_center_crop": {"crop_size": GIGANTIC}, "do_pad": {"pad_size": GIGANTIC}}.get(key, {})
-    hostile.change_json(model / "preprocessor_config.json", **{key: value}, **more)
-    given = re.escape(format_value(tuple(value) if isinstance(value, list) else value))
-    with pytest.raises(InputError, match=pattern[0] if pattern else rf"{key}: expected .*, got {given}") as refused:
-        load_with_preprocessor(model)
-    assert re.search(r"preprocessor_config\.json: |^image processor: ", str(refused.value))
 
 
 def test_unknown_image_settings_have_no_effect(model):
     hostile.change_json(model / "preprocessor_config.json", preprocess=3, device="cuda", data_format="channels_last")
-    pixels = load_with_preprocessor(model)(Image.new("RGB", (9, 9), "white"))
+    pixels = hostile.load(model)[1](Image.new("RGB", (9, 9), "white"))
     assert pixels.shape == (16, 16, 3) and (pixels == 255).all()
 
 
@@ -303,22 +263,19 @@ def test_remote_code_is_never_run(model, capsys):
     assert not Path("ran").exists()
 
 
-# --- every command ---------------------------------------------------------------------------------------------------
-
 FAULTS = {
     "layers": lambda folder: hostile.change_json(folder / "config.json", num_hidden_layers=10**6),
-    "code": add_code,
+    "code": partial(add_code, save=torch.save),
     "header": partial(change_header_length, length=2**60),
     "json": lambda folder: (folder / "config.json").write_text("[" * 10**5),
 }
-IMAGE, FOLDER = str(Path("images", "healthy", "0.png")), ["--data-dir", "images"]
-COMMANDS = {
-    "predict": ["model", IMAGE, "--device", "cpu"],
-    "attention": ["model", IMAGE, "-o", "out", "--device", "cpu"],
-    "evaluate": ["model", *FOLDER, "--device", "cpu"],
-    "convert": ["model", "out"],
-    "finetune": ["--model", "./model", *FOLDER, "--output-dir", "out", *hostile.SHORT],
-}
+COMMANDS = [
+    "predict model images/healthy/0.png --device cpu",
+    "attention model images/healthy/0.png -o out --device cpu",
+    "evaluate model --data-dir images --device cpu",
+    "convert model out",
+    f"finetune --model ./model --data-dir images --output-dir out {' '.join(hostile.SHORT)}",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -326,6 +283,6 @@ COMMANDS = {
 def test_every_command_refuses_a_bad_checkpoint_and_writes_nothing(command, fault, model, tmp_path, capsys):
     FAULTS[fault](model)
     hostile.make_image_folder(tmp_path / "images", per_class=2)
-    assert cli.main([command, *COMMANDS[command]]) == 2
+    assert cli.main(command.split()) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "images"}
