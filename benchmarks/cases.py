@@ -248,6 +248,10 @@ class Operation:
     def measure_saved_bytes(self, steps: Mapping[str, Step], case: Any) -> int | None:
         return count_saved_bytes(steps["backward"].prepare, tree_leaves(case.inputs))
 
+    def describe_provider(self, provider: Provider) -> dict[str, Any]:
+        """Returns further fields of a provider's records, after `prepare`."""
+        return {}
+
     def get_targets(self, shape: Shape, device: torch.device) -> Mapping[str, Mapping[str, float]]:
         """Returns pass -> targets at this shape."""
         return self.targets if shape.tier == 0 and device.type == "cuda" else {}

@@ -43,7 +43,7 @@ MODELS = ("bench_model", "bench_quantize")
 SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernels": ("each operation beside PyTorch, compilers and other kernels", KERNELS),
     "model": ("the whole model beside transformers and timm", MODELS),
-    "predictor": ("image files to classes, beside transformers' pipeline", ("bench_predictor",)),
+    "predictor": ("image files to classes, by runtime and dtype, beside transformers' pipeline", ("bench_predictor",)),
     "memory": ("memory of the operations and the model; nothing is timed", (*KERNELS, *MODELS)),
     "coldstart": ("time to the first prediction", ("bench_coldstart",)),
     "host": ("overhead of Python, PyTorch and Triton's launcher per pass; needs no GPU", ("bench_host",)),

@@ -158,6 +158,7 @@ class CaseRun:
     def make_record(self, provider: Provider, label: str, name: str, check: Check) -> Record:
         record = make_record(self.operation.name, self.shape, self.dtype, name, label)
         record |= {"registered": provider.name, "status": check.status, "reason": check.reason}
+        record |= self.operation.describe_provider(provider)
         record["headline"] = self.shape.tier == 0 or (self.device.type == "cpu" and self.shape.tier == 1)
         record["first_call_s"] = check.first_calls.get(name)
         if check.errors:

@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["FASTVIT_RUNTIME"] = "torch"  # converting each test's model for OpenVINO would take a second
 
 import pytest
 import torch

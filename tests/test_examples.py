@@ -165,22 +165,6 @@ def test_compiled_model_computes_the_same_and_is_timed(run, folders):
         assert re.search(rf"^ *{name} +\d+\.\d+ uncompiled +\d+\.\d+ compiled$", output, re.MULTILINE)
 
 
-def test_exported_files_compute_the_same(run, folders, tmp_path):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package, reason=f"ONNX export needs the package {package}")
-    output = run("export", "--model", folders["vit"], "--output-dir", tmp_path / "out")
-    for name in ("model.pt2", "model.onnx"):
-        assert read_difference(output, f"{name}: ") < 1e-5
-        assert (tmp_path / "out" / name).stat().st_size > 1000
-
-
-def test_export_without_onnx_names_the_missing_packages(run, folders, tmp_path):
-    missing = ("onnx", "onnxscript", "onnxruntime")
-    output = run("export", "--model", folders["vit"], "--output-dir", tmp_path, missing=missing)
-    assert "no ONNX file: pip install onnx onnxscript onnxruntime" in output
-    assert (tmp_path / "model.pt2").exists() and not (tmp_path / "model.onnx").exists()
-
-
 @pytest.mark.parametrize("given", ["a synthetic leaf", "files"])
 def test_optimized_dinov2_has_the_same_features(given, run, folders):
     files = sorted((folders["leaves"] / "validation").glob("*/12.png")) if given == "files" else []

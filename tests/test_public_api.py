@@ -14,6 +14,7 @@ COMMANDS = [
     "demo",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "info",
     "predict",
@@ -32,7 +33,7 @@ Features.patch_tokens
 InputError(ValueError)
 Prediction(label, score, top, probabilities, selected=())
 Predictor(model, device=None, dtype=None, max_batch=32, *, image_processor=None, top_k=5, flip=False,
-    max_wait_ms=0.0, workers=None, cuda_graphs=True, tune=True)
+    max_wait_ms=0.0, workers=None, cuda_graphs=True, tune=True, runtime='auto', fast_jpeg=False)
 Predictor.__call__(images, *, raise_errors=None)
 Predictor.close()
 Predictor.stream(images, *, raise_errors=False)

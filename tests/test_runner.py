@@ -31,8 +31,7 @@ PLAIN = Preprocessor((2, 2), None, 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def make_runner(model, **options):
-    cpu = {"device": torch.device("cpu"), "dtype": torch.float32}
-    return Runner(model, PLAIN, **cpu, **{"max_batch": 8, "top_k": 2, **options})
+    return Runner(model, PLAIN, device=torch.device("cpu"), **{"max_batch": 8, "top_k": 2, **options})
 
 
 def make_images(count):

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from fastvit.errors import InputError
 
+# Ending of a file that `fastvit export` writes -> its format.
+EXPORTED_SUFFIXES = {".onnx": "onnx", ".xml": "openvino", ".pt2": "torch-export", ".engine": "tensorrt"}
+
 
 class MissingFolderError(InputError, OSError):
     """No folder has this name. An OSError too, as transformers raises one."""
@@ -44,6 +47,24 @@ def check_location(model: str | os.PathLike[str], *, has_owner: bool = False) ->
         nearest = find_nearest(path)
         hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise MissingFolderError(f"model: expected a hub id (owner/name) or a folder, found no folder {name!r}{hint}")
+
+
+def find_exported(model: object) -> Path | None:
+    """Returns the path of an exported file, or None if `model` is something else.
+
+    Raises:
+        InputError: If its name is that of an exported file, and there is none.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return None
+    path = Path(model)
+    if path.suffix not in EXPORTED_SUFFIXES or path.is_dir():
+        return None
+    if not path.is_file():
+        nearest = find_nearest(path, files=True)
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
+        raise InputError(f"model: no such file: {os.fspath(model)!r}{hint}")
+    return path
 
 
 def find_nearest(path: Path, *, files: bool = False) -> str | None:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     from fastvit.serve.predictor import Predictor
 
     code = 0
-    with Predictor(options.model, options.device) as predictor:
+    with Predictor(options.model, options.device, runtime="torch") as predictor:
         for (name, source), target in zip(sources, targets, strict=True):
             try:
                 image = to_image(source, name, predictor.preprocessor.channels)

@@ -19,6 +19,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP: classes, embeddings, attention, metrics",
     "demo": "serve a page on this machine: drop an image, see classes and attention",
     "convert": "convert checkpoints between the formats of timm, Google (.npz) and Hugging Face",
+    "export": "write a model for ONNX Runtime, OpenVINO, TensorRT or torch.export",
     "tune": "measure on this GPU whether our kernels or PyTorch are faster, and record it",
     "benchmark": "time fastvit and its alternatives on this machine",
     "info": "list the devices, the versions, and the backend of each operation",

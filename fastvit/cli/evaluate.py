@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvit.cli.parsers import add_prediction_arguments, build_model_parser, check_counts
+from fastvit.cli.parsers import (
+    add_prediction_arguments,
+    add_split_arguments,
+    build_model_parser,
+    check_counts,
+    choose_runtime,
+)
 from fastvit.errors import InputError, escape_unprintable
 
 if TYPE_CHECKING:
@@ -21,14 +27,7 @@ if TYPE_CHECKING:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = build_model_parser("evaluate")
-    parser.add_argument("--dataset", metavar="ID", help="hub dataset, 'beans', or 'generated' (leaves)")
-    parser.add_argument("--data-dir", metavar="FOLDER", help="or a folder of images: [SPLIT/] CLASS/")
-    parser.add_argument(
-        "--labels", metavar="FILE", help="or a table (csv, tsv, jsonl, parquet) of file names and labels"
-    )
-    parser.add_argument("--split", metavar="NAME", help="train, validation or test [validation, else test, else train]")
-    parser.add_argument("--image-column", metavar="NAME", help="column of the images [found by name]")
-    parser.add_argument("--label-column", metavar="NAME", help="column of the labels, or several: A,B,C")
+    add_split_arguments(parser)
     parser.add_argument(
         "--skip-bad-images", action="store_true", help="skip images that cannot be decoded, and count them"
     )
@@ -41,35 +40,15 @@ def main(argv: list[str]) -> None:
     options = build_parser().parse_args(argv)
     check_counts(options, "batch_size")
 
-    from fastvit.checkpoints.hub import skip_unreachable_hub
-    from fastvit.data.datasets import load_images
-    from fastvit.models.backbone import get_vision_config
     from fastvit.models.calibration import compute_reliability
     from fastvit.serve.predictor import Predictor
 
-    if options.dataset not in (None, "generated"):
-        load_images = skip_unreachable_hub()(load_images)
-    with Predictor(options.model, options.device, max_batch=options.batch_size, flip=options.flip) as predictor:
+    # A checkpoint is not converted unless --runtime says so: the number of images is known after the model is loaded.
+    settings = {"max_batch": options.batch_size, "flip": options.flip, "runtime": choose_runtime(options, 0)}
+    with Predictor(options.model, options.device, **settings) as predictor:
         task, names = predictor.task, predictor.class_names
-        is_trained_so = predictor.model.config.problem_type == task.problem_type  # else one logit for one class
-        images = load_images(
-            options.dataset,
-            options.data_dir,
-            labels_file=options.labels,
-            image_column=options.image_column,
-            label_column=options.label_column,
-            task=task.kind if is_trained_so else "single-label",
-            validation_fraction=0,
-            need_train=False,
-            channels=getattr(get_vision_config(predictor.model.config), "num_channels", 3),
-        )
-        for note in images.notes:
-            print(f"note: {note}", file=sys.stderr)
-        split_name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
-        if split_name not in images.splits:
-            raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {split_name!r}")
+        images, split_name, labels = load_split(options, predictor)
         split = images.splits[split_name]
-        labels = align_labels(images, split.labels, names, task)
         indices, probabilities = predict_split(predictor, split, options.skip_bad_images)
     if not indices:
         raise InputError(f"{images.name}: no image left in split {split_name!r}")
@@ -87,6 +66,41 @@ def main(argv: list[str]) -> None:
     if evaluation.confusion is not None:
         print(f"expected calibration error of the probabilities: {error:.2%}")
     print(f"\n{evaluation.format_text()}")
+
+
+def load_split(options: argparse.Namespace, predictor: Predictor) -> tuple[ImageDataset, str, np.ndarray]:
+    """Load the images that the options of `add_split_arguments` name.
+
+    Returns:
+        The images, the name of the chosen split, and its labels, arranged for the predictor's model.
+
+    Raises:
+        InputError: they cannot be read, do not fit the model, or there is no such split.
+    """
+    from fastvit.checkpoints.hub import skip_unreachable_hub
+    from fastvit.data.datasets import load_images
+
+    if options.dataset not in (None, "generated"):
+        load_images = skip_unreachable_hub()(load_images)
+    task = predictor.task
+    is_trained_so = predictor.model.config.problem_type == task.problem_type  # else one logit for one class
+    images = load_images(
+        options.dataset,
+        options.data_dir,
+        labels_file=options.labels,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        task=task.kind if is_trained_so else "single-label",
+        validation_fraction=0,
+        need_train=False,
+        channels=predictor.preprocessor.channels,
+    )
+    for note in images.notes:
+        print(f"note: {note}", file=sys.stderr)
+    name = options.split or next(name for name in ("validation", "test", "train") if name in images.splits)
+    if name not in images.splits:
+        raise InputError(f"--split: expected one of {', '.join(images.splits)}, got {name!r}")
+    return images, name, align_labels(images, images.splits[name].labels, predictor.class_names, task)
 
 
 def align_labels(images: ImageDataset, labels: np.ndarray, names: list[str], task: Task) -> np.ndarray:
@@ -120,7 +134,7 @@ def align_labels(images: ImageDataset, labels: np.ndarray, names: list[str], tas
     return table[:, [given.index(name) if name in given else -1 for name in names]]
 
 
-def predict_split(predictor: Predictor, split: Split, skip_bad: bool) -> tuple[list[int], np.ndarray]:
+def predict_split(predictor: Predictor, split: Split, skip_bad: bool = False) -> tuple[list[int], np.ndarray]:
     """The indices of the images that could be decoded, and their probabilities, float `[images, classes]`."""
     images = (partial(split.load, index) for index in range(len(split)))
     indices, rows = [], []

@@ -17,6 +17,7 @@ from fastvit.cli.parsers import (
     add_source_arguments,
     build_model_parser,
     check_counts,
+    choose_runtime,
     find_sources,
 )
 from fastvit.errors import InputError, escape_unprintable
@@ -44,6 +45,9 @@ def main(argv: list[str]) -> int:
         help="write a .csv, .jsonl or .parquet file instead; the same command continues where it was interrupted",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE, and do not continue")
+    parser.add_argument(
+        "--fast-jpeg", action="store_true", help="decode large JPEG files at a reduced size; pixels differ a little"
+    )
     add_prediction_arguments(parser)
     options = parser.parse_args(argv)
     check_counts(options, "top", "batch_size")
@@ -55,6 +59,7 @@ def main(argv: list[str]) -> int:
     from fastvit.serve.predictor import Predictor
 
     settings = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip}
+    settings |= {"runtime": choose_runtime(options, len(sources)), "fast_jpeg": options.fast_jpeg}
     with contextlib.ExitStack() as stack:
         if is_shared:
             from fastvit.train.distributed import explain_lost_process, join_processes
@@ -102,7 +107,7 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
 
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     kind = predictor.task.kind
-    settings = {name: getattr(options, name) for name in ("model", "dataset", "split", "flip")}
+    settings = {name: getattr(options, name) for name in ("model", "dataset", "split", "flip", "fast_jpeg")}
     settings |= {
         "top": min(options.top, len(predictor.class_names)) if kind == "single-label" else 1,
         "weights": compute_fingerprint(predictor.model),
@@ -132,7 +137,7 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
 
 def compute_fingerprint(model: torch.nn.Module) -> int:
     """Compute a checksum of the first values of each parameter, which tells a model that was trained again."""
-    checksum = 0
+    checksum = getattr(model, "checksum", 0)  # of an exported file, which has no parameters
     for parameter in model.parameters():
         checksum = zlib.crc32(parameter.detach().flatten()[:256].float().cpu().numpy().tobytes(), checksum)
     return checksum

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         raise InputError(f'serve: expected {error.name} to be installed: pip install "fastvit[serve]"') from None
     from fastvit.serve.predictor import Predictor
 
-    settings = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip}
+    settings = {"max_batch": options.batch_size, "top_k": options.top, "flip": options.flip, "runtime": options.runtime}
     with (
         listen(options.host, options.port) as listener,
         Predictor(options.model, options.device, **settings) as predictor,

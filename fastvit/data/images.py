@@ -134,7 +134,9 @@ def explain_decode_errors(name: str, source: Any = None) -> Iterator[None]:
         raise InputError(f"{name}: cannot be decoded ({format_error(error)})") from None
 
 
-def decode_image(source: str | Path | bytes, name: str | None = None, channels: int = 3) -> Any:
+def decode_image(
+    source: str | Path | bytes, name: str | None = None, channels: int = 3, min_side: int | None = None
+) -> Any:
     """Decodes an image file to an upright image.
 
     The content determines the format. An animation becomes its first frame, transparent pixels are composited on white,
@@ -144,6 +146,7 @@ def decode_image(source: str | Path | bytes, name: str | None = None, channels: 
         source: A path, or the bytes of a file.
         name: The name of the image in error messages [the path, or "image"].
         channels: The number of channels: 3 for RGB, 1 for grey, others for TIFF and .npy files that have them.
+        min_side: Decode a JPEG at 1/2, 1/4 or 1/8 of its size if both sides remain at least this long.
 
     Returns:
         An RGB image, or `Bands`, of 8 bits per channel.
@@ -165,6 +168,8 @@ def decode_image(source: str | Path | bytes, name: str | None = None, channels: 
         if start[:4] in TIFF_STARTS and channels not in (1, 3):
             return array_to_image(read_tiff(file), channels=channels)
         with Image.open(file, formats=list_readable_formats()) as image:
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
             image.load()
             return convert_to_upright(image, channels)
 
@@ -262,7 +267,7 @@ if hasattr(os, "register_at_fork"):  # a forked child has no thread that would r
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def to_image(source: Any, name: str | None = None, channels: int = 3) -> Any:
+def to_image(source: Any, name: str | None = None, channels: int = 3, min_side: int | None = None) -> Any:
     """Converts any representation of an image to an upright image.
 
     Args:
@@ -270,6 +275,7 @@ def to_image(source: Any, name: str | None = None, channels: int = 3) -> Any:
             function without arguments that returns one of these. A PIL image is converted like a decoded file.
         name: The name of the image in error messages [the path, or "image"].
         channels: The number of channels, as for `decode_image`.
+        min_side: As for `decode_image`, for files and their bytes.
 
     Returns:
         An RGB image, or `Bands`, of 8 bits per channel.
@@ -279,9 +285,9 @@ def to_image(source: Any, name: str | None = None, channels: int = 3) -> Any:
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     if isinstance(source, (str, Path)):
-        return decode_image(source, name, channels)
+        return decode_image(source, name, channels, min_side)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_image(bytes(source), name, channels)
+        return decode_image(bytes(source), name, channels, min_side)
     if isinstance(source, Bands):
         if len(source.bands) != channels:
             raise InputError(f"{name}: expected {channels} channels, found {len(source.bands)}")
@@ -299,9 +305,9 @@ def to_image(source: Any, name: str | None = None, channels: int = 3) -> Any:
             content = source.read()
         if not isinstance(content, bytes):
             raise InputError(f"{name}: expected a file opened for reading bytes, read {type(content).__name__}")
-        return decode_image(content, name, channels)
+        return decode_image(content, name, channels, min_side)
     if callable(source):
-        return to_image(source(), name, channels)
+        return to_image(source(), name, channels, min_side)
     raise InputError(
         f"{name}: expected a path, bytes, a file, a PIL image, an array or a tensor, got {type(source).__name__}"
     )

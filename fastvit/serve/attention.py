@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from fastvit.checkpoints.configuration import make_pair
+from fastvit.errors import InputError
 from fastvit.models.backbone import BackboneForImageClassification, count_prefix_tokens, get_vision_config
 from fastvit.models.calibration import compute_probabilities
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.report.tasks import Task
+from fastvit.serve.engines import EngineModel
 from fastvit.serve.predictor import Predictor
 
 
@@ -41,6 +43,8 @@ def classify_with_attention(model: Any, pixels: torch.Tensor) -> AttentionResult
         model: a classifier of any family, as `fastvit.adapters.backbones` loads it.
         pixels: uint8 `[1, height, width, 3]`.
     """
+    if isinstance(model, EngineModel):
+        raise InputError("model: expected a checkpoint, got an exported file, which returns no attention maps")
     vision = get_vision_config(model.config)
     implementation = vision._attn_implementation
     is_ours = vision.model_type == "vit" and isinstance(model, ViTPreTrainedModel | BackboneForImageClassification)

@@ -37,7 +37,8 @@ def build_demo_page(model: str, device: str | None = None) -> Any:
     except ImportError:
         raise InputError('demo: expected Gradio to be installed: pip install "fastvit[demo]"') from None
 
-    with Predictor(model, device) as predictor:  # closed at once: images are classified one by one, without its threads
+    # Closed at once: images are classified one by one, without its threads.
+    with Predictor(model, device, runtime="torch") as predictor:
         names = [shorten(name) for name in predictor.class_names]
 
     def classify(path: str | None) -> tuple[dict[str, float] | str | None, Image.Image | None]:

@@ -31,6 +31,7 @@ from fastvit.models.loading import read_image_settings
 
 # Image processors that resize, crop, rescale and normalise, in this order, and do nothing else.
 SUPPORTED_FAMILIES = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "Siglip", "DINOv3ViT")
+DRAFT_FACTOR = 3  # a JPEG that is decoded at a reduced size has at least so many pixels per pixel of the result
 # The defaults of DINOv3's, which transformers only has with torchvision. It differs from ViT's in nothing else.
 DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIDES = ("height", "width")
@@ -114,6 +115,18 @@ class Preprocessor:
         size = self.crop or self.resize
         assert isinstance(size, tuple)
         return size
+
+    @property
+    def draft_side(self) -> int | None:
+        """The least side of an image that may be decoded at a reduced size, or None if images are not resized."""
+        if self.resize is None:
+            return None
+        return DRAFT_FACTOR * (self.resize if isinstance(self.resize, int) else max(self.resize))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of the results."""
+        return (*self.image_size, self.channels)
 
     def __call__(self, image: Image.Image, name: str = "image") -> np.ndarray:
         """Preprocess an image.

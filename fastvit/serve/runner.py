@@ -23,20 +23,59 @@ from fastvit.models.backbone import accepts_uint8
 from fastvit.models.calibration import compute_probabilities
 from fastvit.models.pretrained import ViTPreTrainedModel
 from fastvit.ops import eager
+from fastvit.serve.engines import EngineModel
 from fastvit.serve.preprocessing import Preprocessor
 
 Outputs = tuple[Tensor, Tensor]  # probabilities [B, classes], indices of the best [B, top_k]
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
+class Classifier(nn.Module):
+    """A model and its normalisation: uint8 `[B, H, W, channels]` -> logits, float32 `[B, classes]`.
+
+    Args:
+        model: a classifier, in its final dtype and on its device.
+        preprocessor: its mean and standard deviation are applied to the pixels.
+    """
+
+    def __init__(self, model: nn.Module, preprocessor: Preprocessor):
+        super().__init__()
+        self.model = model
+        config: Any = model.config
+        # Our models normalise in their patch embedding. Other models, or another mean, need a separate normalisation.
+        self.accepts_uint8 = isinstance(model, EngineModel) or (
+            (isinstance(model, ViTPreTrainedModel) or accepts_uint8(model))
+            and all(
+                np.allclose(ours, theirs)
+                for ours, theirs in (
+                    (getattr(config, "image_mean", None) or [0.5] * preprocessor.channels, preprocessor.mean),
+                    (getattr(config, "image_std", None) or [0.5] * preprocessor.channels, preprocessor.std),
+                )
+            )
+        )
+        first = next(model.parameters(), torch.empty(0))
+        self.dtype = first.dtype
+        mean, std = (
+            torch.tensor(values, device=first.device).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std)
+        )
+        self.scale, self.offset = 1 / (255 * std), -mean / std
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if not self.accepts_uint8:
+            pixel_values = (pixel_values.permute(0, 3, 1, 2) * self.scale + self.offset).to(self.dtype)
+        output = self.model(pixel_values)
+        if not hasattr(output, "logits"):
+            raise InputError(f"model: expected a classifier whose output has logits, got {type(self.model).__name__}")
+        return output.logits.float()
+
+
 class Runner:
     """Runs the model of a predictor. Not thread-safe.
 
     Args:
-        model: a classifier on `device`, with weights of `dtype`.
+        model: a classifier on `device`, or an engine in its place.
         preprocessor: its mean and standard deviation are applied to the pixels.
         device: the model's device.
-        dtype: the model's dtype.
         max_batch: maximum batch size. It is halved whenever memory runs out.
         top_k: number of class indices to return, best first.
         flip: average the logits of each image and its mirror image.
@@ -50,28 +89,14 @@ class Runner:
         preprocessor: Preprocessor,
         *,
         device: torch.device,
-        dtype: torch.dtype,
         max_batch: int,
         top_k: int,
         flip: bool = False,
         capture: Capture | None = None,
         activation: Callable[[Tensor, Any], Tensor] = compute_probabilities,
     ):
-        self.model, self.device, self.dtype = model, device, dtype
+        self.classifier, self.config, self.device = Classifier(model, preprocessor), model.config, device
         self.top_k, self.limit, self.flip, self.activation = top_k, max_batch, flip, activation
-        config: Any = model.config
-        # Our models normalise in their patch embedding. Other models, or another mean, need a separate normalisation.
-        self.accepts_uint8 = (isinstance(model, ViTPreTrainedModel) or accepts_uint8(model)) and all(
-            np.allclose(ours, theirs)
-            for ours, theirs in (
-                (getattr(config, "image_mean", None) or [0.5] * preprocessor.channels, preprocessor.mean),
-                (getattr(config, "image_std", None) or [0.5] * preprocessor.channels, preprocessor.std),
-            )
-        )
-        mean, std = (
-            torch.tensor(values, device=device).view(-1, 1, 1) for values in (preprocessor.mean, preprocessor.std)
-        )
-        self.scale, self.offset = 1 / (255 * std), -mean / std
         self.graphs = None if capture is None else GraphCache(self.forward, max_batch, capture)
         self.copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -82,20 +107,11 @@ class Runner:
 
     def forward(self, pixels: Tensor) -> Outputs:
         """Compute probabilities and the best classes: uint8 [B, H, W, 3] -> float32 [B, classes], int64 [B, top_k]."""
-        if not self.accepts_uint8:
-            pixels = (pixels.permute(0, 3, 1, 2) * self.scale + self.offset).to(self.dtype)
-        logits = self.compute_logits(pixels)
+        logits = self.classifier(pixels)
         if self.flip:
-            logits = (logits + self.compute_logits(pixels.flip(2 if self.accepts_uint8 else 3))) / 2
-        probabilities = self.activation(logits, self.model.config)
+            logits = (logits + self.classifier(pixels.flip(2))) / 2
+        probabilities = self.activation(logits, self.config)
         return probabilities, probabilities.topk(self.top_k).indices
-
-    def compute_logits(self, pixels: Tensor) -> Tensor:
-        """Compute logits, float32 [B, classes], of pixels in the model's input format."""
-        output = self.model(pixels)
-        if not hasattr(output, "logits"):
-            raise InputError(f"model: expected a classifier whose output has logits, got {type(self.model).__name__}")
-        return output.logits.float()
 
     def launch(self, images: Sequence[np.ndarray]) -> Callable[[], list[tuple[np.ndarray, np.ndarray]]]:
         """Start to compute a batch. If memory runs out, the batch size is halved permanently, with a warning.
