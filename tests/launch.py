@@ -134,7 +134,13 @@ def launch(function, *args, logs: Path, processes: int = 2, max_restarts: int = 
         start_method="forkserver",
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
-    return elastic_launch(config, function)(*args)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in signals}
+    try:
+        return elastic_launch(config, function)(*args)
+    finally:  # the agent leaves its own handlers, which raise in a later test
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def read_output(logs: Path, rank: int, stream: str = "stdout", attempt: int = 0) -> str:
