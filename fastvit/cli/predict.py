@@ -107,7 +107,9 @@ def write_predictions(predictor: Predictor, sources: Sequence[Source], options: 
 
     rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     kind = predictor.task.kind
-    settings = {name: getattr(options, name) for name in ("model", "dataset", "split", "flip", "fast_jpeg")}
+    settings = {
+        name: getattr(options, name) for name in ("model", "dataset", "split", "image_column", "flip", "fast_jpeg")
+    }
     settings |= {
         "top": min(options.top, len(predictor.class_names)) if kind == "single-label" else 1,
         "weights": compute_fingerprint(predictor.model),
