@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MIN_CONVERTED = 200  # images for which auto converts a checkpoint for OpenVINO: 7 s of CPU time for a ViT-S
 
 
+EXPORTED = ("predict", "evaluate", "serve")  # commands that also accept an exported file: they need no features or maps
+
+
 def build_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
     """Build the parser of a command, described by its line in `COMMANDS` unless `settings` say otherwise."""
     summary = COMMANDS[name]
@@ -27,7 +30,8 @@ def build_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
 def build_model_parser(name: str, **settings: Any) -> argparse.ArgumentParser:
     """Build the parser of a command that uses a fine-tuned model."""
     parser = build_parser(name, **settings)
-    parser.add_argument("model", metavar="MODEL", help="fine-tuned model: folder, hub id, or file of fastvit export")
+    kinds = "folder, hub id, or file of fastvit export" if name in EXPORTED else "folder or hub id"
+    parser.add_argument("model", metavar="MODEL", help=f"model: {kinds}")
     parser.add_argument("--device", metavar="NAME", help="device that computes [a GPU if there is one]")
     return parser
 
