@@ -147,7 +147,8 @@ def test_all_our_operations_are_right_at_toy_size(dtype):
         for shape in operation.list_shapes(DEVICE, quick=True):
             found = harness.run_case(operation, shape, dtype, Settings(DEVICE, suite="memory", quick=True))
             assert all(record["status"] not in ("wrong", "failed") for record in found), found
-            assert any(record["ours"] and record["status"] == "measured" for record in found), found
+            can_run = operation.name != "predictor_int8" or importlib.util.find_spec("onnxscript")
+            assert not can_run or any(record["ours"] and record["status"] == "measured" for record in found), found
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
