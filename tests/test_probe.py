@@ -88,6 +88,7 @@ def test_folds_have_equal_shares_of_every_class():
 def test_features_that_are_not_finite_are_an_error():
     model = torch.nn.Module()
     model.classifier = torch.nn.Linear(2, 2)
+    model.device = torch.device("cpu")
     model.forward = lambda pixels: model.classifier(pixels / 0)
     with pytest.raises(fastvit.InputError, match=r"expected finite numbers, .* try --precision fp32"):
         probe.compute_features(model, [{"pixel_values": torch.ones(1, 2), "labels": torch.zeros(1)}])

@@ -24,6 +24,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from fastvit.data.images import ImageSet
 from fastvit.errors import InputError
+from fastvit.models.features import compute_pooled
 from fastvit.train.training import FineTuner
 
 STRENGTHS = [10 ** (exponent / 2) for exponent in range(2, -11, -1)]  # of the L2 penalty, strong to weak
@@ -70,20 +71,17 @@ def compute_features(
     Raises:
         InputError: a feature is NaN or infinite.
     """
-    device = next(model.parameters()).device
     features: list[Tensor] = []
     labels: list[Tensor] = []
     was_training = model.training
-    hook = model.classifier.register_forward_pre_hook(lambda module, args: features.append(args[0].float().cpu()))
-    autocast = torch.autocast(device.type, dtype) if dtype is not None else contextlib.nullcontext()
+    autocast = torch.autocast(model.device.type, dtype) if dtype is not None else contextlib.nullcontext()
     model.eval()
     try:
         with autocast:
             for batch in batches:
-                model(batch["pixel_values"].to(device))
+                features.append(compute_pooled(model, batch["pixel_values"]).cpu())
                 labels.append(batch["labels"].cpu())
     finally:
-        hook.remove()
         model.train(was_training)
     found = torch.cat(features)
     if not found.isfinite().all():
