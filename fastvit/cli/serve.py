@@ -44,6 +44,8 @@ def main(argv: list[str]) -> None:
         print(f"{options.model}: {url}, described at {url}/docs  (Ctrl-C ends it)", flush=True)
         server = build_server(predictor, Limits(*(getattr(options, field.name) for field in limits)), token)
         server.run(sockets=[listener])
+        if server.should_exit:  # by Ctrl-C; uvicorn raises the signal again, which asyncio does not always pass on
+            raise KeyboardInterrupt
 
 
 def read_token(path: Path | None) -> str | None:
